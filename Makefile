@@ -1,0 +1,52 @@
+# Every target sets up what it needs: a virtual environment in .venv and the compiled kernel in it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
+
+.PHONY: help setup compare test test-slow sanitize lint bench doctor clean
+help:
+	@echo "make compare    how three dropouts hold against the law of dropout"
+	@echo "make test       the tests"
+	@echo "make test-slow  the long batteries"
+	@echo "make sanitize   the kernel's own tests under ASan and UBSan"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      time against peers; appends to benchmarks/results.csv"
+	@echo "make doctor     versions, backends, instruction sets, threads"
+
+setup: $(VENV)/.installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+compare: setup
+	$(BIN)/thinned compare $(ARGS)
+
+doctor: setup
+	$(BIN)/thinned doctor
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+sanitize:
+	$(MAKE) -C csrc/tests run
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist
