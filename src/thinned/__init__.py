@@ -1,0 +1,20 @@
+"""Dropout for PyTorch, with masks that are a pure function of a key and a position.
+
+>>> import torch, thinned
+>>> thinned.Dropout(p=0.5)(torch.ones(6), key=thinned.Key(7))
+tensor([0., 0., 0., 2., 2., 2.])
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from thinned import backends, functional, spec
+from thinned.functional import keep_mask
+from thinned.keys import Key
+from thinned.layers import Dropout
+
+try:
+    __version__ = version("thinned")
+except PackageNotFoundError:
+    __version__ = "0+uninstalled"
+
+__all__ = ["Dropout", "Key", "backends", "functional", "keep_mask", "spec"]

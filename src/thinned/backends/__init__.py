@@ -1,0 +1,82 @@
+"""The table of backends, which one serves a device, and why one is missing.
+
+A backend is a module with two functions, ``masked_affine`` and ``keep_mask``, and nothing else is asked of it.
+
+>>> for_device(torch.device("cpu")) in available().values()
+True
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from thinned.backends import portable
+from thinned.geometry import Geometry
+
+try:
+    from thinned.backends import native
+except ImportError as error:
+    _NATIVE_MISSING = f"{type(error).__name__}: {error}"
+else:
+    _NATIVE_MISSING = ""
+
+__all__ = ["Backend", "available", "for_device", "missing"]
+
+
+class Backend(Protocol):
+    """What a backend offers: the two operations of :mod:`thinned.op`, on tensors that are what they seem."""
+
+    def masked_affine(
+        self,
+        x: Tensor,
+        key: Tensor,
+        geometry: Geometry,
+        T: int,
+        scale: float,
+        shift: float,
+        fill: float,
+        out: Tensor,
+    ) -> Tensor:
+        """Write ``keep ? x * scale + shift : fill`` into ``out``, which may be ``x``."""
+
+    def keep_mask(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
+        """Which elements are kept, as a bool tensor on the key's device."""
+
+
+def available() -> dict[str, Backend]:
+    """The backends that this installation has, by name."""
+    found = {"portable": cast(Backend, portable)}
+    if not _NATIVE_MISSING:
+        found["native"] = cast(Backend, native)
+    return found
+
+
+def missing() -> dict[str, str]:
+    """The backends that this installation lacks, each with the reason."""
+    return {"native": _NATIVE_MISSING} if _NATIVE_MISSING else {}
+
+
+@lru_cache(maxsize=None)
+def for_device_type(device_type: str) -> Backend:
+    """The backend that serves a type of device, such as ``"cpu"``."""
+    if device_type != "cpu":
+        return cast(Backend, portable)
+    if _NATIVE_MISSING:
+        warnings.warn(
+            "thinned's compiled kernel is missing, so a slower backend serves the CPU "
+            f"({_NATIVE_MISSING}); reinstall thinned where a C++ compiler is found",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return cast(Backend, portable)
+    return cast(Backend, native)
+
+
+def for_device(device: torch.device | str) -> Backend:
+    """The backend that serves a device."""
+    return for_device_type(torch.device(device).type)

@@ -1,0 +1,82 @@
+"""The two operations in plain PyTorch integer arithmetic: any device, and the fallback for all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from thinned.geometry import Geometry, span, split_rows
+from thinned.philox import low32, philox4x32
+
+__all__ = ["keep_mask", "masked_affine"]
+
+
+def keep_mask(key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
+    """Which elements are kept, as a bool tensor; see :func:`thinned.op.keep_mask`."""
+    device = key.device
+    if T == 0 or T == 2**32 or not math.prod(shape):
+        return torch.full(shape, T != 0, dtype=torch.bool, device=device)
+    strides = geometry.strides
+    rows = split_rows(shape, strides, key.dim())
+    first = _positions(shape[:rows], strides[:rows], device) + geometry.base
+    key = key.reshape(key.shape + (1,) * (rows - key.dim())).expand(shape[:rows])
+    blocks = (span(shape[rows:], strides[rows:]) + 126) // 128 + 1
+    block = (first >> 7).unsqueeze(-1) + torch.arange(blocks, device=device)
+    kept = _unpack(_below(block, key.unsqueeze(-1), T))
+    inner = _positions(shape[rows:], strides[rows:], device)
+    index = (first & 127).reshape(shape[:rows] + (1,) * (len(shape) - rows)) + inner
+    return kept.gather(-1, index.reshape((*shape[:rows], -1))).reshape(shape)
+
+
+def masked_affine(
+    x: Tensor,
+    key: Tensor,
+    geometry: Geometry,
+    T: int,
+    scale: float,
+    shift: float,
+    fill: float,
+    out: Tensor,
+) -> Tensor:
+    """Write ``keep ? x * scale + shift : fill`` into ``out``; see :func:`thinned.op.masked_affine`."""
+    keep = keep_mask(key, tuple(x.shape), geometry, T)
+    if x.is_complex():
+        x, target, keep = torch.view_as_real(x.resolve_conj()), torch.view_as_real(out), keep.unsqueeze(-1)
+    else:
+        target = out
+    value = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) * scale
+    if shift:
+        value = value + shift
+    target.copy_(torch.where(keep, value.to(x.dtype), torch.tensor(fill, dtype=x.dtype, device=x.device)))
+    return out
+
+
+def _positions(shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device) -> Tensor:
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for size, stride in zip(shape, strides, strict=True):
+        index = index.unsqueeze(-1) + torch.arange(size, device=device) * stride
+    return index
+
+
+def _below(block: Tensor, key: Tensor, T: int) -> Tensor:
+    """``u < T`` for the 128 positions of each block, as four 32-bit words in the last dimension."""
+    counter = low32(block), block >> 32 & 0xFFFFFFFF
+    below, undecided = 0, 0xFFFFFFFF
+    last = 32 - (T & -T).bit_length() + 1
+    for plane in range(last):
+        words = torch.stack(philox4x32((*counter, plane, 0), key, rounds=7), dim=-1)
+        if T >> (31 - plane) & 1:
+            below = below | undecided & ~words
+            undecided = undecided & words
+        else:
+            undecided = undecided & ~words
+    assert isinstance(below, Tensor)
+    return below
+
+
+def _unpack(words: Tensor) -> Tensor:
+    """The bits of ``[..., blocks, 4]`` words as bools ``[..., blocks * 128]``."""
+    bits = words.unsqueeze(-1) >> torch.arange(32, device=words.device) & 1
+    return bits.to(torch.bool).flatten(-3)

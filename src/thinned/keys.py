@@ -1,0 +1,150 @@
+"""Keys: where one comes from, and its children."""
+
+from __future__ import annotations
+
+import operator
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinned.philox import high32, low32, philox4x32, signed64
+
+__all__ = ["Key", "draw"]
+
+
+class Key:
+    """A 64-bit key; a mask is a pure function of it and of a position.
+
+    Formula: ``key.fold(data)`` is words 0 and 1 of ``philox4x32-10((lo32(data), hi32(data), 0, 1), key)``;
+    a string counts as the first 8 bytes, little-endian, of its BLAKE2b digest.
+
+    The bits are an int64 tensor and not a Python number, so that code under :func:`torch.compile` takes
+    another key without a recompile. Folding in a tensor of ids gives a batch of keys, one for each row of
+    dimension 0 of the tensor they are used on.
+
+    Args:
+        seed: an integer in ``-2**63 .. 2**64-1``, negative ones standing for ``2**64 + seed`` as in
+            :func:`torch.manual_seed`.
+
+    Attributes:
+        bits: int64 tensor, 0-d for one key, of the batch's shape for a batch.
+
+    Raises:
+        TypeError: ``seed`` is no integer.
+        ValueError: ``seed`` does not fit into 64 bits.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11.
+
+    >>> key = Key(7)
+    >>> key
+    Key(7)
+    >>> key.fold("encoder").fold(3) == Key(7).fold("encoder").fold(3)
+    True
+    >>> key.fold(torch.arange(4)).shape
+    torch.Size([4])
+    """
+
+    bits: Tensor
+
+    def __init__(self, seed: int) -> None:
+        if isinstance(seed, torch.SymInt):
+            self.bits = torch.full((), seed, dtype=torch.int64)
+            return
+        try:
+            number = operator.index(seed)
+        except TypeError:
+            raise TypeError(
+                f"a key's seed must be an integer, got {seed!r} of type {type(seed).__name__}"
+            ) from None
+        if not -(2**63) <= number < 2**64:
+            raise ValueError(f"a key's seed must be in -2**63 .. 2**64-1, got {number}")
+        self.bits = torch.tensor(signed64(number), dtype=torch.int64)
+
+    @classmethod
+    def from_bits(cls, bits: Tensor) -> Key:
+        """A key, or a batch of keys, from its int64 bits (which are not copied).
+
+        >>> Key.from_bits(torch.tensor(7))
+        Key(7)
+        """
+        if not isinstance(bits, Tensor) or bits.dtype != torch.int64:
+            got = f"{bits.dtype}" if isinstance(bits, Tensor) else f"{bits!r} of type {type(bits).__name__}"
+            raise TypeError(f"a key's bits must be an int64 tensor, got {got}")
+        key = cls.__new__(cls)
+        key.bits = bits
+        return key
+
+    @property
+    def shape(self) -> torch.Size:
+        """``()`` for one key, the batch's shape for a batch."""
+        return self.bits.shape
+
+    def fold(self, data: int | str | Tensor) -> Key:
+        """The child of this key that ``data`` names; different data give unrelated children.
+
+        Args:
+            data: an integer (modulo 2**64), a string, or an int64 tensor of any shape, which broadcasts
+                against the key's own and gives a batch of keys.
+
+        >>> Key(7).fold(1) == Key(7).fold(2)
+        False
+        """
+        if isinstance(data, str):
+            data = _digest(data)
+        if isinstance(data, Tensor):
+            if data.dtype != torch.int64:
+                raise TypeError(f"ids to fold into a key must be int64, got {data.dtype}")
+        elif isinstance(data, int | torch.SymInt) or hasattr(data, "__index__"):
+            if not torch.compiler.is_compiling():
+                data = signed64(operator.index(data))
+                if self.bits.is_cpu and not self.shape:
+                    return self._fold_int(data)
+            data = torch.full((), data, dtype=torch.int64, device=self.bits.device)
+        else:
+            raise TypeError(
+                f"a key folds an integer, a string or an int64 tensor, got {data!r} of type {type(data).__name__}"
+            )
+        w0, w1, _, _ = philox4x32((low32(data), high32(data), 0, 1), self.bits, rounds=10)
+        return Key.from_bits(w0 | w1 << 32)
+
+    def _fold_int(self, data: int) -> Key:
+        w0, w1, _, _ = philox4x32((low32(data), high32(data), 0, 1), int(self), rounds=10)
+        return Key(w0 | w1 << 32)
+
+    def to(self, device: torch.device | str) -> Key:
+        """The same key with its bits on a device."""
+        return Key.from_bits(self.bits.to(device))
+
+    def __int__(self) -> int:
+        return int(self.bits.item()) % 2**64
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Key):
+            return NotImplemented
+        return self.shape == other.shape and bool((self.bits.cpu() == other.bits.cpu()).all())
+
+    def __hash__(self) -> int:
+        return hash(("thinned.Key", tuple(self.bits.flatten().tolist())))
+
+    def __repr__(self) -> str:
+        if self.shape:
+            return f"Key.from_bits({self.bits!r})"
+        return f"Key({int(self)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Key, (int(self),)) if not self.shape else (Key.from_bits, (self.bits,))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call,untyped-decorator]
+def _digest(name: str) -> int:
+    return signed64(int.from_bytes(blake2b(name.encode()).digest()[:8], "little"))
+
+
+def draw(device: torch.device) -> Tensor:
+    """One key's bits from torch's default generator of a device, in one draw.
+
+    Under :func:`torch.vmap` it follows the ``randomness`` argument, as every random function of torch does.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)

@@ -1,0 +1,307 @@
+"""The two operations that every mask layer is made of, for PyTorch: eager, compiled, differentiated, mapped.
+
+``masked_affine`` is ``y_i = keep(m(i)) ? x_i * scale + shift : fill``; ``keep_mask`` is the mask itself.
+``m`` is a :class:`~thinned.geometry.Geometry`; ``keep(m)`` holds when the 32-bit number of mask index ``m``
+under the key is below ``T``; the key is an int64 tensor whose shape is that of ``x``'s leading dimensions:
+``()`` for one key, ``(n,)`` for one for each of ``n`` rows.
+
+Plain tensors in eager mode go straight to a backend, since a call through torch's dispatcher from Python
+costs more than the work on a small tensor. Whatever must be traced or dispatched goes through
+``torch.ops.thinned``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from thinned import backends
+from thinned.geometry import Geometry
+from thinned.keys import draw
+
+__all__ = ["draw_key", "keep_mask", "masked_affine", "masked_affine_"]
+
+_library = torch.library.Library("thinned", "DEF")
+_library.define(
+    "masked_affine(Tensor x, Tensor key, SymInt[] strides, SymInt base, int T, float scale, float shift, "
+    "float fill) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "keep_mask(Tensor key, SymInt[] shape, SymInt[] strides, SymInt base, int T) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "draw_key(Device device) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+
+
+def masked_affine(
+    x: Tensor, key: Tensor, geometry: Geometry, T: int, scale: float, shift: float = 0.0, fill: float = 0.0
+) -> Tensor:
+    """``keep(m(i)) ? x_i * scale + shift : fill``, in a tensor of ``x``'s dtype and memory format.
+
+    The arithmetic is float32 for half-precision and float32 tensors, float64 for float64; a complex number
+    counts as its two parts. Differentiable in ``x`` to any order, in both modes.
+    """
+    if _is_traced(x):
+        return torch.ops.thinned.masked_affine(x, key, *geometry, T, scale, shift, fill)  # type: ignore[no-any-return]
+    if _is_differentiated(x):
+        return _MaskedAffine.apply(x, key, *geometry, T, scale, shift, fill)  # type: ignore[no-any-return,no-untyped-call]
+    return _run(x, key, geometry, T, scale, shift, fill)
+
+
+def masked_affine_(
+    x: Tensor, key: Tensor, geometry: Geometry, T: int, scale: float, shift: float = 0.0, fill: float = 0.0
+) -> Tensor:
+    """:func:`masked_affine` written over ``x``. A refused call has changed no element."""
+    if _is_traced(x) or _is_transformed() or x.is_conj() or x.is_neg():
+        return x.copy_(masked_affine(x, key, geometry, T, scale, shift, fill))
+    _refuse_overlap(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        _refuse_leaf(x)
+        # Autograd's own checks all come with this call; the data is written once they have passed.
+        x = _MarkWritten.apply(x, key, geometry, T, scale)  # type: ignore[no-untyped-call]
+    else:
+        _count_write(x)
+    data = x.detach()
+    _backend(data).masked_affine(data, key, geometry, T, scale, shift, fill, data)
+    return x
+
+
+def keep_mask(key: Tensor, shape: Sequence[int], geometry: Geometry, T: int) -> Tensor:
+    """``keep(m(i))`` as a bool tensor of ``shape`` on the key's device."""
+    return torch.ops.thinned.keep_mask(key, shape, *geometry, T)  # type: ignore[no-any-return]
+
+
+def draw_key(x: Tensor) -> Tensor:
+    """One key's bits from the default generator of ``x``'s device; compiled code draws what eager code does."""
+    if _is_traced(x):
+        return torch.ops.thinned.draw_key(x.device)  # type: ignore[no-any-return]
+    return draw(x.device)
+
+
+def _is_traced(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, Parameter)
+        or x.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+    )
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    return (x.requires_grad and torch.is_grad_enabled()) or _is_transformed()
+
+
+def _backend(x: Tensor) -> backends.Backend:
+    return backends.for_device_type("cpu" if x.is_cpu else x.device.type)
+
+
+def _run(
+    x: Tensor,
+    key: Tensor,
+    geometry: Geometry,
+    T: int,
+    scale: float,
+    shift: float,
+    fill: float,
+    layout: tuple[int, ...] | None = None,
+) -> Tensor:
+    if x.is_conj() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
+    out = torch.empty_like(x) if layout is None else x.new_empty_strided(x.shape, layout)
+    return _backend(x).masked_affine(x, key, geometry, T, scale, shift, fill, out)
+
+
+class _MaskedAffine(torch.autograd.Function):
+    """The operation as the short way to autograd and to functorch's transforms: nothing of x is saved."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        key: Tensor,
+        strides: tuple[int, ...],
+        base: int,
+        T: int,
+        scale: float,
+        shift: float,
+        fill: float,
+        layout: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        return _run(x, key, Geometry(strides, base), T, scale, shift, fill, layout)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, key, strides, base, T, scale, *_ = inputs
+        ctx.save_for_backward(key)
+        ctx.save_for_forward(key)
+        ctx.linear = strides, base, T, scale
+        # Gradients take the input's memory format, whatever that of the incoming gradient.
+        ctx.layout = None if torch._C._are_functorch_transforms_active() else output.stride()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (_linear(grad, ctx.saved_tensors[0], *ctx.linear, layout=ctx.layout), *(None,) * 8)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _linear(tangent, ctx.saved_tensors[0], *ctx.linear)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        return _vmap_masked_affine(info, in_dims, x, key, *rest[:6])
+
+
+class _MarkWritten(torch.autograd.Function):
+    """Tells autograd that x is about to be written over."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, key: Tensor, geometry: Geometry, T: int, scale: float) -> Tensor:
+        ctx.save_for_backward(key)
+        ctx.linear = *geometry, T, scale
+        ctx.layout = x.stride()
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (_linear(grad, ctx.saved_tensors[0], *ctx.linear, layout=ctx.layout), *(None,) * 4)
+
+
+def _linear(
+    x: Tensor,
+    key: Tensor,
+    strides: tuple[int, ...],
+    base: int,
+    T: int,
+    scale: float,
+    layout: tuple[int, ...] | None = None,
+) -> Tensor:
+    """The operation's linear part, which is its derivative and its derivative's derivative."""
+    if _is_traced(x):
+        x = x if layout is None or x.stride() == layout else x.new_empty_strided(x.shape, layout).copy_(x)
+    elif _is_differentiated(x):
+        return _MaskedAffine.apply(x, key, strides, base, T, scale, 0.0, 0.0, layout)  # type: ignore[no-any-return,no-untyped-call]
+    else:
+        return _run(x, key, Geometry(strides, base), T, scale, 0.0, 0.0, layout)
+    return masked_affine(x, key, Geometry(strides, base), T, scale)
+
+
+def _refuse_leaf(x: Tensor) -> None:
+    if x.is_leaf:
+        raise RuntimeError(
+            "a leaf Variable that requires grad is being used in an in-place operation: "
+            f"{tuple(x.shape)} {x.dtype}; use inplace=False"
+        )
+    base = x._base
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise RuntimeError(
+            "a view of a leaf Variable that requires grad is being used in an in-place operation: "
+            f"{tuple(x.shape)} of {tuple(base.shape)} {x.dtype}; use inplace=False"
+        )
+
+
+def _refuse_overlap(x: Tensor) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory "
+            f"location: shape {tuple(x.shape)}, strides {x.stride()}. Please clone() the tensor first"
+        )
+
+
+def _count_write(x: Tensor) -> None:
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+    elif not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed: "
+            f"{tuple(x.shape)} {x.dtype}. Please clone() the tensor first"
+        )
+
+
+@torch.library.impl(_library, "masked_affine", "CompositeExplicitAutograd")
+def _masked_affine_impl(
+    x: Tensor, key: Tensor, strides: list[int], base: int, T: int, scale: float, shift: float, fill: float
+) -> Tensor:
+    return _run(x, key, Geometry(tuple(strides), base), T, scale, shift, fill)
+
+
+@torch.library.register_fake("thinned::masked_affine", lib=_library)
+def _masked_affine_fake(
+    x: Tensor, key: Tensor, strides: list[int], base: int, T: int, scale: float, shift: float, fill: float
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.impl(_library, "keep_mask", "CompositeExplicitAutograd")
+def _keep_mask_impl(key: Tensor, shape: list[int], strides: list[int], base: int, T: int) -> Tensor:
+    return _backend(key).keep_mask(key, tuple(shape), Geometry(tuple(strides), base), T)
+
+
+@torch.library.register_fake("thinned::keep_mask", lib=_library)
+def _keep_mask_fake(key: Tensor, shape: list[int], strides: list[int], base: int, T: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bool, device=key.device)
+
+
+@torch.library.impl(_library, "draw_key", "CompositeExplicitAutograd")
+def _draw_key_impl(device: torch.device) -> Tensor:
+    return draw(device)
+
+
+@torch.library.register_fake("thinned::draw_key", lib=_library)
+def _draw_key_fake(device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, key, strides, base, T, scale, *_ = inputs
+    ctx.save_for_backward(key)
+    ctx.linear = tuple(strides), base, T, scale
+    ctx.layout = output.stride()
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (_linear(grad, ctx.saved_tensors[0], *ctx.linear, layout=ctx.layout), *(None,) * 7)
+
+
+torch.library.register_autograd(
+    "thinned::masked_affine", _backward, setup_context=_setup_context, lib=_library
+)
+
+
+def _batch_key(key: Tensor, dim: int | None, size: int) -> Tensor:
+    return key.movedim(dim, 0) if dim is not None else key.expand(size, *key.shape)
+
+
+def _vmap_masked_affine(
+    info: Any, in_dims: tuple[Any, ...], x: Tensor, key: Tensor, strides: Sequence[int], base: int, *rest: Any
+) -> tuple[Tensor, int]:
+    x_dim, key_dim, *_ = in_dims
+    x = x.movedim(x_dim, 0) if x_dim is not None else x.expand(info.batch_size, *x.shape)
+    if key_dim is not None or key.dim():
+        key = _batch_key(key, key_dim, info.batch_size)
+    return masked_affine(x, key, Geometry((0, *strides), base), *rest), 0
+
+
+def _vmap_keep_mask(
+    info: Any, in_dims: tuple[Any, ...], key: Tensor, shape: Sequence[int], strides: Sequence[int], *rest: Any
+) -> tuple[Tensor, int]:
+    key = _batch_key(key, in_dims[0], info.batch_size)
+    base, T = rest
+    return keep_mask(key, (info.batch_size, *shape), Geometry((0, *strides), base), T), 0
+
+
+torch.library.register_vmap("thinned::masked_affine", _vmap_masked_affine, lib=_library)
+torch.library.register_vmap("thinned::keep_mask", _vmap_keep_mask, lib=_library)
