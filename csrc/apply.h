@@ -1,0 +1,105 @@
+// Applying mask bits to 64 elements at a time, whatever their type.
+//
+// Expects `Floats`, `Doubles` and `store_bools` of an instruction set.
+#pragma once
+
+#include <type_traits>
+
+namespace thinned {
+namespace {
+
+constexpr int chunk = 64;
+
+// shift is added only where there is one: -0 + 0 would lose the sign of a kept zero.
+struct Constants {
+    double scale, shift, fill;
+    bool plain() const { return shift == 0 && fill == 0; }
+};
+
+template <class Element>
+struct Vector {
+    using type = Floats;
+};
+template <>
+struct Vector<double> {
+    using type = Doubles;
+};
+
+// 64 elements, or the first n of them and at most a vector's worth more.
+template <bool plain, class Element>
+inline void apply(const Element* x, Element* y, uint64_t mask, const Constants& constants, int n = chunk) {
+    using V = typename Vector<Element>::type;
+    using Scalar = typename V::Scalar;
+    const V scale = V::all(static_cast<Scalar>(constants.scale));
+    const V shift = V::all(static_cast<Scalar>(constants.shift));
+    const V fill = V::all(static_cast<Scalar>(constants.fill));
+    for (int i = 0; i < n; i += V::lanes) {
+        V value = multiply(V::load(x + i), scale);
+        if constexpr (plain) {
+            keep(mask >> i, value).store(y + i);
+        } else {
+            if (constants.shift != 0) value = add(value, shift);
+            select(mask >> i, value, fill).store(y + i);
+        }
+    }
+}
+
+// Each of 32 bits twice.
+inline uint64_t twice(uint64_t bits) {
+    bits &= 0xFFFFFFFF;
+    bits = (bits | bits << 16) & 0x0000FFFF0000FFFF;
+    bits = (bits | bits << 8) & 0x00FF00FF00FF00FF;
+    bits = (bits | bits << 4) & 0x0F0F0F0F0F0F0F0F;
+    bits = (bits | bits << 2) & 0x3333333333333333;
+    bits = (bits | bits << 1) & 0x5555555555555555;
+    return bits | bits << 1;
+}
+
+// A complex number counts as its two parts.
+template <bool plain, class Part>
+inline void apply(const Complex<Part>* x, Complex<Part>* y, uint64_t mask, const Constants& constants,
+                  int n = chunk) {
+    constexpr int half = chunk / 2;
+    for (int i = 0; i < n; i += half)
+        apply<plain>(reinterpret_cast<const Part*>(x + i), reinterpret_cast<Part*>(y + i), twice(mask >> i),
+                     constants);
+}
+
+template <bool plain>
+inline void apply(const Bool*, Bool* y, uint64_t mask, const Constants&, int = chunk) {
+    store_bools(mask, reinterpret_cast<uint8_t*>(y));
+}
+
+// Elements of a row and the distance to the next in memory.
+template <class Element>
+struct Span {
+    Element* at;
+    int64_t stride;
+
+    Span next(int64_t n) const { return {at + n * stride, stride}; }
+};
+
+// At most 64 elements, at any distance: through a buffer.
+template <bool plain, class Element>
+void apply_some(Span<const Element> x, Span<Element> y, int n, uint64_t mask, const Constants& constants) {
+    Element buffer[chunk] = {};
+    if constexpr (!std::is_same_v<Element, Bool>)
+        for (int i = 0; i < n; ++i) buffer[i] = x.at[i * x.stride];
+    apply<plain>(buffer, buffer, mask, constants, n);
+    for (int i = 0; i < n; ++i) y.at[i * y.stride] = buffer[i];
+}
+
+// n elements; `mask_at(i)` is the mask of elements i to i + 63.
+template <bool plain, class Element, class MaskAt>
+void apply_row(Span<const Element> x, Span<Element> y, int64_t n, const Constants& constants, MaskAt mask_at) {
+    int64_t i = 0;
+    if (x.stride == 1 && y.stride == 1)
+        for (; i + chunk <= n; i += chunk) apply<plain>(x.at + i, y.at + i, mask_at(i), constants);
+    for (; i < n; i += chunk) {
+        const int some = static_cast<int>(n - i < chunk ? n - i : chunk);
+        apply_some<plain>(x.next(i), y.next(i), some, mask_at(i), constants);
+    }
+}
+
+}  // namespace
+}  // namespace thinned

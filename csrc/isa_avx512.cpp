@@ -1,0 +1,9 @@
+#include "isa.h"
+#include "simd/avx512.h"
+#include "walk.h"
+
+namespace thinned {
+
+void walk_avx512(const Plan& plan, int64_t from, int64_t to) { walk(plan, from, to); }
+
+}  // namespace thinned

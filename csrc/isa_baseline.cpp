@@ -1,0 +1,9 @@
+#include "isa.h"
+#include "simd/generic.h"
+#include "walk.h"
+
+namespace thinned {
+
+void walk_baseline(const Plan& plan, int64_t from, int64_t to) { walk(plan, from, to); }
+
+}  // namespace thinned

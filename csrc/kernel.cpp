@@ -1,0 +1,119 @@
+#include "kernel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <stdexcept>
+
+#include "isa.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
+namespace thinned {
+namespace {
+
+// Fewer elements than this for each thread are not worth waking it for.
+constexpr int64_t grain = 16384;
+
+struct Isa {
+    const char* name;
+    void (*walk)(const Plan&, int64_t, int64_t);
+    bool (*supported)();
+};
+
+const Isa isas[] = {
+    {"baseline", walk_baseline, [] { return true; }},
+#ifdef THINNED_X86
+    {"avx2", walk_avx2,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }},
+    {"avx512", walk_avx512,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+     }},
+#endif
+};
+
+const Isa* best() {
+    const Isa* found = isas;
+    for (const Isa& isa : isas)
+        if (isa.supported()) found = &isa;
+    return found;
+}
+
+std::atomic<const Isa*>& chosen() {
+    static std::atomic<const Isa*> isa{best()};
+    return isa;
+}
+
+std::atomic<bool> forked{false};
+
+void watch_forks() {
+#ifndef _WIN32
+    static std::once_flag once;
+    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { forked = true; }); });
+#endif
+}
+
+}  // namespace
+
+std::vector<std::string> compiled_isas() {
+    std::vector<std::string> names;
+    for (const Isa& isa : isas) names.emplace_back(isa.name);
+    return names;
+}
+
+std::vector<std::string> supported_isas() {
+    std::vector<std::string> names;
+    for (const Isa& isa : isas)
+        if (isa.supported()) names.emplace_back(isa.name);
+    return names;
+}
+
+std::string isa() { return chosen().load()->name; }
+
+void set_isa(const std::string& name) {
+    std::string accepted;
+    for (const Isa& isa : isas) {
+        if (!isa.supported()) continue;
+        if (name == isa.name) {
+            chosen() = &isa;
+            return;
+        }
+        accepted += (accepted.empty() ? "" : ", ") + std::string(isa.name);
+    }
+    throw std::invalid_argument("no instruction set '" + name + "' on this machine; accepted: " + accepted);
+}
+
+int threads() {
+    watch_forks();
+#ifdef _OPENMP
+    return forked || omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+void run(const Task& task) {
+    for (const Dim& dim : task.dims)
+        if (dim.size == 0) return;
+    const Plan plan = make_plan(task);
+    const auto walk = chosen().load()->walk;
+    const int64_t wanted = std::min<int64_t>(plan.elements / grain, plan.units);
+    const int team = wanted > 1 ? static_cast<int>(std::min<int64_t>(wanted, threads())) : 1;
+    if (team <= 1) return walk(plan, 0, plan.units);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(team)
+    {
+        const int64_t size = omp_get_num_threads(), number = omp_get_thread_num();
+        walk(plan, plan.units * number / size, plan.units * (number + 1) / size);
+    }
+#endif
+}
+
+}  // namespace thinned

@@ -1,0 +1,51 @@
+// The two operations on plain memory: no PyTorch, no Python.
+//
+//   masked_affine:  y[i] = keep(m(i)) ? x[i] * scale + shift : fill
+//   keep_mask:      y[i] = keep(m(i))                          (Dtype::mask; x is not read)
+//
+// keep(m) holds when the 32-bit number of mask index m under the key is below T.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace thinned {
+
+enum class Dtype { f16, bf16, f32, f64, c64, c128, mask };
+
+constexpr int max_dims = 64;
+
+// One dimension: its size and, for a step along it, the distance in x and y (in elements), in mask
+// indices, and in the array of keys.
+struct Dim {
+    int64_t size, x, y, mask, key;
+};
+
+struct Task {
+    Dtype dtype;
+    const void* x;
+    void* y;
+    const uint64_t* keys;
+    std::vector<Dim> dims;
+    uint64_t base;  // the mask index of the first element
+    uint64_t T;     // 0 .. 2^32
+    double scale, shift, fill;
+};
+
+// x and y are the same memory or do not overlap. Results depend on neither threads nor instruction set.
+void run(const Task& task);
+
+// Instruction sets, from the most general one on: those compiled in, and those this processor has.
+std::vector<std::string> compiled_isas();
+std::vector<std::string> supported_isas();
+
+// The one in use: the last supported, unless set. Throws std::invalid_argument for one not supported.
+std::string isa();
+void set_isa(const std::string& name);
+
+// How many threads a large enough task is shared by: OpenMP's setting, 1 in a forked child, where the
+// parent's pool of threads is gone.
+int threads();
+
+}  // namespace thinned

@@ -1,0 +1,84 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+namespace thinned {
+namespace {
+
+bool continues(const Dim& outer, const Dim& inner) {
+    return outer.x == inner.x * inner.size && outer.y == inner.y * inner.size &&
+           outer.mask == inner.mask * inner.size && outer.key == inner.key * inner.size;
+}
+
+// Dimensions in the order of y's memory, as few as possible.
+std::vector<Dim> normalised(const std::vector<Dim>& dims) {
+    std::vector<Dim> order;
+    for (const Dim& dim : dims)
+        if (dim.size != 1) order.push_back(dim);
+    std::stable_sort(order.begin(), order.end(),
+                     [](const Dim& a, const Dim& b) { return std::abs(a.y) > std::abs(b.y); });
+    std::vector<Dim> merged;
+    for (const Dim& dim : order) {
+        if (!merged.empty() && continues(merged.back(), dim)) {
+            Dim& last = merged.back();
+            last = {last.size * dim.size, dim.x, dim.y, dim.mask, dim.key};
+        } else {
+            merged.push_back(dim);
+        }
+    }
+    return merged;
+}
+
+Dim steps(const Dim& dim, int64_t step) {
+    return {(dim.size + step - 1) / step, dim.x * step, dim.y * step, dim.mask * step, dim.key * step};
+}
+
+}  // namespace
+
+Plan make_plan(const Task& task) {
+    constexpr Dim one = {1, 1, 1, 0, 0};
+    Plan plan{task, Row::run, one, one, {}, -1, -1, segment, tile_columns, 1, 1};
+    std::vector<Dim> dims = normalised(task.dims);
+    for (const Dim& dim : dims) plan.elements *= dim.size;
+
+    if (!dims.empty()) {
+        plan.row = dims.back();
+        dims.pop_back();
+    }
+    const bool one_key = plan.row.key == 0;
+    if (one_key && plan.row.mask == 1) {
+        plan.kind = Row::run;
+    } else if (one_key && plan.row.mask == 0) {
+        plan.kind = Row::constant;
+    } else {
+        auto column = std::find_if(dims.begin(), dims.end(),
+                                   [](const Dim& dim) { return dim.mask == 1 && dim.key == 0; });
+        if (column != dims.end()) {
+            plan.kind = Row::tile;
+            plan.column = *column;
+            plan.row_step = tile_rows;
+            dims.erase(column);
+        } else {
+            plan.kind = Row::constant;  // element by element
+            dims.push_back(plan.row);
+            plan.row = one;
+        }
+    }
+
+    auto first_shared = std::stable_partition(dims.begin(), dims.end(), [](const Dim& dim) {
+        return dim.mask != 0 || dim.key != 0;
+    });
+    plan.loops.assign(dims.begin(), first_shared);
+    if (plan.kind == Row::tile) {
+        plan.column_loop = static_cast<int>(plan.loops.size());
+        plan.loops.push_back(steps(plan.column, plan.column_step));
+    }
+    plan.row_loop = static_cast<int>(plan.loops.size());
+    plan.loops.push_back(steps(plan.row, plan.row_step));
+    plan.loops.insert(plan.loops.end(), first_shared, dims.end());
+    for (const Dim& loop : plan.loops) plan.units *= loop.size;
+    return plan;
+}
+
+}  // namespace thinned

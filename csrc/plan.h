@@ -1,0 +1,34 @@
+// A task arranged as nested loops around rows of memory that one mask rule covers.
+#pragma once
+
+#include "kernel.h"
+
+namespace thinned {
+
+enum class Row {
+    run,       // consecutive elements have consecutive mask indices
+    constant,  // all elements of a row have one mask index
+    tile,      // consecutive mask indices run along another dimension, `column`
+};
+
+// Elements of a row that one step of the loops covers, and columns of a tile.
+constexpr int64_t segment = 4096;
+constexpr int64_t tile_rows = 64;
+constexpr int64_t tile_columns = 512;
+
+struct Plan {
+    Task task;
+    Row kind;
+    Dim row, column;
+    // Loops from the outermost on. The row's own segments (`row_loop`) and the tile's columns
+    // (`column_loop`) are loops among them; loops that share a mask are inside, where it is still at hand.
+    std::vector<Dim> loops;
+    int row_loop, column_loop;
+    int64_t row_step, column_step;
+    int64_t units;     // steps of the loops in all
+    int64_t elements;
+};
+
+Plan make_plan(const Task& task);
+
+}  // namespace thinned

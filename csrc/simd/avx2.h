@@ -1,0 +1,112 @@
+// AVX2 and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../elements.h"
+
+namespace thinned {
+namespace {
+
+struct Words {
+    static constexpr int lanes = 4;
+    __m256i v;
+
+    static Words load(const uint64_t* from) {
+        return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
+    }
+    static Words all(uint64_t value) { return {_mm256_set1_epi64x(static_cast<long long>(value))}; }
+    void store(uint64_t* to) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
+    static void store_pairs(uint64_t* to, Words a, Words b) {
+        const __m256i even = _mm256_unpacklo_epi64(a.v, b.v), odd = _mm256_unpackhi_epi64(a.v, b.v);
+        Words{_mm256_permute2x128_si256(even, odd, 0x20)}.store(to);
+        Words{_mm256_permute2x128_si256(even, odd, 0x31)}.store(to + lanes);
+    }
+    friend Words multiply_low(Words a, Words b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+    friend Words high_half(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
+    friend Words add(Words a, Words b) { return {_mm256_add_epi64(a.v, b.v)}; }
+    friend Words xor2(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+    friend Words xor3(Words a, Words b, Words c) { return xor2(xor2(a, b), c); }
+    friend Words join_low(Words low, Words high) {
+        return {_mm256_blend_epi32(low.v, _mm256_slli_epi64(high.v, 32), 0xAA)};
+    }
+    friend Words and_(Words a, Words b) { return {_mm256_and_si256(a.v, b.v)}; }
+    friend Words and_not(Words a, Words b) { return {_mm256_andnot_si256(b.v, a.v)}; }
+    friend Words or_not(Words a, Words b) { return {_mm256_or_si256(a.v, xor2(b, all(~0ull)).v)}; }
+};
+
+struct Floats {
+    static constexpr int lanes = 8;
+    using Scalar = float;
+    __m256 v;
+
+    static Floats all(float value) { return {_mm256_set1_ps(value)}; }
+    static Floats load(const float* from) { return {_mm256_loadu_ps(from)}; }
+    static Floats load(const Half* from) {
+        return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+    }
+    static Floats load(const BFloat* from) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+    }
+    void store(float* to) const { _mm256_storeu_ps(to, v); }
+    void store(Half* to) const {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+    void store(BFloat* to) const {
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+        const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                         _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+    }
+    friend Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
+    friend Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
+    static __m256 expand(uint64_t mask) {
+        const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit);
+        return _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit));
+    }
+    friend Floats select(uint64_t mask, Floats kept, Floats dropped) {
+        return {_mm256_blendv_ps(dropped.v, kept.v, expand(mask))};
+    }
+    friend Floats keep(uint64_t mask, Floats a) { return {_mm256_and_ps(a.v, expand(mask))}; }
+};
+
+struct Doubles {
+    static constexpr int lanes = 4;
+    using Scalar = double;
+    __m256d v;
+
+    static Doubles all(double value) { return {_mm256_set1_pd(value)}; }
+    static Doubles load(const double* from) { return {_mm256_loadu_pd(from)}; }
+    void store(double* to) const { _mm256_storeu_pd(to, v); }
+    friend Doubles multiply(Doubles a, Doubles b) { return {_mm256_mul_pd(a.v, b.v)}; }
+    friend Doubles add(Doubles a, Doubles b) { return {_mm256_add_pd(a.v, b.v)}; }
+    static __m256d expand(uint64_t mask) {
+        const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
+        const __m256i set = _mm256_and_si256(_mm256_set1_epi64x(static_cast<long long>(mask)), bit);
+        return _mm256_castsi256_pd(_mm256_cmpeq_epi64(set, bit));
+    }
+    friend Doubles select(uint64_t mask, Doubles kept, Doubles dropped) {
+        return {_mm256_blendv_pd(dropped.v, kept.v, expand(mask))};
+    }
+    friend Doubles keep(uint64_t mask, Doubles a) { return {_mm256_and_pd(a.v, expand(mask))}; }
+};
+
+inline void store_bools(uint64_t mask, uint8_t* to) {
+    const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    for (int half = 0; half < 2; ++half) {
+        const __m256i bits = _mm256_set1_epi32(static_cast<int>(mask >> (32 * half)));
+        const __m256i set = _mm256_and_si256(_mm256_shuffle_epi8(bits, byte), bit);
+        const __m256i ones = _mm256_min_epu8(set, _mm256_set1_epi8(1));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * half), ones);
+    }
+}
+
+}  // namespace
+}  // namespace thinned

@@ -1,0 +1,88 @@
+// Vectors in plain C++, for a compiler to make of them what the machine has.
+#pragma once
+
+#include "../elements.h"
+
+namespace thinned {
+namespace {
+
+// Four 64-bit lanes.
+struct Words {
+    static constexpr int lanes = 4;
+    uint64_t lane[lanes];
+
+    template <class F>
+    static Words make(F f) {
+        Words result;
+        for (int i = 0; i < lanes; ++i) result.lane[i] = f(i);
+        return result;
+    }
+    static Words load(const uint64_t* from) { return make([=](int i) { return from[i]; }); }
+    static Words all(uint64_t value) { return make([=](int) { return value; }); }
+    void store(uint64_t* to) const { std::memcpy(to, lane, sizeof lane); }
+    // Lanes of two vectors in turn.
+    static void store_pairs(uint64_t* to, Words a, Words b) {
+        for (int i = 0; i < lanes; ++i) to[2 * i] = a.lane[i], to[2 * i + 1] = b.lane[i];
+    }
+    // The 64-bit product of the low halves; high halves are ignored.
+    friend Words multiply_low(Words a, Words b) {
+        return make([&](int i) { return (a.lane[i] & 0xFFFFFFFF) * (b.lane[i] & 0xFFFFFFFF); });
+    }
+    friend Words high_half(Words a) { return make([&](int i) { return a.lane[i] >> 32; }); }
+    friend Words add(Words a, Words b) { return make([&](int i) { return a.lane[i] + b.lane[i]; }); }
+    friend Words xor2(Words a, Words b) { return make([&](int i) { return a.lane[i] ^ b.lane[i]; }); }
+    friend Words xor3(Words a, Words b, Words c) { return xor2(xor2(a, b), c); }
+    // The low halves of two vectors side by side.
+    friend Words join_low(Words low, Words high) {
+        return make([&](int i) { return (low.lane[i] & 0xFFFFFFFF) | high.lane[i] << 32; });
+    }
+    friend Words and_(Words a, Words b) { return make([&](int i) { return a.lane[i] & b.lane[i]; }); }
+    friend Words and_not(Words a, Words b) { return make([&](int i) { return a.lane[i] & ~b.lane[i]; }); }
+    friend Words or_not(Words a, Words b) { return make([&](int i) { return a.lane[i] | ~b.lane[i]; }); }
+};
+
+template <class T, int N>
+struct Lanes {
+    static constexpr int lanes = N;
+    using Scalar = T;
+    T lane[N];
+
+    static Lanes all(T value) {
+        Lanes result;
+        for (int i = 0; i < N; ++i) result.lane[i] = value;
+        return result;
+    }
+    template <class Element>
+    static Lanes load(const Element* from) {
+        Lanes result;
+        for (int i = 0; i < N; ++i) result.lane[i] = widen(from[i]);
+        return result;
+    }
+    template <class Element>
+    void store(Element* to) const {
+        for (int i = 0; i < N; ++i) to[i] = narrow<Element>(lane[i]);
+    }
+    friend Lanes multiply(Lanes a, Lanes b) {
+        for (int i = 0; i < N; ++i) a.lane[i] *= b.lane[i];
+        return a;
+    }
+    friend Lanes add(Lanes a, Lanes b) {
+        for (int i = 0; i < N; ++i) a.lane[i] += b.lane[i];
+        return a;
+    }
+    friend Lanes select(uint64_t mask, Lanes kept, Lanes dropped) {
+        for (int i = 0; i < N; ++i) kept.lane[i] = mask >> i & 1 ? kept.lane[i] : dropped.lane[i];
+        return kept;
+    }
+    friend Lanes keep(uint64_t mask, Lanes a) { return select(mask, a, all(0)); }
+};
+
+using Floats = Lanes<float, 8>;
+using Doubles = Lanes<double, 8>;
+
+void store_bools(uint64_t mask, uint8_t* to) {
+    for (int i = 0; i < 64; ++i) to[i] = mask >> i & 1;
+}
+
+}  // namespace
+}  // namespace thinned

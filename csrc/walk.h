@@ -1,0 +1,209 @@
+// The way through a plan: collect rows, generate the blocks they need together, apply.
+#pragma once
+
+#include "apply.h"
+#include "plan.h"
+#include "planes.h"
+
+namespace thinned {
+namespace {
+
+// 64 mask bits from any bit position on.
+inline uint64_t bits_at(const uint64_t* words, int64_t position) {
+    const int64_t word = position >> 6;
+    const int shift = static_cast<int>(position & 63);
+    return shift ? words[word] >> shift | words[word + 1] << (64 - shift) : words[word];
+}
+
+// In place: row i's bit j goes to row j's bit i (Warren, "Hacker's Delight", section 7-3).
+inline void transpose(uint64_t (&rows)[64]) {
+    uint64_t mask = 0x00000000FFFFFFFF;
+    for (int step = 32; step; step >>= 1, mask ^= mask << step)
+        for (int base = 0; base < 64; base += 2 * step)
+            for (int i = base; i < base + step; ++i) {
+                const uint64_t swapped = (rows[i] >> step ^ rows[i + step]) & mask;
+                rows[i] ^= swapped << step;
+                rows[i + step] ^= swapped;
+            }
+}
+
+// A count in the mixed radix of the plan's loops, and where it stands in x, y, mask and keys.
+struct Place {
+    const std::vector<Dim>& loops;
+    int64_t count[max_dims + 2];
+    int64_t x = 0, y = 0, mask = 0, key = 0;
+
+    Place(const Plan& plan, int64_t unit) : loops(plan.loops) {
+        for (int d = static_cast<int>(loops.size()) - 1; d >= 0; --d) {
+            count[d] = unit % loops[d].size;
+            unit /= loops[d].size;
+            move(loops[d], count[d]);
+        }
+    }
+    void next() {
+        for (int d = static_cast<int>(loops.size()) - 1; d >= 0; --d) {
+            move(loops[d], 1);
+            if (++count[d] < loops[d].size) return;
+            move(loops[d], -loops[d].size);
+            count[d] = 0;
+        }
+    }
+    void move(const Dim& loop, int64_t steps) {
+        x += steps * loop.x;
+        y += steps * loop.y;
+        mask += steps * loop.mask;
+        key += steps * loop.key;
+    }
+};
+
+template <bool plain, class Element>
+class Walk {
+  public:
+    explicit Walk(const Plan& plan)
+        : plan_(plan), constants_{plan.task.scale, plan.task.shift, plan.task.fill} {}
+
+    void units(int64_t from, int64_t to) {
+        for (Place place(plan_, from); from < to; ++from, place.next()) {
+            if (plan_.kind == Row::tile)
+                add_tile(place);
+            else
+                add_row(place);
+        }
+        flush();
+    }
+
+  private:
+    static constexpr int most_rows = 1024;
+
+    // Elements of memory under mask bits at a position among the generated ones; a tile's rows lie under 64
+    // of them each, whose positions are in `lines_` from `position` on.
+    struct Piece {
+        Span<const Element> x;
+        Span<Element> y;
+        int64_t n;
+        int64_t columns;
+        int position;
+    };
+
+    const Plan& plan_;
+    const Constants constants_;
+    Blocks blocks_;
+    Piece pieces_[most_rows];
+    int lines_[most_rows];
+    int piece_count_ = 0, line_count_ = 0;
+    uint64_t last_key_ = 0, last_start_ = 0;
+    int64_t last_bits_ = 0;
+    int last_position_ = 0;
+
+    Piece piece(const Place& place, int64_t n) const {
+        const auto* x = static_cast<const Element*>(plan_.task.x) + place.x;
+        auto* y = static_cast<Element*>(plan_.task.y) + place.y;
+        return {{x, plan_.row.x}, {y, plan_.row.y}, n, 0, 0};
+    }
+
+    static int64_t left(const Dim& dim, int64_t step, int64_t count) {
+        return std::min(step, dim.size - step * count);
+    }
+
+    static int blocks_for(uint64_t start, int64_t bits) {
+        return static_cast<int>((start + bits - 1) / block_bits - start / block_bits + 1);
+    }
+
+    // Where the mask bits from `start` on are, or will be once generated.
+    int request(uint64_t key, uint64_t start, int64_t bits) {
+        if (blocks_.count && key == last_key_ && start == last_start_ && bits == last_bits_) return last_position_;
+        const uint64_t block = start / block_bits;
+        const int wanted = blocks_for(start, bits);
+        const int first = blocks_.count - blocks_.same_last(block, key);
+        for (int i = blocks_.count - first; i < wanted; ++i) blocks_.add(block + i, key);
+        last_key_ = key, last_start_ = start, last_bits_ = bits;
+        return last_position_ = first * block_bits + static_cast<int>(start % block_bits);
+    }
+
+    void add_row(const Place& place) {
+        Piece piece = this->piece(place, left(plan_.row, plan_.row_step, place.count[plan_.row_loop]));
+        const int64_t bits = plan_.kind == Row::run ? piece.n : 1;
+        const uint64_t start = plan_.task.base + place.mask;
+        if (piece_count_ == most_rows || blocks_.count + blocks_for(start, bits) > capacity) flush();
+        piece.position = request(plan_.task.keys[place.key], start, bits);
+        pieces_[piece_count_++] = piece;
+    }
+
+    void add_tile(const Place& place) {
+        Piece piece = this->piece(place, left(plan_.row, plan_.row_step, place.count[plan_.row_loop]));
+        piece.columns = left(plan_.column, plan_.column_step, place.count[plan_.column_loop]);
+        const uint64_t start = plan_.task.base + place.mask;
+        const int most = static_cast<int>(piece.n) * (static_cast<int>(piece.columns - 1) / block_bits + 2);
+        if (piece_count_ == most_rows || line_count_ + piece.n > most_rows || blocks_.count + most > capacity)
+            flush();
+        piece.position = line_count_;
+        for (int64_t i = 0; i < piece.n; ++i)
+            lines_[line_count_++] = request(plan_.task.keys[place.key + i * plan_.row.key],
+                                            start + i * plan_.row.mask, piece.columns);
+        pieces_[piece_count_++] = piece;
+    }
+
+    void flush() {
+        if (!piece_count_) return;
+        generate(blocks_, plan_.task.T);
+        for (int i = 0; i < piece_count_; ++i) {
+            if (plan_.kind == Row::run)
+                apply_run(pieces_[i]);
+            else if (plan_.kind == Row::constant)
+                apply_constant(pieces_[i]);
+            else
+                apply_tile(pieces_[i]);
+        }
+        blocks_.clear();
+        piece_count_ = line_count_ = 0;
+    }
+
+    void apply_run(const Piece& piece) {
+        apply_row<plain>(piece.x, piece.y, piece.n, constants_,
+                         [&](int64_t i) { return bits_at(blocks_.below, piece.position + i); });
+    }
+
+    void apply_constant(const Piece& piece) {
+        const uint64_t mask = bits_at(blocks_.below, piece.position) & 1 ? ~0ull : 0;
+        apply_row<plain>(piece.x, piece.y, piece.n, constants_, [=](int64_t) { return mask; });
+    }
+
+    void apply_tile(const Piece& piece) {
+        uint64_t rows[64];
+        for (int64_t column = 0; column < piece.columns; column += 64) {
+            for (int i = 0; i < 64; ++i)
+                rows[i] = i < piece.n ? bits_at(blocks_.below, lines_[piece.position + i] + column) : 0;
+            transpose(rows);
+            const int64_t width = std::min<int64_t>(64, piece.columns - column);
+            for (int64_t j = 0; j < width; ++j) {
+                const Span<const Element> x = {piece.x.at + (column + j) * plan_.column.x, piece.x.stride};
+                const Span<Element> y = {piece.y.at + (column + j) * plan_.column.y, piece.y.stride};
+                apply_row<plain>(x, y, piece.n, constants_, [&](int64_t) { return rows[j]; });
+            }
+        }
+    }
+};
+
+template <class Element>
+void walk(const Plan& plan, int64_t from, int64_t to) {
+    if (Constants{plan.task.scale, plan.task.shift, plan.task.fill}.plain())
+        Walk<true, Element>(plan).units(from, to);
+    else
+        Walk<false, Element>(plan).units(from, to);
+}
+
+// Units `from` to `to` of a plan.
+void walk(const Plan& plan, int64_t from, int64_t to) {
+    switch (plan.task.dtype) {
+        case Dtype::f16: return walk<Half>(plan, from, to);
+        case Dtype::bf16: return walk<BFloat>(plan, from, to);
+        case Dtype::f32: return walk<float>(plan, from, to);
+        case Dtype::f64: return walk<double>(plan, from, to);
+        case Dtype::c64: return walk<Complex<float>>(plan, from, to);
+        case Dtype::c128: return walk<Complex<double>>(plan, from, to);
+        case Dtype::mask: return Walk<true, Bool>(plan).units(from, to);
+    }
+}
+
+}  // namespace
+}  // namespace thinned

@@ -1,0 +1,29 @@
+from collections.abc import Sequence
+
+compiler: str
+dtypes: tuple[str, ...]
+flags: str
+
+def compiled_isas() -> list[str]: ...
+def isa() -> str: ...
+def masked_affine(
+    x: int,
+    y: int,
+    dtype: int,
+    shape: Sequence[int],
+    x_strides: Sequence[int],
+    y_strides: Sequence[int],
+    mask_strides: Sequence[int],
+    base: int,
+    T: int,
+    scale: float,
+    shift: float,
+    fill: float,
+    key: int,
+    keys: int,
+    key_strides: Sequence[int],
+    /,
+) -> None: ...
+def set_isa(name: str, /) -> None: ...
+def supported_isas() -> list[str]: ...
+def threads() -> int: ...
