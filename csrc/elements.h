@@ -36,6 +36,17 @@ inline float float_of(uint32_t bits) {
     return value;
 }
 
+inline int count_bits(unsigned bits) { return __builtin_popcount(bits); }
+
+// The chosen lanes side by side; all lanes are written, so that nothing branches.
+inline void compress_lanes(uint64_t* to, unsigned chosen, const uint64_t* lane, int lanes) {
+    int count = 0;
+    for (int i = 0; i < lanes; ++i) {
+        to[count] = lane[i];
+        count += chosen >> i & 1;
+    }
+}
+
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(BFloat x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }

@@ -9,22 +9,82 @@
 namespace thinned {
 namespace {
 
-constexpr int capacity = 512;       // blocks generated together
+constexpr int capacity = 512;     // blocks generated together
 constexpr int block_bits = 128;
-constexpr int together = 2;         // vectors in flight, to hide the multiplication's latency
-constexpr int common_planes = 8;    // planes computed for every block, before those that only some need
+constexpr int common_planes = 8;  // planes computed for every block, before those that only some need
+constexpr int rounds = 7;
 constexpr uint64_t mul0 = 0xD2511F53, mul1 = 0xCD9E8D57;
 constexpr uint64_t weyl0 = 0x9E3779B9, weyl1 = 0xBB67AE85;
 constexpr uint64_t low = 0xFFFFFFFF;
+
+// Two vectors as one: two chains of multiplications in flight hide each other's latency.
+struct Pair {
+    static constexpr int lanes = 2 * Words::lanes;
+    Words a, b;
+
+    static Pair load(const uint64_t* from) { return {Words::load(from), Words::load(from + Words::lanes)}; }
+    static Pair all(uint64_t value) { return {Words::all(value), Words::all(value)}; }
+    static void store_pairs(uint64_t* to, Pair x, Pair y) {
+        Words::store_pairs(to, x.a, y.a);
+        Words::store_pairs(to + lanes, x.b, y.b);
+    }
+    friend Pair multiply_low(Pair x, Pair y) { return {multiply_low(x.a, y.a), multiply_low(x.b, y.b)}; }
+    friend Pair high_half(Pair x) { return {high_half(x.a), high_half(x.b)}; }
+    friend Pair add(Pair x, Pair y) { return {add(x.a, y.a), add(x.b, y.b)}; }
+    friend Pair xor2(Pair x, Pair y) { return {xor2(x.a, y.a), xor2(x.b, y.b)}; }
+    friend Pair xor3(Pair x, Pair y, Pair z) { return {xor3(x.a, y.a, z.a), xor3(x.b, y.b, z.b)}; }
+    friend Pair join_low(Pair x, Pair y) { return {join_low(x.a, y.a), join_low(x.b, y.b)}; }
+    friend Pair below_above(Pair x, Pair y, Pair z) {
+        return {below_above(x.a, y.a, z.a), below_above(x.b, y.b, z.b)};
+    }
+    friend Pair equal_above(Pair x, Pair y, Pair z) {
+        return {equal_above(x.a, y.a, z.a), equal_above(x.b, y.b, z.b)};
+    }
+    friend unsigned nonzero(Pair x, Pair y) {
+        return nonzero(x.a, y.a) | nonzero(x.b, y.b) << Words::lanes;
+    }
+    // The lanes chosen, side by side; up to `lanes` words are written.
+    static void compress(uint64_t* to, unsigned chosen, Pair x) {
+        constexpr unsigned first = (1u << Words::lanes) - 1;
+        Words::compress(to, chosen & first, x.a);
+        Words::compress(to + count_bits(chosen & first), chosen >> Words::lanes, x.b);
+    }
+};
+
+// Blocks with an undecided position left.
+struct Open {
+    int count;
+    uint64_t index[capacity + Pair::lanes];
+    uint64_t number[capacity + Pair::lanes];
+    uint64_t key[capacity + Pair::lanes];
+    uint64_t first[capacity + Pair::lanes];  // their undecided positions
+    uint64_t second[capacity + Pair::lanes];
+
+    // May be called while reading from as many places ahead.
+    void add(Pair its_index, Pair its_number, Pair its_key, Pair its_first, Pair its_second) {
+        const unsigned chosen = nonzero(its_first, its_second);
+        Pair::compress(index + count, chosen, its_index);
+        Pair::compress(number + count, chosen, its_number);
+        Pair::compress(key + count, chosen, its_key);
+        Pair::compress(first + count, chosen, its_first);
+        Pair::compress(second + count, chosen, its_second);
+        count += count_bits(chosen);
+    }
+    // Lanes after the last block are decided.
+    void pad() {
+        std::fill_n(first + count, Pair::lanes, 0);
+        std::fill_n(second + count, Pair::lanes, 0);
+    }
+};
 
 struct Blocks {
     int count = 0;
     // Whether the blocks have more than one key, or more than one high half of their number.
     bool mixed = false;
-    uint64_t number[capacity];
-    uint64_t key[capacity];
-    uint64_t below[2 * capacity + 2];  // the masks, 128 bits a block; a reader may look one word ahead
-    uint64_t undecided[2 * capacity];
+    uint64_t number[capacity + Pair::lanes];
+    uint64_t key[capacity + Pair::lanes];
+    uint64_t below[2 * (capacity + Pair::lanes)];  // the masks, 128 bits a block
+    Open open;
 
     void clear() {
         count = 0;
@@ -38,149 +98,148 @@ struct Blocks {
         number[count] = block;
         key[count++] = its_key;
     }
+    // Vectors are loaded whole.
+    void pad() {
+        std::fill_n(number + count, Pair::lanes, number[0]);
+        std::fill_n(key + count, Pair::lanes, key[0]);
+    }
 };
 
 // 128 bits of one plane for each lane's block.
 struct Plane {
-    Words first, second;
+    Pair first, second;
 };
 
-// The rounds' keys and the middle rounds, which all the ways below end with.
-template <int from>
-Plane finish(Words c0, Words c1, Words c2, Words c3, Words k0, Words k1) {
-    for (int round = from; round < 7; ++round) {
-        const Words p0 = multiply_low(c0, Words::all(mul0)), p1 = multiply_low(c2, Words::all(mul1));
-        const Words r0 = add(k0, Words::all(round * weyl0)), r1 = add(k1, Words::all(round * weyl1));
-        c0 = xor3(high_half(p1), c1, r0);
-        c2 = xor3(high_half(p0), c3, r1);
-        c1 = p1;
-        c3 = p0;
-    }
-    return {join_low(c0, c1), join_low(c2, c3)};
+inline void philox_round(Pair& c0, Pair& c1, Pair& c2, Pair& c3, Pair key0, Pair key1) {
+    const Pair p0 = multiply_low(c0, Pair::all(mul0)), p1 = multiply_low(c2, Pair::all(mul1));
+    c0 = xor3(high_half(p1), c1, key0);
+    c2 = xor3(high_half(p0), c3, key1);
+    c1 = p1;
+    c3 = p0;
 }
 
 // Any blocks under any keys.
 struct Mixed {
-    Words number, key;
+    explicit Mixed(const Blocks&) {}
 
-    Mixed(const Blocks& blocks, const int* index) {
-        uint64_t numbers[Words::lanes], keys[Words::lanes];
-        for (int i = 0; i < Words::lanes; ++i) {
-            numbers[i] = blocks.number[index[i]];
-            keys[i] = blocks.key[index[i]];
+    struct Lanes {
+        Pair number, key;
+
+        Lanes(const Mixed&, Pair number, Pair key) : number(number), key(key) {}
+
+        Plane plane(const Mixed&, int l) const {
+            Pair c0 = number, c1 = high_half(number), c2 = Pair::all(static_cast<uint64_t>(l)), c3 = Pair::all(0);
+            Pair key0 = key, key1 = high_half(key);
+            for (int round = 0; round < rounds; ++round) {
+                philox_round(c0, c1, c2, c3, key0, key1);
+                key0 = add(key0, Pair::all(weyl0));
+                key1 = add(key1, Pair::all(weyl1));
+            }
+            return {join_low(c0, c1), join_low(c2, c3)};
         }
-        number = Words::load(numbers);
-        key = Words::load(keys);
-    }
-    Plane plane(int l) const {
-        return finish<0>(number, high_half(number), Words::all(l), Words::all(0), key, high_half(key));
-    }
+    };
 };
 
 // Blocks under one key whose numbers share their high half. Then only counter word 0 differs between lanes
 // and only word 2 between planes, so the first two rounds split into a part for the lanes, computed once,
 // and scalars for the plane.
 struct Uniform {
-    Words product, high, word3;
-    uint64_t number_high, k0, k1;
+    uint64_t number_high, key0[rounds], key1[rounds];
 
-    Uniform(const Blocks& blocks, const int* index)
-        : number_high(blocks.number[0] >> 32), k0(blocks.key[0] & low), k1(blocks.key[0] >> 32) {
-        uint64_t numbers[Words::lanes];
-        for (int i = 0; i < Words::lanes; ++i) numbers[i] = blocks.number[index[i]];
-        word3 = multiply_low(Words::load(numbers), Words::all(mul0));
-        product = multiply_low(xor2(high_half(word3), Words::all(k1)), Words::all(mul1));
-        high = high_half(product);
+    explicit Uniform(const Blocks& blocks) : number_high(blocks.number[0] >> 32) {
+        for (int round = 0; round < rounds; ++round) {
+            key0[round] = (blocks.key[0] + round * weyl0) & low;
+            key1[round] = ((blocks.key[0] >> 32) + round * weyl1) & low;
+        }
     }
-    Plane plane(int l) const {
-        const uint64_t p1 = mul1 * static_cast<uint64_t>(l);
-        const uint64_t p0 = mul0 * ((p1 >> 32 ^ number_high ^ k0) & low);
-        const uint64_t c0 = (p1 ^ (k0 + weyl0)) & low, c2 = (p0 >> 32 ^ (k1 + weyl1)) & low;
-        return finish<2>(xor2(high, Words::all(c0)), product, xor2(word3, Words::all(c2)), Words::all(p0),
-                         Words::all(k0), Words::all(k1));
-    }
+
+    struct Lanes {
+        Pair product, high, word3;
+
+        Lanes(const Uniform& shared, Pair number, Pair) : product(), high(), word3(multiply_low(number, Pair::all(mul0))) {
+            product = multiply_low(xor2(high_half(word3), Pair::all(shared.key1[0])), Pair::all(mul1));
+            high = high_half(product);
+        }
+
+        Plane plane(const Uniform& shared, int l) const {
+            const uint64_t p1 = mul1 * static_cast<uint64_t>(l);
+            const uint64_t p0 = mul0 * (p1 >> 32 ^ shared.number_high ^ shared.key0[0]);
+            Pair c0 = xor2(high, Pair::all((p1 & low) ^ shared.key0[1])), c1 = product;
+            Pair c2 = xor2(word3, Pair::all(p0 >> 32 ^ shared.key1[1])), c3 = Pair::all(p0);
+            for (int round = 2; round < rounds; ++round)
+                philox_round(c0, c1, c2, c3, Pair::all(shared.key0[round]), Pair::all(shared.key1[round]));
+            return {join_low(c0, c1), join_low(c2, c3)};
+        }
+    };
 };
 
-struct Comparison {
-    Words below, undecided;
+inline uint64_t bit_of(uint64_t T, int plane) { return T >> (31 - plane) & 1 ? ~0ull : 0; }
 
-    // A plane further up decides over those below it, so planes may be added from the least significant on.
-    void add_above(Words plane, bool bit) {
-        below = bit ? or_not(below, plane) : and_not(below, plane);
-        undecided = bit ? and_(undecided, plane) : and_not(undecided, plane);
-    }
-};
-
+// The most significant planes, for all blocks. A plane further up decides over those below it, so they are
+// added from the least significant on.
 template <class Source>
-void common(Blocks& blocks, uint64_t T, int planes) {
-    constexpr int step = together * Words::lanes;
-    for (int first = 0; first < blocks.count; first += step) {
-        int index[step];
-        for (int i = 0; i < step; ++i) index[i] = std::min(first + i, blocks.count - 1);
-        const Source sources[together] = {Source(blocks, index), Source(blocks, index + Words::lanes)};
-        Comparison compared[together][2];
-        for (auto& pair : compared)
-            for (Comparison& half : pair) half = {Words::all(0), Words::all(~0ull)};
+void common(Blocks& blocks, const Source& source, uint64_t T, int planes, bool more) {
+    uint64_t counting[Pair::lanes];
+    for (int i = 0; i < Pair::lanes; ++i) counting[i] = i;
+    const Pair iota = Pair::load(counting);
+    blocks.open.count = 0;
+    for (int first = 0; first < blocks.count; first += Pair::lanes) {
+        const Pair number = Pair::load(blocks.number + first), key = Pair::load(blocks.key + first);
+        const typename Source::Lanes lanes(source, number, key);
+        Pair below0 = Pair::all(0), below1 = below0, equal0 = Pair::all(~0ull), equal1 = equal0;
         for (int l = planes - 1; l >= 0; --l) {
-            const bool bit = T >> (31 - l) & 1;
-            for (int i = 0; i < together; ++i) {
-                const Plane plane = sources[i].plane(l);
-                compared[i][0].add_above(plane.first, bit);
-                compared[i][1].add_above(plane.second, bit);
-            }
+            const Plane plane = lanes.plane(source, l);
+            const Pair bit = Pair::all(bit_of(T, l));
+            below0 = below_above(below0, plane.first, bit);
+            below1 = below_above(below1, plane.second, bit);
+            equal0 = equal_above(equal0, plane.first, bit);
+            equal1 = equal_above(equal1, plane.second, bit);
         }
-        for (int i = 0; i < together; ++i) {
-            const int at = 2 * (first + i * Words::lanes);
-            if (at >= 2 * blocks.count) break;
-            Words::store_pairs(blocks.below + at, compared[i][0].below, compared[i][1].below);
-            Words::store_pairs(blocks.undecided + at, compared[i][0].undecided, compared[i][1].undecided);
-        }
+        Pair::store_pairs(blocks.below + 2 * first, below0, below1);
+        if (more) blocks.open.add(add(iota, Pair::all(first)), number, key, equal0, equal1);
     }
 }
 
 // Further planes for the blocks that have an undecided position left.
 template <class Source>
-void rest(Blocks& blocks, uint64_t T, int from, int planes) {
-    int open[capacity + Words::lanes];
-    int count = 0;
-    for (int b = 0; b < blocks.count; ++b) {
-        open[count] = b;
-        count += (blocks.undecided[2 * b] | blocks.undecided[2 * b + 1]) != 0;
-    }
-    for (int l = from; l < planes && count; ++l) {
-        const uint64_t bit = T >> (31 - l) & 1 ? ~0ull : 0;
-        for (int i = count; i < count + Words::lanes; ++i) open[i] = open[count - 1];
-        int still = 0;
-        for (int first = 0; first < count; first += Words::lanes) {
-            const Plane plane = Source(blocks, open + first).plane(l);
-            uint64_t words[2][Words::lanes];
-            plane.first.store(words[0]);
-            plane.second.store(words[1]);
-            const int filled = std::min(Words::lanes, count - first);
-            for (int i = 0; i < filled; ++i) {
-                const int b = open[first + i];
-                uint64_t left = 0;
-                for (int half = 0; half < 2; ++half) {
-                    uint64_t& undecided = blocks.undecided[2 * b + half];
-                    blocks.below[2 * b + half] |= undecided & ~words[half][i] & bit;
-                    undecided &= ~(words[half][i] ^ bit);
-                    left |= undecided;
+void rest(Blocks& blocks, const Source& source, uint64_t T, int from, int planes) {
+    Open& open = blocks.open;
+    for (int l = from; l < planes && open.count; ++l) {
+        const uint64_t bit = bit_of(T, l);
+        const int count = open.count;
+        open.pad();
+        open.count = 0;
+        for (int at = 0; at < count; at += Pair::lanes) {
+            const Pair index = Pair::load(open.index + at), number = Pair::load(open.number + at);
+            const Pair key = Pair::load(open.key + at);
+            const Pair first = Pair::load(open.first + at), second = Pair::load(open.second + at);
+            const Plane plane = typename Source::Lanes(source, number, key).plane(source, l);
+            const Pair still_first = equal_above(first, plane.first, Pair::all(bit));
+            const Pair still_second = equal_above(second, plane.second, Pair::all(bit));
+            if (bit) {
+                uint64_t decided[2 * Pair::lanes];
+                Pair::store_pairs(decided, xor2(first, still_first), xor2(second, still_second));
+                const int filled = std::min(Pair::lanes, count - at);
+                for (int i = 0; i < filled; ++i) {
+                    uint64_t* below = blocks.below + 2 * open.index[at + i];
+                    below[0] |= decided[2 * i];
+                    below[1] |= decided[2 * i + 1];
                 }
-                open[still] = b;
-                still += left != 0;
             }
+            open.add(index, number, key, still_first, still_second);
         }
-        count = still;
     }
 }
 
 template <class Source>
-void generate(Blocks& blocks, uint64_t T) {
+void generate_with(Blocks& blocks, uint64_t T) {
     int planes = 32;
     while (!(T >> (32 - planes) & 1)) --planes;  // below T's last set bit nothing can be decided any more
     const int first = std::min(planes, common_planes);
-    common<Source>(blocks, T, first);
-    if (planes > first) rest<Source>(blocks, T, first, planes);
+    blocks.pad();
+    const Source source(blocks);
+    common(blocks, source, T, first, planes > first);
+    rest(blocks, source, T, first, planes);
 }
 
 // Fill `below` for the blocks added.
@@ -188,9 +247,9 @@ void generate(Blocks& blocks, uint64_t T) {
     if (T == 0 || T > low)
         std::fill_n(blocks.below, 2 * blocks.count, T ? ~0ull : 0);
     else if (blocks.mixed)
-        generate<Mixed>(blocks, T);
+        generate_with<Mixed>(blocks, T);
     else
-        generate<Uniform>(blocks, T);
+        generate_with<Uniform>(blocks, T);
 }
 
 }  // namespace

@@ -30,9 +30,23 @@ struct Words {
     friend Words join_low(Words low, Words high) {
         return {_mm256_blend_epi32(low.v, _mm256_slli_epi64(high.v, 32), 0xAA)};
     }
-    friend Words and_(Words a, Words b) { return {_mm256_and_si256(a.v, b.v)}; }
-    friend Words and_not(Words a, Words b) { return {_mm256_andnot_si256(b.v, a.v)}; }
-    friend Words or_not(Words a, Words b) { return {_mm256_or_si256(a.v, xor2(b, all(~0ull)).v)}; }
+    friend Words below_above(Words below, Words plane, Words bit) {
+        const __m256i other = _mm256_andnot_si256(plane.v, _mm256_or_si256(below.v, bit.v));
+        return {_mm256_or_si256(other, _mm256_and_si256(below.v, bit.v))};
+    }
+    friend Words equal_above(Words equal, Words plane, Words bit) {
+        return {_mm256_andnot_si256(xor2(plane, bit).v, equal.v)};
+    }
+    friend unsigned nonzero(Words a, Words b) {
+        const __m256i either = _mm256_or_si256(a.v, b.v);
+        const __m256i zero = _mm256_cmpeq_epi64(either, _mm256_setzero_si256());
+        return ~static_cast<unsigned>(_mm256_movemask_pd(_mm256_castsi256_pd(zero))) & 15;
+    }
+    static void compress(uint64_t* to, unsigned chosen, Words words) {
+        uint64_t lane[lanes];
+        words.store(lane);
+        compress_lanes(to, chosen, lane, lanes);
+    }
 };
 
 struct Floats {

@@ -14,7 +14,6 @@ struct Words {
 
     static Words load(const uint64_t* from) { return {_mm512_loadu_si512(from)}; }
     static Words all(uint64_t value) { return {_mm512_set1_epi64(static_cast<long long>(value))}; }
-    void store(uint64_t* to) const { _mm512_storeu_si512(to, v); }
     static void store_pairs(uint64_t* to, Words a, Words b) {
         const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
         const __m512i second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
@@ -29,9 +28,21 @@ struct Words {
     friend Words join_low(Words low, Words high) {
         return {_mm512_mask_shuffle_epi32(low.v, 0xAAAA, high.v, _MM_PERM_CCAA)};
     }
-    friend Words and_(Words a, Words b) { return {_mm512_and_si512(a.v, b.v)}; }
-    friend Words and_not(Words a, Words b) { return {_mm512_andnot_si512(b.v, a.v)}; }
-    friend Words or_not(Words a, Words b) { return {_mm512_ternarylogic_epi64(a.v, b.v, b.v, 0xF3)}; }
+    // 0xB2 is c ? a | ~b : a & ~b, and 0x90 is a & ~(b ^ c).
+    friend Words below_above(Words below, Words plane, Words bit) {
+        return {_mm512_ternarylogic_epi64(below.v, plane.v, bit.v, 0xB2)};
+    }
+    friend Words equal_above(Words equal, Words plane, Words bit) {
+        return {_mm512_ternarylogic_epi64(equal.v, plane.v, bit.v, 0x90)};
+    }
+    // Lanes in which either is not zero.
+    friend unsigned nonzero(Words a, Words b) {
+        const __m512i either = _mm512_or_si512(a.v, b.v);
+        return _mm512_test_epi64_mask(either, either);
+    }
+    static void compress(uint64_t* to, unsigned chosen, Words words) {
+        _mm512_storeu_si512(to, _mm512_maskz_compress_epi64(static_cast<__mmask8>(chosen), words.v));
+    }
 };
 
 struct Floats {

@@ -19,7 +19,6 @@ struct Words {
     }
     static Words load(const uint64_t* from) { return make([=](int i) { return from[i]; }); }
     static Words all(uint64_t value) { return make([=](int) { return value; }); }
-    void store(uint64_t* to) const { std::memcpy(to, lane, sizeof lane); }
     // Lanes of two vectors in turn.
     static void store_pairs(uint64_t* to, Words a, Words b) {
         for (int i = 0; i < lanes; ++i) to[2 * i] = a.lane[i], to[2 * i + 1] = b.lane[i];
@@ -36,9 +35,24 @@ struct Words {
     friend Words join_low(Words low, Words high) {
         return make([&](int i) { return (low.lane[i] & 0xFFFFFFFF) | high.lane[i] << 32; });
     }
-    friend Words and_(Words a, Words b) { return make([&](int i) { return a.lane[i] & b.lane[i]; }); }
-    friend Words and_not(Words a, Words b) { return make([&](int i) { return a.lane[i] & ~b.lane[i]; }); }
-    friend Words or_not(Words a, Words b) { return make([&](int i) { return a.lane[i] | ~b.lane[i]; }); }
+    // Where the plane is another than T's bit it decides, whatever the planes below it said.
+    friend Words below_above(Words below, Words plane, Words bit) {
+        return make([&](int i) {
+            return (~plane.lane[i] & (below.lane[i] | bit.lane[i])) | (below.lane[i] & bit.lane[i]);
+        });
+    }
+    // Where the plane is T's bit it leaves the question open.
+    friend Words equal_above(Words equal, Words plane, Words bit) {
+        return make([&](int i) { return equal.lane[i] & ~(plane.lane[i] ^ bit.lane[i]); });
+    }
+    friend unsigned nonzero(Words a, Words b) {
+        unsigned chosen = 0;
+        for (int i = 0; i < lanes; ++i) chosen |= static_cast<unsigned>((a.lane[i] | b.lane[i]) != 0) << i;
+        return chosen;
+    }
+    static void compress(uint64_t* to, unsigned chosen, Words words) {
+        compress_lanes(to, chosen, words.lane, lanes);
+    }
 };
 
 template <class T, int N>
