@@ -23,27 +23,33 @@ std::vector<Dim> dims(const Sizes& shape, const Sizes& x, const Sizes& y, const 
     return result;
 }
 
-void masked_affine(uintptr_t x, uintptr_t y, int dtype, const Sizes& shape, const Sizes& x_strides,
-                   const Sizes& y_strides, const Sizes& mask_strides, int64_t base, uint64_t T, double scale,
-                   double shift, double fill, uint64_t key, uintptr_t keys, const Sizes& key_strides) {
-    const Task task{static_cast<Dtype>(dtype),
-                    reinterpret_cast<const void*>(x),
-                    reinterpret_cast<void*>(y),
-                    keys ? reinterpret_cast<const uint64_t*>(keys) : &key,
-                    dims(shape, x_strides, y_strides, mask_strides, key_strides),
-                    static_cast<uint64_t>(base),
-                    T,
-                    scale,
-                    shift,
-                    fill};
+void run_released(const Task& task) {
     nb::gil_scoped_release release;
     run(task);
+}
+
+void flat(uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t base, uint64_t T, double scale, double shift,
+          double fill, int64_t key) {
+    const uint64_t bits = static_cast<uint64_t>(key);
+    run_released({static_cast<Dtype>(dtype), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), &bits,
+                  {{n, 1, 1, 1, 0}}, static_cast<uint64_t>(base), T, scale, shift, fill});
+}
+
+void strided(uintptr_t x, uintptr_t y, int dtype, const Sizes& shape, const Sizes& x_strides,
+             const Sizes& y_strides, const Sizes& mask_strides, int64_t base, uint64_t T, double scale,
+             double shift, double fill, int64_t key, uintptr_t keys, const Sizes& key_strides) {
+    const uint64_t bits = static_cast<uint64_t>(key);
+    run_released({static_cast<Dtype>(dtype), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y),
+                  keys ? reinterpret_cast<const uint64_t*>(keys) : &bits,
+                  dims(shape, x_strides, y_strides, mask_strides, key_strides), static_cast<uint64_t>(base), T,
+                  scale, shift, fill});
 }
 
 }  // namespace
 
 NB_MODULE(_native, module) {
-    module.def("masked_affine", &masked_affine);
+    module.def("flat", &flat);
+    module.def("strided", &strided);
     module.def("isa", &isa);
     module.def("set_isa", &set_isa);
     module.def("compiled_isas", &compiled_isas);

@@ -67,16 +67,15 @@ def dropout(
     """
     T, scale = _keep(p)
     _check_input(x)
-    _check_key(key)
+    if key is not None:
+        _check_key(key, x.shape)
     if not training or p == 0:
         return x
-    if key is None:
-        bits = op.draw_key(x)
-    else:
-        bits = _bits_for(key, x)
-    geometry = _geometry(x, tuple(broadcast_dims), bits.dim())
-    operation = op.masked_affine_ if inplace else op.masked_affine
-    return operation(x, bits, geometry, T, scale)
+    bits = op.draw_key(x) if key is None else _bits_for(key, x)
+    geometry = _geometry(x.shape, tuple(broadcast_dims), 0 if isinstance(bits, int) else bits.dim())
+    if inplace:
+        return op.masked_affine_(x, bits, geometry, T, scale)
+    return op.masked_affine(x, bits, geometry, T, scale)
 
 
 def keep_mask(
@@ -108,11 +107,8 @@ def keep_mask(
             [0, 0, 0, 1, 0, 0]], dtype=torch.int32)
     """
     T, _ = _keep(p)
-    if key is None:
-        raise TypeError("keep_mask needs a key: a mask is a function of it")
-    _check_key(key)
     shape = tuple(shape)
-    _check_key_shape(key, shape)
+    _check_key(key, shape)
     bits = key.bits if device is None else key.bits.to(device)
     return op.keep_mask(bits, shape, shared(shape, broadcast_dims, bits.dim()), T)
 
@@ -133,10 +129,10 @@ def _keep(p: float) -> tuple[int, float]:
     return _threshold(p) if torch.compiler.is_compiling() else _threshold_cached(p)
 
 
-def _geometry(x: Tensor, broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
+def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
     if torch.compiler.is_compiling():
-        return shared(x.shape, broadcast_dims, key_dims)
-    return shared_cached(x.shape, broadcast_dims, key_dims)
+        return shared(shape, broadcast_dims, key_dims)
+    return shared_cached(shape, broadcast_dims, key_dims)
 
 
 def _check_input(x: Tensor) -> None:
@@ -149,13 +145,10 @@ def _check_input(x: Tensor) -> None:
         )
 
 
-def _check_key(key: Key | None) -> None:
-    if key is not None and not isinstance(key, Key):
+def _check_key(key: Key, shape: Sequence[int]) -> None:
+    if not isinstance(key, Key):
         hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
-        raise TypeError(f"key must be a thinned.Key or None, got {key!r} of type {type(key).__name__}{hint}")
-
-
-def _check_key_shape(key: Key, shape: Sequence[int]) -> None:
+        raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}{hint}")
     if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1])):
         rows = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
         raise RuntimeError(
@@ -165,7 +158,6 @@ def _check_key_shape(key: Key, shape: Sequence[int]) -> None:
 
 
 def _bits_for(key: Key, x: Tensor) -> Tensor:
-    _check_key_shape(key, x.shape)
     bits = key.bits
     if bits.device != x.device:
         if bits.dim():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from hashlib import blake2b
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from thinned.philox import high32, low32, philox4x32, signed64
 
-__all__ = ["Key", "draw"]
+__all__ = ["Key", "draw", "draw_int"]
 
 
 class Key:
@@ -143,8 +144,18 @@ def _digest(name: str) -> int:
 
 
 def draw(device: torch.device) -> Tensor:
-    """One key's bits from torch's default generator of a device, in one draw.
+    """One key's bits from torch's default generator of a device, in one draw."""
+    return torch.empty((), dtype=torch.int64, device=device).random_()
 
-    Under :func:`torch.vmap` it follows the ``randomness`` argument, as every random function of torch does.
-    """
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+def draw_int() -> int:
+    """The number that :func:`draw` gives for the CPU, without a new tensor."""
+    try:
+        place = _local.place
+    except AttributeError:
+        with torch.inference_mode(False):
+            place = _local.place = torch.empty((), dtype=torch.int64, device="cpu")
+    return place.random_().item()  # type: ignore[no-any-return]
+
+
+_local = threading.local()

@@ -2,8 +2,8 @@
 
 ``masked_affine`` is ``y_i = keep(m(i)) ? x_i * scale + shift : fill``; ``keep_mask`` is the mask itself.
 ``m`` is a :class:`~thinned.geometry.Geometry`; ``keep(m)`` holds when the 32-bit number of mask index ``m``
-under the key is below ``T``; the key is an int64 tensor whose shape is that of ``x``'s leading dimensions:
-``()`` for one key, ``(n,)`` for one for each of ``n`` rows.
+under the key is below ``T``. The key is an int64 tensor whose shape is that of ``x``'s leading dimensions,
+``()`` for one key and ``(n,)`` for one for each of ``n`` rows, or the int64 number that is one key.
 
 Plain tensors in eager mode go straight to a backend, since a call through torch's dispatcher from Python
 costs more than the work on a small tensor. Whatever must be traced or dispatched goes through
@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from thinned import backends
 from thinned.geometry import Geometry
-from thinned.keys import draw
+from thinned.keys import draw, draw_int
 
 __all__ = ["draw_key", "keep_mask", "masked_affine", "masked_affine_"]
 
@@ -43,7 +43,13 @@ _library.define(
 
 
 def masked_affine(
-    x: Tensor, key: Tensor, geometry: Geometry, T: int, scale: float, shift: float = 0.0, fill: float = 0.0
+    x: Tensor,
+    key: int | Tensor,
+    geometry: Geometry,
+    T: int,
+    scale: float,
+    shift: float = 0.0,
+    fill: float = 0.0,
 ) -> Tensor:
     """``keep(m(i)) ? x_i * scale + shift : fill``, in a tensor of ``x``'s dtype and memory format.
 
@@ -51,14 +57,22 @@ def masked_affine(
     counts as its two parts. Differentiable in ``x`` to any order, in both modes.
     """
     if _is_traced(x):
-        return torch.ops.thinned.masked_affine(x, key, *geometry, T, scale, shift, fill)  # type: ignore[no-any-return]
-    if _is_differentiated(x):
-        return _MaskedAffine.apply(x, key, *geometry, T, scale, shift, fill)  # type: ignore[no-any-return,no-untyped-call]
+        return _traced(x, _tensor(key, x), *geometry, T, scale, shift, fill)
+    if _is_transformed():
+        return _Transformed.apply(x, _tensor(key, x), *geometry, T, scale, shift, fill)  # type: ignore[no-any-return,no-untyped-call]
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Eager.apply(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return,no-untyped-call]
     return _run(x, key, geometry, T, scale, shift, fill)
 
 
 def masked_affine_(
-    x: Tensor, key: Tensor, geometry: Geometry, T: int, scale: float, shift: float = 0.0, fill: float = 0.0
+    x: Tensor,
+    key: int | Tensor,
+    geometry: Geometry,
+    T: int,
+    scale: float,
+    shift: float = 0.0,
+    fill: float = 0.0,
 ) -> Tensor:
     """:func:`masked_affine` written over ``x``. A refused call has changed no element."""
     if _is_traced(x) or _is_transformed() or x.is_conj() or x.is_neg():
@@ -67,7 +81,7 @@ def masked_affine_(
     if torch.is_grad_enabled() and x.requires_grad:
         _refuse_leaf(x)
         # Autograd's own checks all come with this call; the data is written once they have passed.
-        x = _MarkWritten.apply(x, key, geometry, T, scale)  # type: ignore[no-untyped-call]
+        x = _Written.apply(x, (key, geometry, T, scale))  # type: ignore[no-untyped-call]
     else:
         _count_write(x)
     data = x.detach()
@@ -80,11 +94,17 @@ def keep_mask(key: Tensor, shape: Sequence[int], geometry: Geometry, T: int) -> 
     return torch.ops.thinned.keep_mask(key, shape, *geometry, T)  # type: ignore[no-any-return]
 
 
-def draw_key(x: Tensor) -> Tensor:
-    """One key's bits from the default generator of ``x``'s device; compiled code draws what eager code does."""
+def draw_key(x: Tensor) -> int | Tensor:
+    """One key's bits from the default generator of ``x``'s device, in one draw.
+
+    Compiled code draws what eager code draws. Under :func:`torch.vmap` the draw follows the ``randomness``
+    argument, as that of every random function of torch does.
+    """
     if _is_traced(x):
         return torch.ops.thinned.draw_key(x.device)  # type: ignore[no-any-return]
-    return draw(x.device)
+    if _is_transformed():
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+    return draw_int() if x.is_cpu else draw(x.device)
 
 
 def _is_traced(x: Tensor) -> bool:
@@ -101,8 +121,12 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _is_differentiated(x: Tensor) -> bool:
-    return (x.requires_grad and torch.is_grad_enabled()) or _is_transformed()
+def _traced(x: Tensor, *arguments: Any) -> Tensor:
+    return torch.ops.thinned.masked_affine(x, *arguments)  # type: ignore[no-any-return]
+
+
+def _tensor(key: int | Tensor, x: Tensor) -> Tensor:
+    return key if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int64, device=x.device)
 
 
 def _backend(x: Tensor) -> backends.Backend:
@@ -111,7 +135,7 @@ def _backend(x: Tensor) -> backends.Backend:
 
 def _run(
     x: Tensor,
-    key: Tensor,
+    key: int | Tensor,
     geometry: Geometry,
     T: int,
     scale: float,
@@ -125,8 +149,50 @@ def _run(
     return _backend(x).masked_affine(x, key, geometry, T, scale, shift, fill, out)
 
 
-class _MaskedAffine(torch.autograd.Function):
-    """The operation as the short way to autograd and to functorch's transforms: nothing of x is saved."""
+def _linear(
+    x: Tensor, key: int | Tensor, geometry: Geometry, T: int, scale: float, layout: tuple[int, ...]
+) -> Tensor:
+    """The operation's linear part, its own derivative, in the memory format that ``layout`` gives.
+
+    A gradient takes the input's memory format, whatever that of the gradient that comes in.
+    """
+    if _is_traced(x) or _is_transformed() or (x.requires_grad and torch.is_grad_enabled()):
+        if x.stride() != layout and not torch._C._are_functorch_transforms_active():
+            x = x.new_empty_strided(x.shape, layout).copy_(x)
+        return masked_affine(x, key, geometry, T, scale)
+    return _run(x, key, geometry, T, scale, 0.0, 0.0, layout)
+
+
+class _Eager(torch.autograd.Function):
+    """The short way to autograd. Nothing of the tensor's size is kept: the key gives the mask again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        out = _run(x, *arguments)
+        ctx.linear = *arguments[:4], out.stride()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _linear(grad, *ctx.linear), None
+
+
+class _Written(torch.autograd.Function):
+    """Tells autograd that x is about to be written over."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: tuple[Any, ...]) -> Tensor:
+        ctx.linear = *linear, x.stride()
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _linear(grad, *ctx.linear), None
+
+
+class _Transformed(torch.autograd.Function):
+    """The way through functorch's transforms and forward-mode differentiation."""
 
     @staticmethod
     def forward(
@@ -138,65 +204,30 @@ class _MaskedAffine(torch.autograd.Function):
         scale: float,
         shift: float,
         fill: float,
-        layout: tuple[int, ...] | None = None,
     ) -> Tensor:
-        return _run(x, key, Geometry(strides, base), T, scale, shift, fill, layout)
+        if _is_traced(x):
+            return _traced(x, key, strides, base, T, scale, shift, fill)
+        return _run(x, key, Geometry(strides, base), T, scale, shift, fill)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, key, strides, base, T, scale, *_ = inputs
         ctx.save_for_backward(key)
         ctx.save_for_forward(key)
-        ctx.linear = strides, base, T, scale
-        # Gradients take the input's memory format, whatever that of the incoming gradient.
-        ctx.layout = None if torch._C._are_functorch_transforms_active() else output.stride()
+        ctx.linear = Geometry(strides, base), T, scale, output.stride()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (_linear(grad, ctx.saved_tensors[0], *ctx.linear, layout=ctx.layout), *(None,) * 8)
+        return _linear(grad, ctx.saved_tensors[0], *ctx.linear), *(None,) * 7
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _linear(tangent, ctx.saved_tensors[0], *ctx.linear)
+        geometry, T, scale, _ = ctx.linear
+        return masked_affine(tangent, ctx.saved_tensors[0], geometry, T, scale)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        return _vmap_masked_affine(info, in_dims, x, key, *rest[:6])
-
-
-class _MarkWritten(torch.autograd.Function):
-    """Tells autograd that x is about to be written over."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, key: Tensor, geometry: Geometry, T: int, scale: float) -> Tensor:
-        ctx.save_for_backward(key)
-        ctx.linear = *geometry, T, scale
-        ctx.layout = x.stride()
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (_linear(grad, ctx.saved_tensors[0], *ctx.linear, layout=ctx.layout), *(None,) * 4)
-
-
-def _linear(
-    x: Tensor,
-    key: Tensor,
-    strides: tuple[int, ...],
-    base: int,
-    T: int,
-    scale: float,
-    layout: tuple[int, ...] | None = None,
-) -> Tensor:
-    """The operation's linear part, which is its derivative and its derivative's derivative."""
-    if _is_traced(x):
-        x = x if layout is None or x.stride() == layout else x.new_empty_strided(x.shape, layout).copy_(x)
-    elif _is_differentiated(x):
-        return _MaskedAffine.apply(x, key, strides, base, T, scale, 0.0, 0.0, layout)  # type: ignore[no-any-return,no-untyped-call]
-    else:
-        return _run(x, key, Geometry(strides, base), T, scale, 0.0, 0.0, layout)
-    return masked_affine(x, key, Geometry(strides, base), T, scale)
+        return _vmap_masked_affine(info, in_dims, x, key, *rest)
 
 
 def _refuse_leaf(x: Tensor) -> None:
@@ -268,12 +299,11 @@ def _draw_key_fake(device: torch.device) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, key, strides, base, T, scale, *_ = inputs
     ctx.save_for_backward(key)
-    ctx.linear = tuple(strides), base, T, scale
-    ctx.layout = output.stride()
+    ctx.linear = Geometry(tuple(strides), base), T, scale, output.stride()
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (_linear(grad, ctx.saved_tensors[0], *ctx.linear, layout=ctx.layout), *(None,) * 7)
+    return _linear(grad, ctx.saved_tensors[0], *ctx.linear), *(None,) * 7
 
 
 torch.library.register_autograd(

@@ -34,7 +34,7 @@ class Backend(Protocol):
     def masked_affine(
         self,
         x: Tensor,
-        key: Tensor,
+        key: int | Tensor,
         geometry: Geometry,
         T: int,
         scale: float,
@@ -44,8 +44,8 @@ class Backend(Protocol):
     ) -> Tensor:
         """Write ``keep ? x * scale + shift : fill`` into ``out``, which may be ``x``."""
 
-    def keep_mask(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
-        """Which elements are kept, as a bool tensor on the key's device."""
+    def keep_mask(self, key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
+        """Which elements are kept, as a bool tensor on the key's device, an int's being the CPU."""
 
 
 def available() -> dict[str, Backend]:

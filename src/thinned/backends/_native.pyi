@@ -5,8 +5,22 @@ dtypes: tuple[str, ...]
 flags: str
 
 def compiled_isas() -> list[str]: ...
+def flat(
+    x: int,
+    y: int,
+    dtype: int,
+    n: int,
+    base: int,
+    T: int,
+    scale: float,
+    shift: float,
+    fill: float,
+    key: int,
+    /,
+) -> None: ...
 def isa() -> str: ...
-def masked_affine(
+def set_isa(name: str, /) -> None: ...
+def strided(
     x: int,
     y: int,
     dtype: int,
@@ -24,6 +38,5 @@ def masked_affine(
     key_strides: Sequence[int],
     /,
 ) -> None: ...
-def set_isa(name: str, /) -> None: ...
 def supported_isas() -> list[str]: ...
 def threads() -> int: ...

@@ -23,7 +23,7 @@ _CODES: dict[torch.dtype, int] = {getattr(torch, name): code for code, name in e
 
 def masked_affine(
     x: Tensor,
-    key: Tensor,
+    key: int | Tensor,
     geometry: Geometry,
     T: int,
     scale: float,
@@ -32,37 +32,27 @@ def masked_affine(
     out: Tensor,
 ) -> Tensor:
     """Write ``keep ? x * scale + shift : fill`` into ``out``; see :func:`thinned.op.masked_affine`."""
-    _fill(x, key, geometry, T, scale, shift, fill, out)
-    return out
-
-
-def keep_mask(key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
-    """Which elements are kept, as a bool tensor; see :func:`thinned.op.keep_mask`."""
-    out = torch.empty(shape, dtype=torch.bool)
-    _fill(out, key, geometry, T, 1.0, 0.0, 0.0, out)
-    return out
-
-
-def _fill(
-    x: Tensor,
-    key: Tensor,
-    geometry: Geometry,
-    T: int,
-    scale: float,
-    shift: float,
-    fill: float,
-    out: Tensor,
-) -> None:
-    strides, base = geometry
-    shape, x_strides, y_strides = x.shape, x.stride(), out.stride()
-    if strides == x_strides == y_strides and x.is_contiguous():
-        # Positions in memory are mask indices: one dimension says it all.
-        shape, strides, x_strides, y_strides = (x.numel(),), (1,), (1,), (1,)
-    if key.dim():
+    if isinstance(key, int):
+        one_key, keys, key_strides = key, 0, ()
+    elif key.dim():
         one_key, keys, key_strides = 0, key.data_ptr(), key.stride()
     else:
-        one_key, keys, key_strides = key.item() & 0xFFFFFFFFFFFFFFFF, 0, ()
-    _native.masked_affine(
-        x.data_ptr(), out.data_ptr(), _CODES[x.dtype], shape, x_strides, y_strides, strides, base, T,
-        scale, shift, fill, one_key, keys, key_strides,
-    )  # fmt: skip
+        one_key, keys, key_strides = key.item(), 0, ()
+    code, source, target = _CODES[x.dtype], x.data_ptr(), out.data_ptr()
+    if (
+        not keys and x.is_contiguous() and out.is_contiguous() and geometry.strides == x.stride()
+    ):
+        # Positions in memory are mask indices: one dimension says it all.
+        _native.flat(source, target, code, x.numel(), geometry.base, T, scale, shift, fill, one_key)
+    else:
+        _native.strided(
+            source, target, code, x.shape, x.stride(), out.stride(), geometry.strides, geometry.base, T,
+            scale, shift, fill, one_key, keys, key_strides,
+        )  # fmt: skip
+    return out
+
+
+def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
+    """Which elements are kept, as a bool tensor; see :func:`thinned.op.keep_mask`."""
+    out = torch.empty(shape, dtype=torch.bool, device="cpu")
+    return masked_affine(out, key, geometry, T, 1.0, 0.0, 0.0, out)

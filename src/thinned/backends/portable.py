@@ -13,8 +13,10 @@ from thinned.philox import low32, philox4x32
 __all__ = ["keep_mask", "masked_affine"]
 
 
-def keep_mask(key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
+def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
     """Which elements are kept, as a bool tensor; see :func:`thinned.op.keep_mask`."""
+    if isinstance(key, int):
+        key = torch.tensor(key, dtype=torch.int64)
     device = key.device
     if T == 0 or T == 2**32 or not math.prod(shape):
         return torch.full(shape, T != 0, dtype=torch.bool, device=device)
@@ -32,7 +34,7 @@ def keep_mask(key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -
 
 def masked_affine(
     x: Tensor,
-    key: Tensor,
+    key: int | Tensor,
     geometry: Geometry,
     T: int,
     scale: float,
