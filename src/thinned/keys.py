@@ -93,7 +93,7 @@ class Key:
         False
         """
         if isinstance(data, str):
-            data = _digest(data)
+            return self.fold(_digest(data))
         if isinstance(data, Tensor):
             if data.dtype != torch.int64:
                 raise TypeError(f"ids to fold into a key must be int64, got {data.dtype}")
@@ -105,7 +105,8 @@ class Key:
             data = torch.full((), data, dtype=torch.int64, device=self.bits.device)
         else:
             raise TypeError(
-                f"a key folds an integer, a string or an int64 tensor, got {data!r} of type {type(data).__name__}"
+                "a key folds an integer, a string or an int64 tensor, "
+                f"got {data!r} of type {type(data).__name__}"
             )
         w0, w1, _, _ = philox4x32((low32(data), high32(data), 0, 1), self.bits, rounds=10)
         return Key.from_bits(w0 | w1 << 32)
@@ -138,7 +139,7 @@ class Key:
         return (Key, (int(self),)) if not self.shape else (Key.from_bits, (self.bits,))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call,untyped-decorator]
+@torch.compiler.assume_constant_result
 def _digest(name: str) -> int:
     return signed64(int.from_bytes(blake2b(name.encode()).digest()[:8], "little"))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from thinned import backends
+from thinned import backends, writable
 from thinned.geometry import Geometry
 from thinned.keys import draw, draw_int
 
@@ -77,13 +77,13 @@ def masked_affine_(
     """:func:`masked_affine` written over ``x``. A refused call has changed no element."""
     if _is_traced(x) or _is_transformed() or x.is_conj() or x.is_neg():
         return x.copy_(masked_affine(x, key, geometry, T, scale, shift, fill))
-    _refuse_overlap(x)
+    writable.refuse_overlap(x)
     if torch.is_grad_enabled() and x.requires_grad:
-        _refuse_leaf(x)
+        writable.refuse_leaf(x)
         # Autograd's own checks all come with this call; the data is written once they have passed.
         x = _Written.apply(x, (key, geometry, T, scale))  # type: ignore[no-untyped-call]
     else:
-        _count_write(x)
+        writable.count_write(x)
     data = x.detach()
     _backend(data).masked_affine(data, key, geometry, T, scale, shift, fill, data)
     return x
@@ -113,7 +113,7 @@ def _is_traced(x: Tensor) -> bool:
         or type(x) not in (Tensor, Parameter)
         or x.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -230,38 +230,6 @@ class _Transformed(torch.autograd.Function):
         return _vmap_masked_affine(info, in_dims, x, key, *rest)
 
 
-def _refuse_leaf(x: Tensor) -> None:
-    if x.is_leaf:
-        raise RuntimeError(
-            "a leaf Variable that requires grad is being used in an in-place operation: "
-            f"{tuple(x.shape)} {x.dtype}; use inplace=False"
-        )
-    base = x._base
-    if base is not None and base.is_leaf and base.requires_grad:
-        raise RuntimeError(
-            "a view of a leaf Variable that requires grad is being used in an in-place operation: "
-            f"{tuple(x.shape)} of {tuple(base.shape)} {x.dtype}; use inplace=False"
-        )
-
-
-def _refuse_overlap(x: Tensor) -> None:
-    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a single memory "
-            f"location: shape {tuple(x.shape)}, strides {x.stride()}. Please clone() the tensor first"
-        )
-
-
-def _count_write(x: Tensor) -> None:
-    if not x.is_inference():
-        torch.autograd.graph.increment_version(x)
-    elif not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "Inplace update to inference tensor outside InferenceMode is not allowed: "
-            f"{tuple(x.shape)} {x.dtype}. Please clone() the tensor first"
-        )
-
-
 @torch.library.impl(_library, "masked_affine", "CompositeExplicitAutograd")
 def _masked_affine_impl(
     x: Tensor, key: Tensor, strides: list[int], base: int, T: int, scale: float, shift: float, fill: float
@@ -270,9 +238,7 @@ def _masked_affine_impl(
 
 
 @torch.library.register_fake("thinned::masked_affine", lib=_library)
-def _masked_affine_fake(
-    x: Tensor, key: Tensor, strides: list[int], base: int, T: int, scale: float, shift: float, fill: float
-) -> Tensor:
+def _masked_affine_fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -282,7 +248,7 @@ def _keep_mask_impl(key: Tensor, shape: list[int], strides: list[int], base: int
 
 
 @torch.library.register_fake("thinned::keep_mask", lib=_library)
-def _keep_mask_fake(key: Tensor, shape: list[int], strides: list[int], base: int, T: int) -> Tensor:
+def _keep_mask_fake(key: Tensor, shape: list[int], *_: Any) -> Tensor:
     return torch.empty(shape, dtype=torch.bool, device=key.device)
 
 

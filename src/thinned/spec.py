@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["dropout", "fold", "keep_mask", "philox4x32", "scale", "threshold"]
+
+Element = TypeVar("Element", bound=np.inexact[Any])
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -107,10 +109,11 @@ def keep_mask(key: int, shape: int | Sequence[int], p: float, *, start: int = 0)
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     index = np.arange(math.prod(shape), dtype=np.uint64) + np.uint64(start)
-    return (uniform(key, index).astype(np.uint64) < np.uint64(threshold(p))).reshape(shape)
+    keep: NDArray[np.bool_] = uniform(key, index).astype(np.uint64) < np.uint64(threshold(p))
+    return keep.reshape(shape)
 
 
-def dropout(x: NDArray[Any], key: int, p: float) -> NDArray[Any]:
+def dropout(x: NDArray[Element], key: int, p: float) -> NDArray[Element]:
     """``keep ? round(opmath(x) * opmath(1/q)) : +0`` for float16, float32, float64 and complex arrays.
 
     opmath is float32 for float16, and the element's own precision otherwise; a complex number counts as its
@@ -119,14 +122,15 @@ def dropout(x: NDArray[Any], key: int, p: float) -> NDArray[Any]:
     >>> dropout(np.ones(6, np.float32), 7, 0.5)
     array([0., 0., 0., 2., 2., 2.], dtype=float32)
     """
+    y = np.array(x)
     if np.iscomplexobj(x):
-        y = np.empty_like(x)
         y.real, y.imag = dropout(x.real, key, p), dropout(x.imag, key, p)
         return y
     T = threshold(p)
     if T == 2**32:
-        return x.copy()
+        return y
     opmath = np.float64 if x.dtype == np.float64 else np.float32
     with np.errstate(all="ignore"):
-        value = (x.astype(opmath) * opmath(scale(T))).astype(x.dtype)
-    return np.where(keep_mask(key, x.shape, p), value, x.dtype.type(0))
+        y[...] = x.astype(opmath) * opmath(scale(T))
+    y[~keep_mask(key, x.shape, p)] = 0
+    return y

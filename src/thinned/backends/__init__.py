@@ -1,6 +1,6 @@
 """The table of backends, which one serves a device, and why one is missing.
 
-A backend is a module with two functions, ``masked_affine`` and ``keep_mask``, and nothing else is asked of it.
+A backend is a module with two functions, ``masked_affine`` and ``keep_mask``, and nothing else.
 
 >>> for_device(torch.device("cpu")) in available().values()
 True
@@ -9,7 +9,7 @@ True
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
+from functools import cache
 from typing import Protocol, cast
 
 import torch
@@ -25,7 +25,7 @@ except ImportError as error:
 else:
     _NATIVE_MISSING = ""
 
-__all__ = ["Backend", "available", "for_device", "missing"]
+__all__ = ["Backend", "available", "describe", "for_device", "missing", "name_for"]
 
 
 class Backend(Protocol):
@@ -61,7 +61,7 @@ def missing() -> dict[str, str]:
     return {"native": _NATIVE_MISSING} if _NATIVE_MISSING else {}
 
 
-@lru_cache(maxsize=None)
+@cache
 def for_device_type(device_type: str) -> Backend:
     """The backend that serves a type of device, such as ``"cpu"``."""
     if device_type != "cpu":
@@ -80,3 +80,16 @@ def for_device_type(device_type: str) -> Backend:
 def for_device(device: torch.device | str) -> Backend:
     """The backend that serves a device."""
     return for_device_type(torch.device(device).type)
+
+
+def name_for(device: torch.device | str) -> str:
+    """The name of the backend that serves a device.
+
+    >>> name_for("cuda")
+    'portable'
+    """
+    serving = for_device(device)
+    return next(name for name, backend in available().items() if backend is serving)
+
+
+from thinned.backends.describe import describe  # noqa: E402  it reads the table above

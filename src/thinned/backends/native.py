@@ -32,16 +32,16 @@ def masked_affine(
     out: Tensor,
 ) -> Tensor:
     """Write ``keep ? x * scale + shift : fill`` into ``out``; see :func:`thinned.op.masked_affine`."""
+    one_key, keys = 0, 0
+    key_strides: tuple[int, ...] = ()
     if isinstance(key, int):
-        one_key, keys, key_strides = key, 0, ()
+        one_key = key
     elif key.dim():
-        one_key, keys, key_strides = 0, key.data_ptr(), key.stride()
+        keys, key_strides = key.data_ptr(), key.stride()
     else:
-        one_key, keys, key_strides = key.item(), 0, ()
+        one_key = int(key.item())
     code, source, target = _CODES[x.dtype], x.data_ptr(), out.data_ptr()
-    if (
-        not keys and x.is_contiguous() and out.is_contiguous() and geometry.strides == x.stride()
-    ):
+    if not keys and x.is_contiguous() and out.is_contiguous() and geometry.strides == x.stride():
         # Positions in memory are mask indices: one dimension says it all.
         _native.flat(source, target, code, x.numel(), geometry.base, T, scale, shift, fill, one_key)
     else:

@@ -65,7 +65,8 @@ def _positions(shape: tuple[int, ...], strides: tuple[int, ...], device: torch.d
 def _below(block: Tensor, key: Tensor, T: int) -> Tensor:
     """``u < T`` for the 128 positions of each block, as four 32-bit words in the last dimension."""
     counter = low32(block), block >> 32 & 0xFFFFFFFF
-    below, undecided = 0, 0xFFFFFFFF
+    below, undecided = torch.zeros_like(block), torch.full_like(block, 0xFFFFFFFF)
+    below, undecided = below.unsqueeze(-1), undecided.unsqueeze(-1)
     last = 32 - (T & -T).bit_length() + 1
     for plane in range(last):
         words = torch.stack(philox4x32((*counter, plane, 0), key, rounds=7), dim=-1)
@@ -74,7 +75,6 @@ def _below(block: Tensor, key: Tensor, T: int) -> Tensor:
             undecided = undecided & words
         else:
             undecided = undecided & ~words
-    assert isinstance(below, Tensor)
     return below
 
 

@@ -1,0 +1,72 @@
+"""What is installed, what serves which device, and how the kernel was built, in words."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from thinned import backends
+
+__all__ = ["describe"]
+
+
+def describe() -> dict[str, dict[str, str]]:
+    """Sections of names and values, for a person to read and to paste into a report.
+
+    >>> describe()["serves"]["cpu"] in backends.available()
+    True
+    """
+    sections = {
+        "versions": {name: _version(name) for name in ("thinned", "torch", "numpy")}
+        | {"python": platform.python_version()},
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "cores": str(os.cpu_count()),
+            "torch threads": str(torch.get_num_threads()),
+        },
+        "backends": dict.fromkeys(backends.available(), "available")
+        | {name: f"missing: {reason}" for name, reason in backends.missing().items()},
+        "serves": {device: backends.name_for(device) for device in _devices()},
+    }
+    if "native" in backends.available():
+        sections["native"] = _native()
+    return sections
+
+
+def _native() -> dict[str, str]:
+    from thinned.backends import _native
+
+    return {
+        "compiler": _native.compiler,
+        "flags": _native.flags,
+        "instruction sets compiled": ", ".join(_native.compiled_isas()),
+        "instruction sets found": ", ".join(_native.supported_isas()),
+        "instruction set used": _native.isa(),
+        "THINNED_ISA": os.environ.get("THINNED_ISA", "not set"),
+        "threads": str(_native.threads()),
+    }
+
+
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ["cpu"] + ([accelerator.type] if accelerator else [])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

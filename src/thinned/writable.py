@@ -1,0 +1,43 @@
+"""Whether a tensor may be written over: torch's own rules and words, checked before anything is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["count_write", "refuse_leaf", "refuse_overlap"]
+
+
+def refuse_leaf(x: Tensor) -> None:
+    """Raise RuntimeError if autograd forbids to write over ``x``, which requires grad."""
+    if x.is_leaf:
+        raise RuntimeError(
+            "a leaf Variable that requires grad is being used in an in-place operation: "
+            f"{tuple(x.shape)} {x.dtype}; use inplace=False"
+        )
+    base = x._base
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise RuntimeError(
+            "a view of a leaf Variable that requires grad is being used in an in-place operation: "
+            f"{tuple(x.shape)} of {tuple(base.shape)} {x.dtype}; use inplace=False"
+        )
+
+
+def refuse_overlap(x: Tensor) -> None:
+    """Raise RuntimeError if two elements of ``x`` are one place in memory."""
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory "
+            f"location: shape {tuple(x.shape)}, strides {x.stride()}. Please clone() the tensor first"
+        )
+
+
+def count_write(x: Tensor) -> None:
+    """Tell autograd that ``x`` is written over, for those who saved it; RuntimeError if it may not be."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+    elif not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed: "
+            f"{tuple(x.shape)} {x.dtype}. Please clone() the tensor first"
+        )
