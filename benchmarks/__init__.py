@@ -1,0 +1,1 @@
+"""What thinned costs beside its peers: `python -m benchmarks`."""

@@ -1,0 +1,77 @@
+"""Measure, print what was promised beside what was found, and append to results.csv."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from statistics import median
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import record
+from benchmarks.case import Bound, Result
+from benchmarks.cases import cases
+from thinned.compare.memory import bytes_saved
+from thinned.compare.settings import Settings
+from thinned.compare.subjects import resolve
+
+# As many threads as any case asks for, whatever the machine has.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def main(
+    only: Annotated[str, typer.Option(help="run only cases whose group or setting contains this")] = "",
+    save: Annotated[bool, typer.Option(help="append to benchmarks/results.csv")] = True,
+) -> None:
+    """Time thinned against its peers by turns; print ratios and whether each promise is kept."""
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    chosen = [case for case in cases() if only in f"{case.group} {case.setting}"]
+    results = [case.run() for case in track(chosen, "measuring", console=Console(stderr=True))]
+    console.print(_table(results))
+    if not only:
+        saved = bytes_saved(resolve("thinned"), Settings())
+        console.print(f"bytes saved for backward an element: {saved} (promised: 0)")
+        console.print(f"import thinned adds {_import_seconds():.3f} s to import torch (promised: under 0.2)")
+    if save and results:
+        record.append(results)
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table("group", "setting", "threads", "set", "ns an element", "promised", "measured", "kept")
+    for result in results:
+        case = result.case
+        about = (case.group, case.setting, str(case.threads), case.isa)
+        spent = ", ".join(f"{name} {result.nanoseconds(name):.3g}" for name in result.seconds)
+        if not case.bounds:
+            table.add_row(*about, spent)
+        for bound in case.bounds:
+            table.add_row(*about, spent, str(bound), *_verdict(result, bound))
+            about, spent = ("", "", "", ""), ""
+    return table
+
+
+def _verdict(result: Result, bound: Bound) -> tuple[str, str]:
+    ratio = result.ratio(bound.subject, bound.other)
+    shown = f"{1 / ratio:.3g}x faster" if bound.limit < 0.5 else f"{ratio:.3g}x"
+    return shown, "yes" if ratio <= bound.limit else "no"
+
+
+def _import_seconds() -> float:
+    script = (
+        "import time, torch; start = time.perf_counter(); import thinned; print(time.perf_counter() - start)"
+    )
+    return median(
+        float(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)
+        for _ in range(5)
+    )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    typer.run(main)

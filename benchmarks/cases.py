@@ -1,0 +1,166 @@
+"""All measurements, with what is promised of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+import thinned
+from benchmarks.case import MULTIPLY, Bound, Case, Work
+from benchmarks.peers import backward, elsewhere, layers
+from thinned.backends import _native
+
+__all__ = ["cases"]
+
+# At p: how many times a multiply, on AVX-512 and on AVX2, and how many times faster than nn.Dropout,
+# forward and with backward.
+PROMISED = {0.5: (1.2, 2, 60, 40), 0.1: (2, 3, 25, 20)}
+THREADS = (1, 2)
+DTYPES = (torch.float32, torch.bfloat16)
+SIZES = (100_000, 1_000_000)
+HUGE = 32_000_000
+
+
+def cases() -> Iterator[Case]:
+    """Every measurement, in the order in which they are shown."""
+    for threads in THREADS:
+        yield from _contiguous(threads)
+        yield from _huge(threads)
+        yield from _layouts(threads)
+    yield from _small()
+    yield from _compiled()
+    yield from _elsewhere()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _contiguous(threads: int) -> Iterator[Case]:
+    widest = _native.supported_isas()[-1]
+    for isa, dtype, elements, p in product(reversed(_native.supported_isas()), DTYPES, SIZES, PROMISED):
+        wide, narrow, faster, faster_backward = PROMISED[p]
+        setting = f"{_name(dtype)}, {elements:,} elements, p = {p}"
+        multiply = {"avx512": (Bound(MULTIPLY, wide),), "avx2": (Bound(MULTIPLY, narrow),)}.get(isa, ())
+        torchs = (Bound("nn.Dropout", 1 / faster),) if isa == widest else ()
+        case = partial(Case, threads=threads, isa=isa, elements=elements)
+        x = partial(torch.ones, elements, dtype=dtype)
+        yield case("forward", setting, partial(_forward, x, p, isa == widest), (*multiply, *torchs))
+        if isa == widest:
+            bound = Bound("nn.Dropout", 1 / faster_backward)
+            yield case("forward + backward", setting, partial(_forward_backward, x, p), (bound,))
+
+
+def _forward(x: Callable[[], Tensor], p: float, with_peers: bool) -> Work:
+    tensor = x()
+    names = layers(p) if with_peers else {"thinned": thinned.Dropout(p)}
+    return {MULTIPLY: lambda: tensor * 2} | {name: partial(layer, tensor) for name, layer in names.items()}
+
+
+def _forward_backward(x: Callable[[], Tensor], p: float) -> Work:
+    tensor = x().requires_grad_()
+    return {MULTIPLY: backward(lambda x: x * 2, tensor)} | {
+        name: backward(layer, tensor) for name, layer in layers(p).items()
+    }
+
+
+def _huge(threads: int) -> Iterator[Case]:
+    def make() -> Work:
+        x = torch.ones(HUGE)
+        return {
+            MULTIPLY: lambda: x * 2,
+            "thinned": partial(thinned.Dropout(0.5), x),
+            "thinned, in place": partial(thinned.Dropout(0.5, inplace=True), x),
+        }
+
+    yield Case(
+        "forward",
+        f"float32, {HUGE:,} elements, p = 0.5",
+        make,
+        (Bound(MULTIPLY, 1.15), Bound("thinned", 1, subject="thinned, in place")),
+        threads=threads,
+        rounds=7,
+        elements=HUGE,
+    )
+
+
+def _layouts(threads: int) -> Iterator[Case]:
+    x = torch.ones(16, 64, 56, 56)
+    layouts = {
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "permuted (3, 1, 0, 2)": x.permute(3, 1, 0, 2),
+        "transposed": x.transpose(0, 3),
+    }
+    for (name, permuted), p in product(layouts.items(), PROMISED):
+        layer = thinned.Dropout(p)
+        yield Case(
+            "layout",
+            f"{name}, float32, {x.numel():,} elements, p = {p}",
+            partial(dict, {"contiguous": partial(layer, x), "thinned": partial(layer, permuted)}),
+            (Bound("contiguous", 3),),
+            threads=threads,
+            elements=x.numel(),
+        )
+
+
+def _small() -> Iterator[Case]:
+    x = torch.ones(256)
+    leaf = torch.ones(256, requires_grad=True)
+    both: dict[str, Callable[[], Work]] = {
+        "forward": lambda: {name: partial(layer, x) for name, layer in layers(0.5).items()},
+        "forward + backward": lambda: {name: backward(layer, leaf) for name, layer in layers(0.5).items()},
+    }
+    for group, make in both.items():
+        yield Case(
+            group,
+            "float32, 256 elements, p = 0.5",
+            make,
+            (Bound("nn.Dropout", 1),),
+            rounds=41,
+            elements=256,
+        )
+
+
+def _compiled() -> Iterator[Case]:
+    elements = 1_000_000
+
+    def make(p: float) -> Work:
+        x = torch.ones(elements)
+        torch._dynamo.reset()
+        implementations: Sequence[tuple[str, nn.Module]] = (
+            ("thinned", thinned.Dropout(p)),
+            ("nn.Dropout", nn.Dropout(p)),
+        )
+        calls = {name: partial(torch.compile(layer, fullgraph=True), x) for name, layer in implementations}
+        for call in calls.values():
+            call()
+        return calls
+
+    for p in PROMISED:
+        yield Case(
+            "compiled",
+            f"float32, {elements:,} elements, p = {p}",
+            partial(make, p),
+            (Bound("nn.Dropout", 1 / 20),),
+            elements=elements,
+        )
+
+
+def _elsewhere() -> Iterator[Case]:
+    for elements, p in product(SIZES, PROMISED):
+
+        def make(elements: int = elements, p: float = p) -> Work:
+            return {"thinned": partial(thinned.Dropout(p), torch.ones(elements)), **elsewhere(elements, p)}
+
+        yield Case(
+            "other libraries",
+            f"float32, {elements:,} elements, p = {p}",
+            make,
+            (),
+            threads=2,
+            elements=elements,
+        )
