@@ -16,6 +16,23 @@ struct Constants {
     bool plain() const { return shift == 0 && fill == 0; }
 };
 
+// Mask bits i to i + lanes - 1, in the low bits; what is above them is not to be looked at.
+template <int lanes>
+struct Bits {
+    static unsigned at(const uint8_t* mask, int i) {
+        static_assert(lanes <= 8 && 8 % lanes == 0);
+        return static_cast<unsigned>(mask[i / 8]) >> i % 8;
+    }
+};
+template <>
+struct Bits<16> {
+    static unsigned at(const uint8_t* mask, int i) {
+        uint16_t bits;
+        std::memcpy(&bits, mask + i / 8, sizeof bits);
+        return bits;
+    }
+};
+
 template <class Element>
 struct Vector {
     using type = Floats;
@@ -25,9 +42,9 @@ struct Vector<double> {
     using type = Doubles;
 };
 
-// 64 elements, or the first n of them and at most a vector's worth more.
+// 64 elements under 64 mask bits, or the first n of them and at most a vector's worth more.
 template <bool plain, class Element>
-inline void apply(const Element* x, Element* y, uint64_t mask, const Constants& constants, int n = chunk) {
+inline void apply(const Element* x, Element* y, const uint8_t* mask, Constants constants, int n = chunk) {
     using V = typename Vector<Element>::type;
     using Scalar = typename V::Scalar;
     const V scale = V::all(static_cast<Scalar>(constants.scale));
@@ -36,17 +53,16 @@ inline void apply(const Element* x, Element* y, uint64_t mask, const Constants& 
     for (int i = 0; i < n; i += V::lanes) {
         V value = multiply(V::load(x + i), scale);
         if constexpr (plain) {
-            keep(mask >> i, value).store(y + i);
+            keep(Bits<V::lanes>::at(mask, i), value).store(y + i);
         } else {
             if (constants.shift != 0) value = add(value, shift);
-            select(mask >> i, value, fill).store(y + i);
+            select(Bits<V::lanes>::at(mask, i), value, fill).store(y + i);
         }
     }
 }
 
 // Each of 32 bits twice.
 inline uint64_t twice(uint64_t bits) {
-    bits &= 0xFFFFFFFF;
     bits = (bits | bits << 16) & 0x0000FFFF0000FFFF;
     bits = (bits | bits << 8) & 0x00FF00FF00FF00FF;
     bits = (bits | bits << 4) & 0x0F0F0F0F0F0F0F0F;
@@ -57,17 +73,23 @@ inline uint64_t twice(uint64_t bits) {
 
 // A complex number counts as its two parts.
 template <bool plain, class Part>
-inline void apply(const Complex<Part>* x, Complex<Part>* y, uint64_t mask, const Constants& constants,
+inline void apply(const Complex<Part>* x, Complex<Part>* y, const uint8_t* mask, Constants constants,
                   int n = chunk) {
     constexpr int half = chunk / 2;
-    for (int i = 0; i < n; i += half)
-        apply<plain>(reinterpret_cast<const Part*>(x + i), reinterpret_cast<Part*>(y + i), twice(mask >> i),
-                     constants);
+    for (int i = 0; i < n; i += half) {
+        uint32_t bits;
+        std::memcpy(&bits, mask + i / 8, sizeof bits);
+        const uint64_t doubled = twice(bits);
+        apply<plain>(reinterpret_cast<const Part*>(x + i), reinterpret_cast<Part*>(y + i),
+                     reinterpret_cast<const uint8_t*>(&doubled), constants);
+    }
 }
 
 template <bool plain>
-inline void apply(const Bool*, Bool* y, uint64_t mask, const Constants&, int = chunk) {
-    store_bools(mask, reinterpret_cast<uint8_t*>(y));
+inline void apply(const Bool*, Bool* y, const uint8_t* mask, Constants, int = chunk) {
+    uint64_t bits;
+    std::memcpy(&bits, mask, sizeof bits);
+    store_bools(bits, reinterpret_cast<uint8_t*>(y));
 }
 
 // Elements of a row and the distance to the next in memory.
@@ -81,7 +103,7 @@ struct Span {
 
 // At most 64 elements, at any distance: through a buffer.
 template <bool plain, class Element>
-void apply_some(Span<const Element> x, Span<Element> y, int n, uint64_t mask, const Constants& constants) {
+void apply_some(Span<const Element> x, Span<Element> y, int n, const uint8_t* mask, Constants constants) {
     Element buffer[chunk] = {};
     if constexpr (!std::is_same_v<Element, Bool>)
         for (int i = 0; i < n; ++i) buffer[i] = x.at[i * x.stride];
@@ -89,15 +111,15 @@ void apply_some(Span<const Element> x, Span<Element> y, int n, uint64_t mask, co
     for (int i = 0; i < n; ++i) y.at[i * y.stride] = buffer[i];
 }
 
-// n elements; `mask_at(i)` is the mask of elements i to i + 63.
-template <bool plain, class Element, class MaskAt>
-void apply_row(Span<const Element> x, Span<Element> y, int64_t n, const Constants& constants, MaskAt mask_at) {
+// n elements; `mask.at(i)` is where the mask bits of elements i to i + 63 are.
+template <bool plain, class Element, class Mask>
+void apply_row(Span<const Element> x, Span<Element> y, int64_t n, Constants constants, Mask mask) {
     int64_t i = 0;
     if (x.stride == 1 && y.stride == 1)
-        for (; i + chunk <= n; i += chunk) apply<plain>(x.at + i, y.at + i, mask_at(i), constants);
+        for (; i + chunk <= n; i += chunk) apply<plain>(x.at + i, y.at + i, mask.at(i), constants);
     for (; i < n; i += chunk) {
         const int some = static_cast<int>(n - i < chunk ? n - i : chunk);
-        apply_some<plain>(x.next(i), y.next(i), some, mask_at(i), constants);
+        apply_some<plain>(x.next(i), y.next(i), some, mask.at(i), constants);
     }
 }
 

@@ -12,7 +12,7 @@ enum class Row {
 };
 
 // Elements of a row that one step of the loops covers, and columns of a tile.
-constexpr int64_t segment = 4096;
+constexpr int64_t segment = 16384;
 constexpr int64_t tile_rows = 64;
 constexpr int64_t tile_columns = 512;
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 
 namespace thinned {
 namespace {
@@ -12,6 +13,7 @@ namespace {
 constexpr int capacity = 512;     // blocks generated together
 constexpr int block_bits = 128;
 constexpr int common_planes = 8;  // planes computed for every block, before those that only some need
+constexpr int rest_planes = 2;    // planes computed at a time for those
 constexpr int rounds = 7;
 constexpr uint64_t mul0 = 0xD2511F53, mul1 = 0xCD9E8D57;
 constexpr uint64_t weyl0 = 0x9E3779B9, weyl1 = 0xBB67AE85;
@@ -32,6 +34,7 @@ struct Pair {
     friend Pair high_half(Pair x) { return {high_half(x.a), high_half(x.b)}; }
     friend Pair add(Pair x, Pair y) { return {add(x.a, y.a), add(x.b, y.b)}; }
     friend Pair xor2(Pair x, Pair y) { return {xor2(x.a, y.a), xor2(x.b, y.b)}; }
+    friend Pair and2(Pair x, Pair y) { return {and2(x.a, y.a), and2(x.b, y.b)}; }
     friend Pair xor3(Pair x, Pair y, Pair z) { return {xor3(x.a, y.a, z.a), xor3(x.b, y.b, z.b)}; }
     friend Pair join_low(Pair x, Pair y) { return {join_low(x.a, y.a), join_low(x.b, y.b)}; }
     friend Pair below_above(Pair x, Pair y, Pair z) {
@@ -61,11 +64,12 @@ struct Open {
     uint64_t second[capacity + Pair::lanes];
 
     // May be called while reading from as many places ahead.
+    template <bool keyed>
     void add(Pair its_index, Pair its_number, Pair its_key, Pair its_first, Pair its_second) {
         const unsigned chosen = nonzero(its_first, its_second);
         Pair::compress(index + count, chosen, its_index);
         Pair::compress(number + count, chosen, its_number);
-        Pair::compress(key + count, chosen, its_key);
+        if (keyed) Pair::compress(key + count, chosen, its_key);
         Pair::compress(first + count, chosen, its_first);
         Pair::compress(second + count, chosen, its_second);
         count += count_bits(chosen);
@@ -80,23 +84,23 @@ struct Open {
 struct Blocks {
     int count = 0;
     // Whether the blocks have more than one key, or more than one high half of their number.
-    bool mixed = false;
+    bool mixed;
     uint64_t number[capacity + Pair::lanes];
     uint64_t key[capacity + Pair::lanes];
     uint64_t below[2 * (capacity + Pair::lanes)];  // the masks, 128 bits a block
     Open open;
 
-    void clear() {
-        count = 0;
-        mixed = false;
-    }
     bool same_last(uint64_t block, uint64_t its_key) const {
         return count && number[count - 1] == block && key[count - 1] == its_key;
     }
-    void add(uint64_t block, uint64_t its_key) {
-        mixed |= count && (its_key != key[0] || (block ^ number[0]) >> 32);
-        number[count] = block;
-        key[count++] = its_key;
+    // Consecutive blocks from `first` on.
+    void add(uint64_t first, int some, uint64_t its_key) {
+        if (count == 0) mixed = false;
+        const uint64_t start = count ? number[0] : first, its_first_key = count ? key[0] : its_key;
+        mixed |= its_key != its_first_key || (first ^ start) >> 32 || ((first + some - 1) ^ start) >> 32;
+        for (int i = 0; i < some; ++i) number[count + i] = first + i;
+        std::fill_n(key + count, some, its_key);
+        count += some;
     }
     // Vectors are loaded whole.
     void pad() {
@@ -120,6 +124,7 @@ inline void philox_round(Pair& c0, Pair& c1, Pair& c2, Pair& c3, Pair key0, Pair
 
 // Any blocks under any keys.
 struct Mixed {
+    static constexpr bool keyed = true;
     explicit Mixed(const Blocks&) {}
 
     struct Lanes {
@@ -144,6 +149,7 @@ struct Mixed {
 // and only word 2 between planes, so the first two rounds split into a part for the lanes, computed once,
 // and scalars for the plane.
 struct Uniform {
+    static constexpr bool keyed = false;
     uint64_t number_high, key0[rounds], key1[rounds];
 
     explicit Uniform(const Blocks& blocks) : number_high(blocks.number[0] >> 32) {
@@ -173,39 +179,49 @@ struct Uniform {
     };
 };
 
-inline uint64_t bit_of(uint64_t T, int plane) { return T >> (31 - plane) & 1 ? ~0ull : 0; }
+// What the planes `from` to `to` say of two halves of 128 positions: whether they are below T's bits there,
+// and whether they equal them, which leaves the question to further planes.
+struct Compared {
+    Pair below0, below1, equal0, equal1;
+};
 
-// The most significant planes, for all blocks. A plane further up decides over those below it, so they are
-// added from the least significant on.
+// A plane further up decides over those below it, so they are taken from the least significant on.
+template <class Source>
+inline Compared compare(const Source& source, Pair number, Pair key, uint64_t T, int from, int to) {
+    const typename Source::Lanes lanes(source, number, key);
+    const Pair none = Pair::all(0), every = Pair::all(~0ull);
+    Compared result{none, none, every, every};
+    for (int l = to - 1; l >= from; --l) {
+        const Plane plane = lanes.plane(source, l);
+        const Pair bit = Pair::all(T >> (31 - l) & 1 ? ~0ull : 0);
+        result.below0 = below_above(result.below0, plane.first, bit);
+        result.below1 = below_above(result.below1, plane.second, bit);
+        result.equal0 = equal_above(result.equal0, plane.first, bit);
+        result.equal1 = equal_above(result.equal1, plane.second, bit);
+    }
+    return result;
+}
+
+// The planes that every block needs.
 template <class Source>
 void common(Blocks& blocks, const Source& source, uint64_t T, int planes, bool more) {
     uint64_t counting[Pair::lanes];
-    for (int i = 0; i < Pair::lanes; ++i) counting[i] = i;
+    std::iota(counting, counting + Pair::lanes, 0);
     const Pair iota = Pair::load(counting);
     blocks.open.count = 0;
-    for (int first = 0; first < blocks.count; first += Pair::lanes) {
-        const Pair number = Pair::load(blocks.number + first), key = Pair::load(blocks.key + first);
-        const typename Source::Lanes lanes(source, number, key);
-        Pair below0 = Pair::all(0), below1 = below0, equal0 = Pair::all(~0ull), equal1 = equal0;
-        for (int l = planes - 1; l >= 0; --l) {
-            const Plane plane = lanes.plane(source, l);
-            const Pair bit = Pair::all(bit_of(T, l));
-            below0 = below_above(below0, plane.first, bit);
-            below1 = below_above(below1, plane.second, bit);
-            equal0 = equal_above(equal0, plane.first, bit);
-            equal1 = equal_above(equal1, plane.second, bit);
-        }
-        Pair::store_pairs(blocks.below + 2 * first, below0, below1);
-        if (more) blocks.open.add(add(iota, Pair::all(first)), number, key, equal0, equal1);
+    for (int at = 0; at < blocks.count; at += Pair::lanes) {
+        const Pair number = Pair::load(blocks.number + at), key = Pair::load(blocks.key + at);
+        const Compared c = compare(source, number, key, T, 0, planes);
+        Pair::store_pairs(blocks.below + 2 * at, c.below0, c.below1);
+        if (more) blocks.open.add<Source::keyed>(add(iota, Pair::all(at)), number, key, c.equal0, c.equal1);
     }
 }
 
-// Further planes for the blocks that have an undecided position left.
+// Further planes, some at a time, for the blocks that have an undecided position left.
 template <class Source>
 void rest(Blocks& blocks, const Source& source, uint64_t T, int from, int planes) {
     Open& open = blocks.open;
-    for (int l = from; l < planes && open.count; ++l) {
-        const uint64_t bit = bit_of(T, l);
+    for (int l = from; l < planes && open.count; l += rest_planes) {
         const int count = open.count;
         open.pad();
         open.count = 0;
@@ -213,20 +229,16 @@ void rest(Blocks& blocks, const Source& source, uint64_t T, int from, int planes
             const Pair index = Pair::load(open.index + at), number = Pair::load(open.number + at);
             const Pair key = Pair::load(open.key + at);
             const Pair first = Pair::load(open.first + at), second = Pair::load(open.second + at);
-            const Plane plane = typename Source::Lanes(source, number, key).plane(source, l);
-            const Pair still_first = equal_above(first, plane.first, Pair::all(bit));
-            const Pair still_second = equal_above(second, plane.second, Pair::all(bit));
-            if (bit) {
-                uint64_t decided[2 * Pair::lanes];
-                Pair::store_pairs(decided, xor2(first, still_first), xor2(second, still_second));
-                const int filled = std::min(Pair::lanes, count - at);
-                for (int i = 0; i < filled; ++i) {
-                    uint64_t* below = blocks.below + 2 * open.index[at + i];
-                    below[0] |= decided[2 * i];
-                    below[1] |= decided[2 * i + 1];
-                }
+            const Compared c = compare(source, number, key, T, l, std::min(l + rest_planes, planes));
+            uint64_t below[2 * Pair::lanes];
+            Pair::store_pairs(below, and2(first, c.below0), and2(second, c.below1));
+            const int filled = std::min(Pair::lanes, count - at);
+            for (int i = 0; i < filled; ++i) {
+                uint64_t* block = blocks.below + 2 * open.index[at + i];
+                block[0] |= below[2 * i];
+                block[1] |= below[2 * i + 1];
             }
-            open.add(index, number, key, still_first, still_second);
+            open.add<Source::keyed>(index, number, key, and2(first, c.equal0), and2(second, c.equal1));
         }
     }
 }

@@ -15,6 +15,25 @@ inline uint64_t bits_at(const uint64_t* words, int64_t position) {
     return shift ? words[word] >> shift | words[word + 1] << (64 - shift) : words[word];
 }
 
+// Where the masks of a row's elements are: in place, shifted into place, or the same for all.
+struct Aligned {
+    const uint8_t* bytes;
+    const uint8_t* at(int64_t i) const { return bytes + i / 8; }
+};
+struct Shifted {
+    const uint64_t* words;
+    int64_t position;
+    uint64_t here = 0;
+    const uint8_t* at(int64_t i) {
+        here = bits_at(words, position + i);
+        return reinterpret_cast<const uint8_t*>(&here);
+    }
+};
+struct Same {
+    uint64_t bits;
+    const uint8_t* at(int64_t) const { return reinterpret_cast<const uint8_t*>(&bits); }
+};
+
 // In place: row i's bit j goes to row j's bit i (Warren, "Hacker's Delight", section 7-3).
 inline void transpose(uint64_t (&rows)[64]) {
     uint64_t mask = 0x00000000FFFFFFFF;
@@ -115,7 +134,8 @@ class Walk {
         const uint64_t block = start / block_bits;
         const int wanted = blocks_for(start, bits);
         const int first = blocks_.count - blocks_.same_last(block, key);
-        for (int i = blocks_.count - first; i < wanted; ++i) blocks_.add(block + i, key);
+        const int there = blocks_.count - first;
+        if (wanted > there) blocks_.add(block + there, wanted - there, key);
         last_key_ = key, last_start_ = start, last_bits_ = bits;
         return last_position_ = first * block_bits + static_cast<int>(start % block_bits);
     }
@@ -154,18 +174,22 @@ class Walk {
             else
                 apply_tile(pieces_[i]);
         }
-        blocks_.clear();
+        blocks_.count = 0;
         piece_count_ = line_count_ = 0;
     }
 
     void apply_run(const Piece& piece) {
-        apply_row<plain>(piece.x, piece.y, piece.n, constants_,
-                         [&](int64_t i) { return bits_at(blocks_.below, piece.position + i); });
+        if (piece.position % 8 == 0) {
+            const auto* bytes = reinterpret_cast<const uint8_t*>(blocks_.below) + piece.position / 8;
+            apply_row<plain>(piece.x, piece.y, piece.n, constants_, Aligned{bytes});
+        } else {
+            apply_row<plain>(piece.x, piece.y, piece.n, constants_, Shifted{blocks_.below, piece.position});
+        }
     }
 
     void apply_constant(const Piece& piece) {
         const uint64_t mask = bits_at(blocks_.below, piece.position) & 1 ? ~0ull : 0;
-        apply_row<plain>(piece.x, piece.y, piece.n, constants_, [=](int64_t) { return mask; });
+        apply_row<plain>(piece.x, piece.y, piece.n, constants_, Same{mask});
     }
 
     void apply_tile(const Piece& piece) {
@@ -178,7 +202,7 @@ class Walk {
             for (int64_t j = 0; j < width; ++j) {
                 const Span<const Element> x = {piece.x.at + (column + j) * plan_.column.x, piece.x.stride};
                 const Span<Element> y = {piece.y.at + (column + j) * plan_.column.y, piece.y.stride};
-                apply_row<plain>(x, y, piece.n, constants_, [&](int64_t) { return rows[j]; });
+                apply_row<plain>(x, y, piece.n, constants_, Same{rows[j]});
             }
         }
     }

@@ -26,6 +26,7 @@ struct Words {
     friend Words high_half(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
     friend Words add(Words a, Words b) { return {_mm256_add_epi64(a.v, b.v)}; }
     friend Words xor2(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+    friend Words and2(Words a, Words b) { return {_mm256_and_si256(a.v, b.v)}; }
     friend Words xor3(Words a, Words b, Words c) { return xor2(xor2(a, b), c); }
     friend Words join_low(Words low, Words high) {
         return {_mm256_blend_epi32(low.v, _mm256_slli_epi64(high.v, 32), 0xAA)};
@@ -79,15 +80,15 @@ struct Floats {
     }
     friend Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
     friend Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
-    static __m256 expand(uint64_t mask) {
+    static __m256 expand(unsigned mask) {
         const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit);
         return _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit));
     }
-    friend Floats select(uint64_t mask, Floats kept, Floats dropped) {
+    friend Floats select(unsigned mask, Floats kept, Floats dropped) {
         return {_mm256_blendv_ps(dropped.v, kept.v, expand(mask))};
     }
-    friend Floats keep(uint64_t mask, Floats a) { return {_mm256_and_ps(a.v, expand(mask))}; }
+    friend Floats keep(unsigned mask, Floats a) { return {_mm256_and_ps(a.v, expand(mask))}; }
 };
 
 struct Doubles {
@@ -100,15 +101,15 @@ struct Doubles {
     void store(double* to) const { _mm256_storeu_pd(to, v); }
     friend Doubles multiply(Doubles a, Doubles b) { return {_mm256_mul_pd(a.v, b.v)}; }
     friend Doubles add(Doubles a, Doubles b) { return {_mm256_add_pd(a.v, b.v)}; }
-    static __m256d expand(uint64_t mask) {
+    static __m256d expand(unsigned mask) {
         const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
         const __m256i set = _mm256_and_si256(_mm256_set1_epi64x(static_cast<long long>(mask)), bit);
         return _mm256_castsi256_pd(_mm256_cmpeq_epi64(set, bit));
     }
-    friend Doubles select(uint64_t mask, Doubles kept, Doubles dropped) {
+    friend Doubles select(unsigned mask, Doubles kept, Doubles dropped) {
         return {_mm256_blendv_pd(dropped.v, kept.v, expand(mask))};
     }
-    friend Doubles keep(uint64_t mask, Doubles a) { return {_mm256_and_pd(a.v, expand(mask))}; }
+    friend Doubles keep(unsigned mask, Doubles a) { return {_mm256_and_pd(a.v, expand(mask))}; }
 };
 
 inline void store_bools(uint64_t mask, uint8_t* to) {

@@ -24,6 +24,7 @@ struct Words {
     friend Words high_half(Words a) { return {_mm512_srli_epi64(a.v, 32)}; }
     friend Words add(Words a, Words b) { return {_mm512_add_epi64(a.v, b.v)}; }
     friend Words xor2(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
+    friend Words and2(Words a, Words b) { return {_mm512_and_si512(a.v, b.v)}; }
     friend Words xor3(Words a, Words b, Words c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
     friend Words join_low(Words low, Words high) {
         return {_mm512_mask_shuffle_epi32(low.v, 0xAAAA, high.v, _MM_PERM_CCAA)};
@@ -74,10 +75,10 @@ struct Floats {
     }
     friend Floats multiply(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
     friend Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
-    friend Floats select(uint64_t mask, Floats kept, Floats dropped) {
+    friend Floats select(unsigned mask, Floats kept, Floats dropped) {
         return {_mm512_mask_mov_ps(dropped.v, static_cast<__mmask16>(mask), kept.v)};
     }
-    friend Floats keep(uint64_t mask, Floats a) {
+    friend Floats keep(unsigned mask, Floats a) {
         return {_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), a.v)};
     }
 };
@@ -92,10 +93,10 @@ struct Doubles {
     void store(double* to) const { _mm512_storeu_pd(to, v); }
     friend Doubles multiply(Doubles a, Doubles b) { return {_mm512_mul_pd(a.v, b.v)}; }
     friend Doubles add(Doubles a, Doubles b) { return {_mm512_add_pd(a.v, b.v)}; }
-    friend Doubles select(uint64_t mask, Doubles kept, Doubles dropped) {
+    friend Doubles select(unsigned mask, Doubles kept, Doubles dropped) {
         return {_mm512_mask_mov_pd(dropped.v, static_cast<__mmask8>(mask), kept.v)};
     }
-    friend Doubles keep(uint64_t mask, Doubles a) {
+    friend Doubles keep(unsigned mask, Doubles a) {
         return {_mm512_maskz_mov_pd(static_cast<__mmask8>(mask), a.v)};
     }
 };

@@ -30,6 +30,7 @@ struct Words {
     friend Words high_half(Words a) { return make([&](int i) { return a.lane[i] >> 32; }); }
     friend Words add(Words a, Words b) { return make([&](int i) { return a.lane[i] + b.lane[i]; }); }
     friend Words xor2(Words a, Words b) { return make([&](int i) { return a.lane[i] ^ b.lane[i]; }); }
+    friend Words and2(Words a, Words b) { return make([&](int i) { return a.lane[i] & b.lane[i]; }); }
     friend Words xor3(Words a, Words b, Words c) { return xor2(xor2(a, b), c); }
     // The low halves of two vectors side by side.
     friend Words join_low(Words low, Words high) {
@@ -84,11 +85,11 @@ struct Lanes {
         for (int i = 0; i < N; ++i) a.lane[i] += b.lane[i];
         return a;
     }
-    friend Lanes select(uint64_t mask, Lanes kept, Lanes dropped) {
+    friend Lanes select(unsigned mask, Lanes kept, Lanes dropped) {
         for (int i = 0; i < N; ++i) kept.lane[i] = mask >> i & 1 ? kept.lane[i] : dropped.lane[i];
         return kept;
     }
-    friend Lanes keep(uint64_t mask, Lanes a) { return select(mask, a, all(0)); }
+    friend Lanes keep(unsigned mask, Lanes a) { return select(mask, a, all(0)); }
 };
 
 using Floats = Lanes<float, 8>;

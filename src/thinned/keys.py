@@ -139,9 +139,12 @@ class Key:
         return (Key, (int(self),)) if not self.shape else (Key.from_bits, (self.bits,))
 
 
-@torch.compiler.assume_constant_result
 def _digest(name: str) -> int:
     return signed64(int.from_bytes(blake2b(name.encode()).digest()[:8], "little"))
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+_digest._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def draw(device: torch.device) -> Tensor:

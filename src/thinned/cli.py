@@ -1,0 +1,110 @@
+"""The command line: arguments only."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+if not all(find_spec(package) for package in ("jinja2", "matplotlib", "mlxtend", "rich", "scipy", "typer")):
+    sys.exit("thinned's command line needs the extra: pip install 'thinned[compare]'")
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import thinned
+from thinned.compare.page import to_html
+from thinned.compare.record import to_json
+from thinned.compare.run import run
+from thinned.compare.settings import Settings, parse_dtype, parse_shape
+from thinned.compare.subjects import ALIASES, resolve_all
+from thinned.compare.terminal import Terminal
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+def main() -> None:
+    """The entry point of `thinned` and of `python -m thinned.cli`."""
+    app(prog_name="thinned")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(thinned.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def thinned_(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Dropout for PyTorch, with masks that are a pure function of a key and a position."""
+
+
+@app.command()
+def compare(
+    implementations: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IMPLEMENTATION",
+            help=f"{', '.join(ALIASES)} (the defaults), package.module:Class or path/to/file.py:Class",
+        ),
+    ] = None,
+    p: Annotated[float, typer.Option(help="Drop probability where a law does not fix it.")] = 0.5,
+    shape: Annotated[str, typer.Option(help="Shape of the inputs, as sizes with commas.")] = "64,128,128",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda:0.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="All random numbers follow from it.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="No training, fewer sizes; under 20 s.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if an implementation named here breaks a law.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page.", dir_okay=False)] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write everything, machine readable.", dir_okay=False)
+    ] = None,
+) -> None:
+    """How implementations of dropout hold against the law of dropout, how fast they are, how they train.
+
+    With --check and no implementation named, thinned is the one that has to hold.
+    """
+    try:
+        settings = Settings(p, parse_shape(shape), parse_dtype(dtype), device, seed, quick)
+        subjects = resolve_all(implementations or ALIASES)
+        files = [file for file in (html, json) if file]
+        for file in files:
+            if not file.parent.is_dir():
+                raise ValueError(f"cannot write {file}: there is no directory {file.parent}")
+    except ValueError as error:
+        typer.echo(f"thinned compare: {error}", err=True)
+        raise typer.Exit(2) from None
+
+    report = run(subjects, settings, Terminal())
+    if html:
+        html.write_text(to_html(report), encoding="utf-8")
+    if json:
+        json.write_text(to_json(report), encoding="utf-8")
+    checked = [subject.name for subject in subjects] if implementations else ["thinned"]
+    if check and any(report.breaches(name) for name in checked):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, backends, instruction sets, threads: what serves dropout here, and why not another."""
+    console = Console()
+    for section, entries in thinned.backends.describe().items():
+        table = Table(title=section, title_justify="left", show_header=False)
+        for name, value in entries.items():
+            table.add_row(name, str(value))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Everything that a comparison finds."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import thinned
+from thinned.compare.laws import Finding, Verdict
+from thinned.compare.settings import Settings
+from thinned.compare.timing import Timing
+from thinned.compare.training import Run
+
+__all__ = ["Report", "Sample"]
+
+PACKAGES = ("torch", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What became of the tutorial's ``torch.ones(1000, 100)`` at p = 0.5."""
+
+    mean: float
+    deviation: float
+
+
+@dataclass
+class Report:
+    """Filled part by part, each part a mapping from an implementation's name or a list of results.
+
+    Attributes:
+        names: the implementations, in the order of their columns.
+        tutorial: a sample for each, or what it raised.
+        masks: a small mask of each that can draw one, True where kept.
+        findings: a finding for each, under the name of the law.
+        bytes_saved: bytes an element kept for backward, None where it cannot be run.
+    """
+
+    names: list[str]
+    settings: Settings
+    tutorial: dict[str, Sample | str] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    findings: dict[str, dict[str, Finding]] = field(default_factory=dict)
+    timings: list[Timing] = field(default_factory=list)
+    bytes_saved: dict[str, float | None] = field(default_factory=dict)
+    training: list[Run] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def breaches(self, name: str) -> list[str]:
+        """The laws that ``name`` breaks or crashes in."""
+        return [law for law, findings in self.findings.items() if findings[name].verdict.is_breach]
+
+    def verdict(self, name: str) -> str:
+        """One line: how many laws hold, or which are broken."""
+        verdicts = [findings[name].verdict for findings in self.findings.values()]
+        held, missing = verdicts.count(Verdict.HOLDS), verdicts.count(Verdict.NOT_OFFERED)
+        asked = f"{len(verdicts)} laws" if not missing else f"{len(verdicts)} laws, {missing} not offered"
+        if breaches := self.breaches(name):
+            return f"breaks {len(breaches)} of {asked}: {', '.join(breaches)}"
+        return f"{held} of {asked} hold" if not missing else f"{held} hold of {asked}"
+
+
+def machine() -> dict[str, str]:
+    """Where the figures come from."""
+    return {
+        "thinned": thinned.__version__,
+        **{package: version(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    """The processor's name; Linux has it in a file, other systems answer `platform`."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

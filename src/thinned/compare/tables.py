@@ -1,0 +1,129 @@
+"""A report as tables of words, which the terminal and the page both show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from thinned.compare import timing, training
+from thinned.compare.laws import LAWS, Finding, Verdict
+from thinned.compare.report import Report, Sample
+from thinned.compare.timing import MULTIPLY, Timing
+from thinned.compare.training import Run
+
+__all__ = ["Cell", "Row", "Table", "laws", "speed", "training_runs", "tutorial"]
+
+MARKS = {
+    Verdict.HOLDS: "✓ ",
+    Verdict.BROKEN: "✗ ",
+    Verdict.CRASHED: "✗ crashed: ",
+}
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A few words, and how good the news is where it is a finding."""
+
+    text: str
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line; ``note`` explains its heading where there is room for that."""
+
+    heading: str
+    cells: list[Cell]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in titled sections, under one heading for each column after the first."""
+
+    title: str
+    columns: list[str]
+    sections: dict[str, list[Row]]
+
+
+def tutorial(report: Report) -> Table:
+    def cells(figure: str) -> list[Cell]:
+        samples = [report.tutorial[name] for name in report.names]
+        return [
+            Cell(f"{getattr(sample, figure):.4f}" if isinstance(sample, Sample) else f"crashed: {sample}")
+            for sample in samples
+        ]
+
+    rows = [Row("mean", cells("mean")), Row("standard deviation", cells("deviation"))]
+    return Table("The tutorial's comparison: torch.ones(1000, 100), p = 0.5", report.names, {"": rows})
+
+
+def laws(report: Report) -> Table:
+    sections = {
+        family: [
+            Row(law.name, [_finding(report.findings[law.name][name]) for name in report.names], law.statement)
+            for law in members
+        ]
+        for family, members in groupby(LAWS, key=lambda law: law.family)
+    }
+    return Table("The law of dropout", report.names, sections)
+
+
+def _finding(finding: Finding) -> Cell:
+    if finding.verdict is Verdict.NOT_OFFERED:
+        return Cell("– not offered", finding.verdict)
+    return Cell(MARKS[finding.verdict] + finding.measured, finding.verdict)
+
+
+def speed(report: Report) -> Table:
+    """Nanoseconds an element, and in brackets the ratio to a multiply; then the bytes kept for backward."""
+    columns = [MULTIPLY, *report.names]
+    sections = {}
+    for direction in timing.DIRECTIONS:
+        found = {(t.elements, t.subject): t for t in report.timings if t.direction == direction}
+        sections[direction] = [
+            Row(
+                f"{direction}, {_short(elements)}", [_timing(found.get((elements, name))) for name in columns]
+            )
+            for elements in dict.fromkeys(elements for elements, _ in found)
+        ]
+    saved = [Cell(_bytes(report.bytes_saved.get(name))) for name in report.names]
+    sections["memory"] = [Row("bytes saved for backward", [Cell("0"), *saved])]
+    return Table(f"An element costs, in nanoseconds and as a ratio to {MULTIPLY}", columns, sections)
+
+
+def _short(elements: int) -> str:
+    return f"{elements // 1_000_000} M" if elements >= 1_000_000 else f"{elements // 1_000} k"
+
+
+def _timing(found: Timing | None) -> Cell:
+    if found is None:
+        return Cell(NOTHING)
+    nanoseconds = f"{found.nanoseconds:.3g} ns"
+    return Cell(nanoseconds if found.subject == MULTIPLY else f"{nanoseconds} ({found.ratio:.3g}x)")
+
+
+def _bytes(saved: float | None) -> str:
+    return NOTHING if saved is None else f"{round(saved, 2):g}"
+
+
+def training_runs(report: Report) -> Table:
+    columns = ["test error", "training loss", "ms a step", "dropout adds"]
+    title = (
+        f"Training on {training.TRAINING_DIGITS:,} MNIST digits for {training.EPOCHS} epochs, "
+        f"tested on {training.TEST_DIGITS:,} others"
+    )
+    return Table(title, columns, {"": [Row(run.name, list(_run(run))) for run in report.training]})
+
+
+def _run(run: Run) -> Iterable[Cell]:
+    if run.failure:
+        yield Cell(MARKS[Verdict.CRASHED] + run.failure, Verdict.CRASHED)
+        yield from [Cell(NOTHING)] * 3
+        return
+    yield Cell(f"{run.test_error:.2%}")
+    yield Cell(f"{run.training_loss[-1]:.4f}")
+    yield Cell(f"{run.step_ms:.2f}")
+    yield Cell(NOTHING if run.name == training.WITHOUT else f"{run.added_percent:+.1f}%")

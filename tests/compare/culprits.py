@@ -1,0 +1,168 @@
+"""For each law, a layer that breaks it; nn.Dropout with one thing changed, or one of the examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from thinned.compare.subjects import Subject, resolve
+
+
+class KeepsAll(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+class OneMaskForAllRows(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * super().forward(torch.ones_like(x[:1]))
+
+
+class CopiesAtZero(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clone()
+
+
+class TakesIntegers(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.double())
+
+
+class SplitsComplexNumbers(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_complex(super().forward(torch.view_as_real(x)))
+
+
+class ForgetsStrides(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous())
+
+
+class FlattensScalars(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.atleast_1d(super().forward(x))
+
+
+class FailsOnEmpty(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            raise IndexError("no elements\nand a second line")
+        return super().forward(x)
+
+
+class DecidesOnceForViews(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:1]).expand_as(x) if x.ndim and x.stride(0) == 0 else super().forward(x)
+
+
+class WritesItsInput(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        x.detach().zero_()
+        return y
+
+
+class NeverInPlace(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, self.training)
+
+
+class WritesLeaves(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.inplace:
+            x.detach().mul_(F.dropout(torch.ones_like(x), self.p))
+        return super().forward(x)
+
+
+class OwnRandomNumbers(nn.Dropout):
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.seed = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seed += 1
+        generator = torch.Generator().manual_seed(self.seed)
+        return x * (torch.rand(x.shape, generator=generator) >= self.p) / (1 - self.p)
+
+
+class BreaksGraphs(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+class SharesCopies(nn.Dropout):
+    def __deepcopy__(self, memo: object) -> SharesCopies:
+        return self
+
+
+class HoldsLambda(nn.Dropout):
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.hook = lambda x: x
+
+
+class SavesState(nn.Dropout):
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.register_buffer("calls", torch.zeros(()))
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "broken_dropout.py"
+
+
+def example(name: str) -> Subject:
+    return resolve(f"{EXAMPLES}:{name}")
+
+
+def changed(layer: type[nn.Module]) -> Subject:
+    return Subject(layer.__name__, layer)
+
+
+CULPRITS = {
+    "drop rate at p = 0.001": changed(KeepsAll),
+    "drop rate at p = 0.1": example("DropsTooOften"),
+    "drop rate at p = 0.3": example("DropsTooOften"),
+    "drop rate at p = 0.5": example("DropsTooOften"),
+    "drop rate at p = 0.9": example("DropsTooOften"),
+    "kept values": example("ForgetsToScale"),
+    "mean in float16": example("ForgetsToScale"),
+    "mean in bfloat16": resolve("torch"),
+    "mean in float32": example("DropsTooOften"),
+    "mean in float64": example("DropsTooOften"),
+    "neighbours": example("CorrelatesNeighbours"),
+    "lags": example("CorrelatesNeighbours"),
+    "rows": changed(OneMaskForAllRows),
+    "counts": example("DropsRows"),
+    "calls": example("ReusesMask"),
+    "contents": example("LooksAtValues"),
+    "evaluation": example("ScalesInEvaluation"),
+    "p = 0": changed(CopiesAtZero),
+    "p = 1": resolve("textbook"),
+    "p outside [0, 1]": resolve("textbook"),
+    "p = NaN": resolve("textbook"),
+    "integer input": changed(TakesIntegers),
+    "dropped NaN or inf": resolve("textbook"),
+    "dtype": resolve("textbook"),
+    "complex": changed(SplitsComplexNumbers),
+    "channels_last": changed(ForgetsStrides),
+    "permuted input": changed(ForgetsStrides),
+    "0-d input": changed(FlattensScalars),
+    "empty input": changed(FailsOnEmpty),
+    "expanded input": changed(DecidesOnceForViews),
+    "sliced input": changed(WritesItsInput),
+    "gradient": example("WrongGradient"),
+    "second derivative": example("WrongGradient"),
+    "in place": changed(NeverInPlace),
+    "in place on a leaf": changed(WritesLeaves),
+    "same seed": changed(OwnRandomNumbers),
+    "checkpoint": changed(OwnRandomNumbers),
+    "torch.compile": changed(BreaksGraphs),
+    "vmap": example("ReusesMask"),
+    "deepcopy": changed(SharesCopies),
+    "pickle": changed(HoldsLambda),
+    "state_dict": changed(SavesState),
+}

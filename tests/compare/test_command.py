@@ -1,0 +1,132 @@
+"""The command line, and the files that it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from markupsafe import escape
+from typer.testing import CliRunner, Result
+
+import thinned
+from thinned.cli import app
+from thinned.compare import run
+from thinned.compare.laws import LAWS
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "broken_dropout.py"
+
+
+def thinned_command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_doctor_names_the_backend_of_the_cpu() -> None:
+    result = thinned_command("doctor")
+    assert result.exit_code == 0
+    assert "portable" in result.stdout
+
+
+@pytest.fixture
+def two_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only two laws, of which nn.Dropout breaks the second, are examined, and nothing is timed."""
+    names = "evaluation", "dropped NaN or inf"
+    monkeypatch.setattr(run, "LAWS", [law for law in LAWS if law.name in names])
+    monkeypatch.setattr(run.tables, "LAWS", run.LAWS)
+    monkeypatch.setattr(run.timing, "planned", lambda _: [])
+
+
+def test_version() -> None:
+    assert thinned_command("--version").stdout.strip() == thinned.__version__
+
+
+@pytest.mark.usefixtures("two_laws")
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ([f"{EXAMPLES}:ScalesInEvaluation", "--check"], 1),
+        (["thinned", f"{EXAMPLES}:ScalesInEvaluation", "--check"], 1),
+        (["torch", "--check"], 1),
+        ([f"{EXAMPLES}:ScalesInEvaluation"], 0),
+        ([f"{EXAMPLES}:Correct", "--check"], 0),
+        (["--check"], 0),
+    ],
+)
+def test_status_of_check(arguments: list[str], status: int) -> None:
+    assert thinned_command("compare", "--quick", *arguments).exit_code == status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tinned"], "unknown implementation 'tinned'"),
+        (["--p", "1.5"], "p has to be above 0 and below 1 for a comparison, but got 1.5"),
+        (["--shape", "3x4"], "shape has to be sizes with commas between, as in 64,128,128, but got 3x4"),
+        (["--shape", "3,0"], "shape has to be one or more positive sizes, but got (3, 0)"),
+        (["--dtype", "int8"], "dtype has to be one of float16, bfloat16, float32, float64, but got int8"),
+        (["--device", "toaster"], "device has to be one that PyTorch finds, but got toaster"),
+        (["--html", "no/such/directory/page.html"], "there is no directory no/such/directory"),
+    ],
+)
+def test_wrong_arguments_get_one_line(arguments: list[str], message: str) -> None:
+    result = thinned_command("compare", "--quick", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_extra_gets_one_line() -> None:
+    code = "import sys; sys.modules['typer'] = None; import thinned.cli"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "thinned's command line needs the extra: pip install 'thinned[compare]'\n"
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    """What one comparison prints, its page and its record."""
+    folder = tmp_path_factory.mktemp("compared")
+    html, record = folder / "page.html", folder / "record.json"
+    result = thinned_command(
+        *("compare", "textbook", f"{EXAMPLES}:ForgetsToScale", "--quick"),
+        *("--html", str(html), "--json", str(record)),
+    )
+    assert result.exit_code == 0, result.output
+    return result.stdout, html.read_text(encoding="utf-8"), record.read_text(encoding="utf-8")
+
+
+def test_terminal(compared: tuple[str, str, str]) -> None:
+    printed = compared[0]
+    assert printed.startswith("The tutorial's comparison: torch.ones(1000, 100), p = 0.5")
+    for law in LAWS:
+        assert law.name in printed
+    assert "✗ NaN; gradients NaN" in printed
+    assert "ForgetsToScale: breaks 5 of 42 laws, 2 not offered: kept values, mean in float16" in printed
+    assert max(len(line) for line in printed.splitlines()) <= 100
+
+
+def test_record(compared: tuple[str, str, str]) -> None:
+    record = json.loads(compared[2])
+    assert record["settings"]["dtype"] == "float32"
+    assert record["machine"]["thinned"] == thinned.__version__
+    assert record["verdicts"]["ForgetsToScale"]["breaks"][0] == "kept values"
+    assert [law["name"] for law in record["laws"]] == [law.name for law in LAWS]
+    rate = record["laws"][3]["findings"]["textbook"]
+    assert rate["verdict"] == "holds"
+    assert rate["figures"]["low"] < rate["figures"]["rate"] < rate["figures"]["high"]
+    assert {timing["elements"] for timing in record["timings"]} == {4_000, 100_000, 1_000_000}
+    assert record["bytes_saved"]["textbook"] == 4
+
+
+def test_page_is_complete_and_stands_alone(compared: tuple[str, str, str]) -> None:
+    page = compared[1]
+    for law in LAWS:
+        assert escape(law.statement) in page
+    assert page.index("ForgetsToScale</h3>") < page.index("The law of dropout")
+    assert page.count("<svg") == 2
+    assert page.count("data:image/png;base64,") == 2
+    assert "<script" not in page
+    assert 'href="http' not in page
+    assert 'src="http' not in page

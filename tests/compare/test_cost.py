@@ -1,0 +1,51 @@
+"""Time and memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from culprits import changed
+from torch import Tensor, nn
+
+from thinned.compare.memory import bytes_saved
+from thinned.compare.settings import Settings
+from thinned.compare.subjects import resolve
+from thinned.compare.timing import MULTIPLY, planned, time_all
+
+SETTINGS = Settings()
+
+
+class StashesMask(nn.Dropout):
+    """Hides its mask from autograd, in an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mask = torch.rand_like(x) >= self.p
+        return x + 0 * x.sum()
+
+
+class Crashes(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        raise IndexError(x.shape)
+
+
+def test_bytes_saved() -> None:
+    assert bytes_saved(resolve("thinned"), SETTINGS) == pytest.approx(0, abs=1e-3)  # a key, but no mask
+    assert bytes_saved(resolve("torch"), SETTINGS) == 4
+    assert bytes_saved(changed(StashesMask), SETTINGS) == pytest.approx(1, abs=1e-3)
+    assert bytes_saved(changed(Crashes), SETTINGS) is None
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
+def test_times_each_beside_a_multiply(direction: str) -> None:
+    timings = {
+        t.subject: t for t in time_all([resolve("torch"), changed(Crashes)], SETTINGS, 4_000, direction)
+    }
+    assert list(timings) == [MULTIPLY, "torch"]
+    assert timings[MULTIPLY].ratio == 1
+    assert timings["torch"].ratio > 1
+    assert timings["torch"].nanoseconds > 1
+
+
+def test_quick_times_fewer_sizes() -> None:
+    assert max(planned(SETTINGS))[0] == 32_000_000
+    assert max(planned(Settings(quick=True)))[0] == 1_000_000

@@ -1,0 +1,38 @@
+"""Training on real digits."""
+
+from __future__ import annotations
+
+from culprits import changed
+from torch import Tensor, nn
+
+from thinned.compare.settings import Settings
+from thinned.compare.subjects import Subject, resolve
+from thinned.compare.training import WITHOUT, Run, train_all
+
+
+class FailsAfterTenSteps(nn.Dropout):
+    steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        if self.steps > 10:
+            raise IndexError("enough")
+        return super().forward(x)
+
+
+def train(*subjects: Subject) -> dict[str, Run]:
+    return {run.name: run for run in train_all(subjects, Settings(), tick=lambda _: None, epochs=2)}
+
+
+def test_networks_learn_and_do_not_disturb_each_other() -> None:
+    together = train(resolve("torch"), resolve("textbook"), changed(FailsAfterTenSteps))
+    alone = train(resolve("textbook"))
+    assert together["textbook"].training_loss == alone["textbook"].training_loss
+    for name in (WITHOUT, "torch", "textbook"):
+        run = together[name]
+        assert run.training_loss[1] < run.training_loss[0]
+        assert list(run.test_loss) == [2]
+        assert run.test_error is not None
+        assert 0.05 < run.test_error < 0.8
+        assert run.step_ms is not None
+    assert together["FailsAfterTenSteps"].failure == "IndexError: enough"
