@@ -28,11 +28,11 @@ void run_released(const Task& task) {
     run(task);
 }
 
-void flat(uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t base, uint64_t T, double scale, double shift,
-          double fill, int64_t key) {
+void flat(uintptr_t x, uintptr_t y, int dtype, int64_t n, uint64_t T, double scale, double shift, double fill,
+          int64_t key) {
     const uint64_t bits = static_cast<uint64_t>(key);
     run_released({static_cast<Dtype>(dtype), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), &bits,
-                  {{n, 1, 1, 1, 0}}, static_cast<uint64_t>(base), T, scale, shift, fill});
+                  {{n, 1, 1, 1, 0}}, 0, T, scale, shift, fill});
 }
 
 void strided(uintptr_t x, uintptr_t y, int dtype, const Sizes& shape, const Sizes& x_strides,

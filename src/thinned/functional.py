@@ -66,13 +66,16 @@ def dropout(
             [0., 0., 0., 2., 0., 0.]])
     """
     T, scale = _keep(p)
-    _check_input(x)
+    if getattr(x, "dtype", None) not in DTYPES:
+        raise _refusal(x)
     if key is not None:
         _check_key(key, x.shape)
     if not training or p == 0:
         return x
-    bits = op.draw_key(x) if key is None else _bits_for(key, x)
-    geometry = _geometry(x.shape, tuple(broadcast_dims), 0 if isinstance(bits, int) else bits.dim())
+    bits = None if key is None else _bits_for(key, x)
+    geometry = None
+    if broadcast_dims or (bits is not None and bits.dim()):
+        geometry = _geometry(x.shape, tuple(broadcast_dims), 0 if bits is None else bits.dim())
     if inplace:
         return op.masked_affine_(x, bits, geometry, T, scale)
     return op.masked_affine(x, bits, geometry, T, scale)
@@ -135,14 +138,13 @@ def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: i
     return shared_cached(shape, broadcast_dims, key_dims)
 
 
-def _check_input(x: Tensor) -> None:
+def _refusal(x: Tensor) -> Exception:
     if not isinstance(x, Tensor):
-        raise TypeError(f"dropout(): argument 'x' must be Tensor, not {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise RuntimeError(
-            f"dropout needs a floating-point or complex tensor, got {x.dtype} of shape {tuple(x.shape)}; "
-            f"accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
-        )
+        return TypeError(f"dropout(): argument 'x' must be Tensor, not {type(x).__name__}")
+    return RuntimeError(
+        f"dropout needs a floating-point or complex tensor, got {x.dtype} of shape {tuple(x.shape)}; "
+        f"accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
+    )
 
 
 def _check_key(key: Key, shape: Sequence[int]) -> None:

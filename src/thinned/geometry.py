@@ -23,7 +23,7 @@ class Geometry(NamedTuple):
     def shard(self, offsets: Sequence[int]) -> Geometry:
         """The geometry of a part that begins at ``offsets`` of the whole.
 
-        >>> shared((8, 100), ()).shard((2, 50))
+        >>> shared((8, 100)).shard((2, 50))
         Geometry(strides=(100, 1), base=250)
         """
         return Geometry(
@@ -32,7 +32,7 @@ class Geometry(NamedTuple):
         )
 
 
-def shared(shape: Sequence[int], broadcast_dims: Sequence[int], key_dims: int = 0) -> Geometry:
+def shared(shape: Sequence[int], broadcast_dims: Sequence[int] = (), key_dims: int = 0) -> Geometry:
     """Row-major positions in a mask of ``shape`` whose ``broadcast_dims`` have size 1.
 
     Args:

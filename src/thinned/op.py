@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from thinned import backends, writable
-from thinned.geometry import Geometry
+from thinned import writable
+from thinned.backends import Backend, for_device_type
+from thinned.geometry import Geometry, shared
 from thinned.keys import draw, draw_int
 
-__all__ = ["draw_key", "keep_mask", "masked_affine", "masked_affine_"]
+__all__ = ["keep_mask", "masked_affine", "masked_affine_"]
 
 _library = torch.library.Library("thinned", "DEF")
 _library.define(
@@ -44,8 +45,8 @@ _library.define(
 
 def masked_affine(
     x: Tensor,
-    key: int | Tensor,
-    geometry: Geometry,
+    key: int | Tensor | None,
+    geometry: Geometry | None,
     T: int,
     scale: float,
     shift: float = 0.0,
@@ -55,29 +56,37 @@ def masked_affine(
 
     The arithmetic is float32 for half-precision and float32 tensors, float64 for float64; a complex number
     counts as its two parts. Differentiable in ``x`` to any order, in both modes.
+
+    Without a key one is drawn from the default generator of ``x``'s device: compiled code draws what eager
+    code draws, and under :func:`torch.vmap` the draw follows its ``randomness``. Without a geometry the mask
+    indices are ``x``'s own positions.
     """
-    if _is_traced(x):
-        return _traced(x, _tensor(key, x), *geometry, T, scale, shift, fill)
-    if _is_transformed():
-        return _Transformed.apply(x, _tensor(key, x), *geometry, T, scale, shift, fill)  # type: ignore[no-any-return,no-untyped-call]
+    if not _is_eager(x):
+        apply = _traced if _is_traced(x) else _Transformed.apply
+        strides, base = shared(x.shape) if geometry is None else geometry
+        return apply(x, _key_tensor(key, x), strides, base, T, scale, shift, fill)
+    if key is None:
+        key = draw_int() if x.is_cpu else draw(x.device)
     if x.requires_grad and torch.is_grad_enabled():
-        return _Eager.apply(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return,no-untyped-call]
+        return _apply_eager(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return,no-untyped-call]
     return _run(x, key, geometry, T, scale, shift, fill)
 
 
 def masked_affine_(
     x: Tensor,
-    key: int | Tensor,
-    geometry: Geometry,
+    key: int | Tensor | None,
+    geometry: Geometry | None,
     T: int,
     scale: float,
     shift: float = 0.0,
     fill: float = 0.0,
 ) -> Tensor:
     """:func:`masked_affine` written over ``x``. A refused call has changed no element."""
-    if _is_traced(x) or _is_transformed() or x.is_conj() or x.is_neg():
+    if not _is_eager(x) or x.is_conj() or x.is_neg():
         return x.copy_(masked_affine(x, key, geometry, T, scale, shift, fill))
     writable.refuse_overlap(x)
+    if key is None:
+        key = draw_int() if x.is_cpu else draw(x.device)
     if torch.is_grad_enabled() and x.requires_grad:
         writable.refuse_leaf(x)
         # Autograd's own checks all come with this call; the data is written once they have passed.
@@ -94,73 +103,93 @@ def keep_mask(key: Tensor, shape: Sequence[int], geometry: Geometry, T: int) -> 
     return torch.ops.thinned.keep_mask(key, shape, *geometry, T)  # type: ignore[no-any-return]
 
 
-def draw_key(x: Tensor) -> int | Tensor:
-    """One key's bits from the default generator of ``x``'s device, in one draw.
-
-    Compiled code draws what eager code draws. Under :func:`torch.vmap` the draw follows the ``randomness``
-    argument, as that of every random function of torch does.
-    """
-    if _is_traced(x):
-        return torch.ops.thinned.draw_key(x.device)  # type: ignore[no-any-return]
-    if _is_transformed():
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
-    return draw_int() if x.is_cpu else draw(x.device)
+# The state of PyTorch that decides the way of a call; each is asked on every call.
+_compiling = torch.compiler.is_dynamo_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+_transforming = torch._C._are_functorch_transforms_active
+_PLAIN = (Tensor, Parameter)
 
 
 def _is_traced(x: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, Parameter)
+    """Whether PyTorch must see the operation itself: a compiler, a mode, or a tensor that is not plain."""
+    return bool(_compiling() or type(x) not in _PLAIN or x.is_meta or _modes() or _tracing())
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Whether nothing but autograd's backward mode has to know of the operation."""
+    return not (
+        _compiling()
+        or type(x) not in _PLAIN
         or x.is_meta
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        or _modes()
+        or _tracing()
+        or _transforming()
+        or forward_ad._current_level >= 0
     )
-
-
-def _is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _traced(x: Tensor, *arguments: Any) -> Tensor:
     return torch.ops.thinned.masked_affine(x, *arguments)  # type: ignore[no-any-return]
 
 
-def _tensor(key: int | Tensor, x: Tensor) -> Tensor:
-    return key if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int64, device=x.device)
+def _key_tensor(key: int | Tensor | None, x: Tensor) -> Tensor:
+    if isinstance(key, Tensor):
+        return key
+    if key is not None:
+        return torch.tensor(key, dtype=torch.int64, device=x.device)
+    if _transforming() and not _compiling():
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+    return torch.ops.thinned.draw_key(x.device)  # type: ignore[no-any-return]
 
 
-def _backend(x: Tensor) -> backends.Backend:
-    return backends.for_device_type("cpu" if x.is_cpu else x.device.type)
+def _backend(x: Tensor) -> Backend:
+    return for_device_type("cpu" if x.is_cpu else x.device.type)
 
 
 def _run(
     x: Tensor,
     key: int | Tensor,
-    geometry: Geometry,
+    geometry: Geometry | None,
     T: int,
     scale: float,
-    shift: float,
-    fill: float,
-    layout: tuple[int, ...] | None = None,
+    shift: float = 0.0,
+    fill: float = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    if x.is_conj() or x.is_neg():
+    if x.is_neg() or x.is_conj():
         x = x.resolve_conj().resolve_neg()
-    out = torch.empty_like(x) if layout is None else x.new_empty_strided(x.shape, layout)
     return _backend(x).masked_affine(x, key, geometry, T, scale, shift, fill, out)
 
 
 def _linear(
-    x: Tensor, key: int | Tensor, geometry: Geometry, T: int, scale: float, layout: tuple[int, ...]
+    x: Tensor,
+    key: int | Tensor,
+    geometry: Geometry | None,
+    T: int,
+    scale: float,
+    layout: tuple[int, ...] | None,
 ) -> Tensor:
-    """The operation's linear part, its own derivative, in the memory format that ``layout`` gives.
+    """The operation's linear part, which is its derivative of any order, in the memory format ``layout``.
 
-    A gradient takes the input's memory format, whatever that of the gradient that comes in.
+    A gradient takes the input's memory format, whatever that of the gradient that comes in. None stands for
+    the contiguous one, and, under transforms, where strides mean nothing, for any.
     """
-    if _is_traced(x) or _is_transformed() or (x.requires_grad and torch.is_grad_enabled()):
-        if x.stride() != layout and not torch._C._are_functorch_transforms_active():
-            x = x.new_empty_strided(x.shape, layout).copy_(x)
-        return masked_affine(x, key, geometry, T, scale)
-    return _run(x, key, geometry, T, scale, 0.0, 0.0, layout)
+    differs = not x.is_contiguous() if layout is None else x.stride() != layout
+    if _is_eager(x) and not (x.requires_grad and torch.is_grad_enabled()):
+        out = _empty(x, layout) if differs else None
+        return _run(x, key, geometry, T, scale, 0.0, 0.0, out)
+    if differs and not _transforming():
+        x = _empty(x, layout).copy_(x)
+    return masked_affine(x, key, geometry, T, scale)
+
+
+def _empty(x: Tensor, layout: tuple[int, ...] | None) -> Tensor:
+    return x.new_empty(x.shape) if layout is None else x.new_empty_strided(x.shape, layout)
+
+
+def _layout(x: Tensor) -> tuple[int, ...] | None:
+    return None if x.is_contiguous() else x.stride()
 
 
 class _Eager(torch.autograd.Function):
@@ -169,7 +198,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         out = _run(x, *arguments)
-        ctx.linear = *arguments[:4], out.stride()
+        ctx.linear = *arguments[:4], _layout(out)
         return out
 
     @staticmethod
@@ -177,12 +206,16 @@ class _Eager(torch.autograd.Function):
         return _linear(grad, *ctx.linear), None
 
 
+# Function.apply itself only adds what functorch needs, which is not active where this is called.
+_apply_eager = super(torch.autograd.Function, _Eager).apply
+
+
 class _Written(torch.autograd.Function):
     """Tells autograd that x is about to be written over."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: tuple[Any, ...]) -> Tensor:
-        ctx.linear = *linear, x.stride()
+        ctx.linear = *linear, _layout(x)
         ctx.mark_dirty(x)
         return x
 
@@ -214,7 +247,7 @@ class _Transformed(torch.autograd.Function):
         _, key, strides, base, T, scale, *_ = inputs
         ctx.save_for_backward(key)
         ctx.save_for_forward(key)
-        ctx.linear = Geometry(strides, base), T, scale, output.stride()
+        ctx.linear = Geometry(strides, base), T, scale, _layout(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -265,7 +298,7 @@ def _draw_key_fake(device: torch.device) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, key, strides, base, T, scale, *_ = inputs
     ctx.save_for_backward(key)
-    ctx.linear = Geometry(tuple(strides), base), T, scale, output.stride()
+    ctx.linear = Geometry(tuple(strides), base), T, scale, _layout(output)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

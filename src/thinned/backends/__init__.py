@@ -35,14 +35,17 @@ class Backend(Protocol):
         self,
         x: Tensor,
         key: int | Tensor,
-        geometry: Geometry,
+        geometry: Geometry | None,
         T: int,
         scale: float,
         shift: float,
         fill: float,
-        out: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Write ``keep ? x * scale + shift : fill`` into ``out``, which may be ``x``."""
+        """``keep ? x * scale + shift : fill``, into ``out``, which may be ``x``, or a tensor like ``x``.
+
+        Without a geometry the mask indices are ``x``'s own positions in row-major order.
+        """
 
     def keep_mask(self, key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
         """Which elements are kept, as a bool tensor on the key's device, an int's being the CPU."""

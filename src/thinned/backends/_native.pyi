@@ -10,7 +10,6 @@ def flat(
     y: int,
     dtype: int,
     n: int,
-    base: int,
     T: int,
     scale: float,
     shift: float,

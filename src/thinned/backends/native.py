@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import thinned.backends._native as _native
-from thinned.geometry import Geometry
+from thinned.geometry import Geometry, shared_cached
 
 __all__ = ["keep_mask", "masked_affine"]
 
@@ -24,14 +24,27 @@ _CODES: dict[torch.dtype, int] = {getattr(torch, name): code for code, name in e
 def masked_affine(
     x: Tensor,
     key: int | Tensor,
-    geometry: Geometry,
+    geometry: Geometry | None,
     T: int,
     scale: float,
     shift: float,
     fill: float,
-    out: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Write ``keep ? x * scale + shift : fill`` into ``out``; see :func:`thinned.op.masked_affine`."""
+    """``keep ? x * scale + shift : fill``, into ``out`` if given; see :func:`thinned.op.masked_affine`."""
+    target = torch.empty_like(x) if out is None else out
+    if (
+        geometry is None
+        and isinstance(key, int)
+        and x.is_contiguous()
+        and (out is None or out.is_contiguous())
+    ):
+        # Positions in memory are mask indices: one dimension says it all.
+        _native.flat(
+            x.data_ptr(), target.data_ptr(), _CODES[x.dtype], x.numel(), T, scale, shift, fill, key
+        )  # fmt: skip
+        return target
+    strides, base = shared_cached(x.shape) if geometry is None else geometry
     one_key, keys = 0, 0
     key_strides: tuple[int, ...] = ()
     if isinstance(key, int):
@@ -40,16 +53,11 @@ def masked_affine(
         keys, key_strides = key.data_ptr(), key.stride()
     else:
         one_key = int(key.item())
-    code, source, target = _CODES[x.dtype], x.data_ptr(), out.data_ptr()
-    if not keys and x.is_contiguous() and out.is_contiguous() and geometry.strides == x.stride():
-        # Positions in memory are mask indices: one dimension says it all.
-        _native.flat(source, target, code, x.numel(), geometry.base, T, scale, shift, fill, one_key)
-    else:
-        _native.strided(
-            source, target, code, x.shape, x.stride(), out.stride(), geometry.strides, geometry.base, T,
-            scale, shift, fill, one_key, keys, key_strides,
-        )  # fmt: skip
-    return out
+    _native.strided(
+        x.data_ptr(), target.data_ptr(), _CODES[x.dtype], x.shape, x.stride(), target.stride(), strides, base,
+        T, scale, shift, fill, one_key, keys, key_strides,
+    )  # fmt: skip
+    return target
 
 
 def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from thinned.geometry import Geometry, span, split_rows
+from thinned.geometry import Geometry, shared, span, split_rows
 from thinned.philox import low32, philox4x32
 
 __all__ = ["keep_mask", "masked_affine"]
@@ -35,15 +35,16 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
 def masked_affine(
     x: Tensor,
     key: int | Tensor,
-    geometry: Geometry,
+    geometry: Geometry | None,
     T: int,
     scale: float,
     shift: float,
     fill: float,
-    out: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Write ``keep ? x * scale + shift : fill`` into ``out``; see :func:`thinned.op.masked_affine`."""
-    keep = keep_mask(key, tuple(x.shape), geometry, T)
+    """``keep ? x * scale + shift : fill``, into ``out`` if given; see :func:`thinned.op.masked_affine`."""
+    out = torch.empty_like(x) if out is None else out
+    keep = keep_mask(key, tuple(x.shape), geometry or shared(x.shape), T)
     if x.is_complex():
         x, target, keep = torch.view_as_real(x.resolve_conj()), torch.view_as_real(out), keep.unsqueeze(-1)
     else:
