@@ -3,7 +3,7 @@
 // Expects `Floats`, `Doubles` and `store_bools` of an instruction set.
 #pragma once
 
-#include <type_traits>
+#include <algorithm>
 
 namespace thinned {
 namespace {
@@ -81,7 +81,7 @@ inline void apply(const Complex<Part>* x, Complex<Part>* y, const uint8_t* mask,
         std::memcpy(&bits, mask + i / 8, sizeof bits);
         const uint64_t doubled = twice(bits);
         apply<plain>(reinterpret_cast<const Part*>(x + i), reinterpret_cast<Part*>(y + i),
-                     reinterpret_cast<const uint8_t*>(&doubled), constants);
+                     reinterpret_cast<const uint8_t*>(&doubled), constants, 2 * std::min(half, n - i));
     }
 }
 
@@ -101,14 +101,33 @@ struct Span {
     Span next(int64_t n) const { return {at + n * stride, stride}; }
 };
 
-// At most 64 elements, at any distance: through a buffer.
+// How many elements `apply` can stop after: whole vectors, and whole bytes of mask.
+template <class Element>
+struct Granule {
+    static constexpr int size = std::max(8, Vector<Element>::type::lanes);
+};
+template <class Part>
+struct Granule<Complex<Part>> {
+    static constexpr int size = 8;
+};
+template <>
+struct Granule<Bool> {
+    static constexpr int size = chunk;
+};
+
+// At most 64 elements: what is not whole vectors in one place goes through a buffer.
 template <bool plain, class Element>
 void apply_some(Span<const Element> x, Span<Element> y, int n, const uint8_t* mask, Constants constants) {
+    int done = 0;
+    if (x.stride == 1 && y.stride == 1) {
+        done = n - n % Granule<Element>::size;
+        if (done) apply<plain>(x.at, y.at, mask, constants, done);
+        if (done == n) return;
+    }
     Element buffer[chunk] = {};
-    if constexpr (!std::is_same_v<Element, Bool>)
-        for (int i = 0; i < n; ++i) buffer[i] = x.at[i * x.stride];
-    apply<plain>(buffer, buffer, mask, constants, n);
-    for (int i = 0; i < n; ++i) y.at[i * y.stride] = buffer[i];
+    for (int i = done; i < n; ++i) buffer[i - done] = x.at[i * x.stride];
+    apply<plain>(buffer, buffer, mask + done / 8, constants, n - done);
+    for (int i = done; i < n; ++i) y.at[i * y.stride] = buffer[i - done];
 }
 
 // n elements; `mask.at(i)` is where the mask bits of elements i to i + 63 are.
@@ -118,7 +137,7 @@ void apply_row(Span<const Element> x, Span<Element> y, int64_t n, Constants cons
     if (x.stride == 1 && y.stride == 1)
         for (; i + chunk <= n; i += chunk) apply<plain>(x.at + i, y.at + i, mask.at(i), constants);
     for (; i < n; i += chunk) {
-        const int some = static_cast<int>(n - i < chunk ? n - i : chunk);
+        const int some = static_cast<int>(std::min<int64_t>(chunk, n - i));
         apply_some<plain>(x.next(i), y.next(i), some, mask.at(i), constants);
     }
 }

@@ -34,11 +34,24 @@ Dim steps(const Dim& dim, int64_t step) {
     return {(dim.size + step - 1) / step, dim.x * step, dim.y * step, dim.mask * step, dim.key * step};
 }
 
+// Take out of `dims` those that run through consecutive mask indices, if there are any.
+std::vector<Dim> take_columns(std::vector<Dim>& dims, int64_t& count) {
+    std::vector<Dim> columns;
+    count = 1;
+    const auto continues = [&](const Dim& dim) { return dim.mask == count && dim.key == 0; };
+    for (auto next = dims.begin(); (next = std::find_if(dims.begin(), dims.end(), continues)) != dims.end();) {
+        columns.push_back(*next);
+        count *= next->size;
+        dims.erase(next);
+    }
+    return columns;
+}
+
 }  // namespace
 
 Plan make_plan(const Task& task) {
     constexpr Dim one = {1, 1, 1, 0, 0};
-    Plan plan{task, Row::run, one, one, {}, -1, -1, segment, tile_columns, 1, 1};
+    Plan plan{task, Row::run, one, {}, 1, {}, -1, -1, segment, 1, 1};
     std::vector<Dim> dims = normalised(task.dims);
     for (const Dim& dim : dims) plan.elements *= dim.size;
 
@@ -51,19 +64,13 @@ Plan make_plan(const Task& task) {
         plan.kind = Row::run;
     } else if (one_key && plan.row.mask == 0) {
         plan.kind = Row::constant;
+    } else if (plan.columns = take_columns(dims, plan.column_count); !plan.columns.empty()) {
+        plan.kind = Row::tile;
+        plan.row_step = tile_rows;
     } else {
-        auto column = std::find_if(dims.begin(), dims.end(),
-                                   [](const Dim& dim) { return dim.mask == 1 && dim.key == 0; });
-        if (column != dims.end()) {
-            plan.kind = Row::tile;
-            plan.column = *column;
-            plan.row_step = tile_rows;
-            dims.erase(column);
-        } else {
-            plan.kind = Row::constant;  // element by element
-            dims.push_back(plan.row);
-            plan.row = one;
-        }
+        plan.kind = Row::constant;  // element by element
+        dims.push_back(plan.row);
+        plan.row = one;
     }
 
     auto first_shared = std::stable_partition(dims.begin(), dims.end(), [](const Dim& dim) {
@@ -72,7 +79,7 @@ Plan make_plan(const Task& task) {
     plan.loops.assign(dims.begin(), first_shared);
     if (plan.kind == Row::tile) {
         plan.column_loop = static_cast<int>(plan.loops.size());
-        plan.loops.push_back(steps(plan.column, plan.column_step));
+        plan.loops.push_back(steps({plan.column_count, 0, 0, 1, 0}, tile_columns));
     }
     plan.row_loop = static_cast<int>(plan.loops.size());
     plan.loops.push_back(steps(plan.row, plan.row_step));

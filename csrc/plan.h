@@ -8,10 +8,10 @@ namespace thinned {
 enum class Row {
     run,       // consecutive elements have consecutive mask indices
     constant,  // all elements of a row have one mask index
-    tile,      // consecutive mask indices run along another dimension, `column`
+    tile,      // consecutive mask indices run along other dimensions, the columns
 };
 
-// Elements of a row that one step of the loops covers, and columns of a tile.
+// Elements of a row that one step of the loops covers, in a run and in a tile, and columns of a tile.
 constexpr int64_t segment = 16384;
 constexpr int64_t tile_rows = 64;
 constexpr int64_t tile_columns = 512;
@@ -19,12 +19,15 @@ constexpr int64_t tile_columns = 512;
 struct Plan {
     Task task;
     Row kind;
-    Dim row, column;
+    Dim row;
+    // Dimensions that together run through consecutive mask indices, from the fastest on.
+    std::vector<Dim> columns;
+    int64_t column_count;
     // Loops from the outermost on. The row's own segments (`row_loop`) and the tile's columns
     // (`column_loop`) are loops among them; loops that share a mask are inside, where it is still at hand.
     std::vector<Dim> loops;
     int row_loop, column_loop;
-    int64_t row_step, column_step;
+    int64_t row_step;
     int64_t units;     // steps of the loops in all
     int64_t elements;
 };

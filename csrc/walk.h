@@ -75,6 +75,33 @@ struct Place {
     }
 };
 
+// Where a tile's columns are in x and y, one after the other.
+struct Columns {
+    const std::vector<Dim>& dims;
+    int64_t count[max_dims];
+    int64_t x = 0, y = 0;
+
+    Columns(const std::vector<Dim>& dims, int64_t first) : dims(dims) {
+        for (size_t d = 0; d < dims.size(); ++d) {
+            count[d] = first % dims[d].size;
+            first /= dims[d].size;
+            move(dims[d], count[d]);
+        }
+    }
+    void next() {
+        for (size_t d = 0; d < dims.size(); ++d) {
+            move(dims[d], 1);
+            if (++count[d] < dims[d].size) return;
+            move(dims[d], -dims[d].size);
+            count[d] = 0;
+        }
+    }
+    void move(const Dim& dim, int64_t steps) {
+        x += steps * dim.x;
+        y += steps * dim.y;
+    }
+};
+
 template <bool plain, class Element>
 class Walk {
   public:
@@ -100,7 +127,7 @@ class Walk {
         Span<const Element> x;
         Span<Element> y;
         int64_t n;
-        int64_t columns;
+        int64_t first_column, columns;
         int position;
     };
 
@@ -117,12 +144,10 @@ class Walk {
     Piece piece(const Place& place, int64_t n) const {
         const auto* x = static_cast<const Element*>(plan_.task.x) + place.x;
         auto* y = static_cast<Element*>(plan_.task.y) + place.y;
-        return {{x, plan_.row.x}, {y, plan_.row.y}, n, 0, 0};
+        return {{x, plan_.row.x}, {y, plan_.row.y}, n, 0, 0, 0};
     }
 
-    static int64_t left(const Dim& dim, int64_t step, int64_t count) {
-        return std::min(step, dim.size - step * count);
-    }
+    static int64_t left(int64_t size, int64_t step, int64_t count) { return std::min(step, size - step * count); }
 
     static int blocks_for(uint64_t start, int64_t bits) {
         return static_cast<int>((start + bits - 1) / block_bits - start / block_bits + 1);
@@ -141,7 +166,7 @@ class Walk {
     }
 
     void add_row(const Place& place) {
-        Piece piece = this->piece(place, left(plan_.row, plan_.row_step, place.count[plan_.row_loop]));
+        Piece piece = this->piece(place, left(plan_.row.size, plan_.row_step, place.count[plan_.row_loop]));
         const int64_t bits = plan_.kind == Row::run ? piece.n : 1;
         const uint64_t start = plan_.task.base + place.mask;
         if (piece_count_ == most_rows || blocks_.count + blocks_for(start, bits) > capacity) flush();
@@ -150,8 +175,9 @@ class Walk {
     }
 
     void add_tile(const Place& place) {
-        Piece piece = this->piece(place, left(plan_.row, plan_.row_step, place.count[plan_.row_loop]));
-        piece.columns = left(plan_.column, plan_.column_step, place.count[plan_.column_loop]);
+        Piece piece = this->piece(place, left(plan_.row.size, plan_.row_step, place.count[plan_.row_loop]));
+        piece.first_column = tile_columns * place.count[plan_.column_loop];
+        piece.columns = left(plan_.column_count, tile_columns, place.count[plan_.column_loop]);
         const uint64_t start = plan_.task.base + place.mask;
         const int most = static_cast<int>(piece.n) * (static_cast<int>(piece.columns - 1) / block_bits + 2);
         if (piece_count_ == most_rows || line_count_ + piece.n > most_rows || blocks_.count + most > capacity)
@@ -194,14 +220,15 @@ class Walk {
 
     void apply_tile(const Piece& piece) {
         uint64_t rows[64];
+        Columns at(plan_.columns, piece.first_column);
         for (int64_t column = 0; column < piece.columns; column += 64) {
             for (int i = 0; i < 64; ++i)
                 rows[i] = i < piece.n ? bits_at(blocks_.below, lines_[piece.position + i] + column) : 0;
             transpose(rows);
             const int64_t width = std::min<int64_t>(64, piece.columns - column);
-            for (int64_t j = 0; j < width; ++j) {
-                const Span<const Element> x = {piece.x.at + (column + j) * plan_.column.x, piece.x.stride};
-                const Span<Element> y = {piece.y.at + (column + j) * plan_.column.y, piece.y.stride};
+            for (int64_t j = 0; j < width; ++j, at.next()) {
+                const Span<const Element> x = {piece.x.at + at.x, piece.x.stride};
+                const Span<Element> y = {piece.y.at + at.y, piece.y.stride};
                 apply_row<plain>(x, y, piece.n, constants_, Same{rows[j]});
             }
         }

@@ -14,7 +14,7 @@ from torch import Tensor
 from thinned.compare.settings import Settings
 from thinned.compare.subjects import Subject
 
-__all__ = ["MULTIPLY", "Timing", "planned", "time_all"]
+__all__ = ["MULTIPLY", "Timing", "by_turns", "planned", "time_all"]
 
 MULTIPLY = "x * 2"
 DIRECTIONS = ("forward", "forward + backward")
@@ -53,7 +53,7 @@ def time_all(subjects: Sequence[Subject], settings: Settings, elements: int, dir
             work[subject.name] = _work(subject.make(settings.p), settings, elements, direction)
         except Exception:  # the table of laws says what a layer cannot do
             continue
-    seconds = _by_turns(work, ROUNDS[elements], settings.device)
+    seconds = by_turns(work, ROUNDS[elements], settings.device)
     return [
         Timing(
             name,
@@ -84,15 +84,20 @@ def _work(
     return forward_backward
 
 
-def _by_turns(work: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    repeats = {
-        name: max(1, math.ceil(SAMPLE_SECONDS / _seconds(call, 1, device))) for name, call in work.items()
-    }
+def by_turns(work: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds a call of each piece of work, one sample a round, all by turns within a round."""
+    repeats = {name: _repeats(call, device) for name, call in work.items()}
     samples: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, call in work.items():
             samples[name].append(_seconds(call, repeats[name], device))
     return samples
+
+
+def _repeats(call: Callable[[], object], device: str) -> int:
+    first = _seconds(call, 1, device)
+    warm = _seconds(call, max(1, int(SAMPLE_SECONDS / 4 / first)), device)
+    return max(1, math.ceil(SAMPLE_SECONDS / warm))
 
 
 def _seconds(call: Callable[[], object], repeats: int, device: str) -> float:
