@@ -12,8 +12,8 @@ namespace {
 
 constexpr int capacity = 512;     // blocks generated together
 constexpr int block_bits = 128;
-constexpr int common_planes = 8;  // planes computed for every block, before those that only some need
-constexpr int rest_planes = 2;    // planes computed at a time for those
+constexpr int common_planes = 9;  // planes computed for every block, before those that only some need
+constexpr int rest_planes = 3;    // planes computed at a time for those
 constexpr int rounds = 7;
 constexpr uint64_t mul0 = 0xD2511F53, mul1 = 0xCD9E8D57;
 constexpr uint64_t weyl0 = 0x9E3779B9, weyl1 = 0xBB67AE85;

@@ -1,6 +1,8 @@
 // Vectors in plain C++, for a compiler to make of them what the machine has.
 #pragma once
 
+#include <type_traits>
+
 #include "../elements.h"
 
 namespace thinned {
@@ -60,6 +62,7 @@ template <class T, int N>
 struct Lanes {
     static constexpr int lanes = N;
     using Scalar = T;
+    using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
     T lane[N];
 
     static Lanes all(T value) {
@@ -86,7 +89,14 @@ struct Lanes {
         return a;
     }
     friend Lanes select(unsigned mask, Lanes kept, Lanes dropped) {
-        for (int i = 0; i < N; ++i) kept.lane[i] = mask >> i & 1 ? kept.lane[i] : dropped.lane[i];
+        Bits chosen[N], other[N];
+        std::memcpy(chosen, kept.lane, sizeof chosen);
+        std::memcpy(other, dropped.lane, sizeof other);
+        for (int i = 0; i < N; ++i) {
+            const Bits all = (mask & 1u << i) ? ~Bits{0} : Bits{0};  // never a branch: masks are not predictable
+            chosen[i] = (chosen[i] & all) | (other[i] & ~all);
+        }
+        std::memcpy(kept.lane, chosen, sizeof chosen);
         return kept;
     }
     friend Lanes keep(unsigned mask, Lanes a) { return select(mask, a, all(0)); }

@@ -1,0 +1,133 @@
+// The operation as its definition reads, one element after the other, in plain arithmetic: slow, and written
+// without a look at the kernel.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../kernel.h"
+
+namespace reference {
+
+using Words = std::array<uint32_t, 4>;
+
+inline Words philox(Words counter, uint64_t key, int rounds) {
+    uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < rounds; ++round) {
+        const uint64_t product0 = uint64_t{0xD2511F53} * counter[0], product1 = uint64_t{0xCD9E8D57} * counter[2];
+        counter = {static_cast<uint32_t>(product1 >> 32) ^ counter[1] ^ key0, static_cast<uint32_t>(product1),
+                   static_cast<uint32_t>(product0 >> 32) ^ counter[3] ^ key1, static_cast<uint32_t>(product0)};
+        key0 += 0x9E3779B9;
+        key1 += 0xBB67AE85;
+    }
+    return counter;
+}
+
+// u(i) < T, plane after plane from the most significant.
+inline bool keep(uint64_t i, uint64_t key, uint64_t T) {
+    if (T > 0xFFFFFFFF) return true;
+    const uint64_t block = i / 128;
+    const int bit = static_cast<int>(i % 128);
+    for (uint32_t plane = 0; plane < 32; ++plane) {
+        const Words words =
+            philox({static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), plane, 0}, key, 7);
+        const unsigned u = words[bit / 32] >> bit % 32 & 1, t = T >> (31 - plane) & 1;
+        if (u != t) return u < t;
+    }
+    return false;
+}
+
+// A binary format by the size of its fraction and its smallest and largest exponents, in exact doubles.
+struct Format {
+    int fraction, smallest, largest;
+
+    double decode(uint16_t bits) const {
+        const int code = (bits & 0x7FFF) >> fraction, rest = bits & ((1 << fraction) - 1);
+        double value;
+        if (code == largest - smallest + 2)
+            value = rest ? NAN : INFINITY;
+        else if (code == 0)
+            value = std::ldexp(rest, smallest - fraction);
+        else
+            value = std::ldexp((1 << fraction) + rest, code - 1 + smallest - fraction);
+        return bits & 0x8000 ? -value : value;
+    }
+    // To nearest, ties to even.
+    uint16_t encode(double value) const {
+        const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+        const uint16_t infinity = static_cast<uint16_t>((largest - smallest + 2) << fraction);
+        if (std::isnan(value)) return infinity | 1 << (fraction - 1);
+        value = std::fabs(value);
+        if (std::isinf(value)) return sign | infinity;
+        const int exponent = value == 0 ? smallest : std::max(std::ilogb(value), smallest);
+        const double steps = std::nearbyint(std::ldexp(value, fraction - exponent));
+        // A carry out of the fraction goes into the exponent, as it should.
+        const double code = std::ldexp(exponent - smallest, fraction) + steps;
+        return code >= infinity ? sign | infinity : static_cast<uint16_t>(sign | static_cast<uint16_t>(code));
+    }
+};
+
+constexpr Format half{10, -14, 15}, bfloat{7, -126, 127};
+
+// One real number of a type: its size in memory, and x * scale + shift there.
+template <class T>
+T affine(T x, double scale, double shift) {
+    T value = x * static_cast<T>(scale);
+    return shift != 0 ? value + static_cast<T>(shift) : value;
+}
+
+inline uint16_t affine(const Format& format, uint16_t x, double scale, double shift) {
+    return format.encode(affine(static_cast<float>(format.decode(x)), scale, shift));
+}
+
+template <class T>
+T at(const void* memory, int64_t i) {
+    T value;
+    std::memcpy(&value, static_cast<const char*>(memory) + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    return value;
+}
+
+template <class T>
+void put(void* memory, int64_t i, T value) {
+    std::memcpy(static_cast<char*>(memory) + i * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
+}
+
+template <class T>
+void write(const thinned::Task& task, int64_t x, int64_t y, bool kept) {
+    put(task.y, y, kept ? affine(at<T>(task.x, x), task.scale, task.shift) : static_cast<T>(task.fill));
+}
+
+inline void write(const Format& format, const thinned::Task& task, int64_t x, int64_t y, bool kept) {
+    put(task.y, y, kept ? affine(format, at<uint16_t>(task.x, x), task.scale, task.shift)
+                        : format.encode(static_cast<float>(task.fill)));
+}
+
+inline void element(const thinned::Task& task, int64_t x, int64_t y, bool kept) {
+    using thinned::Dtype;
+    switch (task.dtype) {
+        case Dtype::f16: return write(half, task, x, y, kept);
+        case Dtype::bf16: return write(bfloat, task, x, y, kept);
+        case Dtype::f32: return write<float>(task, x, y, kept);
+        case Dtype::f64: return write<double>(task, x, y, kept);
+        case Dtype::c64:
+            for (int part = 0; part < 2; ++part) write<float>(task, 2 * x + part, 2 * y + part, kept);
+            return;
+        case Dtype::c128:
+            for (int part = 0; part < 2; ++part) write<double>(task, 2 * x + part, 2 * y + part, kept);
+            return;
+        case Dtype::mask: return put<uint8_t>(task.y, y, kept);
+    }
+}
+
+inline void run(const thinned::Task& task, size_t dim = 0, int64_t x = 0, int64_t y = 0, uint64_t mask = 0,
+                int64_t key = 0) {
+    if (dim == task.dims.size())
+        return element(task, x, y, keep(task.base + mask, task.keys[key], task.T));
+    const thinned::Dim& d = task.dims[dim];
+    for (int64_t i = 0; i < d.size; ++i)
+        run(task, dim + 1, x + i * d.x, y + i * d.y, mask + static_cast<uint64_t>(i * d.mask), key + i * d.key);
+}
+
+}  // namespace reference
