@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from thinned import writable
-from thinned.backends import Backend, for_device_type
+from thinned import backends, writable
 from thinned.geometry import Geometry, shared
 from thinned.keys import draw, draw_int
 
@@ -143,8 +142,8 @@ def _key_tensor(key: int | Tensor | None, x: Tensor) -> Tensor:
     return torch.ops.thinned.draw_key(x.device)  # type: ignore[no-any-return]
 
 
-def _backend(x: Tensor) -> Backend:
-    return for_device_type("cpu" if x.is_cpu else x.device.type)
+def _backend(x: Tensor) -> backends.Backend:
+    return backends.for_device_type("cpu" if x.is_cpu else x.device.type)
 
 
 def _run(
