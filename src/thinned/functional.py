@@ -128,6 +128,8 @@ _threshold_cached = lru_cache(maxsize=1024)(_threshold)
 
 
 def _keep(p: float) -> tuple[int, float]:
+    if type(p) is not float:
+        p = float(p)
     # Dynamo traces through a cache and says so in a warning.
     return _threshold(p) if torch.compiler.is_compiling() else _threshold_cached(p)
 

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from thinned import backends, writable
 from thinned.geometry import Geometry, shared
 from thinned.keys import draw, draw_int
+from thinned.state import compiling, is_eager, is_traced, transforming, transforms
 
 __all__ = ["keep_mask", "masked_affine", "masked_affine_"]
 
@@ -37,7 +39,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "draw_key(Device device) -> Tensor",
+    "draw_key(Tensor place) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 
@@ -60,12 +62,12 @@ def masked_affine(
     code draws, and under :func:`torch.vmap` the draw follows its ``randomness``. Without a geometry the mask
     indices are ``x``'s own positions.
     """
-    if not _is_eager(x):
-        apply = _traced if _is_traced(x) else _Transformed.apply
+    if not is_eager(x):
+        known = not is_traced(x) and TransformType.Functionalize not in transforms()
+        apply = _Transformed.apply if known else _traced
         strides, base = shared(x.shape) if geometry is None else geometry
         return apply(x, _key_tensor(key, x), strides, base, T, scale, shift, fill)
-    if key is None:
-        key = draw_int() if x.is_cpu else draw(x.device)
+    key = _eager_key(key, x)
     if x.requires_grad and torch.is_grad_enabled():
         return _apply_eager(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return,no-untyped-call]
     return _run(x, key, geometry, T, scale, shift, fill)
@@ -81,11 +83,10 @@ def masked_affine_(
     fill: float = 0.0,
 ) -> Tensor:
     """:func:`masked_affine` written over ``x``. A refused call has changed no element."""
-    if not _is_eager(x) or x.is_conj() or x.is_neg():
+    if not is_eager(x) or x.is_conj() or x.is_neg():
         return x.copy_(masked_affine(x, key, geometry, T, scale, shift, fill))
     writable.refuse_overlap(x)
-    if key is None:
-        key = draw_int() if x.is_cpu else draw(x.device)
+    key = _eager_key(key, x)
     if torch.is_grad_enabled() and x.requires_grad:
         writable.refuse_leaf(x)
         # Autograd's own checks all come with this call; the data is written once they have passed.
@@ -102,34 +103,16 @@ def keep_mask(key: Tensor, shape: Sequence[int], geometry: Geometry, T: int) -> 
     return torch.ops.thinned.keep_mask(key, shape, *geometry, T)  # type: ignore[no-any-return]
 
 
-# The state of PyTorch that decides the way of a call; each is asked on every call.
-_compiling = torch.compiler.is_dynamo_compiling
-_modes = torch._C._len_torch_dispatch_stack
-_tracing = torch._C._get_tracing_state
-_transforming = torch._C._are_functorch_transforms_active
-_PLAIN = (Tensor, Parameter)
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether PyTorch must see the operation itself: a compiler, a mode, or a tensor that is not plain."""
-    return bool(_compiling() or type(x) not in _PLAIN or x.is_meta or _modes() or _tracing())
-
-
-def _is_eager(x: Tensor) -> bool:
-    """Whether nothing but autograd's backward mode has to know of the operation."""
-    return not (
-        _compiling()
-        or type(x) not in _PLAIN
-        or x.is_meta
-        or _modes()
-        or _tracing()
-        or _transforming()
-        or forward_ad._current_level >= 0
-    )
-
-
 def _traced(x: Tensor, *arguments: Any) -> Tensor:
     return torch.ops.thinned.masked_affine(x, *arguments)  # type: ignore[no-any-return]
+
+
+def _eager_key(key: int | Tensor | None, x: Tensor) -> int | Tensor:
+    if key is None:
+        return draw_int() if x.is_cpu else draw(x.device)
+    if isinstance(key, Tensor) and key.is_cpu and not key.dim():
+        return int(key.item())
+    return key
 
 
 def _key_tensor(key: int | Tensor | None, x: Tensor) -> Tensor:
@@ -137,9 +120,13 @@ def _key_tensor(key: int | Tensor | None, x: Tensor) -> Tensor:
         return key
     if key is not None:
         return torch.tensor(key, dtype=torch.int64, device=x.device)
-    if _transforming() and not _compiling():
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
-    return torch.ops.thinned.draw_key(x.device)  # type: ignore[no-any-return]
+    if transforming() and not compiling():
+        if TransformType.Vmap in transforms():
+            return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+        return draw(x.device)
+    # Compilers take calls with the same arguments for one, except where one of them is an empty tensor.
+    place = torch.empty((), dtype=torch.int64, device=x.device)
+    return torch.ops.thinned.draw_key(place)  # type: ignore[no-any-return]
 
 
 def _backend(x: Tensor) -> backends.Backend:
@@ -174,11 +161,14 @@ def _linear(
     A gradient takes the input's memory format, whatever that of the gradient that comes in. None stands for
     the contiguous one, and, under transforms, where strides mean nothing, for any.
     """
+    if torch._C._functorch.is_legacy_batchedtensor(x):
+        keep = keep_mask(_key_tensor(key, x), x.shape, shared(x.shape) if geometry is None else geometry, T)
+        return torch.where(keep, x * scale, 0)
     differs = not x.is_contiguous() if layout is None else x.stride() != layout
-    if _is_eager(x) and not (x.requires_grad and torch.is_grad_enabled()):
+    if is_eager(x) and not (x.requires_grad and torch.is_grad_enabled()):
         out = _empty(x, layout) if differs else None
         return _run(x, key, geometry, T, scale, 0.0, 0.0, out)
-    if differs and not _transforming():
+    if differs and not transforming():
         x = _empty(x, layout).copy_(x)
     return masked_affine(x, key, geometry, T, scale)
 
@@ -191,18 +181,31 @@ def _layout(x: Tensor) -> tuple[int, ...] | None:
     return None if x.is_contiguous() else x.stride()
 
 
+def _keep_linear(ctx: Any, key: int | Tensor, *rest: Any) -> None:
+    if isinstance(key, Tensor):
+        ctx.save_for_backward(key)
+        key = 0
+    ctx.linear = key, *rest
+
+
+def _kept_linear(ctx: Any) -> tuple[Any, ...]:
+    if saved := ctx.saved_tensors:
+        return *saved, *ctx.linear[1:]
+    return ctx.linear  # type: ignore[no-any-return]
+
+
 class _Eager(torch.autograd.Function):
     """The short way to autograd. Nothing of the tensor's size is kept: the key gives the mask again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         out = _run(x, *arguments)
-        ctx.linear = *arguments[:4], _layout(out)
+        _keep_linear(ctx, *arguments[:4], _layout(out))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _linear(grad, *ctx.linear), None
+        return _linear(grad, *_kept_linear(ctx)), None
 
 
 # Function.apply itself only adds what functorch needs, which is not active where this is called.
@@ -214,13 +217,13 @@ class _Written(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: tuple[Any, ...]) -> Tensor:
-        ctx.linear = *linear, _layout(x)
+        _keep_linear(ctx, *linear, _layout(x))
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _linear(grad, *ctx.linear), None
+        return _linear(grad, *_kept_linear(ctx)), None
 
 
 class _Transformed(torch.autograd.Function):
@@ -237,7 +240,7 @@ class _Transformed(torch.autograd.Function):
         shift: float,
         fill: float,
     ) -> Tensor:
-        if _is_traced(x):
+        if is_traced(x):
             return _traced(x, key, strides, base, T, scale, shift, fill)
         return _run(x, key, Geometry(strides, base), T, scale, shift, fill)
 
@@ -254,8 +257,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        geometry, T, scale, _ = ctx.linear
-        return masked_affine(tangent, ctx.saved_tensors[0], geometry, T, scale)
+        return _linear(tangent, ctx.saved_tensors[0], *ctx.linear)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, int]:
@@ -285,28 +287,58 @@ def _keep_mask_fake(key: Tensor, shape: list[int], *_: Any) -> Tensor:
 
 
 @torch.library.impl(_library, "draw_key", "CompositeExplicitAutograd")
-def _draw_key_impl(device: torch.device) -> Tensor:
-    return draw(device)
+def _draw_key_impl(place: Tensor) -> Tensor:
+    return draw(place.device)
 
 
 @torch.library.register_fake("thinned::draw_key", lib=_library)
-def _draw_key_fake(device: torch.device) -> Tensor:
-    return torch.empty((), dtype=torch.int64, device=device)
+def _draw_key_fake(place: Tensor) -> Tensor:
+    return torch.empty_like(place)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, key, strides, base, T, scale, *_ = inputs
-    ctx.save_for_backward(key)
-    ctx.linear = Geometry(tuple(strides), base), T, scale, _layout(output)
+@torch.library.impl(_library, "masked_affine", "Autograd")
+def _masked_affine_autograd(x: Tensor, key: Tensor, strides: list[int], *rest: Any) -> Tensor:
+    if (x.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+        with enable_single_level_autograd_function():  # the dispatcher has chosen the level already
+            return _apply_registered(x, key, tuple(strides), *rest)  # type: ignore[no-any-return,no-untyped-call]
+    return _below_autograd(x, key, strides, *rest)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _linear(grad, ctx.saved_tensors[0], *ctx.linear), *(None,) * 7
+def _below_autograd(x: Tensor, *arguments: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _traced(x, *arguments)
 
 
-torch.library.register_autograd(
-    "thinned::masked_affine", _backward, setup_context=_setup_context, lib=_library
-)
+class _Registered(torch.autograd.Function):
+    """The derivatives of the registered operation, for compilers and tensors that are not plain."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        key: Tensor,
+        strides: tuple[int, ...],
+        base: int,
+        T: int,
+        scale: float,
+        *rest: float,
+    ) -> Tensor:
+        out = _below_autograd(x, key, strides, base, T, scale, *rest)
+        ctx.save_for_backward(key)
+        ctx.save_for_forward(key)
+        ctx.linear = Geometry(strides, base), T, scale, _layout(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _linear(grad, ctx.saved_tensors[0], *ctx.linear), *(None,) * 7
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _linear(tangent, ctx.saved_tensors[0], *ctx.linear)
+
+
+_apply_registered = super(torch.autograd.Function, _Registered).apply
 
 
 def _batch_key(key: Tensor, dim: int | None, size: int) -> Tensor:

@@ -21,6 +21,8 @@ def refuse_leaf(x: Tensor) -> None:
             "a view of a leaf Variable that requires grad is being used in an in-place operation: "
             f"{tuple(x.shape)} of {tuple(base.shape)} {x.dtype}; use inplace=False"
         )
+    if x._is_view() and torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT:
+        x.mul_(1)  # torch's refusal, before anything is written
 
 
 def refuse_overlap(x: Tensor) -> None:

@@ -1,0 +1,80 @@
+"""Backends as parameters, what ran of them in the summary, and examples that are the same in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from subject import SUBJECTS, Subject, why_missing
+from thinned import backends
+
+settings.register_profile(
+    "thinned",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("thinned")
+
+ran: set[str] = set()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # torch warns of itself: it scripts its own derivatives when the first forward-mode one is asked for.
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script:DeprecationWarning")
+
+
+@pytest.fixture(params=[name for name in SUBJECTS if not why_missing(name)])
+def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
+    """Each backend in turn, which serves the public functions too; native under each instruction set."""
+    name: str = request.param
+    ran.add(name)
+    kind, _, rest = name.partition(" ")
+    if kind == "portable":
+        portable = backends.available()["portable"]
+        monkeypatch.setattr(backends, "for_device_type", lambda _: portable)
+        yield Subject(portable, rest.removeprefix("on ") or "cpu")
+        return
+    from thinned.backends import _native
+
+    before = _native.isa()
+    _native.set_isa(rest)
+    yield Subject(backends.available()["native"])
+    _native.set_isa(before)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What was compiled before does not count against a test, and what it compiles is gone after."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """torch.set_num_threads ends with the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).parent.parent
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not ran:
+        return
+    terminalreporter.section("backends and instruction sets")
+    terminalreporter.line("ran: " + (", ".join(name for name in SUBJECTS if name in ran)))
+    for name in SUBJECTS:
+        if name not in ran:
+            terminalreporter.line(f"did not run: {name} ({why_missing(name) or 'not asked for'})")

@@ -1,0 +1,60 @@
+"""The backends that tests run, each under one signature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thinned import backends
+from thinned.backends import Backend
+from thinned.geometry import Geometry
+
+KNOWN_ISAS = ("baseline", "avx2", "avx512")
+ACCELERATORS = ("cuda", "xpu")
+SUBJECTS = (
+    *(f"native {isa}" for isa in KNOWN_ISAS),
+    "portable",
+    *(f"portable on {device}" for device in ACCELERATORS),
+)
+
+
+class Subject:
+    """A backend on a device, called with CPU tensors and answering with them."""
+
+    def __init__(self, backend: Backend, device: str = "cpu") -> None:
+        self.backend, self.device = backend, device
+
+    def keep_mask(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
+        return self.backend.keep_mask(key.to(self.device), shape, geometry, T).cpu()
+
+    def masked_affine(
+        self,
+        x: Tensor,
+        key: Tensor,
+        geometry: Geometry,
+        T: int,
+        scale: float,
+        shift: float = 0.0,
+        fill: float = 0.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        x = x.to(self.device)
+        out = torch.empty_like(x) if out is None else out.to(self.device)
+        return self.backend.masked_affine(x, key.to(self.device), geometry, T, scale, shift, fill, out).cpu()
+
+
+def why_missing(name: str) -> str:
+    """Why this machine cannot run a subject; empty if it can."""
+    kind, _, rest = name.partition(" ")
+    if kind == "native":
+        if "native" in backends.missing():
+            return backends.missing()["native"]
+        from thinned.backends import _native
+
+        if rest not in _native.compiled_isas():
+            return "not compiled for this architecture"
+        return "" if rest in _native.supported_isas() else "this processor lacks it"
+    device = rest.removeprefix("on ")
+    if not device or getattr(torch, device).is_available():
+        return ""
+    return f"torch finds no {device} device"

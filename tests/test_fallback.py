@@ -1,0 +1,121 @@
+"""Where the compiled kernel is absent, where an instruction set is forced, and the table of backends."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import thinned
+from process import output, python
+from subject import KNOWN_ISAS, SUBJECTS, why_missing
+from thinned import backends
+
+WITHOUT_NATIVE = """
+    import sys, warnings
+    sys.modules["thinned.backends._native"] = None
+    import torch, thinned
+"""
+
+
+def test_native_runs() -> None:
+    """The CPU is served by the compiled kernel; in CI it must be, elsewhere its absence is told."""
+    if reason := backends.missing().get("native"):
+        assert os.environ.get("CI") != "true", f"the compiled kernel is missing: {reason}"
+        pytest.skip(reason)
+    assert backends.for_device("cpu") is backends.available()["native"]
+    assert not backends.missing()
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_backend_can_run_here(name: str) -> None:
+    if reason := why_missing(name):
+        pytest.skip(f"{name}: {reason}")
+    assert name.startswith("portable") or "native" in backends.available()
+
+
+def test_ci_fails_without_native() -> None:
+    done = python(
+        WITHOUT_NATIVE
+        + f"""
+        import pytest
+        raise SystemExit(pytest.main([{__file__ + "::test_native_runs"!r}, "-q", "-p", "no:cacheprovider"]))
+        """.replace("\n        ", "\n    "),
+        CI="true",
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the compiled kernel is missing" in done.stdout
+
+
+def test_table() -> None:
+    found = backends.available()
+    assert "portable" in found
+    assert set(found) | set(backends.missing()) == {"portable", "native"}
+    assert not set(found) & set(backends.missing())
+    assert all(backends.missing().values())
+    assert backends.for_device("cuda") is found["portable"]
+    assert backends.for_device(torch.device("meta")) is found["portable"]
+    assert backends.for_device("cpu") in found.values()
+
+
+def test_portable_takes_over_with_one_warning_and_the_same_results() -> None:
+    printed = output(
+        WITHOUT_NATIVE
+        + """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x = torch.arange(1.0, 1001.0, requires_grad=True)
+        y = thinned.functional.dropout(x, 0.3, key=thinned.Key(7))
+        y.sum().backward()
+        torch.compile(thinned.functional.dropout, backend="eager")(x, 0.3, key=thinned.Key(7))
+        for _ in range(3):
+            thinned.Dropout(0.5)(x)
+    ours = [w for w in caught if "thinned" in str(w.message)]
+    print(len(ours), ours[0].category.__name__, "compiled kernel is missing" in str(ours[0].message))
+    print(y.sum().item(), x.grad.sum().item())
+    print(sorted(thinned.backends.available()), list(thinned.backends.missing()))
+    print("_native" in thinned.backends.missing()["native"])
+    """
+    )
+    x = torch.arange(1.0, 1001.0, requires_grad=True)
+    y = thinned.functional.dropout(x, 0.3, key=thinned.Key(7))
+    y.sum().backward()
+    assert x.grad is not None
+    assert printed.splitlines() == [
+        "1 RuntimeWarning True",
+        f"{y.sum().item()} {x.grad.sum().item()}",
+        "['portable'] ['native']",
+        "True",
+    ]
+
+
+def test_import_alone_does_not_warn() -> None:
+    done = python(WITHOUT_NATIVE + "\n    print(thinned.Key(7))", PYTHONWARNINGS="error::RuntimeWarning")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("isa", KNOWN_ISAS)
+def test_environment_forces_an_instruction_set(isa: str) -> None:
+    if reason := why_missing(f"native {isa}"):
+        pytest.skip(f"{isa}: {reason}")
+    printed = output(
+        """
+        import thinned, torch
+        from thinned.backends import _native
+        print(_native.isa(), thinned.keep_mask(thinned.Key(7), (1000,), 0.3).sum().item())
+        """,
+        THINNED_ISA=isa,
+    )
+    assert printed.split() == [isa, str(thinned.keep_mask(thinned.Key(7), (1000,), 0.3).sum().item())]
+
+
+def test_unknown_instruction_set_names_those_accepted() -> None:
+    if reason := why_missing("native baseline"):
+        pytest.skip(reason)
+    from thinned.backends import _native
+
+    done = python("import thinned", THINNED_ISA="sse9")
+    accepted = ", ".join(_native.supported_isas())
+    assert done.returncode != 0
+    assert f"no instruction set 'sse9' on this machine; accepted: {accepted}" in done.stderr

@@ -1,0 +1,90 @@
+"""The registered operations as torch.library wants them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import oracle
+from thinned import op, spec
+from thinned.geometry import Geometry, shared
+
+T = spec.threshold(0.3)
+SCALE = spec.scale(T)
+KEYS = torch.tensor([7, -8, 2**62])
+
+
+def arguments(x: torch.Tensor, key: torch.Tensor, broadcast_dims: tuple[int, ...] = ()) -> tuple[Any, ...]:
+    return x, key, *shared(x.shape, broadcast_dims, key.dim()), T, SCALE, 0.0, 0.0
+
+
+SAMPLES = {
+    "matrix": arguments(torch.randn(3, 5), KEYS[0]),
+    "differentiated": arguments(torch.randn(3, 5, requires_grad=True), KEYS[0]),
+    "permuted": arguments(torch.randn(2, 3, 4).permute(2, 0, 1).requires_grad_(), KEYS[0]),
+    "channels_last": arguments(
+        torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_(), KEYS[0]
+    ),
+    "every other": arguments(torch.randn(4, 10)[:, ::2], KEYS[0]),
+    "expanded": arguments(torch.randn(1, 5).expand(3, 5), KEYS[0]),
+    "complex": arguments(torch.randn(3, 5, dtype=torch.complex128, requires_grad=True), KEYS[0]),
+    "bfloat16": arguments(torch.randn(3, 5, dtype=torch.bfloat16, requires_grad=True), KEYS[0]),
+    "shared": arguments(torch.randn(3, 5, 2, requires_grad=True), KEYS[0], (2,)),
+    "a key for each row": arguments(torch.randn(3, 5, requires_grad=True), KEYS),
+    "0-d": arguments(torch.randn(()), KEYS[0]),
+    "empty": arguments(torch.randn(0, 3, requires_grad=True), KEYS[0]),
+    "shift and fill": (torch.randn(3, 5, requires_grad=True), KEYS[0], [5, 1], 2**40, T, SCALE, 0.5, -1.0),
+}
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck_of_masked_affine(sample: str) -> None:
+    torch.library.opcheck(torch.ops.thinned.masked_affine.default, SAMPLES[sample])
+
+
+@pytest.mark.parametrize("key", [KEYS[0], KEYS], ids=["one key", "a key for each row"])
+def test_opcheck_of_keep_mask(key: torch.Tensor) -> None:
+    torch.library.opcheck(torch.ops.thinned.keep_mask.default, (key, [3, 50], [50, 1], 2**40, T))
+
+
+def test_opcheck_of_draw_key() -> None:
+    torch.library.opcheck(
+        torch.ops.thinned.draw_key.default,
+        (torch.empty((), dtype=torch.int64),),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+@pytest.mark.usefixtures("subject")
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_the_way_through_the_dispatcher_is_the_short_way(sample: str) -> None:
+    x, key, strides, base, *rest = SAMPLES[sample]
+    short = op.masked_affine(x, key, Geometry(tuple(strides), base), *rest)
+    dispatched = torch.ops.thinned.masked_affine(*SAMPLES[sample])
+    oracle.assert_same(short, dispatched)
+    assert short.stride() == dispatched.stride()
+    oracle.assert_same(short, oracle.masked_affine(x, key, Geometry(tuple(strides), base), *rest))
+
+
+@pytest.mark.parametrize("sample", [name for name, sample in SAMPLES.items() if sample[0].requires_grad])
+def test_gradients_of_both_ways(sample: str) -> None:
+    x, key, strides, base, T, scale, *rest = SAMPLES[sample]
+    geometry = Geometry(tuple(strides), base)
+    weights = torch.randn_like(x)
+    (short,) = torch.autograd.grad(op.masked_affine(x, key, geometry, T, scale, *rest), x, weights)
+    (dispatched,) = torch.autograd.grad(torch.ops.thinned.masked_affine(*SAMPLES[sample]), x, weights)
+    oracle.assert_same(short, dispatched)
+    assert short.stride() == dispatched.stride()
+    oracle.assert_same(short, oracle.masked_affine(weights, key, geometry, T, scale))
+
+
+def test_schemas() -> None:
+    """Nothing is written but what is returned; the operations are pure functions of their arguments."""
+    for name in ("masked_affine", "keep_mask"):
+        overload = getattr(torch.ops.thinned, name).default
+        assert not overload._schema.is_mutable
+        assert torch.Tag.pt2_compliant_tag in overload.tags
+        assert torch.Tag.nondeterministic_seeded not in overload.tags
+    assert torch.Tag.nondeterministic_seeded in torch.ops.thinned.draw_key.default.tags

@@ -1,0 +1,88 @@
+"""Philox4x32 against the known answers of its authors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from subject import Subject
+from thinned import spec
+from thinned.geometry import Geometry
+from thinned.philox import high32, low32, philox4x32, signed64
+
+
+class Answer(NamedTuple):
+    rounds: int
+    counter: tuple[int, ...]
+    key: tuple[int, ...]
+    words: tuple[int, ...]
+
+
+def read(path: Path) -> list[Answer]:
+    answers = []
+    for line in path.read_text().splitlines():
+        if line and not line.startswith("#"):
+            rounds, *words = line.split()
+            numbers = tuple(int(word, 16) for word in words)
+            answers.append(Answer(int(rounds), numbers[:4], numbers[4:6], numbers[6:]))
+    return answers
+
+
+ANSWERS = read(Path(__file__).parent / "data" / "philox4x32.kat")
+each_answer = pytest.mark.parametrize(
+    "answer", ANSWERS, ids=lambda a: f"{a.rounds} rounds, {a.counter[0]:08x}"
+)
+
+
+def test_answers_cover_both_numbers_of_rounds() -> None:
+    assert sorted(answer.rounds for answer in ANSWERS) == [7, 7, 7, 10, 10, 10]
+
+
+@each_answer
+def test_specification(answer: Answer) -> None:
+    assert tuple(spec.philox4x32(answer.counter, answer.key, answer.rounds)) == answer.words
+
+
+def test_specification_on_arrays() -> None:
+    answers = [answer for answer in ANSWERS if answer.key == ANSWERS[0].key and answer.rounds == 7]
+    counter = np.array([answer.counter for answer in answers]).T
+    words = spec.philox4x32(list(counter), answers[0].key)
+    assert words.T.tolist() == [list(answer.words) for answer in answers]
+
+
+@each_answer
+def test_integers(answer: Answer) -> None:
+    c0, c1, c2, c3 = answer.counter
+    key = answer.key[0] | answer.key[1] << 32
+    assert philox4x32((c0, c1, c2, c3), key, answer.rounds) == answer.words
+    assert philox4x32((c0, c1, c2, c3), signed64(key), answer.rounds) == answer.words
+
+
+@pytest.mark.parametrize("rounds", [7, 10])
+def test_tensors(rounds: int) -> None:
+    answers = [answer for answer in ANSWERS if answer.rounds == rounds]
+    c0, c1, c2, c3 = torch.tensor([answer.counter for answer in answers]).T
+    key = torch.tensor([signed64(answer.key[0] | answer.key[1] << 32) for answer in answers])
+    words = torch.stack(philox4x32((c0, c1, c2, c3), key, rounds), dim=-1)
+    assert words.tolist() == [list(answer.words) for answer in answers]
+
+
+def test_backends(subject: Subject) -> None:
+    """At p = 0.5 plane 0 decides alone, so that the mask of block 0 is the complement of its words."""
+    answer = ANSWERS[0]
+    assert answer[:3] == (7, (0, 0, 0, 0), (0, 0))
+    mask = subject.keep_mask(torch.tensor(0), (128,), Geometry((1,)), 2**31)
+    words = [sum(1 << b for b in range(32) if not mask[32 * w + b]) for w in range(4)]
+    assert tuple(words) == answer.words
+
+
+@pytest.mark.parametrize("value", [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, -1, -(2**63), -(2**32)])
+def test_halves_of_a_word(value: int) -> None:
+    unsigned = value % 2**64
+    assert low32(value) == int(low32(torch.tensor(value))) == unsigned % 2**32
+    assert high32(value) == int(high32(torch.tensor(value))) == unsigned >> 32
+    assert signed64(unsigned) == value
