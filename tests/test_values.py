@@ -149,7 +149,7 @@ def tasks(draw: st.DrawFn) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
 def assert_values(subject: Subject, task: tuple[Tensor, Tensor, tuple[Any, ...]]) -> None:
     x, out, arguments = task
     expected = oracle.masked_affine(x, *arguments)
-    oracle.assert_same(subject.masked_affine(x, *arguments, out), expected)
+    oracle.assert_same(subject.masked_affine(x, *arguments, out=out), expected)
 
 
 @settings(max_examples=200)
