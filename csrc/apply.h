@@ -124,9 +124,12 @@ void apply_some(Span<const Element> x, Span<Element> y, int n, const uint8_t* ma
         if (done) apply<plain>(x.at, y.at, mask, constants, done);
         if (done == n) return;
     }
+    uint64_t bits;
+    std::memcpy(&bits, mask, sizeof bits);
+    bits >>= done;
     Element buffer[chunk] = {};
     for (int i = done; i < n; ++i) buffer[i - done] = x.at[i * x.stride];
-    apply<plain>(buffer, buffer, mask + done / 8, constants, n - done);
+    apply<plain>(buffer, buffer, reinterpret_cast<const uint8_t*>(&bits), constants, n - done);
     for (int i = done; i < n; ++i) y.at[i * y.stride] = buffer[i - done];
 }
 

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "mask words are read as bytes");
+
 namespace thinned {
 namespace {
 
