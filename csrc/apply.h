@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 namespace thinned {
 namespace {
@@ -13,7 +14,7 @@ constexpr int chunk = 64;
 // shift is added only where there is one: -0 + 0 would lose the sign of a kept zero.
 struct Constants {
     double scale, shift, fill;
-    bool plain() const { return shift == 0 && fill == 0; }
+    bool plain() const { return shift == 0 && fill == 0 && !std::signbit(fill); }
 };
 
 // Mask bits i to i + lanes - 1, in the low bits; what is above them is not to be looked at.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from culprits import changed
+from compare.culprits import changed
 from torch import Tensor, nn
 
 from thinned.compare.memory import bytes_saved

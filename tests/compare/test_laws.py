@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from culprits import CULPRITS, FailsOnEmpty, changed, example
+from compare.culprits import CULPRITS, FailsOnEmpty, changed, example
 from torch import nn
 
 from thinned.compare.laws import LAWS, Finding, Law, Verdict, examine

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from culprits import changed
+from compare.culprits import changed
 from torch import Tensor, nn
 
 from thinned.compare.settings import Settings
