@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare.culprits import changed
 from torch import Tensor, nn
 
+from compare.culprits import changed
 from thinned.compare.memory import bytes_saved
 from thinned.compare.settings import Settings
 from thinned.compare.subjects import resolve

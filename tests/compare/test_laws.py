@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare.culprits import CULPRITS, FailsOnEmpty, changed, example
 from torch import nn
 
+from compare.culprits import CULPRITS, FailsOnEmpty, changed, example
 from thinned.compare.laws import LAWS, Finding, Law, Verdict, examine
 from thinned.compare.settings import Settings
 from thinned.compare.subjects import Subject, resolve

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from compare.culprits import changed
 from torch import Tensor, nn
 
+from compare.culprits import changed
 from thinned.compare.settings import Settings
 from thinned.compare.subjects import Subject, resolve
 from thinned.compare.training import WITHOUT, Run, train_all
