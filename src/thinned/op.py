@@ -67,7 +67,8 @@ def masked_affine(
         apply = _Transformed.apply if known else _traced
         strides, base = shared(x.shape) if geometry is None else geometry
         return apply(x, _key_tensor(key, x), strides, base, T, scale, shift, fill)
-    key = _eager_key(key, x)
+    if not isinstance(key, int):
+        key = _eager_key(key, x)
     if x.requires_grad and torch.is_grad_enabled():
         return _apply_eager(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return,no-untyped-call]
     return _run(x, key, geometry, T, scale, shift, fill)
@@ -94,7 +95,7 @@ def masked_affine_(
     else:
         writable.count_write(x)
     data = x.detach()
-    _backend(data).masked_affine(data, key, geometry, T, scale, shift, fill, data)
+    _run(data, key, geometry, T, scale, shift, fill, data)
     return x
 
 
@@ -129,10 +130,6 @@ def _key_tensor(key: int | Tensor | None, x: Tensor) -> Tensor:
     return torch.ops.thinned.draw_key(place)  # type: ignore[no-any-return]
 
 
-def _backend(x: Tensor) -> backends.Backend:
-    return backends.for_device_type("cpu" if x.is_cpu else x.device.type)
-
-
 def _run(
     x: Tensor,
     key: int | Tensor,
@@ -145,7 +142,8 @@ def _run(
 ) -> Tensor:
     if x.is_neg() or x.is_conj():
         x = x.resolve_conj().resolve_neg()
-    return _backend(x).masked_affine(x, key, geometry, T, scale, shift, fill, out)
+    backend = backends.for_device_type("cpu" if x.is_cpu else x.device.type)
+    return backend.masked_affine(x, key, geometry, T, scale, shift, fill, out)
 
 
 def _linear(
@@ -181,31 +179,27 @@ def _layout(x: Tensor) -> tuple[int, ...] | None:
     return None if x.is_contiguous() else x.stride()
 
 
-def _keep_linear(ctx: Any, key: int | Tensor, *rest: Any) -> None:
-    if isinstance(key, Tensor):
-        ctx.save_for_backward(key)
-        key = 0
-    ctx.linear = key, *rest
-
-
-def _kept_linear(ctx: Any) -> tuple[Any, ...]:
-    if saved := ctx.saved_tensors:
-        return *saved, *ctx.linear[1:]
-    return ctx.linear  # type: ignore[no-any-return]
-
-
 class _Eager(torch.autograd.Function):
     """The short way to autograd. Nothing of the tensor's size is kept: the key gives the mask again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         out = _run(x, *arguments)
-        _keep_linear(ctx, *arguments[:4], _layout(out))
+        _keep(ctx, arguments, _layout(out))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _linear(grad, *_kept_linear(ctx)), None
+        key, geometry, T, scale, layout = ctx.linear
+        return _linear(grad, ctx.saved_tensors[0] if key is None else key, geometry, T, scale, layout), None
+
+
+def _keep(ctx: Any, arguments: tuple[Any, ...], layout: tuple[int, ...] | None) -> None:
+    key, geometry, T, scale, *_ = arguments
+    if isinstance(key, Tensor):
+        ctx.save_for_backward(key)  # which notices if it is written over
+        key = None
+    ctx.linear = key, geometry, T, scale, layout
 
 
 # Function.apply itself only adds what functorch needs, which is not active where this is called.
@@ -216,14 +210,12 @@ class _Written(torch.autograd.Function):
     """Tells autograd that x is about to be written over."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: tuple[Any, ...]) -> Tensor:
-        _keep_linear(ctx, *linear, _layout(x))
+    def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        _keep(ctx, arguments, _layout(x))
         ctx.mark_dirty(x)
         return x
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _linear(grad, *_kept_linear(ctx)), None
+    backward = _Eager.backward
 
 
 class _Transformed(torch.autograd.Function):
@@ -278,7 +270,7 @@ def _masked_affine_fake(x: Tensor, *_: Any) -> Tensor:
 
 @torch.library.impl(_library, "keep_mask", "CompositeExplicitAutograd")
 def _keep_mask_impl(key: Tensor, shape: list[int], strides: list[int], base: int, T: int) -> Tensor:
-    return _backend(key).keep_mask(key, tuple(shape), Geometry(tuple(strides), base), T)
+    return backends.for_device(key.device).keep_mask(key, tuple(shape), Geometry(tuple(strides), base), T)
 
 
 @torch.library.register_fake("thinned::keep_mask", lib=_library)
