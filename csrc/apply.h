@@ -129,9 +129,16 @@ void apply_some(Span<const Element> x, Span<Element> y, int n, const uint8_t* ma
     std::memcpy(&bits, mask, sizeof bits);
     bits >>= done;
     Element buffer[chunk] = {};
-    for (int i = done; i < n; ++i) buffer[i - done] = x.at[i * x.stride];
-    apply<plain>(buffer, buffer, reinterpret_cast<const uint8_t*>(&bits), constants, n - done);
-    for (int i = done; i < n; ++i) y.at[i * y.stride] = buffer[i - done];
+    const int rest = n - done;
+    if (done || (x.stride == 1 && y.stride == 1)) {
+        std::memcpy(buffer, x.at + done, rest * sizeof(Element));
+        apply<plain>(buffer, buffer, reinterpret_cast<const uint8_t*>(&bits), constants, rest);
+        std::memcpy(y.at + done, buffer, rest * sizeof(Element));
+    } else {
+        for (int i = 0; i < n; ++i) buffer[i] = x.at[i * x.stride];
+        apply<plain>(buffer, buffer, reinterpret_cast<const uint8_t*>(&bits), constants, n);
+        for (int i = 0; i < n; ++i) y.at[i * y.stride] = buffer[i];
+    }
 }
 
 // n elements; `mask.at(i)` is where the mask bits of elements i to i + 63 are.
