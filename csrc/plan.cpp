@@ -40,7 +40,7 @@ std::vector<Dim> take_columns(std::vector<Dim>& dims, int64_t& count) {
     count = 1;
     const auto continues = [&](const Dim& dim) { return dim.mask == count && dim.key == 0; };
     for (auto next = dims.begin(); (next = std::find_if(dims.begin(), dims.end(), continues)) != dims.end();) {
-        columns.push_back(*next);
+        columns.insert(columns.begin(), *next);
         count *= next->size;
         dims.erase(next);
     }

@@ -20,7 +20,7 @@ struct Plan {
     Task task;
     Row kind;
     Dim row;
-    // Dimensions that together run through consecutive mask indices, from the fastest on.
+    // Dimensions that together run through consecutive mask indices, the fastest last.
     std::vector<Dim> columns;
     int64_t column_count;
     // Loops from the outermost on. The row's own segments (`row_loop`) and the tile's columns

@@ -46,16 +46,16 @@ inline void transpose(uint64_t (&rows)[64]) {
             }
 }
 
-// A count in the mixed radix of the plan's loops, and where it stands in x, y, mask and keys.
+// A count in the mixed radix of nested loops, and where it stands in x, y, mask and keys.
 struct Place {
     const std::vector<Dim>& loops;
     int64_t count[max_dims + 2];
     int64_t x = 0, y = 0, mask = 0, key = 0;
 
-    Place(const Plan& plan, int64_t unit) : loops(plan.loops) {
+    Place(const std::vector<Dim>& loops, int64_t steps) : loops(loops) {
         for (int d = static_cast<int>(loops.size()) - 1; d >= 0; --d) {
-            count[d] = unit % loops[d].size;
-            unit /= loops[d].size;
+            count[d] = steps % loops[d].size;
+            steps /= loops[d].size;
             move(loops[d], count[d]);
         }
     }
@@ -75,33 +75,6 @@ struct Place {
     }
 };
 
-// Where a tile's columns are in x and y, one after the other.
-struct Columns {
-    const std::vector<Dim>& dims;
-    int64_t count[max_dims];
-    int64_t x = 0, y = 0;
-
-    Columns(const std::vector<Dim>& dims, int64_t first) : dims(dims) {
-        for (size_t d = 0; d < dims.size(); ++d) {
-            count[d] = first % dims[d].size;
-            first /= dims[d].size;
-            move(dims[d], count[d]);
-        }
-    }
-    void next() {
-        for (size_t d = 0; d < dims.size(); ++d) {
-            move(dims[d], 1);
-            if (++count[d] < dims[d].size) return;
-            move(dims[d], -dims[d].size);
-            count[d] = 0;
-        }
-    }
-    void move(const Dim& dim, int64_t steps) {
-        x += steps * dim.x;
-        y += steps * dim.y;
-    }
-};
-
 template <bool plain, class Element>
 class Walk {
   public:
@@ -109,7 +82,7 @@ class Walk {
         : plan_(plan), constants_{plan.task.scale, plan.task.shift, plan.task.fill} {}
 
     void units(int64_t from, int64_t to) {
-        for (Place place(plan_, from); from < to; ++from, place.next()) {
+        for (Place place(plan_.loops, from); from < to; ++from, place.next()) {
             if (plan_.kind == Row::tile)
                 add_tile(place);
             else
@@ -220,7 +193,7 @@ class Walk {
 
     void apply_tile(const Piece& piece) {
         uint64_t rows[64];
-        Columns at(plan_.columns, piece.first_column);
+        Place at(plan_.columns, piece.first_column);
         for (int64_t column = 0; column < piece.columns; column += 64) {
             for (int i = 0; i < 64; ++i)
                 rows[i] = i < piece.n ? bits_at(blocks_.below, lines_[piece.position + i] + column) : 0;
