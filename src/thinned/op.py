@@ -63,6 +63,8 @@ def masked_affine(
     indices are ``x``'s own positions.
     """
     if not is_eager(x):
+        if x.is_nested and x.layout is torch.jagged:
+            return _jagged(x, key, geometry, T, scale, shift, fill)
         known = not is_traced(x) and TransformType.Functionalize not in transforms()
         apply = _Transformed.apply if known else _traced
         strides, base = shared(x.shape) if geometry is None else geometry
@@ -102,6 +104,14 @@ def masked_affine_(
 def keep_mask(key: Tensor, shape: Sequence[int], geometry: Geometry, T: int) -> Tensor:
     """``keep(m(i))`` as a bool tensor of ``shape`` on the key's device."""
     return torch.ops.thinned.keep_mask(key, shape, *geometry, T)  # type: ignore[no-any-return]
+
+
+def _jagged(x: Any, key: int | Tensor | None, geometry: Geometry | None, *rest: Any) -> Tensor:
+    """A nested tensor's rows are one after the other in its values, and so are their mask indices."""
+    if geometry is not None:
+        raise NotImplementedError("a jagged nested tensor has one key and no shared dimensions")
+    values = masked_affine(x.values(), key, None, *rest)
+    return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
 
 
 def _traced(x: Tensor, *arguments: Any) -> Tensor:
