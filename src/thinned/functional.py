@@ -11,6 +11,7 @@ from torch import Tensor
 from thinned import op
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.keys import Key
+from thinned.state import compiling
 
 __all__ = ["dropout", "keep_mask"]
 
@@ -65,7 +66,7 @@ def dropout(
     tensor([[0., 0., 0., 2., 2., 2.],
             [0., 0., 0., 2., 0., 0.]])
     """
-    T, scale = _keep(p)
+    T, scale = _threshold_and_scale(p)
     if getattr(x, "dtype", None) not in DTYPES:
         raise _refusal(x)
     if key is not None:
@@ -109,33 +110,33 @@ def keep_mask(
     tensor([[0, 0, 0, 1, 1, 1],
             [0, 0, 0, 1, 0, 0]], dtype=torch.int32)
     """
-    T, _ = _keep(p)
+    T, _ = _threshold_and_scale(p)
     shape = tuple(shape)
     _check_key(key, shape)
     bits = key.bits if device is None else key.bits.to(device)
     return op.keep_mask(bits, shape, shared(shape, broadcast_dims, bits.dim()), T)
 
 
-def _threshold(p: float) -> tuple[int, float]:
-    """``T`` and the scale ``1/q`` of the mask's specification."""
+def _compute(p: float) -> tuple[int, float]:
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     T = round((1 - p) * 2**32)
     return T, 2**32 / T if T else 0.0
 
 
-_threshold_cached = lru_cache(maxsize=1024)(_threshold)
+_compute_cached = lru_cache(maxsize=1024)(_compute)
 
 
-def _keep(p: float) -> tuple[int, float]:
+def _threshold_and_scale(p: float) -> tuple[int, float]:
+    """``T`` and ``1/q`` of the mask's specification."""
     if type(p) is not float:
         p = float(p)
     # Dynamo traces through a cache and says so in a warning.
-    return _threshold(p) if torch.compiler.is_compiling() else _threshold_cached(p)
+    return _compute(p) if compiling() else _compute_cached(p)
 
 
 def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
-    if torch.compiler.is_compiling():
+    if compiling():
         return shared(shape, broadcast_dims, key_dims)
     return shared_cached(shape, broadcast_dims, key_dims)
 
