@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <mutex>
 #include <stdexcept>
 
 #include "isa.h"
@@ -53,12 +52,10 @@ std::atomic<const Isa*>& chosen() {
 
 std::atomic<bool> forked{false};
 
-void watch_forks() {
 #ifndef _WIN32
-    static std::once_flag once;
-    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { forked = true; }); });
+// From the start: a pool that the child lacks may be one that others used before the first call here.
+[[maybe_unused]] const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
-}
 
 }  // namespace
 
@@ -91,7 +88,6 @@ void set_isa(const std::string& name) {
 }
 
 int threads() {
-    watch_forks();
 #ifdef _OPENMP
     return forked || omp_in_parallel() ? 1 : omp_get_max_threads();
 #else

@@ -61,6 +61,23 @@ def test_fork_after_parallel_use_does_not_hang() -> None:
     oracle.assert_same(dropout(LARGE, 0.1, key=KEY), y)
 
 
+@forks
+def test_fork_after_torch_alone_was_parallel_does_not_hang() -> None:
+    """The pool that the child lacks is PyTorch's as well: a first call of ours in the child must know."""
+    child = """
+        import os, signal, torch, thinned
+        torch.set_num_threads(2)
+        x = torch.ones(4_000_000) * 2
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            thinned.functional.dropout(x, 0.5, key=thinned.Key(7))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    """
+    assert output(child, PYTHONWARNINGS="ignore").strip() == "0"
+
+
 class Noisy(Dataset[Tensor]):
     """Rows that are thinned where they are loaded, each under its own key."""
 
