@@ -315,29 +315,13 @@ class _Registered(torch.autograd.Function):
     """The derivatives of the registered operation, for compilers and tensors that are not plain."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        key: Tensor,
-        strides: tuple[int, ...],
-        base: int,
-        T: int,
-        scale: float,
-        *rest: float,
-    ) -> Tensor:
-        out = _below_autograd(x, key, strides, base, T, scale, *rest)
-        ctx.save_for_backward(key)
-        ctx.save_for_forward(key)
-        ctx.linear = Geometry(strides, base), T, scale, _layout(out)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out = _below_autograd(*inputs)
+        _Transformed.setup_context(ctx, inputs, out)
         return out
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _linear(grad, ctx.saved_tensors[0], *ctx.linear), *(None,) * 7
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _linear(tangent, ctx.saved_tensors[0], *ctx.linear)
+    backward = _Transformed.backward
+    jvp = _Transformed.jvp
 
 
 _apply_registered = super(torch.autograd.Function, _Registered).apply

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["low32", "philox4x32", "signed64"]
+__all__ = ["high32", "low32", "philox4x32", "signed64"]
 
 Word = TypeVar("Word", int, torch.Tensor)
 

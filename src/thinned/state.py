@@ -25,15 +25,7 @@ def is_traced(x: Tensor) -> bool:
 
 def is_eager(x: Tensor) -> bool:
     """Whether nothing but autograd's backward mode has to know of the operation."""
-    return not (
-        compiling()
-        or type(x) not in _PLAIN
-        or x.is_meta
-        or _modes()
-        or _tracing()
-        or transforming()
-        or forward_ad._current_level >= 0
-    )
+    return not (is_traced(x) or transforming() or forward_ad._current_level >= 0)
 
 
 def transforms() -> set[TransformType]:

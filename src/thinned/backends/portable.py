@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thinned.geometry import Geometry, shared, span, split_rows
-from thinned.philox import low32, philox4x32
+from thinned.philox import high32, low32, philox4x32
 
 __all__ = ["keep_mask", "masked_affine"]
 
@@ -65,7 +65,7 @@ def _positions(shape: tuple[int, ...], strides: tuple[int, ...], device: torch.d
 
 def _below(block: Tensor, key: Tensor, T: int) -> Tensor:
     """``u < T`` for the 128 positions of each block, as four 32-bit words in the last dimension."""
-    counter = low32(block), block >> 32 & 0xFFFFFFFF
+    counter = low32(block), high32(block)
     below, undecided = torch.zeros_like(block), torch.full_like(block, 0xFFFFFFFF)
     below, undecided = below.unsqueeze(-1), undecided.unsqueeze(-1)
     last = 32 - (T & -T).bit_length() + 1
