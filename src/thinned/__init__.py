@@ -10,11 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from thinned import backends, functional, spec
 from thinned.functional import keep_mask
 from thinned.keys import Key
-from thinned.layers import Dropout
+from thinned.layers import *  # noqa: F403
+from thinned.layers import __all__ as _layers
 
 try:
     __version__ = version("thinned")
 except PackageNotFoundError:
     __version__ = "0+uninstalled"
 
-__all__ = ["Dropout", "Key", "backends", "functional", "keep_mask", "spec"]
+__all__ = ["Key", "backends", "functional", "keep_mask", "spec"]
+__all__ += _layers

@@ -1,6 +1,7 @@
-"""The two operations that every mask layer is made of, for PyTorch: eager, compiled, differentiated, mapped.
+"""The operations that every layer is made of, for PyTorch: eager, compiled, differentiated, mapped.
 
-``masked_affine`` is ``y_i = keep(m(i)) ? x_i * scale + shift : fill``; ``keep_mask`` is the mask itself.
+``masked_affine`` is ``y_i = keep(m(i)) ? x_i * scale + shift : fill``; ``keep_mask`` is the mask itself, and
+``uniform`` the random numbers that it is decided by, for the layers whose noise is no mask.
 ``m`` is a :class:`~thinned.geometry.Geometry`; ``keep(m)`` holds when the 32-bit number of mask index ``m``
 under the key is below ``T``. The key is an int64 tensor whose shape is that of ``x``'s leading dimensions,
 ``()`` for one key and ``(n,)`` for one for each of ``n`` rows, or the int64 number that is one key.
@@ -26,7 +27,7 @@ from thinned.geometry import Geometry, shared
 from thinned.keys import draw, draw_int
 from thinned.state import compiling, is_eager, is_traced, transforming, transforms
 
-__all__ = ["keep_mask", "masked_affine", "masked_affine_"]
+__all__ = ["draw_for", "keep_mask", "masked_affine", "masked_affine_", "uniform"]
 
 _library = torch.library.Library("thinned", "DEF")
 _library.define(
@@ -36,6 +37,10 @@ _library.define(
 )
 _library.define(
     "keep_mask(Tensor key, SymInt[] shape, SymInt[] strides, SymInt base, int T) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "uniform(Tensor key, SymInt[] shape, SymInt[] strides, SymInt base) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -104,6 +109,16 @@ def masked_affine_(
 def keep_mask(key: Tensor, shape: Sequence[int], geometry: Geometry, T: int) -> Tensor:
     """``keep(m(i))`` as a bool tensor of ``shape`` on the key's device."""
     return torch.ops.thinned.keep_mask(key, shape, *geometry, T)  # type: ignore[no-any-return]
+
+
+def uniform(key: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
+    """``u(m(i)) - 2**31`` as an int32 tensor of ``shape`` on the key's device: in order, and in 32 bits."""
+    return torch.ops.thinned.uniform(key, shape, *geometry)  # type: ignore[no-any-return]
+
+
+def draw_for(x: Tensor) -> Tensor:
+    """One key's bits from the default generator of ``x``'s device, whatever is done around the call."""
+    return _key_tensor(None, x) if not is_eager(x) else draw(x.device)
 
 
 def _jagged(x: Any, key: int | Tensor | None, geometry: Geometry | None, *rest: Any) -> Tensor:
@@ -288,6 +303,16 @@ def _keep_mask_fake(key: Tensor, shape: list[int], *_: Any) -> Tensor:
     return torch.empty(shape, dtype=torch.bool, device=key.device)
 
 
+@torch.library.impl(_library, "uniform", "CompositeExplicitAutograd")
+def _uniform_impl(key: Tensor, shape: list[int], strides: list[int], base: int) -> Tensor:
+    return backends.for_device(key.device).uniform(key, tuple(shape), Geometry(tuple(strides), base))
+
+
+@torch.library.register_fake("thinned::uniform", lib=_library)
+def _uniform_fake(key: Tensor, shape: list[int], *_: Any) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device=key.device)
+
+
 @torch.library.impl(_library, "draw_key", "CompositeExplicitAutograd")
 def _draw_key_impl(place: Tensor) -> Tensor:
     return draw(place.device)
@@ -349,5 +374,13 @@ def _vmap_keep_mask(
     return keep_mask(key, (info.batch_size, *shape), Geometry((0, *strides), base), T), 0
 
 
+def _vmap_uniform(
+    info: Any, in_dims: tuple[Any, ...], key: Tensor, shape: Sequence[int], strides: Sequence[int], base: int
+) -> tuple[Tensor, int]:
+    key = _batch_key(key, in_dims[0], info.batch_size)
+    return uniform(key, (info.batch_size, *shape), Geometry((0, *strides), base)), 0
+
+
 torch.library.register_vmap("thinned::masked_affine", _vmap_masked_affine, lib=_library)
 torch.library.register_vmap("thinned::keep_mask", _vmap_keep_mask, lib=_library)
+torch.library.register_vmap("thinned::uniform", _vmap_uniform, lib=_library)

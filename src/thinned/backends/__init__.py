@@ -1,6 +1,6 @@
 """The table of backends, which one serves a device, and why one is missing.
 
-A backend is a module with two functions, ``masked_affine`` and ``keep_mask``, and nothing else.
+A backend is a module with three functions, ``masked_affine``, ``keep_mask`` and ``uniform``.
 
 >>> for_device(torch.device("cpu")) in available().values()
 True
@@ -29,7 +29,7 @@ __all__ = ["Backend", "available", "describe", "for_device", "missing", "name_fo
 
 
 class Backend(Protocol):
-    """What a backend offers: the two operations of :mod:`thinned.op`, on tensors that are what they seem."""
+    """What a backend offers: the operations of :mod:`thinned.op`, on tensors that are what they seem."""
 
     def masked_affine(
         self,
@@ -49,6 +49,9 @@ class Backend(Protocol):
 
     def keep_mask(self, key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
         """Which elements are kept, as a bool tensor on the key's device, an int's being the CPU."""
+
+    def uniform(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+        """The numbers behind the masks, less ``2**31``, as an int32 tensor on the key's device."""
 
 
 def available() -> dict[str, Backend]:

@@ -1,4 +1,4 @@
-"""The two operations by the compiled kernel: the CPU's backend.
+"""The operations by the compiled kernel: the CPU's backend.
 
 ``THINNED_ISA`` in the environment forces a lower instruction set than the machine has.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 import thinned.backends._native as _native
 from thinned.geometry import Geometry, shared_cached
 
-__all__ = ["keep_mask", "masked_affine"]
+__all__ = ["keep_mask", "masked_affine", "uniform"]
 
 if wanted := os.environ.get("THINNED_ISA"):
     _native.set_isa(wanted)
@@ -64,3 +64,10 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
     """Which elements are kept, as a bool tensor; see :func:`thinned.op.keep_mask`."""
     out = torch.empty(shape, dtype=torch.bool, device="cpu")
     return masked_affine(out, key, geometry, T, 1.0, 0.0, 0.0, out)
+
+
+def uniform(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """The numbers behind the masks, less ``2**31``, as int32; see :func:`thinned.op.uniform`."""
+    from thinned.backends import portable
+
+    return portable.uniform(key, shape, geometry)

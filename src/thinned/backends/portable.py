@@ -1,8 +1,9 @@
-"""The two operations in plain PyTorch integer arithmetic: any device, and the fallback for all."""
+"""The operations in plain PyTorch integer arithmetic: any device, and the fallback for all."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,26 +11,39 @@ from torch import Tensor
 from thinned.geometry import Geometry, shared, span, split_rows
 from thinned.philox import high32, low32, philox4x32
 
-__all__ = ["keep_mask", "masked_affine"]
+__all__ = ["keep_mask", "masked_affine", "uniform"]
 
 
 def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
     """Which elements are kept, as a bool tensor; see :func:`thinned.op.keep_mask`."""
     if isinstance(key, int):
         key = torch.tensor(key, dtype=torch.int64)
-    device = key.device
     if T == 0 or T == 2**32 or not math.prod(shape):
-        return torch.full(shape, T != 0, dtype=torch.bool, device=device)
-    strides = geometry.strides
+        return torch.full(shape, T != 0, dtype=torch.bool, device=key.device)
+    return _for_each_index(key, shape, geometry, lambda block, key: _unpack(_below(block, key, T)))
+
+
+def uniform(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """The numbers behind the masks, less ``2**31``, as int32; see :func:`thinned.op.uniform`."""
+    if not math.prod(shape):
+        return torch.empty(shape, dtype=torch.int32, device=key.device)
+    return _for_each_index(key, shape, geometry, _numbers)
+
+
+def _for_each_index(
+    key: Tensor, shape: tuple[int, ...], geometry: Geometry, of_blocks: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """What ``of_blocks(block, key)`` gives for the 128 positions of each block, at each element's index."""
+    strides, device = geometry.strides, key.device
     rows = split_rows(shape, strides, key.dim())
     first = _positions(shape[:rows], strides[:rows], device) + geometry.base
     key = key.reshape(key.shape + (1,) * (rows - key.dim())).expand(shape[:rows])
     blocks = (span(shape[rows:], strides[rows:]) + 126) // 128 + 1
     block = (first >> 7).unsqueeze(-1) + torch.arange(blocks, device=device)
-    kept = _unpack(_below(block, key.unsqueeze(-1), T))
+    values = of_blocks(block, key.unsqueeze(-1))
     inner = _positions(shape[rows:], strides[rows:], device)
     index = (first & 127).reshape(shape[:rows] + (1,) * (len(shape) - rows)) + inner
-    return kept.gather(-1, index.reshape((*shape[:rows], -1))).reshape(shape)
+    return values.gather(-1, index.reshape((*shape[:rows], -1))).reshape(shape)
 
 
 def masked_affine(
@@ -65,18 +79,31 @@ def _positions(shape: tuple[int, ...], strides: tuple[int, ...], device: torch.d
 
 def _below(block: Tensor, key: Tensor, T: int) -> Tensor:
     """``u < T`` for the 128 positions of each block, as four 32-bit words in the last dimension."""
-    counter = low32(block), high32(block)
     below, undecided = torch.zeros_like(block), torch.full_like(block, 0xFFFFFFFF)
     below, undecided = below.unsqueeze(-1), undecided.unsqueeze(-1)
     last = 32 - (T & -T).bit_length() + 1
     for plane in range(last):
-        words = torch.stack(philox4x32((*counter, plane, 0), key, rounds=7), dim=-1)
+        words = _plane(block, key, plane)
         if T >> (31 - plane) & 1:
             below = below | undecided & ~words
             undecided = undecided & words
         else:
             undecided = undecided & ~words
     return below
+
+
+def _numbers(block: Tensor, key: Tensor) -> Tensor:
+    """``u - 2**31`` for the 128 positions of each block."""
+    number = torch.zeros((*block.shape[:-1], 128 * block.shape[-1]), dtype=torch.int32, device=block.device)
+    for plane in range(32):
+        number = (number << 1) | _unpack(_plane(block, key, plane)).to(torch.int32)
+    return number ^ -(2**31)
+
+
+def _plane(block: Tensor, key: Tensor, plane: int) -> Tensor:
+    """One bit plane of each block, as four 32-bit words in the last dimension."""
+    counter = low32(block), high32(block), plane, 0
+    return torch.stack(philox4x32(counter, key, rounds=7), dim=-1)
 
 
 def _unpack(words: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from thinned.compare.settings import Settings
 from thinned.compare.subjects import Subject
 
-__all__ = ["bytes_saved"]
+__all__ = ["bytes_saved", "saved_by_call"]
 
 ELEMENTS = 100_000
 
@@ -22,7 +23,14 @@ def bytes_saved(subject: Subject, settings: Settings) -> float | None:
     life in Python and are still there (the garbage collector sees them, in a context or an attribute). Memory
     that a C++ extension holds without telling autograd stays unseen. None if the layer cannot be run.
     """
-    x = settings.ones(ELEMENTS).requires_grad_()
+    try:
+        return saved_by_call(subject.make(settings.p), settings.ones(ELEMENTS).requires_grad_())
+    except Exception:  # the table of laws says what a layer cannot do
+        return None
+
+
+def saved_by_call(layer: Callable[[Tensor], Tensor], x: Tensor, held: Iterable[Tensor] = ()) -> float:
+    """Bytes an element of ``x`` that a call leaves for backward, apart from ``x``, output and ``held``."""
     seen: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -30,16 +38,12 @@ def bytes_saved(subject: Subject, settings: Settings) -> float | None:
         return tensor
 
     before = _living_storages()
-    try:
-        layer = subject.make(settings.p)
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            y = layer(x)
-    except Exception:  # the table of laws says what a layer cannot do
-        return None
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        y = layer(x)
     seen |= {address: size for address, size in _living_storages().items() if address not in before}
-    for needed_anyway in (x, y):
+    for needed_anyway in (x, y, *held):
         seen.pop(needed_anyway.untyped_storage().data_ptr(), None)
-    return sum(seen.values()) / ELEMENTS
+    return sum(seen.values()) / x.numel()
 
 
 def _living_storages() -> dict[int, int]:

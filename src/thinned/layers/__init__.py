@@ -1,5 +1,6 @@
 """The layers: each stores its arguments and calls its function."""
 
 from thinned.layers.dropout import Dropout
+from thinned.layers.path import DropPath, StochasticDepth
 
-__all__ = ["Dropout"]
+__all__ = ["DropPath", "Dropout", "StochasticDepth"]

@@ -2,10 +2,11 @@
 
 from thinned.compare.laws import backward, dtype_layout, edges, independence, rate, transforms
 from thinned.compare.laws.law import Finding, Law, Verdict, examine
+from thinned.compare.subjects import Subject
 
 __all__ = ["LAWS", "Finding", "Law", "Verdict", "examine"]
 
-LAWS: list[Law] = [
+LAWS: list[Law[Subject]] = [
     *rate.LAWS,
     *independence.LAWS,
     *edges.LAWS,

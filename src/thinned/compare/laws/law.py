@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Generic, TypeVar
 
 import torch
 
 from thinned.compare.errors import one_line
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import NotOfferedError, Subject
+from thinned.compare.subjects import NotOfferedError
 
 __all__ = ["HALF", "Finding", "Law", "Verdict", "examine", "holds_if", "nothing_wrong"]
+
+S = TypeVar("S")  # what is examined: an implementation of Dropout, or of another layer
 
 HALF = 0.5  # at which two independent masks of 1,000 elements are never equal, whatever p a user chooses
 
@@ -40,13 +43,13 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Law:
+class Law(Generic[S]):
     """One law: ``name`` heads a row, ``statement`` says in a line what has to hold."""
 
     family: str
     name: str
     statement: str
-    check: Callable[[Subject, Settings], Finding]
+    check: Callable[[S, Settings], Finding]
 
 
 def holds_if(condition: bool, measured: str, **figures: float) -> Finding:
@@ -58,7 +61,7 @@ def nothing_wrong(complaint: str | None, measured: str) -> Finding:
     return holds_if(complaint is None, complaint or measured)
 
 
-def examine(law: Law, subject: Subject, settings: Settings) -> Finding:
+def examine(law: Law[S], subject: S, settings: Settings) -> Finding:
     """Check one law from the settings' seed; whatever the implementation raises becomes the finding."""
     torch.manual_seed(settings.seed)
     try:

@@ -1,0 +1,112 @@
+"""What the functions of every layer check, and the way from there to the operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from thinned import op
+from thinned.geometry import Geometry, shared, shared_cached
+from thinned.keys import Key
+from thinned.state import compiling
+
+__all__ = ["DTYPES", "apply", "bits_for", "check_input", "check_key", "key_for", "threshold_and_scale"]
+
+DTYPES = frozenset(
+    {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+)
+
+
+def apply(
+    input: Tensor,  # noqa: A002
+    key: Key | None,
+    broadcast_dims: Sequence[int],
+    inplace: bool,
+    T: int,
+    scale: float,
+    shift: float = 0.0,
+    fill: float = 0.0,
+) -> Tensor:
+    """``keep ? input * scale + shift : fill`` under a mask shared along ``broadcast_dims``."""
+    bits = None if key is None else bits_for(key, input)
+    geometry = None
+    if broadcast_dims or (bits is not None and bits.dim()):
+        geometry = _geometry(input.shape, tuple(broadcast_dims), 0 if bits is None else bits.dim())
+    if inplace:
+        return op.masked_affine_(input, bits, geometry, T, scale, shift, fill)
+    return op.masked_affine(input, bits, geometry, T, scale, shift, fill)
+
+
+def _compute(p: float) -> tuple[int, float]:
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    T = round((1 - p) * 2**32)
+    return T, 2**32 / T if T else 0.0
+
+
+_compute_cached = lru_cache(maxsize=1024)(_compute)
+
+
+def threshold_and_scale(p: float) -> tuple[int, float]:
+    """``T`` and ``1/q`` of the mask's specification; ValueError for a ``p`` outside [0, 1]."""
+    if type(p) is not float:
+        p = float(p)
+    # Dynamo traces through a cache and says so in a warning.
+    return _compute(p) if compiling() else _compute_cached(p)
+
+
+def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
+    if compiling():
+        return shared(shape, broadcast_dims, key_dims)
+    return shared_cached(shape, broadcast_dims, key_dims)
+
+
+def check_input(name: str, input: Tensor, key: Key | None) -> None:  # noqa: A002
+    """Raise what torch would for an ``input`` that ``name`` cannot drop from, or a key that does not fit."""
+    if getattr(input, "dtype", None) not in DTYPES:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
+        raise RuntimeError(
+            f"{name} needs a floating-point or complex tensor, got {input.dtype} of shape "
+            f"{tuple(input.shape)}; accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
+        )
+    if key is not None:
+        check_key(key, input.shape)
+
+
+def check_key(key: Key, shape: Sequence[int]) -> None:
+    """Raise if ``key`` is no key, or a batch of keys that does not fit a tensor of ``shape``."""
+    if not isinstance(key, Key):
+        hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
+        raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}{hint}")
+    if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1])):
+        rows = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
+        raise RuntimeError(
+            f"keys of shape {tuple(key.shape)} do not fit a tensor of shape {tuple(shape)}; "
+            f"accepted: one key of shape (){rows}"
+        )
+
+
+def bits_for(key: Key, input: Tensor) -> Tensor:  # noqa: A002
+    """The key's bits where ``input`` is."""
+    bits = key.bits
+    if bits.device != input.device:
+        if bits.dim():
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but the keys are on {bits.device} and the "
+                f"tensor is on {input.device}; move them with key.to({str(input.device)!r})"
+            )
+        bits = bits.to(input.device)
+    return bits
+
+
+def key_for(input: Tensor, key: Key | None) -> Key:  # noqa: A002
+    """The given key where ``input`` is, or one drawn from the default generator of ``input``'s device.
+
+    Compiled code draws what eager code draws, and under :func:`torch.vmap` the draw follows its
+    ``randomness``.
+    """
+    return Key.from_bits(op.draw_for(input) if key is None else bits_for(key, input))
