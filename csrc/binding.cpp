@@ -23,7 +23,8 @@ std::vector<Dim> dims(const Sizes& shape, const Sizes& x, const Sizes& y, const 
     return result;
 }
 
-void run_released(const Task& task) {
+template <class Work>
+void run_released(const Work& task) {
     nb::gil_scoped_release release;
     run(task);
 }
@@ -31,7 +32,7 @@ void run_released(const Task& task) {
 void flat(uintptr_t x, uintptr_t y, int dtype, int64_t n, uint64_t T, double scale, double shift, double fill,
           int64_t key) {
     const uint64_t bits = static_cast<uint64_t>(key);
-    run_released({static_cast<Dtype>(dtype), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), &bits,
+    run_released(Task{static_cast<Dtype>(dtype), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), &bits,
                   {{n, 1, 1, 1, 0}}, 0, T, scale, shift, fill});
 }
 
@@ -39,10 +40,15 @@ void strided(uintptr_t x, uintptr_t y, int dtype, const Sizes& shape, const Size
              const Sizes& y_strides, const Sizes& mask_strides, int64_t base, uint64_t T, double scale,
              double shift, double fill, int64_t key, uintptr_t keys, const Sizes& key_strides) {
     const uint64_t bits = static_cast<uint64_t>(key);
-    run_released({static_cast<Dtype>(dtype), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y),
+    run_released(Task{static_cast<Dtype>(dtype), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y),
                   keys ? reinterpret_cast<const uint64_t*>(keys) : &bits,
                   dims(shape, x_strides, y_strides, mask_strides, key_strides), static_cast<uint64_t>(base), T,
                   scale, shift, fill});
+}
+
+void numbers(uintptr_t y, uintptr_t keys, uintptr_t starts, int64_t rows, int64_t count) {
+    run_released(Numbers{reinterpret_cast<int32_t*>(y), reinterpret_cast<const uint64_t*>(keys),
+                         reinterpret_cast<const uint64_t*>(starts), rows, count});
 }
 
 }  // namespace
@@ -50,6 +56,7 @@ void strided(uintptr_t x, uintptr_t y, int dtype, const Sizes& shape, const Size
 NB_MODULE(_native, module) {
     module.def("flat", &flat);
     module.def("strided", &strided);
+    module.def("numbers", &numbers);
     module.def("isa", &isa);
     module.def("set_isa", &set_isa);
     module.def("compiled_isas", &compiled_isas);

@@ -1,4 +1,4 @@
-// One walk for each instruction set: the same text, compiled with different vectors.
+// The work for each instruction set: the same text, compiled with different vectors.
 #pragma once
 
 #include "plan.h"
@@ -8,5 +8,8 @@ namespace thinned {
 void walk_baseline(const Plan& plan, int64_t from, int64_t to);
 void walk_avx2(const Plan& plan, int64_t from, int64_t to);
 void walk_avx512(const Plan& plan, int64_t from, int64_t to);
+void numbers_baseline(const Numbers& task, int64_t from, int64_t to);
+void numbers_avx2(const Numbers& task, int64_t from, int64_t to);
+void numbers_avx512(const Numbers& task, int64_t from, int64_t to);
 
 }  // namespace thinned

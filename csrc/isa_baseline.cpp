@@ -1,9 +1,11 @@
 #include "isa.h"
 #include "simd/generic.h"
+#include "numbers.h"
 #include "walk.h"
 
 namespace thinned {
 
 void walk_baseline(const Plan& plan, int64_t from, int64_t to) { walk(plan, from, to); }
+void numbers_baseline(const Numbers& task, int64_t from, int64_t to) { numbers(task, from, to); }
 
 }  // namespace thinned

@@ -22,15 +22,16 @@ constexpr int64_t grain = 16384;
 struct Isa {
     const char* name;
     void (*walk)(const Plan&, int64_t, int64_t);
+    void (*numbers)(const Numbers&, int64_t, int64_t);
     bool (*supported)();
 };
 
 const Isa isas[] = {
-    {"baseline", walk_baseline, [] { return true; }},
+    {"baseline", walk_baseline, numbers_baseline, [] { return true; }},
 #ifdef THINNED_X86
-    {"avx2", walk_avx2,
+    {"avx2", walk_avx2, numbers_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }},
-    {"avx512", walk_avx512,
+    {"avx512", walk_avx512, numbers_avx512,
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
@@ -56,6 +57,21 @@ std::atomic<bool> forked{false};
 // From the start: a pool that the child lacks may be one that others used before the first call here.
 [[maybe_unused]] const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
+
+// All units of a task of so many elements, by as many threads as they are worth.
+template <class Work>
+void share(const Work& task, void (*work)(const Work&, int64_t, int64_t), int64_t units, int64_t elements) {
+    const int64_t wanted = std::min<int64_t>(elements / grain, units);
+    const int team = wanted > 1 ? static_cast<int>(std::min<int64_t>(wanted, threads())) : 1;
+    if (team <= 1) return work(task, 0, units);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(team)
+    {
+        const int64_t size = omp_get_num_threads(), number = omp_get_thread_num();
+        work(task, units * number / size, units * (number + 1) / size);
+    }
+#endif
+}
 
 }  // namespace
 
@@ -99,17 +115,11 @@ void run(const Task& task) {
     for (const Dim& dim : task.dims)
         if (dim.size == 0) return;
     const Plan plan = make_plan(task);
-    const auto walk = chosen().load()->walk;
-    const int64_t wanted = std::min<int64_t>(plan.elements / grain, plan.units);
-    const int team = wanted > 1 ? static_cast<int>(std::min<int64_t>(wanted, threads())) : 1;
-    if (team <= 1) return walk(plan, 0, plan.units);
-#ifdef _OPENMP
-#pragma omp parallel num_threads(team)
-    {
-        const int64_t size = omp_get_num_threads(), number = omp_get_thread_num();
-        walk(plan, plan.units * number / size, plan.units * (number + 1) / size);
-    }
-#endif
+    share(plan, chosen().load()->walk, plan.units, plan.elements);
+}
+
+void run(const Numbers& task) {
+    share(task, chosen().load()->numbers, task.rows * task.blocks(), task.rows * task.count);
 }
 
 }  // namespace thinned

@@ -1,9 +1,10 @@
-// The two operations on plain memory: no PyTorch, no Python.
+// The operations on plain memory: no PyTorch, no Python.
 //
 //   masked_affine:  y[i] = keep(m(i)) ? x[i] * scale + shift : fill
 //   keep_mask:      y[i] = keep(m(i))                          (Dtype::mask; x is not read)
+//   numbers:        y[i] = u(m(i)) - 2^31
 //
-// keep(m) holds when the 32-bit number of mask index m under the key is below T.
+// keep(m) holds when u(m), the 32-bit number of mask index m under the key, is below T.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +34,20 @@ struct Task {
     double scale, shift, fill;
 };
 
+// Rows of `count` numbers, each from a mask index of its own on and under a key of its own.
+struct Numbers {
+    int32_t* y;  // rows * count, row after row
+    const uint64_t* keys;
+    const uint64_t* starts;
+    int64_t rows, count;
+
+    // How many blocks of 128 indices a row can touch.
+    int64_t blocks() const { return (count + 126) / 128 + 1; }
+};
+
 // x and y are the same memory or do not overlap. Results depend on neither threads nor instruction set.
 void run(const Task& task);
+void run(const Numbers& task);
 
 // Instruction sets, from the most general one on: those compiled in, and those this processor has.
 std::vector<std::string> compiled_isas();

@@ -27,6 +27,9 @@ class Subject:
     def keep_mask(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
         return self.backend.keep_mask(key.to(self.device), shape, geometry, T).cpu()
 
+    def uniform(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+        return self.backend.uniform(key.to(self.device), shape, geometry).cpu()
+
     def masked_affine(
         self,
         x: Tensor,

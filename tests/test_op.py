@@ -82,7 +82,7 @@ def test_gradients_of_both_ways(sample: str) -> None:
 
 def test_schemas() -> None:
     """Nothing is written but what is returned; the operations are pure functions of their arguments."""
-    for name in ("masked_affine", "keep_mask"):
+    for name in ("masked_affine", "keep_mask", "uniform"):
         overload = getattr(torch.ops.thinned, name).default
         assert not overload._schema.is_mutable
         assert torch.Tag.pt2_compliant_tag in overload.tags

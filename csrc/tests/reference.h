@@ -25,6 +25,16 @@ inline Words philox(Words counter, uint64_t key, int rounds) {
     return counter;
 }
 
+// u(i): one bit from each plane, the most significant first.
+inline uint32_t number(uint64_t i, uint64_t key) {
+    const uint64_t block = i / 128;
+    const int bit = static_cast<int>(i % 128);
+    uint32_t u = 0;
+    for (uint32_t plane = 0; plane < 32; ++plane)
+        u = u << 1 | (philox({static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), plane, 0}, key, 7)[bit / 32] >> bit % 32 & 1);
+    return u;
+}
+
 // u(i) < T, plane after plane from the most significant.
 inline bool keep(uint64_t i, uint64_t key, uint64_t T) {
     if (T > 0xFFFFFFFF) return true;

@@ -153,7 +153,7 @@ void compare(Task task, bool in_place, Random& random) {
     const Memory expected = result([](const Task& t) { reference::run(t); });
     for (const std::string& isa : supported_isas()) {
         set_isa(isa);
-        check(same(task.dtype, result(run), expected) && size, describe(task));
+        check(same(task.dtype, result([](const Task& t) { run(t); }), expected) && size, describe(task));
     }
 }
 
@@ -308,6 +308,37 @@ void random_tasks(Random& random, int count) {
     }
 }
 
+// Rows of numbers, which lie anywhere in their blocks.
+void compare_numbers(int64_t rows, int64_t count, uint64_t base, int64_t step, Random& random) {
+    const std::unique_ptr<uint64_t[]> keys(new uint64_t[rows]), starts(new uint64_t[rows]);
+    for (int64_t row = 0; row < rows; ++row) {
+        keys[row] = row && random.one_in(3) ? keys[row - 1] : random.next() >> random.of({0, 0, 32, 63});
+        starts[row] = base + row * step;
+    }
+    const std::unique_ptr<int32_t[]> y(new int32_t[rows * count]);
+    for (const std::string& isa : supported_isas()) {
+        set_isa(isa);
+        run(Numbers{y.get(), keys.get(), starts.get(), rows, count});
+        bool held = true;
+        for (int64_t i = 0; i < rows * count; ++i)
+            held &= y[i] == static_cast<int64_t>(reference::number(starts[i / count] + i % count, keys[i / count])) - (int64_t{1} << 31);
+        std::ostringstream text;
+        text << rows << " rows of " << count << " numbers from " << base << " in steps of " << step << " under " << isa;
+        check(held, text.str());
+    }
+}
+
+void numbers_of_positions(Random& random) {
+    for (const int64_t count : {1, 2, 127, 128, 129, 255, 256, 257, 5000})
+        for (const uint64_t base : {uint64_t{0}, uint64_t{1}, uint64_t{127}, (uint64_t{1} << 39) - 90, ~uint64_t{0} / 2 - 300000})
+            compare_numbers(1, count, base, 0, random);
+    compare_numbers(700, 1, 5, 77, random);
+    compare_numbers(150, 33, 0, 129, random);
+    compare_numbers(40, 200, 3, 0, random);
+    compare_numbers(0, 5, 0, 0, random);
+    compare_numbers(1, 70000, 90, 0, random);  // more blocks than are made at once, by several threads
+}
+
 void nothing_is_nothing() {
     for (const auto& dims : {std::vector<Dim>{{0, 1, 1, 1, 0}}, {{3, 0, 0, 0, 0}, {0, 1, 1, 1, 0}}}) {
         run(task(Dtype::f32, dims, one / 2));  // would read and write at address zero
@@ -416,6 +447,7 @@ int main(int count, char** arguments) {
     far_positions(random);
     values(random);
     random_tasks(random, 600);
+    numbers_of_positions(random);
     nothing_is_nothing();
     threads_agree(random);
     calls_at_once();

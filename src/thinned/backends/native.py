@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
 from torch import Tensor
 
 import thinned.backends._native as _native
+from thinned.backends.rows import by_rows
 from thinned.geometry import Geometry, shared_cached
 
 __all__ = ["keep_mask", "masked_affine", "uniform"]
@@ -68,6 +70,13 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
 
 def uniform(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
     """The numbers behind the masks, less ``2**31``, as int32; see :func:`thinned.op.uniform`."""
-    from thinned.backends import portable
+    if not math.prod(shape):
+        return torch.empty(shape, dtype=torch.int32, device="cpu")
+    return by_rows(key, shape, geometry, _numbers)
 
-    return portable.uniform(key, shape, geometry)
+
+def _numbers(first: Tensor, key: Tensor, count: int) -> Tensor:
+    out = torch.empty((*first.shape, count), dtype=torch.int32, device="cpu")
+    first, key = first.contiguous(), key.contiguous()
+    _native.numbers(out.data_ptr(), key.data_ptr(), first.data_ptr(), first.numel(), count)
+    return out

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from thinned.geometry import Geometry, shared, span, split_rows
+from thinned.backends.rows import by_rows
+from thinned.geometry import Geometry, shared
 from thinned.philox import high32, low32, philox4x32
 
 __all__ = ["keep_mask", "masked_affine", "uniform"]
@@ -20,30 +21,25 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
         key = torch.tensor(key, dtype=torch.int64)
     if T == 0 or T == 2**32 or not math.prod(shape):
         return torch.full(shape, T != 0, dtype=torch.bool, device=key.device)
-    return _for_each_index(key, shape, geometry, lambda block, key: _unpack(_below(block, key, T)))
+    return by_rows(key, shape, geometry, _of_rows(lambda block, key: _unpack(_below(block, key, T))))
 
 
 def uniform(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
     """The numbers behind the masks, less ``2**31``, as int32; see :func:`thinned.op.uniform`."""
     if not math.prod(shape):
         return torch.empty(shape, dtype=torch.int32, device=key.device)
-    return _for_each_index(key, shape, geometry, _numbers)
+    return by_rows(key, shape, geometry, _of_rows(_numbers))
 
 
-def _for_each_index(
-    key: Tensor, shape: tuple[int, ...], geometry: Geometry, of_blocks: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """What ``of_blocks(block, key)`` gives for the 128 positions of each block, at each element's index."""
-    strides, device = geometry.strides, key.device
-    rows = split_rows(shape, strides, key.dim())
-    first = _positions(shape[:rows], strides[:rows], device) + geometry.base
-    key = key.reshape(key.shape + (1,) * (rows - key.dim())).expand(shape[:rows])
-    blocks = (span(shape[rows:], strides[rows:]) + 126) // 128 + 1
-    block = (first >> 7).unsqueeze(-1) + torch.arange(blocks, device=device)
-    values = of_blocks(block, key.unsqueeze(-1))
-    inner = _positions(shape[rows:], strides[rows:], device)
-    index = (first & 127).reshape(shape[:rows] + (1,) * (len(shape) - rows)) + inner
-    return values.gather(-1, index.reshape((*shape[:rows], -1))).reshape(shape)
+def _of_rows(of_blocks: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """From what a function gives for the 128 positions of each block to rows that begin anywhere."""
+
+    def of_rows(first: Tensor, key: Tensor, count: int) -> Tensor:
+        first, key = first.unsqueeze(-1), key.unsqueeze(-1)
+        values = of_blocks((first >> 7) + torch.arange((count + 126) // 128 + 1, device=key.device), key)
+        return values.gather(-1, (first & 127) + torch.arange(count, device=key.device))
+
+    return of_rows
 
 
 def masked_affine(
@@ -68,13 +64,6 @@ def masked_affine(
         value = value + shift
     target.copy_(torch.where(keep, value.to(x.dtype), torch.tensor(fill, dtype=x.dtype, device=x.device)))
     return out
-
-
-def _positions(shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device) -> Tensor:
-    index = torch.zeros((), dtype=torch.int64, device=device)
-    for size, stride in zip(shape, strides, strict=True):
-        index = index.unsqueeze(-1) + torch.arange(size, device=device) * stride
-    return index
 
 
 def _below(block: Tensor, key: Tensor, T: int) -> Tensor:

@@ -41,7 +41,7 @@ def drop_path(
     Source: Huang et al., "Deep networks with stochastic depth", ECCV 2016, section 3; the signature is
     timm's.
 
-    >>> import thinned
+    >>> import torch, thinned
     >>> thinned.functional.drop_path(torch.ones(4, 3), 0.5, training=True, key=thinned.Key(3))
     tensor([[0., 0., 0.],
             [0., 0., 0.],
@@ -84,7 +84,7 @@ def stochastic_depth(
     Source: Huang et al., "Deep networks with stochastic depth", ECCV 2016, section 3; the signature is
     torchvision's.
 
-    >>> import thinned
+    >>> import torch, thinned
     >>> thinned.functional.stochastic_depth(torch.ones(4, 2), 0.5, "batch", key=thinned.Key(3)).flatten()
     tensor([0., 0., 0., 0., 0., 0., 0., 0.])
     """
