@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import thinned
 from benchmarks.case import MULTIPLY, Bound, Case, Work
+from benchmarks.layers import layer_cases
 from benchmarks.peers import backward, elsewhere, layers
 from thinned.backends import _native
 
@@ -31,6 +32,7 @@ def cases() -> Iterator[Case]:
         yield from _contiguous(threads)
         yield from _huge(threads)
         yield from _layouts(threads)
+        yield from layer_cases(threads)
     yield from _small()
     yield from _compiled()
     yield from _elsewhere()

@@ -141,6 +141,12 @@ void apply_some(Span<const Element> x, Span<Element> y, int n, const uint8_t* ma
     }
 }
 
+// The same 64 mask bits everywhere.
+struct Same {
+    uint64_t bits;
+    const uint8_t* at(int64_t) const { return reinterpret_cast<const uint8_t*>(&bits); }
+};
+
 // n elements; `mask.at(i)` is where the mask bits of elements i to i + 63 are.
 template <bool plain, class Element, class Mask>
 void apply_row(Span<const Element> x, Span<Element> y, int64_t n, Constants constants, Mask mask) {
@@ -151,6 +157,37 @@ void apply_row(Span<const Element> x, Span<Element> y, int64_t n, Constants cons
         const int some = static_cast<int>(std::min<int64_t>(chunk, n - i));
         apply_some<plain>(x.next(i), y.next(i), some, mask.at(i), constants);
     }
+}
+
+// Real numbers that are all kept.
+template <class Element>
+void scale_all(const Element* x, Element* y, int64_t n, Constants constants) {
+    using V = typename Vector<Element>::type;
+    const V scale = V::all(static_cast<typename V::Scalar>(constants.scale));
+    const int64_t whole = n - n % Granule<Element>::size;
+    for (int64_t i = 0; i < whole; i += V::lanes) multiply(V::load(x + i), scale).store(y + i);
+    const uint64_t every = ~0ull;
+    if (whole < n)
+        apply_some<true>(Span<const Element>{x + whole, 1}, Span<Element>{y + whole, 1}, static_cast<int>(n - whole),
+                         reinterpret_cast<const uint8_t*>(&every), constants);
+}
+
+template <class Part>
+void scale_all(const Complex<Part>* x, Complex<Part>* y, int64_t n, Constants constants) {
+    scale_all(reinterpret_cast<const Part*>(x), reinterpret_cast<Part*>(y), 2 * n, constants);
+}
+
+inline void scale_all(const Bool*, Bool* y, int64_t n, Constants) { std::memset(y, 1, n); }
+
+// n elements with one decision. What is dropped is not read: +0 is all zero bits in every type.
+template <bool plain, class Element>
+void apply_one(Span<const Element> x, Span<Element> y, int64_t n, Constants constants, bool kept) {
+    if (plain && y.stride == 1 && !kept)
+        std::memset(static_cast<void*>(y.at), 0, n * sizeof(Element));
+    else if (plain && x.stride == 1 && y.stride == 1)
+        scale_all(x.at, y.at, n, constants);
+    else
+        apply_row<plain>(x, y, n, constants, Same{kept ? ~0ull : 0});
 }
 
 }  // namespace

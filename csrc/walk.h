@@ -15,7 +15,7 @@ inline uint64_t bits_at(const uint64_t* words, int64_t position) {
     return shift ? words[word] >> shift | words[word + 1] << (64 - shift) : words[word];
 }
 
-// Where the masks of a row's elements are: in place, shifted into place, or the same for all.
+// Where the masks of a row's elements are: in place, or shifted into place.
 struct Aligned {
     const uint8_t* bytes;
     const uint8_t* at(int64_t i) const { return bytes + i / 8; }
@@ -28,10 +28,6 @@ struct Shifted {
         here = bits_at(words, position + i);
         return reinterpret_cast<const uint8_t*>(&here);
     }
-};
-struct Same {
-    uint64_t bits;
-    const uint8_t* at(int64_t) const { return reinterpret_cast<const uint8_t*>(&bits); }
 };
 
 // In place: row i's bit j goes to row j's bit i (Warren, "Hacker's Delight", section 7-3).
@@ -187,8 +183,8 @@ class Walk {
     }
 
     void apply_constant(const Piece& piece) {
-        const uint64_t mask = bits_at(blocks_.below, piece.position) & 1 ? ~0ull : 0;
-        apply_row<plain>(piece.x, piece.y, piece.n, constants_, Same{mask});
+        const bool kept = bits_at(blocks_.below, piece.position) & 1;
+        apply_one<plain>(piece.x, piece.y, piece.n, constants_, kept);
     }
 
     void apply_tile(const Piece& piece) {

@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 import thinned
+from thinned.compare.catalogue import Implementation, entry_of
+from thinned.compare.catalogue.table import layers_table, to_markdown
+from thinned.compare.layer import run_layer
 from thinned.compare.page import to_html
 from thinned.compare.record import to_json
 from thinned.compare.run import run
@@ -56,6 +59,9 @@ def compare(
             help=f"{', '.join(ALIASES)} (the defaults), package.module:Class or path/to/file.py:Class",
         ),
     ] = None,
+    layer: Annotated[
+        str, typer.Option(help="Examine this layer, such as DropPath, beside its peer or formula.")
+    ] = "",
     p: Annotated[float, typer.Option(help="Drop probability where a law does not fix it.")] = 0.5,
     shape: Annotated[str, typer.Option(help="Shape of the inputs, as sizes with commas.")] = "64,128,128",
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "float32",
@@ -72,11 +78,15 @@ def compare(
 ) -> None:
     """How implementations of dropout hold against the law of dropout, how fast they are, how they train.
 
-    With --check and no implementation named, thinned is the one that has to hold.
+    With --layer it is that layer, thinned's and its peer's, and implementations named take its arguments;
+    `thinned layers` lists the layers. With --check and no implementation named, thinned has to hold.
     """
     try:
         settings = Settings(p, parse_shape(shape), parse_dtype(dtype), device, seed, quick)
-        subjects = resolve_all(implementations or ALIASES)
+        entry = entry_of(layer) if layer else None
+        if entry and html:
+            raise ValueError("--html is for the comparison of Dropout, and not for --layer")
+        subjects = resolve_all(implementations or ([] if entry else ALIASES))
         files = [file for file in (html, json) if file]
         for file in files:
             if not file.parent.is_dir():
@@ -85,7 +95,11 @@ def compare(
         typer.echo(f"thinned compare: {error}", err=True)
         raise typer.Exit(2) from None
 
-    report = run(subjects, settings, Terminal())
+    if entry:
+        others = [Implementation(subject.name, subject.layer) for subject in subjects]
+        report = run_layer(entry, others, settings, Terminal())
+    else:
+        report = run(subjects, settings, Terminal())
     if html:
         html.write_text(to_html(report), encoding="utf-8")
     if json:
@@ -93,6 +107,18 @@ def compare(
     checked = [subject.name for subject in subjects] if implementations else ["thinned"]
     if check and any(report.breaches(name) for name in checked):
         raise typer.Exit(1)
+
+
+@app.command()
+def layers(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print it as docs/layers.md has it.")] = False,
+) -> None:
+    """The table of layers: function, shape of the mask, source, peer."""
+    if markdown:
+        sys.stdout.write(to_markdown())
+        return
+    terminal = Terminal()
+    terminal.show(layers_table())
 
 
 @app.command()

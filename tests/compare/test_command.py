@@ -34,7 +34,6 @@ def two_laws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only two laws, of which nn.Dropout breaks the second, are examined, and nothing is timed."""
     names = "evaluation", "dropped NaN or inf"
     monkeypatch.setattr(run, "LAWS", [law for law in LAWS if law.name in names])
-    monkeypatch.setattr(run.tables, "LAWS", run.LAWS)
     monkeypatch.setattr(run.timing, "planned", lambda _: [])
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from thinned.compare.laws import LAWS
 from thinned.compare.report import Report, machine
 
 __all__ = ["to_json"]
@@ -34,7 +33,7 @@ def to_json(report: Report) -> str:
                 "statement": law.statement,
                 "findings": {name: asdict(found) for name, found in report.findings[law.name].items()},
             }
-            for law in LAWS
+            for law in report.laws
         ],
         "timings": [asdict(timing) for timing in report.timings],
         "bytes_saved": report.bytes_saved,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import thinned
-from thinned.compare.laws import Finding, Verdict
+from thinned.compare.laws import LAWS, Finding, Law, Verdict
 from thinned.compare.settings import Settings
 from thinned.compare.timing import Timing
 from thinned.compare.training import Run
@@ -35,6 +37,7 @@ class Report:
 
     Attributes:
         names: the implementations, in the order of their columns.
+        laws: what they are examined by; ``subject`` is what these are laws of.
         tutorial: a sample for each, or what it raised.
         masks: a small mask of each that can draw one, True where kept.
         findings: a finding for each, under the name of the law.
@@ -43,6 +46,8 @@ class Report:
 
     names: list[str]
     settings: Settings
+    laws: Sequence[Law[Any]] = field(default_factory=lambda: LAWS)
+    subject: str = "dropout"
     tutorial: dict[str, Sample | str] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     findings: dict[str, dict[str, Finding]] = field(default_factory=dict)

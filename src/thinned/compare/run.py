@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,25 +18,27 @@ from thinned.compare.settings import Settings
 from thinned.compare.subjects import Subject
 from thinned.compare.terminal import Terminal
 
-__all__ = ["run"]
+__all__ = ["examine_all", "run"]
 
 PICTURE = (64, 64)
+
+
+class Named(Protocol):
+    """Whatever is examined under a name."""
+
+    @property
+    def name(self) -> str: ...
 
 
 def run(subjects: Sequence[Subject], settings: Settings, terminal: Terminal) -> Report:
     """Compare implementations; what one of them raises becomes part of the report."""
     start = time.perf_counter()
-    report = Report([subject.name for subject in subjects], settings)
+    report = Report([subject.name for subject in subjects], settings, LAWS)
 
     report.tutorial = {subject.name: _tutorial(subject, settings) for subject in subjects}
     terminal.show(tables.tutorial(report))
 
-    with terminal.progress("laws", len(LAWS) * len(subjects)) as tick:
-        for law in LAWS:
-            report.findings[law.name] = {}
-            for subject in subjects:
-                tick(f"{law.name}, {subject.name}")
-                report.findings[law.name][subject.name] = examine(law, subject, settings)
+    examine_all(report, subjects, terminal)
     report.masks = {s.name: mask for s in subjects if (mask := _mask(s, settings)) is not None}
     terminal.show(tables.laws(report))
 
@@ -55,6 +58,16 @@ def run(subjects: Sequence[Subject], settings: Settings, terminal: Terminal) -> 
     report.seconds = time.perf_counter() - start
     terminal.show_verdicts(report)
     return report
+
+
+def examine_all(report: Report, subjects: Sequence[Named], terminal: Terminal) -> None:
+    """Fill the report's findings."""
+    with terminal.progress("laws", len(report.laws) * len(subjects)) as tick:
+        for law in report.laws:
+            report.findings[law.name] = {}
+            for subject in subjects:
+                tick(f"{law.name}, {subject.name}")
+                report.findings[law.name][subject.name] = examine(law, subject, report.settings)
 
 
 def _tutorial(subject: Subject, settings: Settings) -> Sample | str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from thinned.compare import timing, training
-from thinned.compare.laws import LAWS, Finding, Verdict
+from thinned.compare.laws import Finding, Verdict
 from thinned.compare.report import Report, Sample
 from thinned.compare.timing import MULTIPLY, Timing
 from thinned.compare.training import Run
@@ -66,9 +66,9 @@ def laws(report: Report) -> Table:
             Row(law.name, [_finding(report.findings[law.name][name]) for name in report.names], law.statement)
             for law in members
         ]
-        for family, members in groupby(LAWS, key=lambda law: law.family)
+        for family, members in groupby(report.laws, key=lambda law: law.family)
     }
-    return Table("The law of dropout", report.names, sections)
+    return Table(f"The law of {report.subject}", report.names, sections)
 
 
 def _finding(finding: Finding) -> Cell:

@@ -43,17 +43,18 @@ class Terminal:
             task = bar.add_task(part, total=steps, step="")
             yield lambda step: bar.update(task, advance=1, step=step)
 
-    def show(self, table: Table) -> None:
+    def show(self, table: Table, with_notes: bool = False) -> None:
         rich_table = RichTable()
         rich_table.add_column("")
         for heading in table.columns:
             rich_table.add_column(heading, overflow="fold")
+        if with_notes:
+            rich_table.add_column("what has to hold", style="dim")
         for rows in table.sections.values():
             rich_table.add_section()
             for row in rows:
-                rich_table.add_row(
-                    row.heading, *(Text(cell.text, STYLES[cell.verdict]) for cell in row.cells)
-                )
+                cells = [Text(cell.text, STYLES[cell.verdict]) for cell in row.cells]
+                rich_table.add_row(row.heading, *cells, *([row.note] if with_notes else []))
         self.output.print(Text(table.title, "bold"))
         self.output.print(rich_table)
         self.output.print()

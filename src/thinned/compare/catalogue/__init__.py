@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from thinned.compare.catalogue import path
-from thinned.compare.catalogue.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.catalogue.entry import Entry, Example, Implementation, LayerLaw, Workload, first
 
-__all__ = ["ENTRIES", "Entry", "Example", "Implementation", "LayerLaw", "Workload", "entry_of"]
+__all__ = ["ENTRIES", "Entry", "Example", "Implementation", "LayerLaw", "Workload", "entry_of", "first"]
 
 ENTRIES: list[Entry] = [
     *path.ENTRIES,

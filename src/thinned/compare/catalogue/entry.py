@@ -16,10 +16,14 @@ __all__ = ["Entry", "Example", "Implementation", "LayerLaw", "Workload", "first"
 
 @dataclass(frozen=True)
 class Implementation:
-    """One column of a layer's table: ``make`` takes the arguments that thinned's layer takes, by name."""
+    """One column of a layer's table: ``make`` takes the arguments that thinned's layer takes, by name.
+
+    ``origin`` is where it comes from, whether or not that is installed here.
+    """
 
     name: str
     make: Callable[..., nn.Module]
+    origin: str = "formula in plain torch"
 
 
 LayerLaw = Law[Implementation]

@@ -108,7 +108,7 @@ def moments(layer: Implementation, settings: Settings, masked: Masked) -> Findin
     """Of ones: mean s(1-p) and variance s² p(1-p), for the scale s, within the bounds of the normal law."""
     p, scale = masked.p, masked.scale(masked.p)
     module, x = masked.make(layer), masked.ones(settings)
-    n = elements_to_show(RATE_BIAS, math.sqrt(p / (1 - p)))
+    n = elements_to_show(RATE_BIAS, math.sqrt((1 - p) / p))  # at which a rate 2 % off shows in the mean
     calls = math.ceil(n / masked.decisions(x).numel())
     y = torch.cat([masked.once(first(module(x))).double().flatten() for _ in range(calls)])
     mean, variance = float(y.mean()), float(y.var())

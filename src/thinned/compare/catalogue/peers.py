@@ -16,7 +16,7 @@ from torch import nn
 
 from thinned.compare.catalogue.entry import Implementation
 
-__all__ = ["from_library", "library_class"]
+__all__ = ["from_library", "from_torch", "library_class"]
 
 
 def from_library(
@@ -31,10 +31,17 @@ def from_library(
         formula: what the library computes, in plain torch.
         adapt: from the library's class to something that takes the arguments of thinned's layer.
     """
+    library, name = path.partition(".")[0], path.rpartition(":")[2]
+    origin = f"{name} of {library}"
     found = library_class(path)
     if found is None:
-        return Implementation("formula", formula)
-    return Implementation(path.partition(".")[0], adapt(found) if adapt else found)
+        return Implementation("formula", formula, origin)
+    return Implementation(library, adapt(found) if adapt else found, origin)
+
+
+def from_torch(layer: type[nn.Module]) -> Implementation:
+    """A layer of torch.nn."""
+    return Implementation("torch", layer, f"torch.nn.{layer.__name__}")
 
 
 @cache
