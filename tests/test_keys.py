@@ -142,3 +142,9 @@ def test_keys_of_a_batch_are_those_of_its_numbers() -> None:
     mask = thinned.keep_mask(Key(7).fold(torch.arange(3)), (3, 100), 0.5)
     for i in range(3):
         assert (mask[i].numpy() == spec.keep_mask(spec.fold(7, i), 100, 0.5)).all()
+
+
+def test_fold_of_an_integer_under_vmap() -> None:
+    bits = torch.tensor([7, -8, 2**62])
+    mapped = torch.func.vmap(lambda each: Key.from_bits(each).fold(3).fold("name").bits)(bits)
+    assert mapped.equal(Key.from_bits(bits).fold(3).fold("name").bits)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from thinned.philox import high32, low32, philox4x32, signed64
+from thinned.state import transforming
 
 __all__ = ["Key", "draw", "draw_int"]
 
@@ -100,7 +101,7 @@ class Key:
         elif isinstance(data, int | torch.SymInt) or hasattr(data, "__index__"):
             if not torch.compiler.is_compiling():
                 data = signed64(operator.index(data))
-                if self.bits.is_cpu and not self.shape:
+                if self.bits.is_cpu and not self.shape and not transforming():
                     return self._fold_int(data)
             data = torch.full((), data, dtype=torch.int64, device=self.bits.device)
         else:
