@@ -47,11 +47,23 @@ std::vector<Dim> take_columns(std::vector<Dim>& dims, int64_t& count) {
     return columns;
 }
 
+void group_rows(Plan& plan) {
+    int last = static_cast<int>(plan.loops.size()) - 1;
+    if (last == plan.row_loop) --last;
+    if (plan.kind == Row::tile || plan.row.size > segment || last < 0) return;
+    const Dim& dim = plan.loops[last];
+    if (dim.key != 0 || (dim.mask != 0 && (plan.kind == Row::run || dim.mask != 1))) return;
+    plan.group = dim;
+    plan.group_loop = last;
+    plan.group_step = std::min(dim.size, segment / plan.row.size);
+    plan.loops[last] = steps(dim, plan.group_step);
+}
+
 }  // namespace
 
 Plan make_plan(const Task& task) {
     constexpr Dim one = {1, 1, 1, 0, 0};
-    Plan plan{task, Row::run, one, {}, 1, {}, -1, -1, segment, 1, 1};
+    Plan plan{task, Row::run, one, {}, 1, {}, -1, -1, segment, one, -1, 1, 1, 1};
     std::vector<Dim> dims = normalised(task.dims);
     for (const Dim& dim : dims) plan.elements *= dim.size;
 
@@ -84,6 +96,7 @@ Plan make_plan(const Task& task) {
     plan.row_loop = static_cast<int>(plan.loops.size());
     plan.loops.push_back(steps(plan.row, plan.row_step));
     plan.loops.insert(plan.loops.end(), first_shared, dims.end());
+    group_rows(plan);
     for (const Dim& loop : plan.loops) plan.units *= loop.size;
     return plan;
 }

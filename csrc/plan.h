@@ -28,6 +28,11 @@ struct Plan {
     std::vector<Dim> loops;
     int row_loop, column_loop;
     int64_t row_step;
+    // The innermost dimension around short rows, if its rows share their mask bits or have one each: a step of
+    // its loop (`group_loop`) covers `group_step` rows at once.
+    Dim group;
+    int group_loop;
+    int64_t group_step;
     int64_t units;     // steps of the loops in all
     int64_t elements;
 };

@@ -95,7 +95,7 @@ class Walk {
     struct Piece {
         Span<const Element> x;
         Span<Element> y;
-        int64_t n;
+        int64_t n, rows;
         int64_t first_column, columns;
         int position;
     };
@@ -113,7 +113,7 @@ class Walk {
     Piece piece(const Place& place, int64_t n) const {
         const auto* x = static_cast<const Element*>(plan_.task.x) + place.x;
         auto* y = static_cast<Element*>(plan_.task.y) + place.y;
-        return {{x, plan_.row.x}, {y, plan_.row.y}, n, 0, 0, 0};
+        return {{x, plan_.row.x}, {y, plan_.row.y}, n, 1, 0, 0, 0};
     }
 
     static int64_t left(int64_t size, int64_t step, int64_t count) { return std::min(step, size - step * count); }
@@ -136,7 +136,9 @@ class Walk {
 
     void add_row(const Place& place) {
         Piece piece = this->piece(place, left(plan_.row.size, plan_.row_step, place.count[plan_.row_loop]));
-        const int64_t bits = plan_.kind == Row::run ? piece.n : 1;
+        if (plan_.group_loop >= 0)
+            piece.rows = left(plan_.group.size, plan_.group_step, place.count[plan_.group_loop]);
+        const int64_t bits = plan_.kind == Row::run ? piece.n : plan_.group.mask ? piece.rows : 1;
         const uint64_t start = plan_.task.base + place.mask;
         if (piece_count_ == most_rows || blocks_.count + blocks_for(start, bits) > capacity) flush();
         piece.position = request(plan_.task.keys[place.key], start, bits);
@@ -173,18 +175,30 @@ class Walk {
         piece_count_ = line_count_ = 0;
     }
 
+    Span<const Element> x_of(const Piece& piece, int64_t row) const {
+        return {piece.x.at + row * plan_.group.x, piece.x.stride};
+    }
+    Span<Element> y_of(const Piece& piece, int64_t row) const {
+        return {piece.y.at + row * plan_.group.y, piece.y.stride};
+    }
+
     void apply_run(const Piece& piece) {
-        if (piece.position % 8 == 0) {
-            const auto* bytes = reinterpret_cast<const uint8_t*>(blocks_.below) + piece.position / 8;
-            apply_row<plain>(piece.x, piece.y, piece.n, constants_, Aligned{bytes});
-        } else {
-            apply_row<plain>(piece.x, piece.y, piece.n, constants_, Shifted{blocks_.below, piece.position});
+        const auto* bytes = reinterpret_cast<const uint8_t*>(blocks_.below) + piece.position / 8;
+        for (int64_t row = 0; row < piece.rows; ++row) {
+            if (piece.position % 8 == 0)
+                apply_row<plain>(x_of(piece, row), y_of(piece, row), piece.n, constants_, Aligned{bytes});
+            else
+                apply_row<plain>(x_of(piece, row), y_of(piece, row), piece.n, constants_,
+                                 Shifted{blocks_.below, piece.position});
         }
     }
 
     void apply_constant(const Piece& piece) {
-        const bool kept = bits_at(blocks_.below, piece.position) & 1;
-        apply_one<plain>(piece.x, piece.y, piece.n, constants_, kept);
+        for (int64_t row = 0; row < piece.rows; ++row) {
+            const int64_t bit = piece.position + row * plan_.group.mask;
+            const bool kept = blocks_.below[bit >> 6] >> (bit & 63) & 1;
+            apply_one<plain>(x_of(piece, row), y_of(piece, row), piece.n, constants_, kept);
+        }
     }
 
     void apply_tile(const Piece& piece) {

@@ -28,6 +28,8 @@ ran: set[str] = set()
 def pytest_configure(config: pytest.Config) -> None:
     # torch warns of itself: it scripts its own derivatives when the first forward-mode one is asked for.
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script:DeprecationWarning")
+    # And Dynamo of itself: it makes an instance of a Function's context to trace with.
+    config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
 
 
 @pytest.fixture(params=[name for name in SUBJECTS if not why_missing(name)])

@@ -7,7 +7,7 @@ tensor([0., 0., 0., 2., 2., 2.])
 
 from importlib.metadata import PackageNotFoundError, version
 
-from thinned import backends, functional, spec
+from thinned import backends, functional, schedules, spec
 from thinned.functional import keep_mask
 from thinned.keys import Key
 from thinned.layers import *  # noqa: F403
@@ -18,5 +18,5 @@ try:
 except PackageNotFoundError:
     __version__ = "0+uninstalled"
 
-__all__ = ["Key", "backends", "functional", "keep_mask", "spec"]
+__all__ = ["Key", "backends", "functional", "keep_mask", "schedules", "spec"]
 __all__ += _layers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thinned.keys import Key
-from thinned.state import compiling
+from thinned.state import compiling, is_eager
 
 __all__ = ["Map", "apply_linear"]
 
@@ -22,8 +22,12 @@ def apply_linear(linear: Map, x: Tensor, key: Key) -> Tensor:
     The map is its own derivative, so that it is made again for backward from the key, and neither the factor
     nor ``x`` is saved. Differentiable in ``x`` to any order, in both modes.
     """
-    function = _Reverse if compiling() else _Both
-    return function.apply(x, key.bits, linear)  # type: ignore[no-any-return,no-untyped-call]
+    if is_eager(x) and not (x.requires_grad and torch.is_grad_enabled()):
+        return linear(x, key)
+    if compiling():
+        return _Reverse.apply(x, key.bits, linear)  # type: ignore[no-any-return,no-untyped-call]
+    apply = _apply_eager if is_eager(x) else _Both.apply
+    return apply(x, key.bits, linear)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Reverse(torch.autograd.Function):
@@ -54,3 +58,7 @@ class _Both(_Reverse):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return apply_linear(ctx.linear, tangent, Key.from_bits(ctx.saved_tensors[0]))
+
+
+# Function.apply itself only adds what functorch needs, which is not active where this is called.
+_apply_eager = super(torch.autograd.Function, _Both).apply

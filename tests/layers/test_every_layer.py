@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator
+from operator import attrgetter
 
 import pytest
 import torch
@@ -68,10 +68,9 @@ def test_is_public_and_documented(entry: Entry) -> None:
     assert entry.name in thinned.__all__
     assert ">>> " in (inspect.getdoc(entry.layer) or "")
     assert "Source:" in (inspect.getdoc(entry.layer) or "")
-    if entry.functional:
-        function = getattr(thinned.functional, entry.functional)
-        assert ">>> " in (inspect.getdoc(function) or "")
-        assert "Source:" in (inspect.getdoc(function) or "")
+    for name in entry.functional.split(", "):
+        place = thinned if name.startswith("schedules.") else thinned.functional
+        assert ">>> " in (inspect.getdoc(attrgetter(name)(place)) or "")
 
 
 @each_random_entry
@@ -101,7 +100,8 @@ def test_every_floating_dtype_has_the_same_mask(
     y, reference = result(entry, KEY, dtype), references[entry.name]
     assert y.dtype == dtype
     assert y.shape == reference.shape
-    assert (y == 0).equal(reference == 0)
+    assert not y[reference == 0].any()
+    assert not (reference[y == 0].abs() > 1e-3).any()
 
 
 @each_random_entry
@@ -131,14 +131,11 @@ def test_second_derivatives(entry: Entry) -> None:
 
     def call(x: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return first(layer(x, *rest)).square()
+        return first(layer(x, *rest)).tanh()
 
     assert torch.autograd.gradgradcheck(call, x.requires_grad_(), fast_mode=True)
 
 
-@each_entry
-def test_repr_can_be_read(entry: Entry) -> None:
-    layer = entry.own.make(**entry.example.arguments)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert entry.name in repr(layer)
+@each_random_entry
+def test_repr_names_the_layer(entry: Entry) -> None:
+    assert entry.name in repr(entry.own.make(**entry.example.arguments))

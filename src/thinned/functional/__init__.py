@@ -1,6 +1,50 @@
 """The layers as functions: each validates, turns ``p`` into a threshold and calls the operation."""
 
+from thinned.functional.alpha import alpha_dropout, feature_alpha_dropout
+from thinned.functional.attention import drop_head, drop_key
+from thinned.functional.block import drop_block1d, drop_block2d, drop_block3d
+from thinned.functional.channels import dropout1d, dropout2d, dropout3d
+from thinned.functional.concrete import concrete_dropout, concrete_regularization
 from thinned.functional.elementwise import dropout, keep_mask
+from thinned.functional.embedding import embedding_dropout
+from thinned.functional.gaussian import gaussian_dropout, variational_dropout, variational_kl
+from thinned.functional.locked import locked_dropout
+from thinned.functional.multi_sample import multi_sample_dropout
 from thinned.functional.path import drop_path, drop_path_rates, stochastic_depth
+from thinned.functional.rdrop import r_drop_loss
+from thinned.functional.targeted import targeted_dropout
+from thinned.functional.tokens import patch_dropout, token_dropout
+from thinned.functional.weights import drop_connect
+from thinned.functional.zoneout import zoneout
 
-__all__ = ["drop_path", "drop_path_rates", "dropout", "keep_mask", "stochastic_depth"]
+__all__ = [
+    "alpha_dropout",
+    "concrete_dropout",
+    "concrete_regularization",
+    "drop_block1d",
+    "drop_block2d",
+    "drop_block3d",
+    "drop_connect",
+    "drop_head",
+    "drop_key",
+    "drop_path",
+    "drop_path_rates",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "embedding_dropout",
+    "feature_alpha_dropout",
+    "gaussian_dropout",
+    "keep_mask",
+    "locked_dropout",
+    "multi_sample_dropout",
+    "patch_dropout",
+    "r_drop_loss",
+    "stochastic_depth",
+    "targeted_dropout",
+    "token_dropout",
+    "variational_dropout",
+    "variational_kl",
+    "zoneout",
+]

@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
-from thinned.compare.catalogue import path
+from thinned.compare.catalogue import (
+    alpha,
+    attention,
+    block,
+    channels,
+    concrete,
+    elementwise,
+    gaussian,
+    layer_drop,
+    lstm,
+    multi_sample,
+    path,
+    rdrop,
+    recurrent,
+    schedule,
+    targeted,
+    tokens,
+    weights,
+)
 from thinned.compare.catalogue.entry import Entry, Example, Implementation, LayerLaw, Workload, first
 
 __all__ = ["ENTRIES", "Entry", "Example", "Implementation", "LayerLaw", "Workload", "entry_of", "first"]
 
 ENTRIES: list[Entry] = [
+    *elementwise.ENTRIES,
+    *channels.ENTRIES,
+    *alpha.ENTRIES,
     *path.ENTRIES,
+    *tokens.ENTRIES,
+    *attention.ENTRIES,
+    *block.ENTRIES,
+    *recurrent.ENTRIES,
+    *weights.ENTRIES,
+    *lstm.ENTRIES,
+    *gaussian.ENTRIES,
+    *concrete.ENTRIES,
+    *targeted.ENTRIES,
+    *layer_drop.ENTRIES,
+    *multi_sample.ENTRIES,
+    *rdrop.ENTRIES,
+    *schedule.ENTRIES,
 ]
 
 

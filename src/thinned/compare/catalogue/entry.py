@@ -64,13 +64,13 @@ class Entry:
 
     Attributes:
         layer: the class, and ``make`` what builds one from arguments by name, if not the class itself.
-        functional: its twin in :mod:`thinned.functional`, or what else it is made of.
+        functional: its twin in :mod:`thinned.functional`, or the functions it is made of.
         mask: the shape of the mask, for inputs of the shape that users of the layer have.
         source: who made it known, and where its formula is.
         peer: the implementation that it stands beside, with the same arguments.
     """
 
-    layer: type[nn.Module]
+    layer: type[Any]
     functional: str
     mask: str
     source: str
@@ -86,7 +86,7 @@ class Entry:
 
     @property
     def own(self) -> Implementation:
-        return Implementation("thinned", self.make or self.layer)
+        return Implementation("thinned", self.make or self.layer, f"thinned.{self.name}")
 
 
 def first(result: Any) -> Tensor:

@@ -33,7 +33,8 @@ def to_markdown() -> str:
     ]
     for entry in ENTRIES:
         functional, *rest = _cells(entry)
-        cells = (f"`{entry.name}`", functional and f"`{functional}`", *rest)
+        functions = ", ".join(f"`{name}`" for name in functional.split(", "))
+        cells = (f"`{entry.name}`", functions, *rest)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

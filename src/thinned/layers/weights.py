@@ -1,0 +1,156 @@
+"""Dropout of single weights, in the layers that have them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thinned import functional as F
+from thinned.functional.arguments import key_for, threshold_and_scale
+from thinned.functional.weights import check_one_key
+from thinned.keys import Key
+
+__all__ = ["DropConnect", "WeightDrop"]
+
+
+class DropConnect(nn.Module):
+    """:func:`thinned.functional.drop_connect` as a parametrization of a module's weight.
+
+    Registered with :func:`torch.nn.utils.parametrize.register_parametrization`, it gives the module a weight
+    with a new mask each time that the weight is looked up (:func:`torch.nn.utils.parametrize.cached` holds on
+    to one), and in evaluation the weight itself. PyTorch copies parametrized modules and saves their
+    ``state_dict``, but does not pickle them, and a recurrent module looks its weights up several times in a
+    call. :class:`WeightDrop` has neither limit, and takes a key.
+
+    Args:
+        p: the probability of dropping a connection, in [0, 1].
+
+    Shape:
+        any; the output has the weight's shape, dtype and memory format.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1] or NaN.
+
+    Source: Wan et al., "Regularization of neural networks using DropConnect", ICML 2013, section 3; see
+    :func:`~thinned.functional.drop_connect` for what is not as there.
+
+    >>> import torch, thinned
+    >>> from torch.nn.utils import parametrize
+    >>> linear = torch.nn.Linear(100, 100)
+    >>> linear = parametrize.register_parametrization(linear, "weight", thinned.DropConnect(0.5))
+    >>> bool((linear.weight == 0).any()), bool((linear.eval().weight == 0).any())
+    (True, False)
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        threshold_and_scale(p)
+        self.p = p
+
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:  # noqa: A002
+        return F.drop_connect(input, self.p, self.training, key=key)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What is kept of a weight that is assigned: all of it."""
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class WeightDrop(nn.Module):
+    """A module that drops connections of weights of another, with a new mask for each call.
+
+    Each of the named weights goes through :func:`thinned.functional.drop_connect` for as long as the call
+    takes, under ``key.fold(name)``; a recurrent module so has one mask for all its time steps. The parameters
+    stay where they are in the module, and so do the names in its ``state_dict``, after a ``module.``.
+    ``torch.compile`` refuses :class:`torch.nn.LSTM` and its like in one graph, here as anywhere;
+    :class:`VariationalLSTM` drops its weights too, and compiles.
+
+    Args:
+        module: any module, such as a :class:`torch.nn.LSTM` or a :class:`torch.nn.Linear`.
+        weights: the names of the parameters to drop from, such as ``["weight_hh_l0"]`` or ``"0.weight"``.
+        p: the probability of dropping a connection, in [0, 1].
+
+    Shape:
+        the module's. The ``key`` of a call is one key: the examples of a batch share the weights.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1] or NaN, or a name that is no parameter's.
+        RuntimeError: ``key`` is a batch of keys.
+
+    Source: Wan et al., "Regularization of neural networks using DropConnect", ICML 2013, section 3; Merity et
+    al., "Regularizing and optimizing LSTM language models", ICLR 2018, section 3, whose code has the order of
+    the arguments.
+
+    >>> import torch, thinned
+    >>> lstm = thinned.WeightDrop(torch.nn.LSTM(3, 5), ["weight_hh_l0"], p=0.5)
+    >>> output, (h, c) = lstm(torch.randn(7, 2, 3), key=thinned.Key(7))
+    >>> output.shape
+    torch.Size([7, 2, 5])
+    """
+
+    def __init__(self, module: nn.Module, weights: str | Sequence[str], p: float = 0.5) -> None:
+        super().__init__()
+        threshold_and_scale(p)
+        self.module = module
+        self.weights = (weights,) if isinstance(weights, str) else tuple(weights)
+        self.p = p
+        accepted = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        for name in self.weights:
+            if name not in accepted:
+                raise ValueError(
+                    f"{type(module).__name__} has no parameter {name!r}; accepted: {', '.join(accepted)}"
+                )
+
+    def forward(self, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
+        if key is not None:
+            check_one_key(key)
+        if not self.training or self.p == 0 or not self.weights:
+            return self.module(*args, **kwargs)
+        plain = {name: _lookup(self.module, name) for name in self.weights}
+        key = key_for(plain[self.weights[0]], key)
+        dropped = {name: F.drop_connect(weight, self.p, key=key.fold(name)) for name, weight in plain.items()}
+        call = torch.func.functional_call
+        recurrent = [each for each in self.module.modules() if isinstance(each, nn.RNNBase)]
+        if not recurrent:
+            return call(self.module, dropped, args, kwargs, tie_weights=False)
+        with _not_flattened(recurrent):
+            return call(self.module, dropped, args, kwargs, tie_weights=False)
+
+    def extra_repr(self) -> str:
+        return f"weights={list(self.weights)}, p={self.p}"
+
+
+def _lookup(module: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    weight: Tensor = getattr(module.get_submodule(owner), attribute)
+    return weight
+
+
+@contextmanager
+def _not_flattened(modules: Sequence[nn.RNNBase]) -> Iterator[None]:
+    """Leave parameters where they are in memory, and say nothing of it.
+
+    A recurrent module that finds other weights than before moves all of them, for cuDNN, into one place:
+    also those that a graph has saved for its backward call. Unmoved they are copied in each call, as dropped
+    weights have to be in any case, and cuDNN warns of it.
+    """
+    for module in modules:
+        module.flatten_parameters = _nothing  # type: ignore[method-assign]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+            yield
+    finally:
+        for module in modules:
+            del module.flatten_parameters
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,314 @@
+"""PyTorch's own samples of its dropouts, with thinned's functions and layers in the place of PyTorch's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.common_methods_invocations import op_db, sample_inputs_dropout
+from torch.testing._internal.opinfo.core import SampleInput
+
+import oracle
+import thinned
+from thinned.functional.alpha import alpha_dropout, feature_alpha_dropout
+from thinned.functional.channels import dropout1d, dropout2d, dropout3d
+from thinned.functional.elementwise import dropout
+from thinned.layers.alpha import AlphaDropout, FeatureAlphaDropout
+from thinned.layers.channels import Dropout1d, Dropout2d, Dropout3d
+from thinned.layers.dropout import Dropout
+
+settings.load_profile("thinned")  # PyTorch's module of samples has loaded a profile of its own
+
+KEY = thinned.Key(7)
+ALPHA = 1.7580993408473766
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+FUNCTIONS = {
+    each.__name__: each
+    for each in (dropout, dropout1d, dropout2d, dropout3d, alpha_dropout, feature_alpha_dropout)
+}
+LAYERS = [
+    (Dropout, nn.Dropout, dropout),
+    (Dropout1d, nn.Dropout1d, dropout1d),
+    (Dropout2d, nn.Dropout2d, dropout2d),
+    (Dropout3d, nn.Dropout3d, dropout3d),
+    (AlphaDropout, nn.AlphaDropout, alpha_dropout),
+    (FeatureAlphaDropout, nn.FeatureAlphaDropout, feature_alpha_dropout),
+]
+
+Inputs = Callable[[torch.dtype], Iterator[SampleInput]]
+
+
+def opinfos() -> Iterator[tuple[str, Inputs, list[torch.dtype]]]:
+    """Function, samples of a dtype and the dtypes that PyTorch promises."""
+    for info in op_db:
+        name = info.name.removeprefix("nn.functional.")
+        if name in FUNCTIONS:
+            assert info.error_inputs_func is None  # else they belong into a test
+            yield name, partial(info.sample_inputs, "cpu"), sorted(info.dtypes, key=str)
+    # The one without an OpInfo, by the function that makes the samples of its siblings.
+    one = partial(sample_inputs_dropout, None, "cpu", requires_grad=False, valid_input_dim=(2, 3))
+    yield "dropout1d", one, FLOATS
+
+
+OPS = list(opinfos())
+CASES = [
+    pytest.param(name, inputs, dtype, id=f"{name}-{dtype}")
+    for name, inputs, dtypes in OPS
+    for dtype in dtypes
+]
+GRAD_CASES = [case for case in CASES if case.values[2] in FLOATS]
+
+
+@cache
+def plain(inputs: Inputs, dtype: torch.dtype) -> list[SampleInput]:
+    return list(inputs(dtype))
+
+
+def samples(inputs: Inputs, dtype: torch.dtype) -> Iterator[SampleInput]:
+    """PyTorch's, and each of them in other layouts: reversed, every other element, channels last, one row."""
+    for sample in plain(inputs, dtype):
+        x: Tensor = sample.input
+        views = [x, x.permute(tuple(reversed(range(x.dim()))))]
+        if x.dim() and dtype == torch.float32:
+            views += [x[..., ::2], x[1:2], x[:0]]
+        if x.dim() in (4, 5):
+            form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            views += [x.to(memory_format=form)[:, 1:3]]
+        for view in views:
+            yield SampleInput(view, args=sample.args, kwargs=sample.kwargs)
+
+
+def settings_of(name: str, sample: SampleInput) -> tuple[float, bool]:
+    """``p`` and ``training`` of a call, with PyTorch's defaults."""
+    return sample.kwargs.get("p", 0.5), sample.kwargs.get("training", "alpha" not in name)
+
+
+@cache
+def mask(name: str, shape: torch.Size, p: float) -> Tensor:
+    """The mask of the specification in the shape of PyTorch's noise."""
+    own = len(shape)
+    if name in ("dropout2d", "feature_alpha_dropout"):
+        own = 2
+    elif name in ("dropout1d", "dropout3d"):
+        own = 2 if len(shape) == (3 if name == "dropout1d" else 5) else 1
+    noise = (*shape[:own], *(1,) * (len(shape) - own))
+    return torch.from_numpy(thinned.spec.keep_mask(int(KEY), noise, p)).expand(shape)
+
+
+def constants(name: str, p: float) -> tuple[float, float, float]:
+    """``scale, shift, fill`` at the realised probability."""
+    T = thinned.spec.threshold(p)
+    q = T / 2**32
+    if "alpha" not in name or not T:
+        return thinned.spec.scale(T), 0.0, 0.0
+    a = 1 / math.sqrt(q * (1 + ALPHA**2 * (1 - q)))
+    return a, a * ALPHA * (1 - q), -a * ALPHA * q
+
+
+def in_torch(name: str, x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """ATen's own arithmetic, with the given mask for its Bernoulli noise."""
+    if p == 1:
+        return x * 0
+    noise = keep.to(x.dtype)
+    if "alpha" not in name:
+        return x * (noise / (1 - p))
+    a = 1 / math.sqrt((ALPHA**2 * p + 1) * (1 - p))
+    return x * (noise * a) + ((noise - 1) * (ALPHA * a) + ALPHA * a * p)
+
+
+def copy_of(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.preserve_format)
+
+
+def quietly(function: Callable[..., Tensor], *args: object, **kwargs: object) -> tuple[Tensor, list[str]]:
+    """The result and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function(*args, **kwargs)
+    return result, [str(each.message) for each in caught]
+
+
+def test_samples_cover_functions_and_arguments() -> None:
+    assert {name for name, _, _ in OPS} == set(FUNCTIONS)
+    for name in FUNCTIONS:
+        seen = {
+            settings_of(name, sample)
+            for each, inputs, _ in OPS
+            if each == name
+            for sample in plain(inputs, torch.float32)
+        }
+        assert seen == {(p, training) for p in (0.0, 0.5, 1.0) for training in (False, True)}
+        assert {dtype for each, _, dtypes in OPS if each == name for dtype in dtypes} >= set(FLOATS)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("name", "inputs", "dtype"), CASES)
+def test_samples(name: str, inputs: Inputs, dtype: torch.dtype, inplace: bool) -> None:
+    ours, torchs = FUNCTIONS[name], getattr(nn.functional, name)
+    for sample in samples(inputs, dtype):
+        p, training = settings_of(name, sample)
+        before = sample.input.clone()
+        x, other = (copy_of(sample.input) if inplace else sample.input for _ in range(2))
+        y, warned = quietly(ours, x, **sample.kwargs, inplace=inplace, key=KEY)
+        reference, theirs = quietly(torchs, other, **sample.kwargs, inplace=inplace)
+        assert warned == theirs
+        assert (y.shape, y.dtype, y.stride()) == (reference.shape, reference.dtype, reference.stride())
+        assert (y is x) == (inplace or not training or p == 0)
+        if not training or p == 0:
+            assert torch.equal(y, before)
+            continue
+        assert inplace or torch.equal(x, before)
+        keep = mask(name, x.shape, p)
+        scale, shift, fill = constants(name, p)
+        wide = before.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        value = wide * scale + shift if shift else wide * scale
+        oracle.assert_same(y, torch.where(keep, value, fill).to(dtype))
+        torch.testing.assert_close(y, in_torch(name, before.double(), keep, p).to(dtype))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("name", "inputs", "dtype"), GRAD_CASES)
+def test_gradients_of_samples(name: str, inputs: Inputs, dtype: torch.dtype, inplace: bool) -> None:
+    for sample in samples(inputs, dtype):
+        p, training = settings_of(name, sample)
+        leaf = sample.input.detach().requires_grad_()
+        results = []
+        for function in (partial(FUNCTIONS[name], key=KEY), getattr(nn.functional, name)):
+            x = copy_of(leaf)
+            y, _ = quietly(function, x, **sample.kwargs, inplace=inplace)
+            (gradient,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+            results.append((y, gradient))
+        (y, gradient), (reference, theirs) = results
+        assert (y.requires_grad, y.is_leaf) == (reference.requires_grad, reference.is_leaf) == (True, False)
+        assert (gradient.shape, gradient.dtype) == (theirs.shape, theirs.dtype)
+        assert gradient.stride() == theirs.stride()
+        if not training or p == 0:
+            oracle.assert_same(gradient, torch.ones_like(gradient))
+            continue
+        keep = mask(name, leaf.shape, p)
+        scale = torch.tensor(
+            constants(name, p)[0], dtype=torch.float64 if dtype == torch.float64 else torch.float32
+        )
+        oracle.assert_same(gradient, torch.where(keep, scale, 0.0).to(dtype))
+
+
+@pytest.mark.parametrize(("name", "inputs"), [(name, inputs) for name, inputs, _ in OPS])
+def test_finite_differences(name: str, inputs: Inputs) -> None:
+    """Both modes, batched, and second derivatives: what PyTorch checks for an OpInfo."""
+    for sample in plain(inputs, torch.float64):
+        p, training = settings_of(name, sample)
+        if not training or p == 0:
+            continue  # the input itself
+
+        def function(x: Tensor, sample: SampleInput = sample) -> Tensor:
+            torch.manual_seed(3)
+            return quietly(FUNCTIONS[name], x, **sample.kwargs)[0]
+
+        x = sample.input.detach().requires_grad_()
+        torch.autograd.gradcheck(
+            function,
+            x,
+            fast_mode=True,
+            check_forward_ad=True,
+            check_batched_grad=True,
+            check_undefined_grad=x.numel() > 0,
+        )
+        torch.autograd.gradgradcheck(function, x, fast_mode=True, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize(("name", "inputs"), [(name, inputs) for name, inputs, _ in OPS])
+def test_fake_tensors(name: str, inputs: Inputs) -> None:
+    for sample in samples(inputs, torch.float32):
+        y, _ = quietly(FUNCTIONS[name], sample.input, **sample.kwargs)
+        with FakeTensorMode() as mode:
+            x = mode.from_tensor(sample.input)
+            fake, _ = quietly(FUNCTIONS[name], x, **sample.kwargs)
+            assert (fake is x) == (y is sample.input)
+        assert (fake.shape, fake.dtype, fake.stride()) == (y.shape, y.dtype, y.stride())
+
+
+ERRORS = {
+    "p below 0": lambda f: f(torch.ones(2, 3), -0.1),
+    "p above 1": lambda f: f(torch.ones(2, 3), 1.1),
+    "p below 0 in evaluation": lambda f: f(torch.ones(2, 3), -0.1, False),
+    "a leaf in place": lambda f: f(torch.ones(2, 3, requires_grad=True), 0.5, True, True),
+    "a leaf in place at p = 1": lambda f: f(torch.ones(2, 3, requires_grad=True), 1.0, True, True),
+    "a view of a leaf in place": lambda f: f(torch.ones(4, 3, requires_grad=True)[:2], 0.5, True, True),
+    "overlapping memory in place": lambda f: f(torch.ones(2, 1).expand(2, 3), 0.5, True, True),
+    "integers": lambda f: f(torch.ones(2, 3, dtype=torch.int64), 0.5, True),
+    "no dimension": lambda f: f(torch.ones(()), 0.5, True),
+    "one dimension": lambda f: f(torch.ones(3), 0.5, True),
+    "one dimension at p = 1": lambda f: f(torch.ones(3), 1.0, True),
+    "one dimension in evaluation": lambda f: f(torch.ones(3), 0.5, False),
+    "four dimensions": lambda f: f(torch.ones(2, 2, 2, 2), 0.5, False),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_errors(name: str, error: str) -> None:
+    """PyTorch's type of error and its words, where there is one, and none where there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            ERRORS[error](getattr(nn.functional, name))
+        except Exception as theirs:
+            with pytest.raises(type(theirs)) as ours:
+                ERRORS[error](FUNCTIONS[name])
+            if error != "integers":
+                words = str(theirs).removesuffix(".").partition(". Please")[0]
+                assert str(ours.value).startswith(words), theirs  # noqa: PT017
+        else:
+            ERRORS[error](FUNCTIONS[name])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("layer", "torchs", "function"), LAYERS)
+def test_layers(
+    layer: type[nn.Module], torchs: type[nn.Module], function: Callable[..., Tensor], p: float, inplace: bool
+) -> None:
+    """A layer stands where PyTorch's does, and is its function."""
+    name = function.__name__
+    ours, theirs = layer(p, inplace), torchs(p, inplace)
+    assert isinstance(ours, torchs)
+    assert repr(ours) == repr(theirs)
+    assert vars(ours).keys() == vars(theirs).keys()
+    assert (ours.state_dict(), list(ours.parameters())) == ({}, [])
+    inputs = [inputs for each, inputs, _ in OPS if each == name]
+    for sample in (sample for each in inputs for sample in samples(each, torch.float32)):
+        if sample.kwargs.get("p") != p:
+            continue
+        training = sample.kwargs["training"]
+        ours.train(training)
+        x, twin, other = (copy_of(sample.input) for _ in range(3))
+        y, warned = quietly(ours, x, key=KEY)
+        expected, also = quietly(function, twin, p, training, inplace, key=KEY)
+        assert warned == also
+        oracle.assert_same(y, expected)
+        assert (y is x) == (inplace or not training or p == 0)
+        reference, _ = quietly(theirs.train(training), other)
+        assert (y.shape, y.stride(), y.dtype) == (reference.shape, reference.stride(), reference.dtype)
+
+
+@pytest.mark.parametrize(("layer", "torchs", "function"), LAYERS)
+def test_arguments_of_layers(layer: type[nn.Module], torchs: type[nn.Module], function: object) -> None:  # noqa: ARG001
+    assert repr(layer()) == repr(torchs())
+    assert repr(layer(0.1)) == repr(torchs(0.1))
+    assert repr(layer(inplace=True, p=1)) == repr(torchs(inplace=True, p=1))
+    for p in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="between 0 and 1") as ours:
+            layer(p)
+        with pytest.raises(ValueError, match="between 0 and 1") as theirs:
+            torchs(p)
+        assert str(ours.value) == str(theirs.value)
+    with pytest.raises(ValueError, match="between 0 and 1, but got nan"):
+        layer(math.nan)

@@ -1,0 +1,350 @@
+"""DropConnect and WeightDrop: dropout of weights, one mask for each call."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import chance
+import oracle
+import thinned
+from thinned.compare.catalogue import Implementation
+from thinned.compare.catalogue.weights import ENTRIES, DropConnectFormula, WeightDropFormula
+from thinned.compare.laws import Verdict, examine
+from thinned.compare.settings import Settings
+from thinned.functional import drop_connect
+
+KEY = thinned.Key(7)
+LAWS = {law.name: law for law in ENTRIES[0].laws}
+MODULES = {
+    "Linear": (lambda: nn.Linear(6, 5), ["weight", "bias"], (3, 6)),
+    "Conv2d": (lambda: nn.Conv2d(2, 3, 3), ["weight"], (3, 2, 5, 5)),
+    "LSTM": (lambda: nn.LSTM(6, 5, 2), ["weight_hh_l0", "weight_hh_l1"], (4, 3, 6)),
+    "GRU": (lambda: nn.GRU(6, 5, bidirectional=True), ["weight_hh_l0", "weight_hh_l0_reverse"], (4, 3, 6)),
+    "Sequential": (lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)), ["1.weight"], (3, 6)),
+    "VariationalLSTM": (lambda: thinned.VariationalLSTM(6, 5), ["weight_hh_l0"], (4, 3, 6)),
+}
+each_module = pytest.mark.parametrize("name", MODULES)
+
+
+def made(name: str) -> tuple[nn.Module, list[str], Tensor]:
+    torch.manual_seed(0)
+    make, weights, shape = MODULES[name]
+    return make(), weights, torch.randn(shape)
+
+
+def output(module: nn.Module, *args: Tensor, **kwargs: thinned.Key) -> Tensor:
+    y = module(*args, **kwargs)
+    return y if isinstance(y, Tensor) else y[0]
+
+
+def by_hand(module: nn.Module, weights: list[str], p: float, key: thinned.Key) -> nn.Module:
+    """The module with weights multiplied by their masks."""
+    module = copy.deepcopy(module)
+    with torch.no_grad():
+        for name in weights:
+            weight = module.get_parameter(name)
+            weight.mul_(thinned.keep_mask(key.fold(name), weight.shape, p)).div_(1 - p)
+    return module
+
+
+@pytest.mark.usefixtures("subject")
+def test_formula() -> None:
+    weight = torch.randn(40, 30)
+    oracle.assert_same(drop_connect(weight, 0.3, key=KEY), oracle.dropout(weight, KEY.bits, 0.3))
+    oracle.assert_same(thinned.DropConnect(0.3)(weight, key=KEY), oracle.dropout(weight, KEY.bits, 0.3))
+    keys = KEY.fold(torch.arange(40))
+    oracle.assert_same(drop_connect(weight, 0.3, key=keys)[5], drop_connect(weight[5], 0.3, key=KEY.fold(5)))
+
+
+def test_chance() -> None:
+    mask, other = ((drop_connect(torch.ones(300, 300), 0.3, key=KEY.fold(i)) != 0).numpy() for i in range(2))
+    assert chance.rate(mask, 0.3) > chance.FALSE_ALARM
+    for pair in [(mask, other), (mask[::2], mask[1::2]), (mask[:, ::2], mask[:, 1::2])]:
+        assert chance.independence(*pair, p=0.3) > chance.FALSE_ALARM
+
+
+def test_as_the_formula_in_distribution() -> None:
+    """How many of a row's 5 connections are dropped."""
+    torch.manual_seed(0)
+    counts = []
+    for layer in (thinned.DropConnect(0.3), DropConnectFormula(0.3)):
+        dropped = (layer(torch.ones(50_000, 5)) == 0).sum(1)
+        counts.append(np.bincount(dropped.numpy(), minlength=6))
+    assert stats.chi2_contingency(np.array(counts)).pvalue > chance.FALSE_ALARM
+
+
+class TooOften(DropConnectFormula):
+    def __init__(self, p: float) -> None:
+        super().__init__(p * 1.02)
+
+
+class Unscaled(DropConnectFormula):
+    """As in the paper's training."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return super().forward(weight) * (1 - self.p)
+
+
+class Biased(DropConnectFormula):
+    def forward(self, weight: Tensor) -> Tensor:
+        return super().forward(weight) * 1.02
+
+
+class Rows(DropConnectFormula):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * super().forward(torch.ones_like(weight[:, :1]))
+
+
+@pytest.mark.parametrize(
+    ("law", "wrong"),
+    [
+        ("rate", TooOften),
+        ("mean of products", Unscaled),
+        ("mean of products", Biased),
+        ("plain product", Biased),
+        ("independence", Rows),
+        ("kept values", Biased),
+    ],
+)
+def test_wrong_laws_are_seen(law: str, wrong: type[nn.Module]) -> None:
+    assert examine(LAWS[law], Implementation("wrong", wrong), Settings(quick=True)).verdict is Verdict.BROKEN
+
+
+def test_gradient_is_that_of_the_mask() -> None:
+    weight, upstream = torch.randn(40, 30, requires_grad=True), torch.randn(40, 30)
+    (grad,) = torch.autograd.grad(drop_connect(weight, 0.5, key=KEY), weight, upstream)
+    oracle.assert_same(grad, torch.where(thinned.keep_mask(KEY, (40, 30), 0.5), 2 * upstream, 0))
+
+
+def test_a_mask_for_each_example() -> None:
+    """The paper's, by vmap, with keys of the examples or without."""
+    weight, x = torch.randn(5, 6), torch.randn(4, 6)
+
+    def example(x: Tensor, bits: Tensor) -> Tensor:
+        return drop_connect(weight, key=thinned.Key.from_bits(bits)).mv(x)
+
+    y = torch.vmap(example)(x, KEY.fold(torch.arange(4)).bits)
+    for n in range(4):
+        torch.testing.assert_close(y[n], drop_connect(weight, key=KEY.fold(n)).mv(x[n]))
+    drawn = torch.vmap(lambda x: drop_connect(weight).mv(x), randomness="different")(x[:1].expand(9, 6))
+    assert len(drawn.unique(dim=0)) > 1
+
+
+# DropConnect as a parametrization
+
+
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "LSTM", "GRU"])
+def test_parametrization(name: str) -> None:
+    """One mask a call, another in the next, and none in evaluation."""
+    module, weights, x = made(name)
+    plain = output(module, x)
+    for weight in weights:
+        parametrize.register_parametrization(module, weight, thinned.DropConnect(0.5))
+    torch.manual_seed(1)
+    y = output(module, x)
+    assert not y.equal(output(module, x))
+    torch.manual_seed(1)
+    assert y.equal(output(module, x))
+    y.sum().backward()
+    original = module.parametrizations[weights[0]].original
+    dropped = (original.grad == 0).double().mean().item()
+    assert 0.1 < dropped < 0.9
+    assert output(module.eval(), x).equal(plain)
+
+
+def test_cached_holds_on_to_one_mask() -> None:
+    linear = parametrize.register_parametrization(nn.Linear(6, 5), "weight", thinned.DropConnect(0.5))
+    x = torch.randn(3, 6)
+    with parametrize.cached():
+        assert linear(x).equal(linear(x))
+    assert not linear(x).equal(linear(x))
+
+
+def test_what_torch_allows_of_a_parametrized_module() -> None:
+    linear = parametrize.register_parametrization(nn.Linear(6, 5), "weight", thinned.DropConnect(0.5))
+    weight = linear.parametrizations.weight.original
+    twin = copy.deepcopy(linear)
+    torch.manual_seed(0)
+    y = linear(torch.ones(3, 6))
+    torch.manual_seed(0)
+    assert twin(torch.ones(3, 6)).equal(y)
+    with torch.no_grad():
+        twin.weight = torch.ones(5, 6)
+    assert twin.eval().weight.equal(torch.ones(5, 6))
+    twin.load_state_dict(linear.state_dict())
+    assert twin.weight.equal(weight)
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(linear)
+    parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+    assert linear.weight is weight
+
+
+# WeightDrop
+
+
+@each_module
+def test_weight_drop_multiplies_the_weights(name: str) -> None:
+    module, weights, x = made(name)
+    y = output(thinned.WeightDrop(module, weights, 0.3), x, key=KEY)
+    torch.testing.assert_close(y, output(by_hand(module, weights, 0.3, KEY), x))
+    assert not torch.allclose(y, output(module, x))
+
+
+@each_module
+def test_weight_drop_leaves_the_module_as_it_was(name: str) -> None:
+    module, weights, x = made(name)
+    parameters, plain, keys = list(module.parameters()), output(module, x), list(module.state_dict())
+    layer = thinned.WeightDrop(module, weights, 0.5)
+    first, second = output(layer, x), output(layer, x)
+    assert not first.equal(second)
+    assert output(module, x).equal(plain)
+    assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
+    assert list(layer.state_dict()) == [f"module.{key}" for key in keys]
+    state = torch.get_rng_state()
+    assert output(layer.eval(), x).equal(plain)
+    assert output(thinned.WeightDrop(module, weights, 0.0), x).equal(plain)
+    assert torch.get_rng_state().equal(state)
+
+
+@each_module
+def test_weight_drop_gradient(name: str) -> None:
+    """Two calls before one backward call, each with its own masks."""
+    module, weights, x = made(name)
+    layer = thinned.WeightDrop(module, weights, 0.3)
+    keys = [KEY.fold(i) for i in range(2)]
+    sum(output(layer, x, key=key).square().sum() for key in keys).backward()
+    for weight in weights:
+        expected = 0
+        for key in keys:
+            twin = by_hand(module, weights, 0.3, key)
+            twin.zero_grad()
+            output(twin, x).square().sum().backward()
+            parameter = twin.get_parameter(weight)
+            expected += parameter.grad * thinned.keep_mask(key.fold(weight), parameter.shape, 0.3) / 0.7
+        torch.testing.assert_close(module.get_parameter(weight).grad, expected)
+
+
+@each_module
+def test_weight_drop_copies(name: str) -> None:
+    module, weights, x = made(name)
+    layer = thinned.WeightDrop(module, weights, 0.5)
+    y = output(layer, x, key=KEY)  # and what this leaves behind is copied too
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(file, weights_only=False),
+    ):
+        assert output(twin, x, key=KEY).equal(y)
+    twin = thinned.WeightDrop(made(name)[0], weights, 0.5)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.load_state_dict(layer.state_dict())
+    assert output(twin, x, key=KEY).equal(y)
+
+
+def test_weight_drop_as_that_of_awd_lstm() -> None:
+    """The mean of outputs over masks is that of the formula, here the plain output of a linear layer."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(20, 10, bias=False), torch.rand(20) + 1
+    plain = linear(x).double()
+    spread = ((linear.weight * x).square().sum(1) * 0.3 / 0.7).double()
+    for kind in (thinned.WeightDrop, WeightDropFormula):
+        layer = kind(copy.deepcopy(linear), ["weight"], 0.3)
+        with torch.no_grad():
+            y = torch.stack([layer(x) for _ in range(500)]).double()
+        standard = ((y - plain) / spread.sqrt()).detach().numpy()
+        for row in standard.T:
+            assert chance.mean(row, 0.0, 1.0) > chance.FALSE_ALARM
+
+
+def test_one_mask_for_all_steps_of_an_lstm() -> None:
+    module, weights, _ = made("LSTM")
+    layer = thinned.WeightDrop(module, weights, 0.5)
+    x = torch.randn(50, 3, 6)
+    whole, state = layer(x, key=KEY)
+    first, middle = layer(x[:20], key=KEY)
+    second, last = layer(x[20:], middle, key=KEY)
+    torch.testing.assert_close(whole, torch.cat([first, second]))
+    torch.testing.assert_close(state, last)
+
+
+def test_no_weight_is_moved_and_nothing_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cuDNN would do and say is played here, since it is not on every machine."""
+    module, weights, x = made("LSTM")
+    layer = thinned.WeightDrop(module, weights, 0.5)
+    moved = []
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda module: moved.append(module))
+    warn = "RNN module weights are not part of single contiguous chunk of memory."
+    module.register_forward_hook(lambda *_: warnings.warn(warn, stacklevel=1))
+    output(layer, x)
+    assert not moved
+    assert "flatten_parameters" not in vars(module)
+    with pytest.warns(UserWarning, match="single contiguous chunk"):
+        output(layer.eval(), x)
+    assert moved  # back to the parameters, which are laid out for cuDNN again
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_weight_drop_compiled() -> None:
+    module, weights, x = made("Linear")
+    layer = thinned.WeightDrop(module, weights, 0.5)
+    in_one = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(in_one(x, key=KEY), layer(x, key=KEY))
+    parametrize.register_parametrization(module, "weight", thinned.DropConnect(0.5))
+    torch.manual_seed(0)
+    y = module(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), y)
+
+
+def test_tied_weights_are_dropped_only_where_named() -> None:
+    first, second = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+    second.weight = first.weight
+    module, x = nn.Sequential(first, second), torch.randn(3, 5)
+    y = thinned.WeightDrop(module, "0.weight", 0.5)(x, key=KEY)
+    dropped = drop_connect(first.weight, 0.5, key=KEY.fold("0.weight"))
+    torch.testing.assert_close(y, x @ dropped.t() @ first.weight.t())
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
+def test_p_outside_0_to_1(p: float) -> None:
+    message = re.escape(f"between 0 and 1, but got {p}")
+    for make in (thinned.DropConnect, lambda p: thinned.WeightDrop(nn.Linear(2, 3), "weight", p)):
+        with pytest.raises(ValueError, match=message):
+            make(p)
+    with pytest.raises(ValueError, match=message):
+        drop_connect(torch.ones(2, 3), p)
+
+
+def test_refused() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no parameter 'weights'; accepted: weight, bias"):
+        thinned.WeightDrop(nn.Linear(2, 3), ["weights"])
+    layer = thinned.WeightDrop(nn.Linear(2, 3), ["weight"])
+    with pytest.raises(
+        RuntimeError, match=r"keys of shape \(4,\) do not fit a weight that all samples share"
+    ):
+        layer(torch.ones(4, 2), key=KEY.fold(torch.arange(4)))
+    with pytest.raises(TypeError, match=r"write thinned\.Key\(7\)"):
+        layer(torch.ones(4, 2), key=7)
+    with pytest.raises(RuntimeError, match=r"got torch\.int64 of shape \(2,\)"):
+        drop_connect(torch.ones(2, dtype=torch.int64))
+
+
+def test_text() -> None:
+    assert repr(thinned.DropConnect(0.3)) == "DropConnect(p=0.3)"
+    assert "weights=['weight'], p=0.3" in repr(thinned.WeightDrop(nn.Linear(2, 3), "weight", 0.3))
