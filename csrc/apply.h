@@ -159,35 +159,38 @@ void apply_row(Span<const Element> x, Span<Element> y, int64_t n, Constants cons
     }
 }
 
-// Real numbers that are all kept.
+// Real numbers under mask bits that are all the same, without a branch on them: short rows would mispredict it.
 template <class Element>
-void scale_all(const Element* x, Element* y, int64_t n, Constants constants) {
+inline void scale_or_zero(const Element* x, Element* y, int64_t n, Constants constants, uint64_t bits) {
     using V = typename Vector<Element>::type;
     const V scale = V::all(static_cast<typename V::Scalar>(constants.scale));
     const int64_t whole = n - n % Granule<Element>::size;
-    for (int64_t i = 0; i < whole; i += V::lanes) multiply(V::load(x + i), scale).store(y + i);
-    const uint64_t every = ~0ull;
+    for (int64_t i = 0; i < whole; i += V::lanes)
+        keep(static_cast<unsigned>(bits), multiply(V::load(x + i), scale)).store(y + i);
     if (whole < n)
         apply_some<true>(Span<const Element>{x + whole, 1}, Span<Element>{y + whole, 1}, static_cast<int>(n - whole),
-                         reinterpret_cast<const uint8_t*>(&every), constants);
+                         reinterpret_cast<const uint8_t*>(&bits), constants);
 }
 
 template <class Part>
-void scale_all(const Complex<Part>* x, Complex<Part>* y, int64_t n, Constants constants) {
-    scale_all(reinterpret_cast<const Part*>(x), reinterpret_cast<Part*>(y), 2 * n, constants);
+inline void scale_or_zero(const Complex<Part>* x, Complex<Part>* y, int64_t n, Constants constants, uint64_t bits) {
+    scale_or_zero(reinterpret_cast<const Part*>(x), reinterpret_cast<Part*>(y), 2 * n, constants, bits);
 }
 
-inline void scale_all(const Bool*, Bool* y, int64_t n, Constants) { std::memset(y, 1, n); }
+inline void scale_or_zero(const Bool*, Bool* y, int64_t n, Constants, uint64_t bits) { std::memset(y, bits & 1, n); }
 
-// n elements with one decision. What is dropped is not read: +0 is all zero bits in every type.
+// n elements under mask bits that are all the same. In a long row what is dropped is not read: +0 is zero bits in every type.
 template <bool plain, class Element>
-void apply_one(Span<const Element> x, Span<Element> y, int64_t n, Constants constants, bool kept) {
-    if (plain && y.stride == 1 && !kept)
-        std::memset(static_cast<void*>(y.at), 0, n * sizeof(Element));
-    else if (plain && x.stride == 1 && y.stride == 1)
-        scale_all(x.at, y.at, n, constants);
-    else
-        apply_row<plain>(x, y, n, constants, Same{kept ? ~0ull : 0});
+inline void apply_one(Span<const Element> x, Span<Element> y, int64_t n, Constants constants, uint64_t bits) {
+    constexpr int64_t is_long = 8192 / sizeof(Element);
+    if (plain && x.stride == 1 && y.stride == 1) {
+        if (n < is_long || bits)
+            scale_or_zero(x.at, y.at, n, constants, bits);
+        else
+            std::memset(static_cast<void*>(y.at), 0, n * sizeof(Element));
+    } else {
+        apply_row<plain>(x, y, n, constants, Same{bits});
+    }
 }
 
 }  // namespace

@@ -89,6 +89,7 @@ class Walk {
 
   private:
     static constexpr int most_rows = 1024;
+    static constexpr int64_t pattern_bits = 4096;
 
     // Elements of memory under mask bits at a position among the generated ones; a tile's rows lie under 64
     // of them each, whose positions are in `lines_` from `position` on.
@@ -105,6 +106,7 @@ class Walk {
     Blocks blocks_;
     Piece pieces_[most_rows];
     int lines_[most_rows];
+    uint64_t pattern_[pattern_bits / 64 + 2];
     int piece_count_ = 0, line_count_ = 0;
     uint64_t last_key_ = 0, last_start_ = 0;
     int64_t last_bits_ = 0;
@@ -182,8 +184,31 @@ class Walk {
         return {piece.y.at + row * plan_.group.y, piece.y.stride};
     }
 
+    bool adjoining(const Piece& piece) const {
+        return piece.x.stride == 1 && piece.y.stride == 1 && plan_.group.x == piece.n && plan_.group.y == piece.n;
+    }
+
+    // Short rows that lie side by side under the same bits: one long row under those bits over and over.
+    void apply_pattern(const Piece& piece) {
+        const int64_t repeats = std::min(piece.rows, pattern_bits / piece.n);
+        std::memset(pattern_, 0, sizeof pattern_);
+        for (int64_t row = 0; row < repeats; ++row)
+            for (int64_t i = 0; i < piece.n; i += 64) {
+                const int64_t left = piece.n - i, to = row * piece.n + i;
+                const uint64_t those = left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
+                const uint64_t bits = bits_at(blocks_.below, piece.position + i) & those;
+                pattern_[to >> 6] |= bits << (to & 63);
+                if (to & 63) pattern_[(to >> 6) + 1] |= bits >> (64 - (to & 63));
+            }
+        const Aligned mask{reinterpret_cast<const uint8_t*>(pattern_)};
+        for (int64_t row = 0; row < piece.rows; row += repeats)
+            apply_row<plain>(x_of(piece, row), y_of(piece, row), std::min(repeats, piece.rows - row) * piece.n, constants_,
+                             mask);
+    }
+
     void apply_run(const Piece& piece) {
         const auto* bytes = reinterpret_cast<const uint8_t*>(blocks_.below) + piece.position / 8;
+        if (piece.rows > 1 && piece.n <= pattern_bits / 4 && adjoining(piece)) return apply_pattern(piece);
         for (int64_t row = 0; row < piece.rows; ++row) {
             if (piece.position % 8 == 0)
                 apply_row<plain>(x_of(piece, row), y_of(piece, row), piece.n, constants_, Aligned{bytes});
@@ -196,8 +221,8 @@ class Walk {
     void apply_constant(const Piece& piece) {
         for (int64_t row = 0; row < piece.rows; ++row) {
             const int64_t bit = piece.position + row * plan_.group.mask;
-            const bool kept = blocks_.below[bit >> 6] >> (bit & 63) & 1;
-            apply_one<plain>(x_of(piece, row), y_of(piece, row), piece.n, constants_, kept);
+            const uint64_t kept = blocks_.below[bit >> 6] >> (bit & 63) & 1;
+            apply_one<plain>(x_of(piece, row), y_of(piece, row), piece.n, constants_, 0 - kept);
         }
     }
 

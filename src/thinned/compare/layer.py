@@ -39,11 +39,13 @@ def run_layer(
     return report
 
 
-def calls(entry: Entry, implementations: Sequence[Implementation]) -> dict[str, Callable[[], object]]:
+def calls(
+    entry: Entry, implementations: Sequence[Implementation], *, broadcast: bool = False
+) -> dict[str, Callable[[], object]]:
     """A call of each on the entry's workload, and the multiply that a mask of its shape costs at least."""
     inputs = entry.workload.inputs()
     work: dict[str, Callable[[], object]] = {}
-    if entry.workload.broadcast is not None:
+    if broadcast and entry.workload.broadcast is not None:
         x, mask = inputs[0], torch.ones(entry.workload.broadcast, dtype=inputs[0].dtype)
         work[BROADCAST] = lambda: x * mask
     for each in implementations:
@@ -60,7 +62,7 @@ def _call(layer: Callable[..., object], inputs: Sequence[torch.Tensor]) -> Calla
 
 
 def _speed(entry: Entry, implementations: Sequence[Implementation], settings: Settings) -> Table:
-    work = calls(entry, [each for each in implementations if _runs(entry, each)])
+    work = calls(entry, [each for each in implementations if _runs(entry, each)], broadcast=True)
     seconds = by_turns(work, ROUNDS, settings.device)
     own = seconds[entry.own.name]
     cells = {

@@ -45,7 +45,7 @@ class Terminal:
 
     def show(self, table: Table, with_notes: bool = False) -> None:
         rich_table = RichTable()
-        rich_table.add_column("")
+        rich_table.add_column("", no_wrap=True)
         for heading in table.columns:
             rich_table.add_column(heading, overflow="fold")
         if with_notes:

@@ -273,7 +273,7 @@ def _entry(
         peer=peer,
         laws=_laws(sizes, example),
         example=example,
-        workload=Workload(lambda: (torch.ones(workload),), {"p": 0.1, "block_size": 7}, workload),
+        workload=Workload(lambda: (torch.ones(workload),), {"p": 0.1, "block_size": 7}),
     )
 
 
