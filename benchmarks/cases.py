@@ -34,6 +34,7 @@ def cases() -> Iterator[Case]:
         yield from _layouts(threads)
         yield from layer_cases(threads)
     yield from _small()
+    yield from _addressed()
     yield from _compiled()
     yield from _elsewhere()
 
@@ -156,6 +157,32 @@ def _compiled() -> Iterator[Case]:
             (Bound("nn.Dropout", 1 / 20),),
             elements=elements,
         )
+
+
+def _addressed() -> Iterator[Case]:
+    """What it costs a step to give each site its key: divide by the sites, subtract what is without."""
+    sites = 20
+    model = nn.Sequential(*(thinned.Dropout(0.5) for _ in range(sites)))
+    x, ids = torch.ones(4, 16), torch.arange(4)
+
+    def call(**samples: Tensor) -> Callable[[], object]:
+        def addressed() -> object:
+            with thinned.address(model, seed=7, step=3, **samples):
+                return model(x)
+
+        return addressed
+
+    yield Case(
+        "address",
+        f"{sites} sites; ns a site",
+        lambda: {
+            "without": partial(model, x),
+            "thinned": call(),
+            "thinned, samples": call(samples=ids),
+        },
+        (),
+        elements=sites,
+    )
 
 
 def _elsewhere() -> Iterator[Case]:

@@ -51,12 +51,24 @@ void numbers(uintptr_t y, uintptr_t keys, uintptr_t starts, int64_t rows, int64_
                          reinterpret_cast<const uint64_t*>(starts), rows, count});
 }
 
+int64_t fold_one(int64_t key, int64_t data) {
+    return static_cast<int64_t>(fold(static_cast<uint64_t>(key), static_cast<uint64_t>(data)));
+}
+
+void fold_many(uintptr_t y, uintptr_t keys, uintptr_t data, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+        reinterpret_cast<uint64_t*>(y)[i] =
+            fold(reinterpret_cast<const uint64_t*>(keys)[i], reinterpret_cast<const uint64_t*>(data)[i]);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
     module.def("flat", &flat);
     module.def("strided", &strided);
     module.def("numbers", &numbers);
+    module.def("fold", &fold_one);
+    module.def("fold_many", &fold_many);
     module.def("isa", &isa);
     module.def("set_isa", &set_isa);
     module.def("compiled_isas", &compiled_isas);

@@ -103,6 +103,19 @@ void set_isa(const std::string& name) {
     throw std::invalid_argument("no instruction set '" + name + "' on this machine; accepted: " + accepted);
 }
 
+uint64_t fold(uint64_t key, uint64_t data) {
+    uint64_t word[4] = {data & 0xFFFFFFFF, data >> 32, 0, 1};
+    uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
+        const uint64_t product0 = 0xD2511F53 * word[0], product1 = 0xCD9E8D57 * word[2];
+        word[0] = product1 >> 32 ^ word[1] ^ key0;
+        word[2] = product0 >> 32 ^ word[3] ^ key1;
+        word[1] = product1 & 0xFFFFFFFF;
+        word[3] = product0 & 0xFFFFFFFF;
+    }
+    return word[0] | word[1] << 32;
+}
+
 int threads() {
 #ifdef _OPENMP
     return forked || omp_in_parallel() ? 1 : omp_get_max_threads();

@@ -49,6 +49,9 @@ struct Numbers {
 void run(const Task& task);
 void run(const Numbers& task);
 
+// The child of a key: words 0 and 1 of philox10((lo32(data), hi32(data), 0, 1), key).
+uint64_t fold(uint64_t key, uint64_t data);
+
 // Instruction sets, from the most general one on: those compiled in, and those this processor has.
 std::vector<std::string> compiled_isas();
 std::vector<std::string> supported_isas();

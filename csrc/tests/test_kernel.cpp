@@ -339,6 +339,15 @@ void numbers_of_positions(Random& random) {
     compare_numbers(1, 70000, 90, 0, random);  // more blocks than are made at once, by several threads
 }
 
+void folds(Random& random) {
+    for (int i = 0; i < 1000; ++i) {
+        const uint64_t key = random.next() >> random.of({0, 32, 63}), data = random.next() >> random.of({0, 32, 63});
+        const reference::Words words = reference::philox(
+            {static_cast<uint32_t>(data), static_cast<uint32_t>(data >> 32), 0, 1}, key, 10);
+        check(fold(key, data) == (words[0] | static_cast<uint64_t>(words[1]) << 32), "fold " + std::to_string(i));
+    }
+}
+
 void nothing_is_nothing() {
     for (const auto& dims : {std::vector<Dim>{{0, 1, 1, 1, 0}}, {{3, 0, 0, 0, 0}, {0, 1, 1, 1, 0}}}) {
         run(task(Dtype::f32, dims, one / 2));  // would read and write at address zero
@@ -448,6 +457,7 @@ int main(int count, char** arguments) {
     values(random);
     random_tasks(random, 600);
     numbers_of_positions(random);
+    folds(random);
     nothing_is_nothing();
     threads_agree(random);
     calls_at_once();

@@ -12,11 +12,12 @@ from thinned.functional import keep_mask
 from thinned.keys import Key
 from thinned.layers import *  # noqa: F403
 from thinned.layers import __all__ as _layers
+from thinned.models import address
 
 try:
     __version__ = version("thinned")
 except PackageNotFoundError:
     __version__ = "0+uninstalled"
 
-__all__ = ["Key", "backends", "functional", "keep_mask", "schedules", "spec"]
+__all__ = ["Key", "address", "backends", "functional", "keep_mask", "schedules", "spec"]
 __all__ += _layers

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from thinned.philox import high32, low32, philox4x32, signed64
-from thinned.state import transforming
+from thinned.state import is_eager, transforming
+
+try:
+    from thinned.backends import native
+except ImportError:
+    native = None  # type: ignore[assignment]
 
 __all__ = ["Key", "draw", "draw_int"]
 
@@ -109,10 +114,14 @@ class Key:
                 "a key folds an integer, a string or an int64 tensor, "
                 f"got {data!r} of type {type(data).__name__}"
             )
+        if native is not None and self.bits.is_cpu and data.is_cpu and is_eager(self.bits) and is_eager(data):
+            return Key.from_bits(native.fold_many(self.bits, data))
         w0, w1, _, _ = philox4x32((low32(data), high32(data), 0, 1), self.bits, rounds=10)
         return Key.from_bits(w0 | w1 << 32)
 
     def _fold_int(self, data: int) -> Key:
+        if native is not None:
+            return Key.from_bits(torch.tensor(native.fold(int(self.bits.item()), data)))
         w0, w1, _, _ = philox4x32((low32(data), high32(data), 0, 1), int(self), rounds=10)
         return Key(w0 | w1 << 32)
 

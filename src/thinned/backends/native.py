@@ -15,7 +15,7 @@ import thinned.backends._native as _native
 from thinned.backends.rows import by_rows
 from thinned.geometry import Geometry, shared_cached
 
-__all__ = ["keep_mask", "masked_affine", "uniform"]
+__all__ = ["fold", "fold_many", "keep_mask", "masked_affine", "uniform"]
 
 if wanted := os.environ.get("THINNED_ISA"):
     _native.set_isa(wanted)
@@ -60,6 +60,17 @@ def masked_affine(
         T, scale, shift, fill, one_key, keys, key_strides,
     )  # fmt: skip
     return target
+
+
+fold = _native.fold
+
+
+def fold_many(keys: Tensor, data: Tensor) -> Tensor:
+    """The children of int64 keys, which broadcast against int64 data; see :meth:`thinned.Key.fold`."""
+    keys, data = (each.contiguous() for each in torch.broadcast_tensors(keys, data))
+    out = torch.empty(keys.shape, dtype=torch.int64, device="cpu")
+    _native.fold_many(out.data_ptr(), keys.data_ptr(), data.data_ptr(), out.numel())
+    return out
 
 
 def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from thinned import op
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.keys import Key
+from thinned.sites import current
 from thinned.state import compiling
 
 __all__ = ["DTYPES", "apply", "bits_for", "check_input", "check_key", "key_for", "threshold_and_scale"]
@@ -29,8 +30,15 @@ def apply(
     scale: float,
     shift: float = 0.0,
     fill: float = 0.0,
+    *,
+    rows: int | None = 0,
 ) -> Tensor:
-    """``keep ? input * scale + shift : fill`` under a mask shared along ``broadcast_dims``."""
+    """``keep ? input * scale + shift : fill`` under a mask shared along ``broadcast_dims``.
+
+    ``rows`` is as for :func:`key_for`.
+    """
+    if key is None and current.source is not None:
+        key = current.source.key_for(input, rows)
     bits = None if key is None else bits_for(key, input)
     geometry = None
     if broadcast_dims or (bits is not None and bits.dim()):
@@ -103,10 +111,13 @@ def bits_for(key: Key, input: Tensor) -> Tensor:  # noqa: A002
     return bits
 
 
-def key_for(input: Tensor, key: Key | None) -> Key:  # noqa: A002
+def key_for(input: Tensor, key: Key | None, *, rows: int | None = 0) -> Key:  # noqa: A002
     """The given key where ``input`` is, or one drawn from the default generator of ``input``'s device.
 
     Compiled code draws what eager code draws, and under :func:`torch.vmap` the draw follows its
-    ``randomness``.
+    ``randomness``. Within :func:`thinned.address` it is the site's key, or one for each of the samples, which
+    lie along the dimension ``rows``; None for an ``input`` that is the same for all samples.
     """
+    if key is None and current.source is not None:
+        key = current.source.key_for(input, rows)
     return Key.from_bits(op.draw_for(input) if key is None else bits_for(key, input))

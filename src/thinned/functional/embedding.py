@@ -82,7 +82,7 @@ def embedding_dropout(
     )
     if not training or p == 0:
         return y
-    keep = _keep_words(key_for(weight, key).bits, input, len(weight), T)
+    keep = _keep_words(key_for(input, key).bits, input, len(weight), T)
     return torch.where(keep.unsqueeze(-1), y * scale, 0)
 
 

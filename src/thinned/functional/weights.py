@@ -56,7 +56,7 @@ def drop_connect(
     check_input("drop_connect", input, key)
     if not training or p == 0:
         return input
-    return apply(input, key, (), False, T, scale)
+    return apply(input, key, (), False, T, scale, rows=None)
 
 
 def check_one_key(key: Key) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned import functional as F
-from thinned import op
-from thinned.functional.arguments import threshold_and_scale
+from thinned.functional.arguments import key_for, threshold_and_scale
 from thinned.keys import Key
 from thinned.state import compiling, is_eager
 
@@ -119,7 +118,7 @@ class LayerDrop(nn.ModuleList):
     def _keep(self, key: Key | None) -> Tensor:
         if key is None:
             # Decided where Python can look at it without waiting for a device.
-            key = Key.from_bits(op.draw_for(torch.empty((), device="cpu")))
+            key = key_for(torch.empty((), device="cpu"), None, rows=None)
         return F.keep_mask(key, (len(self),), self.p)
 
     def extra_repr(self) -> str:

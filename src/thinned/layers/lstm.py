@@ -157,7 +157,11 @@ class VariationalLSTM(nn.RNNBase):
             if self.weight_p:
                 check_one_key(key)
 
-        key = key_for(x, key) if self.training and any(self._probabilities().values()) else None
+        if self.training and any(self._probabilities().values()):
+            shared_by_all = input.dim() == 2 or self.weight_p
+            key = key_for(x, key, rows=None if shared_by_all else 1)
+        else:
+            key = None
         x, h, c = self._run(x, h, c, key)
         if input.dim() == 2:
             return x.squeeze(1), (h.squeeze(1), c.squeeze(1))

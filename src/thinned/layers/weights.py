@@ -114,7 +114,7 @@ class WeightDrop(nn.Module):
         if not self.training or self.p == 0 or not self.weights:
             return self.module(*args, **kwargs)
         plain = {name: _lookup(self.module, name) for name in self.weights}
-        key = key_for(plain[self.weights[0]], key)
+        key = key_for(plain[self.weights[0]], key, rows=None)
         dropped = {name: F.drop_connect(weight, self.p, key=key.fold(name)) for name, weight in plain.items()}
         call = torch.func.functional_call
         recurrent = [each for each in self.module.modules() if isinstance(each, nn.RNNBase)]

@@ -1,0 +1,325 @@
+"""Within thinned.address a mask depends on seed, step, site, sample and position alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+
+import thinned
+from thinned import Key, address
+
+WIDTH = 64
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.dropout = thinned.Dropout(0.5)
+        self.path = thinned.DropPath(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dropout(self.linear(x))
+        return x + self.path(self.dropout(torch.tanh(y)))
+
+
+class Net(nn.Module):
+    """Blocks that may be checkpointed, one of them called twice, and a function of its own at the end."""
+
+    def __init__(self, through: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.through = through
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.blocks, self.blocks[0]):
+            x = self.through(block, x) if self.through else block(x)
+        return thinned.functional.dropout(x, 0.1, self.training)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def run(net: nn.Module, x: Tensor, step: int = 0, **kwargs: Any) -> Tensor:
+    with address(net, seed=7, step=step, **kwargs):
+        y: Tensor = net(x)
+    return y
+
+
+def gradients(net: nn.Module, x: Tensor, step: int = 0) -> list[Tensor]:
+    net.zero_grad()
+    y = run(net, x, step)
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad for p in net.parameters() if p.grad is not None)]
+
+
+def test_formula(net: Net, x: Tensor) -> None:
+    """Step by step with the keys of the definition."""
+    root, y = Key(7).fold(5), x
+    for path, calls in (("blocks.0", 0), ("blocks.1", 0), ("blocks.2", 0), ("blocks.0", 1)):
+        block: Any = net.get_submodule(path)
+
+        def key(name: str, call: int, path: str = path) -> Key:
+            return root.fold(f"{path}.{name}" + (f"#{call}" if call else ""))
+
+        z = thinned.functional.dropout(block.linear(y), 0.5, key=key("dropout", 2 * calls))
+        z = thinned.functional.dropout(torch.tanh(z), 0.5, key=key("dropout", 2 * calls + 1))
+        y = y + thinned.functional.drop_path(z, 0.3, True, key=key("path", calls))
+    y = thinned.functional.dropout(y, 0.1, key=root.fold(""))
+    assert run(net, x, step=5).equal(y)
+
+
+def test_a_step_is_a_mask(net: Net, x: Tensor) -> None:
+    first = run(net, x, 3)
+    state = torch.get_rng_state()
+    torch.rand(5)
+    assert run(net, x, 3).equal(first)
+    assert not run(net, x, 4).equal(first)
+    torch.set_rng_state(state)
+    run(net, x, 3)
+    assert torch.get_rng_state().equal(state)
+
+
+def test_other_sites_do_not_shift_it(net: Net, x: Tensor) -> None:
+    """A layer that is frozen, replaced or run more often leaves the others' masks alone."""
+    site = address(net, seed=7, step=0)
+    seen: list[Tensor] = []
+    block: Any = net.blocks[1]
+    block.path.register_forward_hook(lambda _, __, y: seen.append((y != 0).flatten(1).any(1)))
+    run(net, x)
+    net.blocks[0].eval()
+    run(net, x)
+    net.through = lambda block, x: block(block(x))
+    run(net, x)
+    assert seen[0].equal(seen[1])
+    assert seen[0].equal(seen[2])
+    assert seen[0].equal(site.mask_of("blocks.1.path", (8, WIDTH), 0.3, broadcast_dims=(1,))[:, 0])
+
+
+def test_outside_the_context_nothing_is_different(net: Net, x: Tensor) -> None:
+    torch.manual_seed(3)
+    before = net(x)
+    run(net, x)
+    torch.manual_seed(3)
+    assert net(x).equal(before)
+    with pytest.raises(RuntimeError), address(net, seed=7, step=0):
+        net(x[:, 1:])
+    torch.manual_seed(3)
+    assert net(x).equal(before)
+
+
+def test_a_module_that_raises_leaves_no_trace(net: Net, x: Tensor) -> None:
+    with address(net, seed=7, step=0):
+        with pytest.raises(RuntimeError):
+            net(x[:, 1:])
+        assert not address(net, seed=7, step=0).sites.stack
+    assert run(net, x).equal(run(net, x))
+
+
+def test_a_given_key_stays(x: Tensor) -> None:
+    net = nn.Sequential(thinned.Dropout(0.5))
+    with address(net, seed=7, step=0):
+        assert net[0](x, key=Key(3)).equal(thinned.functional.dropout(x, 0.5, key=Key(3)))
+
+
+def test_contexts_nest(net: Net, x: Tensor) -> None:
+    inner, outer = run(net, x, 1), run(net, x, 2)
+    with address(net, seed=7, step=2):
+        assert run(net, x, 1).equal(inner)
+        assert net(x).equal(outer)
+
+
+class TestSamples:
+    ids = torch.tensor([40, 7, 2**62, -1, 12, 13, 14, 15])
+
+    def test_place_and_size_of_the_batch(self, net: Net, x: Tensor) -> None:
+        whole = run(net, x, samples=self.ids)
+        order = torch.tensor([3, 1, 6, 0])
+        assert run(net, x[order], samples=self.ids[order]).allclose(whole[order])
+        assert run(net, x[2:3], samples=[2**62]).allclose(whole[2:3])
+
+    def test_each_sample_has_its_key(self, x: Tensor) -> None:
+        net = nn.Sequential(thinned.Dropout(0.5))
+        key = Key(7).fold(0).fold("0").fold(self.ids)
+        assert run(net, x, samples=self.ids).equal(thinned.functional.dropout(x, 0.5, key=key))
+        mask = address(net, seed=7, step=0, samples=self.ids).mask_of("0", (8, WIDTH), 0.5)
+        assert mask.equal(run(net, x, samples=self.ids) != 0)
+
+    def test_rows_within_a_sample(self, x: Tensor) -> None:
+        """Heads of attention, flattened into dimension 0, each have a key of their own."""
+        net = nn.Sequential(thinned.Dropout(0.5))
+        heads = x.reshape(16, -1)
+        whole = run(net, heads, samples=self.ids)
+        assert not whole[0].ne(0).equal(whole[1].ne(0))
+        assert run(net, heads[4:6], samples=self.ids[2:3]).equal(whole[4:6])
+
+    def test_what_all_samples_share(self, x: Tensor) -> None:
+        net = nn.Sequential(thinned.WeightDrop(nn.Linear(WIDTH, 4), ["weight"], 0.5))
+        assert run(net, x, samples=self.ids)[:2].allclose(run(net, x[:2], samples=self.ids[:2]))
+        position = nn.Sequential(thinned.Dropout(0.5))
+        assert run(position, x[:1], samples=self.ids).equal(run(position, x[:1]))
+
+    def test_other_rows_are_refused(self, net: Net, x: Tensor) -> None:
+        with pytest.raises(RuntimeError, match=r"'blocks\.0\.dropout' .* \(8, 64\), .* of the 3 samples"):
+            run(net, x, samples=self.ids[:3])
+
+    @pytest.mark.parametrize("samples", [torch.ones(8), torch.ones(2, 4, dtype=torch.int64), [[1]]])
+    def test_other_ids_are_refused(self, net: Net, samples: Any) -> None:
+        with pytest.raises(TypeError, match="samples must be int64 ids in one dimension"):
+            address(net, seed=7, step=0, samples=samples)
+
+    def test_recurrent_and_words(self) -> None:
+        torch.manual_seed(0)
+        words = torch.randint(0, 50, (8, 12))
+        net = nn.Sequential(
+            thinned.EmbeddingDropout(nn.Embedding(50, 16), 0.3),
+            thinned.LockedDropout(0.3, batch_first=True),
+            thinned.VariationalLSTM(
+                16, 16, batch_first=True, input_p=0.3, recurrent_p=0.3, hidden_zoneout_p=0.1
+            ),
+        )
+        with address(net, seed=7, step=0, samples=self.ids):
+            whole, _ = net(words)
+        with address(net, seed=7, step=0, samples=self.ids[3:5]):
+            part, _ = net(words[3:5])
+        assert part.allclose(whole[3:5], atol=1e-6)
+
+
+REENTRANT = {"reentrant": True, "not reentrant": False}
+
+
+class TestCheckpoint:
+    @pytest.fixture(params=REENTRANT)
+    def through(self, request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+        return partial(checkpoint, use_reentrant=REENTRANT[request.param], preserve_rng_state=False)
+
+    def test_gradients(self, net: Net, x: Tensor, through: Callable[..., Tensor]) -> None:
+        x.requires_grad_()
+        plain = gradients(net, x)
+        net.through = through
+        for a, b in zip(gradients(net, x), plain, strict=True):
+            assert a.equal(b)
+
+    def test_gradients_within_the_context(self, net: Net, x: Tensor, through: Callable[..., Tensor]) -> None:
+        x.requires_grad_()
+        plain = gradients(net, x)
+        net.through = through
+        net.zero_grad()
+        with address(net, seed=7, step=0):
+            y = net(x)
+            y.square().sum().backward()
+            again = net(x)
+        assert next(net.parameters()).grad.equal(plain[1])  # type: ignore[union-attr]
+        assert not again.equal(y)  # its calls are counted on, whatever was computed again between
+
+    def test_nested_and_partial(self, net: Net, x: Tensor, through: Callable[..., Tensor]) -> None:
+        x.requires_grad_()
+        plain = gradients(net, x)
+
+        def some(block: nn.Module, x: Tensor) -> Tensor:
+            if block is net.blocks[1]:
+                return through(lambda x: through(block, x), x)
+            return through(block, x) if block is net.blocks[0] else block(x)
+
+        net.through = some
+        for a, b in zip(gradients(net, x), plain, strict=True):
+            assert a.equal(b)
+
+    def test_a_function_of_the_module_around_the_region(
+        self, x: Tensor, through: Callable[..., Tensor]
+    ) -> None:
+        class Functional(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Identity()
+                self.through: Callable[..., Tensor] = lambda region, x: region(x)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.through(lambda x: thinned.functional.dropout(self.inner(x).sin(), 0.5), x)
+
+        net = nn.Sequential(Functional(), Functional())
+        x.requires_grad_()
+        run(net, x).sum().backward()
+        plain, x.grad = x.grad, None
+        for each in net:
+            each.through = through  # type: ignore[assignment]
+        run(net, x).sum().backward()
+        assert x.grad.equal(plain)  # type: ignore[union-attr, arg-type]
+
+    def test_torch_is_as_before(self, net: Net, x: Tensor) -> None:
+        import torch.utils.checkpoint as module
+
+        before = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+        run(net, x)
+        assert (module.CheckpointFunction, module._checkpoint_without_reentrant_generator) == before
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+class TestCompiled:
+    def test_no_recompilation_over_steps(self, net: Net, x: Tensor) -> None:
+        counter = CompileCounter()
+        compiled = torch.compile(net, fullgraph=True, backend=counter)
+        for step in range(5):
+            assert run(compiled, x, step).equal(run(net, x, step))
+        assert counter.frame_count == 1
+
+    def test_samples(self, net: Net, x: Tensor) -> None:
+        counter = CompileCounter()
+        compiled = torch.compile(net, fullgraph=True, backend=counter, dynamic=True)
+        for step in range(3):
+            ids = torch.arange(8) + 100 * step
+            assert run(compiled, x, step, samples=ids).equal(run(net, x, step, samples=ids))
+        assert run(compiled, x[:5], 1, samples=ids[:5]).equal(run(net, x[:5], 1, samples=ids[:5]))
+        assert counter.frame_count == 1
+
+    def test_gradients_with_checkpoints(self, net: Net, x: Tensor) -> None:
+        x.requires_grad_()
+        plain = gradients(net, x)
+        net.through = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        for a, b in zip(gradients(compiled, x), plain, strict=True):
+            assert a.allclose(b, atol=1e-5)
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_copies(net: Net, x: Tensor, through: Callable[[Net], Net]) -> None:
+    before = run(net, x, 3)
+    twin = through(net)
+    assert run(twin, x, 3).equal(before)
+    assert address(twin, seed=7, step=3).sites is not address(net, seed=7, step=3).sites
+
+
+def test_hooks_are_added_once(net: Net, x: Tensor) -> None:
+    for step in range(3):
+        run(net, x, step)
+    assert len(net.blocks[0]._forward_pre_hooks) == 1
+
+
+def test_a_seed_that_is_a_key(net: Net, x: Tensor) -> None:
+    with address(net, seed=Key(7), step=0):
+        assert net(x).equal(run(net, x))
+
+
+def test_wrappers_are_no_part_of_a_path(net: Net, x: Tensor) -> None:
+    with torch.no_grad():  # or Dynamo warns of what it does to inputs that are no leaves
+        expected = run(net, x)
+        net.blocks[1] = torch.compile(net.blocks[1], backend="eager")
+        assert run(nn.DataParallel(copy.deepcopy(net)), x).equal(expected)
+        assert run(torch.compile(net, backend="eager"), x).equal(expected)
