@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from thinned.compare.catalogue.entry import Entry, Example, Implementation, LayerLaw, Workload, first
 from thinned.compare.catalogue.general import general_laws
+from thinned.compare.catalogue.learned import parameter_gradient
 from thinned.compare.laws import Finding
 from thinned.compare.laws.chance import associate, binomial_bounds, disjoint_pairs, strongest
 from thinned.compare.laws.law import holds_if
@@ -73,25 +74,9 @@ def independence(layer: Implementation, settings: Settings) -> Finding:
 
 
 def gradient_of_p(layer: Implementation, settings: Settings) -> Finding:
-    """Against a finite difference in float64, under one noise."""
-    module = layer.make(p=P, temperature=0.5).double().to(settings.device)
-    x, weight = (settings.normal(ROWS, dtype=torch.float64) for _ in range(2))
-    parameter: Tensor = module.get_parameter("p_logit")
-
-    def loss() -> Tensor:
-        torch.manual_seed(settings.seed)
-        return (first(module(x)) * weight).sum()
-
-    (found,) = torch.autograd.grad(loss(), parameter)
-    step = 1e-5
-    with torch.no_grad():
-        parameter += step
-        above = loss()
-        parameter -= 2 * step
-        below = loss()
-    wanted = float(above - below) / (2 * step)
-    holds = abs(float(found) - wanted) <= 1e-6 * (1 + abs(wanted))
-    return holds_if(holds, "finite differences" if holds else f"{float(found):.4f}, not {wanted:.4f}")
+    return parameter_gradient(
+        layer, settings, name="p_logit", arguments={"p": P, "temperature": 0.5}, rows=ROWS
+    )
 
 
 def extremes(layer: Implementation, settings: Settings) -> Finding:

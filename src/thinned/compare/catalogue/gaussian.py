@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from thinned.compare.catalogue.entry import Entry, Example, Implementation, LayerLaw, Workload, first
 from thinned.compare.catalogue.general import general_laws
+from thinned.compare.catalogue.learned import parameter_gradient
 from thinned.compare.laws import Finding
 from thinned.compare.laws.chance import DEVIATIONS, FALSE_ALARM, associate, disjoint_pairs, strongest
 from thinned.compare.laws.law import holds_if, nothing_wrong
@@ -121,25 +122,7 @@ def infinite_variance(layer: Implementation, settings: Settings) -> Finding:
 
 
 def gradient_of_alpha(layer: Implementation, settings: Settings, normal: Normal) -> Finding:
-    """Against a finite difference in float64, under one noise."""
-    module = layer.make(**normal.arguments).double().to(settings.device)
-    x, weight = (settings.normal(ROWS, dtype=torch.float64) for _ in range(2))
-    parameter: Tensor = module.get_parameter("log_alpha")
-
-    def loss() -> Tensor:
-        torch.manual_seed(settings.seed)
-        return (first(module(x)) * weight).sum()
-
-    (found,) = torch.autograd.grad(loss(), parameter)
-    step = 1e-5
-    with torch.no_grad():
-        parameter += step
-        above = loss()
-        parameter -= 2 * step
-        below = loss()
-    wanted = float(above - below) / (2 * step)
-    holds = abs(float(found.sum()) - wanted) <= 1e-6 * (1 + abs(wanted))
-    return holds_if(holds, "finite differences" if holds else f"{float(found.sum()):.4f}, not {wanted:.4f}")
+    return parameter_gradient(layer, settings, name="log_alpha", arguments=normal.arguments, rows=ROWS)
 
 
 def bound_of_alpha(layer: Implementation, settings: Settings) -> Finding:
