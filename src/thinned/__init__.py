@@ -12,12 +12,13 @@ from thinned.functional import keep_mask
 from thinned.keys import Key
 from thinned.layers import *  # noqa: F403
 from thinned.layers import __all__ as _layers
-from thinned.models import address
+from thinned.models import *  # noqa: F403
+from thinned.models import __all__ as _models
 
 try:
     __version__ = version("thinned")
 except PackageNotFoundError:
     __version__ = "0+uninstalled"
 
-__all__ = ["Key", "address", "backends", "functional", "keep_mask", "schedules", "spec"]
-__all__ += _layers
+__all__ = ["Key", "backends", "functional", "keep_mask", "schedules", "spec"]
+__all__ += [*_layers, *_models]

@@ -18,6 +18,7 @@ import thinned
 from thinned.compare.catalogue import Implementation, entry_of
 from thinned.compare.catalogue.table import layers_table, to_markdown
 from thinned.compare.layer import run_layer
+from thinned.compare.model import model_of
 from thinned.compare.page import to_html
 from thinned.compare.record import to_json
 from thinned.compare.run import run
@@ -119,6 +120,25 @@ def layers(
         return
     terminal = Terminal()
     terminal.show(layers_table())
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="package.module:factory or path/to/file.py:factory, called without arguments; or a model.",
+        ),
+    ],
+) -> None:
+    """Every place at which a model drops, what each becomes, and which ones swapping modules cannot reach."""
+    try:
+        found = thinned.inspect(model_of(model))
+    except ValueError as error:
+        typer.echo(f"thinned inspect: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(str(found))
 
 
 @app.command()

@@ -1,0 +1,279 @@
+"""The dropout modules of a model swapped for ours, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar, overload
+
+from torch import nn
+
+from thinned.functional.arguments import threshold_and_scale
+from thinned.models.registry import (
+    PROBABILITIES,
+    UnsupportedError,
+    is_known,
+    is_ours,
+    probability_name,
+    qualified_name,
+    rule_for,
+)
+from thinned.models.text import count, format_p, merge_paths, to_text
+from thinned.models.walk import Choice, chooser, modules_with_paths, places
+
+__all__ = ["Conversion", "Swap", "build_from", "convert", "probability_of", "revert"]
+
+ORIGIN = "_thinned_origin"
+HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What happened to one module.
+
+    Attributes:
+        paths: of all its places in the model; ``path`` is the first.
+        old: the name of its type.
+        new: the name of the type that took its place; empty if it was left, and ``note`` says why.
+        p: its probability, as it is now.
+        note: what does not carry over.
+    """
+
+    paths: tuple[str, ...]
+    old: str
+    new: str
+    p: float | None
+    note: str = ""
+
+    @property
+    def path(self) -> str:
+        """Of its first place in the model; empty for the model itself."""
+        return self.paths[0]
+
+    def cells(self) -> list[str]:
+        """As the table has it."""
+        return [", ".join(self.paths) or "(model)", self.old, self.new, format_p(self.p), self.note]
+
+
+class Conversion(Sequence[Swap], Generic[Model]):
+    """What :func:`convert` did: a sequence of the swaps, which prints as a table.
+
+    Attributes:
+        model: the converted one.
+        left: dropout modules of known types that stay as they are, and why.
+    """
+
+    headings = ("path", "type", "becomes", "p", "note")
+
+    def __init__(self, model: Model, swaps: Sequence[Swap], left: Sequence[Swap] = ()) -> None:
+        self.model = model
+        self.left = tuple(left)
+        self._swaps = tuple(swaps)
+
+    @overload
+    def __getitem__(self, index: int) -> Swap: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Swap]: ...
+
+    def __getitem__(self, index: int | slice) -> Swap | Sequence[Swap]:
+        return self._swaps[index]
+
+    def __len__(self) -> int:
+        return len(self._swaps)
+
+    def __repr__(self) -> str:
+        summary = f"{count(len(self), 'dropout module')} became thinned's"
+        if self.left:
+            summary += f", {len(self.left)} stayed"
+        rows = merge_paths([swap.cells() for swap in (*self, *self.left)])
+        return f"{summary}\n{to_text(self.headings, rows)}" if rows else summary
+
+
+def convert(
+    model: Model,
+    *,
+    p: float | None = None,
+    include: Choice | None = None,
+    exclude: Choice | None = None,
+    inplace: bool = True,
+) -> Conversion[Model]:
+    """Swap every dropout module of a model for ours: torch.nn's six, and those of timm, torchvision and
+    transformers; :func:`thinned.register` adds others.
+
+    What a module has is kept: its probability and flags, training mode, hooks (and the handles that remove
+    them), the keys of ``state_dict``. A module with several places in the model becomes one module in all of
+    them. Layers of thinned are left, and so is a subclass with a forward of its own, which is reported. What
+    is no module, such as ``F.dropout`` in a forward, this does not reach: :func:`thinned.inspect` lists it
+    and :func:`thinned.intercept` replaces it. A module that is also referred to otherwise, such as from a
+    list, stays there what it was.
+
+    Args:
+        model: any module. If it is a dropout itself, the new one is ``conversion.model``.
+        p: a probability for all that are swapped, instead of their own.
+        include: swap these only: a path's pattern (:mod:`fnmatch`), several, or a function of path and
+            module, which is asked of dropout modules alone. A module with several paths is meant if any of
+            them is.
+        exclude: leave these.
+        inplace: change ``model``; otherwise a deep copy, which ``conversion.model`` then is.
+
+    Returns:
+        A :class:`Conversion`: the swaps, ``.model`` and ``.left``; printed, a table.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1] or NaN, or given where a new module has no probability. Whatever is
+            raised, the model is as it was.
+        TypeError: ``model`` is no module, or ``include`` or ``exclude`` neither patterns nor a function.
+
+    >>> import torch, thinned
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.1))
+    >>> thinned.convert(model)
+    1 dropout module became thinned's
+    path  type              becomes          p
+    1     torch.nn.Dropout  thinned.Dropout  0.1
+    >>> type(model[1])
+    <class 'thinned.layers.dropout.Dropout'>
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+    if p is not None:
+        threshold_and_scale(p)
+    chosen = chooser(include, exclude)
+    if not inplace:
+        model = copy.deepcopy(model)
+    news: dict[int, nn.Module] = {}
+    origins: list[Callable[[], None]] = []
+    swaps, left = [], []
+    for module, paths in modules_with_paths(model):
+        if is_ours(module) or not is_known(module) or not chosen(paths, module):
+            continue
+        old = qualified_name(type(module))
+        try:
+            new = build_from(module)
+        except UnsupportedError as error:
+            left.append(Swap(paths, old, "", probability_of(module), f"left: {error}"))
+            continue
+        if new is None:
+            continue
+        origins.append(partial(_carry_over, module, new, probability_of(new)))
+        if p is not None:
+            _set_probability(new, float(p), paths[0])
+        news[id(module)] = new
+        swaps.append(Swap(paths, old, qualified_name(type(new)), probability_of(new), _note(module)))
+    # From here on nothing raises.
+    for carry_over in origins:
+        carry_over()
+    return Conversion(_replace(model, news), swaps, left)
+
+
+def revert(model: Model) -> Model:
+    """Undo :func:`convert`: the modules that were swapped come back, in all their places.
+
+    They are the very modules that were there, or, in a copy or a loaded pickle of the model, copies of them.
+    What changed since is kept: the probabilities as they are now, ``p=`` of :func:`convert` included, the
+    training mode and the hooks.
+
+    Args:
+        model: one that :func:`convert` changed, a copy of it, or a part of it; others are left as they are.
+
+    Returns:
+        ``model``, or the original of it if it is itself a swapped module.
+
+    >>> import torch, thinned
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.1))
+    >>> thinned.revert(thinned.convert(model).model)[1]
+    Dropout(p=0.1, inplace=False)
+    >>> type(model[1])
+    <class 'torch.nn.modules.dropout.Dropout'>
+    """
+    olds: dict[int, nn.Module] = {}
+    for new in model.modules():
+        origin = vars(new).get(ORIGIN)
+        if origin is not None:
+            olds[id(new)] = origin.give_back(new)
+    return _replace(model, olds)
+
+
+def build_from(module: nn.Module) -> nn.Module | None:
+    """The module of ours that would take ``module``'s place, or None if nothing is known of its type.
+
+    Raises:
+        UnsupportedError: it would not do what ``module`` does.
+    """
+    rule = rule_for(module)
+    if rule is None:
+        return None
+    try:
+        return rule.build(module)
+    except ValueError as error:
+        raise error if isinstance(error, UnsupportedError) else UnsupportedError(str(error)) from error
+
+
+def probability_of(module: nn.Module) -> float | None:
+    """The probability that ``module`` has, or None where no attribute says so."""
+    name = probability_name(module)
+    value = None if name is None else getattr(module, name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _set_probability(module: nn.Module, p: float, path: str) -> None:
+    name = probability_name(module)
+    if name is None:
+        raise ValueError(f"p={p} has nowhere to go in {path!r}: {type(module).__name__} has no probability")
+    setattr(module, name, p)
+
+
+def _note(old: nn.Module) -> str:
+    if isinstance(old, nn.AlphaDropout | nn.FeatureAlphaDropout) and old.inplace:
+        return "inplace=True, which torch ignores, is ignored"
+    return ""
+
+
+@dataclass
+class _Origin:
+    """Kept by a new module, out of sight of ``modules()``: the old one, and the new one's ``p`` as built."""
+
+    module: nn.Module
+    p: float | None
+
+    def give_back(self, new: nn.Module) -> nn.Module:
+        old, p = self.module, probability_of(new)
+        name = probability_name(old)
+        if p != self.p and p is not None and name is not None:
+            # An old one may count in another unit, as timm's DropBlock2d does with its gamma_scale.
+            before = probability_of(old)
+            setattr(old, name, p * before / self.p if self.p and before else p)
+        old.training = new.training
+        _share_hooks(new, old)
+        for store in ("_parameters", "_buffers"):
+            # A cast or a move replaces buffers, and may replace parameters.
+            mine = getattr(old, store)
+            mine.update({key: value for key, value in getattr(new, store).items() if key in mine})
+        return old
+
+
+def _carry_over(old: nn.Module, new: nn.Module, built_p: float | None) -> None:
+    new.training = old.training
+    _share_hooks(old, new)
+    for name, value in vars(old).items():
+        if name not in PROBABILITIES:  # one that nobody reads would deceive
+            vars(new).setdefault(name, value)
+    vars(new)[ORIGIN] = _Origin(old, built_p)
+
+
+def _share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """The same dictionaries, so that a handle removes its hook from wherever it is now."""
+    for name in HOOKS:
+        if name in vars(source):
+            vars(target)[name] = vars(source)[name]
+
+
+def _replace(model: Model, news: dict[int, nn.Module]) -> Model:
+    for parent, name, child in places(model):
+        if id(child) in news:
+            parent._modules[name] = news[id(child)]
+    replaced: Any = news.get(id(model), model)
+    return replaced  # type: ignore[no-any-return]

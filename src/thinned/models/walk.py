@@ -1,0 +1,75 @@
+"""The modules of a model, each with all the paths that lead to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+__all__ = ["Choice", "chooser", "modules_with_paths", "places"]
+
+Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+def modules_with_paths(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """Each module once, in the order of ``named_modules``, with every path that leads to it.
+
+    >>> import torch
+    >>> shared = torch.nn.Dropout()
+    >>> model = torch.nn.Sequential(shared, torch.nn.Linear(2, 2), shared)
+    >>> [paths for _, paths in modules_with_paths(model)]
+    [('',), ('0', '2'), ('1',)]
+    """
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for path, module in _walk(model, "", frozenset()):
+        found.setdefault(id(module), (module, []))[1].append(path)
+    return [(module, tuple(paths)) for module, paths in found.values()]
+
+
+def _walk(module: nn.Module, path: str, above: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
+    yield path, module
+    above |= {id(module)}
+    for name, child in module._modules.items():
+        if child is not None and id(child) not in above:
+            yield from _walk(child, f"{path}.{name}" if path else name, above)
+
+
+def places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Each parent, the name under which it has a child, and the child."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None:
+                yield parent, name, child
+
+
+def chooser(include: Choice | None, exclude: Choice | None) -> Callable[[tuple[str, ...], nn.Module], bool]:
+    """Whether a module is meant: by any of its paths to include it, and by any to exclude it."""
+    wanted, unwanted = _matcher("include", include), _matcher("exclude", exclude)
+
+    def chosen(paths: tuple[str, ...], module: nn.Module) -> bool:
+        if wanted is not None and not any(wanted(path, module) for path in paths):
+            return False
+        return unwanted is None or not any(unwanted(path, module) for path in paths)
+
+    return chosen
+
+
+def _matcher(name: str, choice: Choice | None) -> Callable[[str, nn.Module], bool] | None:
+    if choice is None:
+        return None
+    if isinstance(choice, str):
+        choice = (choice,)
+    if callable(choice):
+        return choice
+    patterns: tuple[object, ...]
+    try:
+        patterns = tuple(choice)
+    except TypeError:
+        patterns = (choice,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(
+            f"{name} must be a pattern of paths such as 'encoder.*', several, or a function of a path and "
+            f"a module, got {choice!r}"
+        )
+    return lambda path, _: any(fnmatchcase(path, str(pattern)) for pattern in patterns)

@@ -1,0 +1,379 @@
+"""thinned.inspect lists every place at which a model drops: held against what comes to ATen."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.functional import dropout as imported
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from typer.testing import CliRunner
+
+import thinned
+from models import zoo
+from thinned.cli import app
+from thinned.compare.model import model_of
+from thinned.models.convert import convert
+from thinned.models.inspection import IN_EVALUATION, UNCONDITIONAL, UNKNOWN, Inspection, inspect
+
+RANDOM = ("bernoulli", "native_dropout", "rand", "uniform")
+
+
+class Count(TorchDispatchMode):
+    """How many operations that make a mask come to ATen: an oracle that shares no code with inspect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().removeprefix("aten::")
+        self.masks += name.startswith(RANDOM)
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting() -> Iterator[Count]:
+    with Count() as count, torch.no_grad():
+        yield count
+
+
+def masks(model: nn.Module, *args: Any, **kwargs: Any) -> int:
+    with counting() as count:
+        model(*args, **kwargs)
+    return count.masks
+
+
+def drops(found: Inspection) -> int:
+    return sum(site.calls or 0 for site in found)
+
+
+CASES = [*zoo.MODELS, "bert eager", "gpt2 eager", "vit eager", "t5 eager", "llama eager"]
+
+
+def make(case: str) -> nn.Module:
+    name, _, eager = case.partition(" ")
+    return zoo.MODELS[name](attn_implementation="eager") if eager else zoo.MODELS[name]()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_no_site_is_missed(case: str) -> None:
+    """A run's sites are all in the source's, and their calls make all the masks that ATen makes."""
+    model = make(case)
+    inputs = zoo.inputs(model)
+    from_source, from_run = inspect(model), inspect(model, **inputs)
+
+    assert drops(from_run) == masks(model, **inputs) > 0
+    places = [(site.paths, site.type, site.where) for site in from_run]
+    assert [(site.paths, site.type, site.where) for site in from_source] == places
+    assert len(set(places)) == len(places)
+    assert not any(site.note for site in from_run)
+    # A site whose probability only a run tells has it from there.
+    assert all(a.p == b.p for a, b in zip(from_source, from_run, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_dropout_but_ours_is_left_where_inspect_says_so(case: str) -> None:
+    """After convert the masks that ATen makes are those of the sites beyond convert."""
+    model = make(case)
+    inputs = zoo.inputs(model)
+    beyond = sum(site.calls or 0 for site in inspect(model, **inputs).unreached)
+    convert(model)
+    after = inspect(model, **inputs)
+    assert masks(model, **inputs) == beyond == sum(site.calls or 0 for site in after.unreached)
+    ours = [site for site in after if site not in after.unreached]
+    assert all(site.type.startswith("thinned.") for site in ours)
+    # BERT's and GPT-2's attention takes the probability of its dropout and passes it on.
+    attention = 2 if case.split()[0] in ("bert", "gpt2") else 0
+    assert [site.calls for site in ours].count(0) == attention
+
+
+@pytest.mark.parametrize("name", ["bert", "swin", "lstm"])
+def test_what_becomes_of_a_module_is_what_convert_does(name: str) -> None:
+    model = zoo.MODELS[name]()
+    expected = [
+        (site.paths, site.type, site.becomes, site.p) for site in inspect(model) if site.kind == "module"
+    ]
+    assert [(swap.paths, swap.old, swap.new, swap.p) for swap in convert(model)] == expected
+
+
+def test_the_attention_that_transformers_chose() -> None:
+    sdpa, eager = (inspect(zoo.llama(attn_implementation=name)) for name in ("sdpa", "eager"))
+    assert {site.type for site in sdpa} == {"F.scaled_dot_product_attention"}
+    assert {site.type for site in eager} == {"F.dropout"}
+    assert {site.function for site in eager} == {"eager_attention_forward"}
+    assert {site.p for site in (*sdpa, *eager)} == {zoo.P}
+
+
+class Net(nn.Module):
+    """One dropout for each method, each reached by another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.linear = 0.25, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.inner, self.linear(x), use_reentrant=False)
+        rate = self.p if self.training else 0.0
+        x = helper(imported(x, self.p, self.training), rate)
+        return torch.alpha_dropout(x, 0.125, self.training)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout1d(x[None], p=self.p, training=self.training)[0]
+
+
+def helper(x: Tensor, rate: float) -> Tensor:
+    return F.scaled_dot_product_attention(
+        x,
+        x,
+        x,
+        dropout_p=rate,
+    )
+
+
+def test_calls_are_found_by_whatever_name_and_way() -> None:
+    found = inspect(Net())
+    assert {(site.type, site.p, site.function) for site in found} == {
+        ("F.dropout", 0.25, "Net.forward"),
+        ("torch.alpha_dropout", 0.125, "Net.forward"),
+        ("F.dropout1d", 0.25, "Net.inner"),
+        ("F.scaled_dot_product_attention", 0.25, "helper"),
+    }
+    assert all(site.becomes == "thinned.intercept()" and not site.note for site in found)
+    run = inspect(Net(), torch.ones(4, 8))
+    assert [site.calls for site in run] == [1] * 4
+    assert len(run) == 4
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    assert all(
+        site.type.rpartition(".")[2] in lines[site.line - 1] or "imported" in lines[site.line - 1]
+        for site in run
+    )
+
+
+class Forgetful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=self.p) + F.dropout(x, 0.1)
+
+
+def test_dropout_in_evaluation_is_told() -> None:
+    """pytorch#99293, #124464: SDPA drops whenever it is told a probability."""
+    assert [site.note for site in inspect(Forgetful())] == [UNCONDITIONAL] * 2
+    x = torch.ones(2, 4, 8)
+    assert [site.note for site in inspect(Forgetful(), x)] == [IN_EVALUATION] * 2
+    assert masks(Forgetful().eval(), x) == 2
+    assert not any(site.note for site in inspect(zoo.attention()))
+
+
+class Asking(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.1) if self.training else x
+
+
+class AskingFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return F.dropout(x, 0.1)
+
+
+@pytest.mark.parametrize("kind", [AskingFirst, Asking])
+def test_a_forward_that_asks_is_not_accused(kind: type[nn.Module]) -> None:
+    assert [(site.type, site.p, site.note) for site in inspect(kind(), torch.ones(2))] == [
+        ("F.dropout", 0.1, "")
+    ]
+    (site,) = inspect(AskingFirst())
+    assert site.note == ""
+
+
+class Unseen(nn.Module):
+    """What source does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = getattr(F, "drop" + "out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = eval("F.dropout(x, 0.5, training)", {"F": F, "x": x, "training": self.training})
+        return x * (torch.rand_like(x) > 0.2) if self.training else x
+
+
+def test_a_run_tells_what_source_does_not() -> None:
+    found = inspect(Unseen(), torch.ones(4, 8))
+    assert [(site.kind, site.type, site.p, site.calls) for site in found] == [
+        ("call", "F.dropout", 0.5, 1),
+        ("random", "aten.rand_like", None, 1),
+    ]
+    assert found[1].where.startswith("Unseen.forward, line")
+    assert found[1].becomes == ""
+
+
+class ByHand(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        keep = x.new_empty(x.shape).bernoulli_(0.5)
+        return x * keep * torch.bernoulli(keep) if self.training else x
+
+
+def test_masks_made_by_hand() -> None:
+    found = inspect(ByHand())
+    assert [(site.kind, site.type) for site in found] == [
+        ("random", "Tensor.bernoulli_"),
+        ("random", "torch.bernoulli"),
+    ]
+    run = inspect(ByHand(), torch.ones(4, 8))
+    assert [site.calls for site in run] == [1, 1]
+
+
+class OwnForward(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, self.training) + 1
+
+
+class MyDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_modules_that_convert_leaves() -> None:
+    found = inspect(nn.Sequential(OwnForward(0.1), MyDropout(), thinned.Dropout(0.2)), torch.ones(4))
+    assert [(site.path, site.type.rpartition(".")[2], site.becomes) for site in found] == [
+        ("0", "OwnForward", ""),
+        ("0", "dropout", "thinned.intercept()"),
+        ("1", "MyDropout", ""),
+        ("2", "Dropout", "thinned.Dropout"),
+    ]
+    assert "with a forward of its own" in found[0].note
+    assert found[2].note == UNKNOWN
+    assert [site.calls for site in found] == [None, 1, None, 1]
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("packed", [False, True])
+def test_recurrent_layers(kind: type[nn.RNNBase], packed: bool) -> None:
+    model = kind(4, 4, 3, dropout=0.2)
+    x: Any = torch.ones(5, 2, 4)
+    if packed:
+        x = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]))
+    found = inspect(model, x)
+    assert [(site.type, site.kind, site.p, site.calls) for site in found] == [
+        (f"torch.nn.{kind.__name__}(dropout=)", "argument", 0.2, 1)
+    ]
+    assert not inspect(kind(4, 4, 3), x)
+    with pytest.warns(UserWarning, match="expects num_layers greater than 1"):
+        single = kind(4, 4, dropout=0.2)
+    assert not inspect(single, x)
+    assert masks(single, x) == 0
+
+
+def test_a_shared_module_is_one_site() -> None:
+    shared = nn.Dropout(0.2)
+    found = inspect(nn.Sequential(shared, nn.Linear(2, 2), shared), torch.ones(2))
+    assert [(site.paths, site.calls) for site in found] == [(("0", "2"), 2)]
+
+
+def test_the_model_and_the_generator_stay_as_they_were() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 4).eval())
+    before, state = copy.deepcopy(model), torch.get_rng_state()
+    hooks = {
+        name: dict(value)
+        for name, value in vars(nn.modules.module).items()
+        if name.startswith("_global_") and isinstance(value, dict)
+    }
+    inspect(model, torch.ones(8, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+    for name, value in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert all(dict(vars(nn.modules.module)[name]) == value for name, value in hooks.items())
+
+
+def test_what_a_run_raises_comes_out_and_leaves_nothing_behind() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Linear(4, 4)).eval()
+    with pytest.raises(RuntimeError, match="shapes"):
+        inspect(model, torch.ones(2, 3))
+    assert not model.training
+    assert torch._C._len_torch_function_stack() == 0
+    assert masks(nn.Linear(4, 4), torch.ones(2, 4)) == 0
+
+
+def test_the_table() -> None:
+    found = inspect(zoo.attention())
+    lines = str(found).splitlines()
+    assert lines[0] == "2 dropout sites, 2 of them beyond thinned.convert"
+    assert lines[1].split() == ["path", "type", "p", "becomes", "where"]
+    assert lines[2].split()[:4] == ["(model)", "F.dropout", "0.1", "thinned.intercept()"]
+    assert lines[2].endswith(f"Attention.forward, line {found[0].line} of zoo.py")
+    assert found[:1][0] is found[0]
+    assert str(inspect(nn.Linear(2, 2))) == "0 dropout sites, 0 of them beyond thinned.convert"
+    assert math.isclose(found[0].p or 0, zoo.P)
+
+
+def test_only_modules() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got 3"):
+        inspect(3)  # type: ignore[arg-type]
+
+
+def nothing() -> int:
+    return 3
+
+
+def fails() -> nn.Module:
+    raise RuntimeError("no weights")
+
+
+def test_a_model_named_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\ndef make():\n    return torch.nn.LSTM(4, 4, 2, dropout=0.2)\nit = make()\n"
+    )
+    assert isinstance(model_of(f"{file}:make"), nn.LSTM)
+    assert model_of(f"{file}:it") is model_of(f"{file}:it")
+
+
+def test_the_command() -> None:
+    done = CliRunner().invoke(app, ["inspect", f"{__file__}:two_blocks"])
+    assert done.exit_code == 0
+    assert done.output == f"{inspect(two_blocks())}\n"
+    assert [line.split()[:2] for line in done.output.splitlines()[2:]] == [
+        ["0-1", "F.dropout"],
+        ["0-1.attention", "torch.nn.MultiheadAttention(dropout=)"],
+    ]
+    failed = CliRunner().invoke(app, ["inspect", "torch.nn"])
+    assert failed.exit_code == 2
+    assert "thinned inspect: unknown model 'torch.nn'" in failed.output
+
+
+def two_blocks() -> nn.Module:
+    return nn.Sequential(zoo.attention(), zoo.attention())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("torch.nn", "unknown model 'torch.nn'"),
+        (":make", "unknown model"),
+        ("torch.nn:Nothing", "torch.nn has nothing called 'Nothing'"),
+        ("torch.nn:Linear", "torch.nn:Linear cannot be called without arguments: TypeError"),
+        (f"{__name__}:nothing", "gave no torch.nn.Module, but a int"),
+        (f"{__name__}:fails", "no weights"),
+        (f"{__name__}:RANDOM", "is neither a model nor a function"),
+        ("no.such.module:make", "cannot import no.such.module"),
+    ],
+)
+def test_no_model_by_that_name(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        model_of(text)

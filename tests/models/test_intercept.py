@@ -1,0 +1,544 @@
+"""Within the context no dropout kernel of torch runs, and outside of it nothing is different."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as torch_functional
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import oracle
+import thinned
+from tests.models import zoo
+from thinned import functional as F
+from thinned.models.convert import convert
+from thinned.models.intercept import Intercept, Intercepted, intercept
+
+KEY = thinned.Key(7)
+P = 0.3
+
+
+class Spy(TorchDispatchMode):
+    """Records the kernels of torch that drop something."""
+
+    NAMES = re.compile("dropout|bernoulli|rrelu|scaled_dot_product|_cudnn_rnn|native_multi_head|::rand$")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if self.NAMES.search(name) and self._drops(func, args, kwargs or {}):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _drops(func: Any, args: Any, kwargs: Any) -> bool:
+        """Unless the kernel has a probability, and it is 0."""
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return all(given.get(name, 0.0) != 0 for name in ("dropout_p", "dropout") if name in names)
+
+
+def spied(run: Callable[[], Any]) -> list[str]:
+    spy = Spy()
+    with warnings.catch_warnings(), spy:
+        warnings.simplefilter("ignore")
+        run()
+    return spy.seen
+
+
+X = torch.randn(2, 3, 4, 5)
+CALLS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor, thinned.Key], Any]]] = {
+    "F.dropout": (
+        lambda x: torch_functional.dropout(x, P),
+        lambda x, key: F.dropout(x, P, key=key),
+    ),
+    "F.dropout inplace": (
+        lambda x: torch_functional.dropout(x, P, True, True),
+        lambda x, key: F.dropout(x, P, key=key),
+    ),
+    "F.dropout1d": (
+        lambda x: torch_functional.dropout1d(x[0], P),
+        lambda x, key: F.dropout1d(x[0], P, key=key),
+    ),
+    "F.dropout2d": (
+        lambda x: torch_functional.dropout2d(input=x, p=P),
+        lambda x, key: F.dropout2d(x, P, key=key),
+    ),
+    "F.dropout3d": (
+        lambda x: torch_functional.dropout3d(x[None], P),
+        lambda x, key: F.dropout3d(x[None], P, key=key),
+    ),
+    "F.alpha_dropout": (
+        lambda x: torch_functional.alpha_dropout(x, P, training=True),
+        lambda x, key: F.alpha_dropout(x, P, True, key=key),
+    ),
+    "F.feature_alpha_dropout": (
+        lambda x: torch_functional.feature_alpha_dropout(x, P, True),
+        lambda x, key: F.feature_alpha_dropout(x, P, True, key=key),
+    ),
+    "torch.dropout": (
+        lambda x: torch.dropout(x, p=P, train=True),
+        lambda x, key: F.dropout(x, P, key=key),
+    ),
+    "torch.dropout_": (lambda x: torch.dropout_(x, P, True), lambda x, key: F.dropout(x, P, key=key)),
+    "torch.feature_dropout": (
+        lambda x: torch.feature_dropout(x, P, True),
+        lambda x, key: F.dropout2d(x, P, key=key),
+    ),
+    "torch.feature_dropout_": (
+        lambda x: torch.feature_dropout_(x, P, True),
+        lambda x, key: F.dropout2d(x, P, key=key),
+    ),
+    "torch.alpha_dropout": (
+        lambda x: torch.alpha_dropout(x, P, True),
+        lambda x, key: F.alpha_dropout(x, P, True, key=key),
+    ),
+    "torch.alpha_dropout_": (
+        lambda x: torch.alpha_dropout_(x, P, True),
+        lambda x, key: F.alpha_dropout(x, P, True, key=key),
+    ),
+    "torch.feature_alpha_dropout": (
+        lambda x: torch.feature_alpha_dropout(x, P, True),
+        lambda x, key: F.feature_alpha_dropout(x, P, True, key=key),
+    ),
+    "torch.feature_alpha_dropout_": (
+        lambda x: torch.feature_alpha_dropout_(x, P, True),
+        lambda x, key: F.feature_alpha_dropout(x, P, True, key=key),
+    ),
+    "torch.native_dropout": (
+        lambda x: torch.native_dropout(x, P, True)[0],
+        lambda x, key: F.dropout(x, P, key=key),
+    ),
+    "torch.native_dropout mask": (
+        lambda x: torch.native_dropout(x, P, None)[1],
+        lambda x, key: thinned.keep_mask(key, x.shape, P),
+    ),
+    "aten.dropout": (
+        lambda x: torch.ops.aten.dropout(x, P, True),
+        lambda x, key: F.dropout(x, P, key=key),
+    ),
+    "aten.dropout.default": (
+        lambda x: torch.ops.aten.dropout.default(x, P, True),
+        lambda x, key: F.dropout(x, P, key=key),
+    ),
+    "nn.Dropout2d": (
+        lambda x: nn.Dropout2d(P)(x),
+        lambda x, key: F.dropout2d(x, P, key=key),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_each_function_is_thinneds(name: str) -> None:
+    torchs, ours = CALLS[name]
+    assert spied(lambda: torchs(X.clone()))
+    with intercept(key=KEY) as context:
+        assert not spied(lambda: torchs(X.clone()))
+        y = torchs(X.clone())
+    assert context.count == 2
+    oracle.assert_same(y, ours(X, KEY.fold(1)))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name.endswith("_") or "inplace" in name])
+def test_in_place_functions_write_in_place(name: str) -> None:
+    x = X.clone()
+    with intercept():
+        assert CALLS[name][0](x) is x
+
+
+def test_native_dropout_of_infinities_and_everything() -> None:
+    x = torch.tensor([torch.inf, torch.nan, 1.0, -1.0] * 8)
+    with intercept(key=KEY):
+        y, keep = torch.native_dropout(x, P, True)
+        nothing, none = torch.native_dropout(x, 1.0, True)
+    oracle.assert_same(y, F.dropout(x, P, key=KEY.fold(0)))
+    assert keep.dtype == torch.bool
+    assert nothing.eq(0).all()
+    assert not none.any()
+
+
+@pytest.mark.parametrize("p", [0.0, P])
+def test_what_drops_nothing_is_torchs_own(p: float) -> None:
+    """What torch accepts and returns: here the input itself, of any dtype."""
+    x, training = torch.arange(6), p == 0
+    with intercept() as context:
+        for function in (torch_functional.dropout, torch_functional.alpha_dropout):
+            assert function(x, p, training) is x
+        assert torch.dropout(x, p, training) is x
+    assert context.count == 0
+
+
+def results(model: nn.Module, **arguments: Any) -> Tensor:
+    torch.manual_seed(5)
+    return zoo.output(model, **arguments)
+
+
+EVERY_MODEL = [
+    pytest.param(name, attention, id=f"{name} {attention}" if attention else name)
+    for name in zoo.MODELS
+    for attention in (("eager", "sdpa") if name in ("bert", "gpt2", "vit", "llama", "t5") else ("",))
+]
+
+
+def made(name: str, attention: str) -> nn.Module:
+    return zoo.MODELS[name](attn_implementation=attention) if attention else zoo.MODELS[name]()
+
+
+@pytest.mark.parametrize(("name", "attention"), EVERY_MODEL)
+def test_models(name: str, attention: str) -> None:
+    """No kernel of torch's drops, converted or not; evaluation is as it was, bit for bit."""
+    model = made(name, attention)
+    plain = results(model)
+    assert spied(lambda: zoo.output(model))
+    with intercept():
+        if name != "swin":  # its DropPath is a module with torch.rand, which only convert reaches
+            assert spied(lambda: zoo.output(model).sum().backward()) == []
+        assert not plain.equal(results(model)), "the masks are not thinned's"
+    convert(model)
+    with intercept():
+        assert spied(lambda: zoo.output(model).sum().backward()) == []
+        assert results(model).equal(results(model))
+    model.eval()
+    for grad in (nullcontext(), torch.no_grad()):
+        with grad:
+            expected = results(model)
+            with intercept():
+                oracle.assert_same(results(model), expected)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "packed", "attention weights"])
+def test_modules_of_torch(name: str) -> None:
+    x = torch.randn(4, 3, 8)
+    model: nn.Module = {
+        "lstm": nn.LSTM(8, 8, 2, dropout=P),
+        "gru": nn.GRU(8, 8, 2, dropout=P, bidirectional=True),
+        "packed": nn.LSTM(8, 8, 2, dropout=P),
+        "attention weights": nn.MultiheadAttention(8, 2, dropout=P),
+    }[name]
+    arguments = (x, x, x) if "attention" in name else (x,)
+    if name == "packed":
+        arguments = (pack_sequence([x[:, 0], x[:2, 1]]),)
+    assert spied(lambda: model(*arguments))
+    with intercept():
+        assert not spied(lambda: model(*arguments))
+
+
+def encoder() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, P, batch_first=True)
+    x = torch.randn(3, 6, 8)
+    return nn.TransformerEncoder(layer, 2), x, torch.arange(6) >= torch.tensor([6, 4, 2])[:, None]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_fast_path_in_evaluation() -> None:
+    """Padded positions are zeros on the fast path alone, which a function mode shuts otherwise."""
+    model, x, padding = encoder()
+    model.eval()
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=padding)
+        assert expected[padding].eq(0).all(), "this no longer is the fast path"
+        with intercept():
+            oracle.assert_same(model(x, src_key_padding_mask=padding), expected)
+        one_layer = model.layers[0](x)
+        with intercept(), intercept():
+            oracle.assert_same(model.layers[0](x), one_layer)
+        mha = model.layers[0].self_attn
+        seen = Spy()
+        with intercept(), seen:
+            mha(x, x, x)
+    assert seen.seen == ["aten::_native_multi_head_attention"]
+
+
+def test_modes_of_others_still_shut_the_fast_path() -> None:
+    class Other(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    x = torch.zeros(2)
+    with intercept():
+        assert not torch.overrides.has_torch_function((x,))
+        with Other(), intercept():
+            before = _get_current_function_mode_stack()
+            assert torch.overrides.has_torch_function((x,))
+            assert _get_current_function_mode_stack() == before
+
+
+def test_nothing_is_left_behind() -> None:
+    names = ("has_torch_function",)
+    before = [getattr(torch.overrides, name) for name in names]
+    checkpointing = dict(vars(torch.utils.checkpoint))
+    functions = dict(vars(torch_functional)), dict(vars(torch.nn.modules.rnn))
+
+    def fails() -> None:
+        with intercept(), intercept(key=KEY):
+            torch_functional.dropout(X, 1.5)
+
+    with pytest.raises(ValueError, match=r"1\.5"):
+        fails()
+    assert _get_current_function_mode_stack() == []
+    assert [getattr(torch.overrides, name) for name in names] == before
+    assert dict(vars(torch.utils.checkpoint)) == checkpointing
+    assert (dict(vars(torch_functional)), dict(vars(torch.nn.modules.rnn))) == functions
+    torch.manual_seed(3)
+    expected = torch_functional.dropout(X, P)
+    with intercept():
+        torch_functional.dropout(X, P)
+    torch.manual_seed(3)
+    assert torch_functional.dropout(X, P).equal(expected)
+
+
+def test_other_threads_are_not_affected() -> None:
+    torch.manual_seed(3)
+    expected = torch_functional.dropout(X, P)
+    found = []
+
+    def other() -> None:
+        torch.manual_seed(3)
+        found.append(torch_functional.dropout(X, P))
+
+    with intercept():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert found[0].equal(expected)
+
+
+def test_errors_are_torchs() -> None:
+    for context in (nullcontext(), intercept()):
+        with context:
+            for training in (True, False):
+                with pytest.raises(ValueError, match=r"between 0 and 1, but got 1\.5"):
+                    torch_functional.dropout(X, 1.5, training)
+            with pytest.raises(RuntimeError, match="Feature dropout requires at least 2 dimensions"):
+                torch.feature_dropout(torch.ones(3), P, True)
+            with pytest.raises(TypeError):
+                torch_functional.dropout(X, P, nonsense=1)
+    with pytest.raises(TypeError, match=r"must be a thinned\.Key, got 7"):
+        intercept(key=7)  # type: ignore[arg-type]
+
+
+class Forgetful(nn.Module):
+    """pytorch#99293, #124464: dropout_p whatever the training flag says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return torch_functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+
+def test_sdpa_follows_training_if_asked() -> None:
+    model, x = nn.Sequential(Forgetful(), nn.Dropout(P)), torch.randn(2, 3, 4)
+    plain = torch_functional.scaled_dot_product_attention(x, x, x)
+    model.eval()
+    with intercept():
+        assert not model(x).equal(plain)
+    with intercept(sdpa_follows_training=True) as context:
+        oracle.assert_same(model(x), plain)
+        assert context.count == 0
+        model[0].train()
+        model[0].inner.eval()  # has been left
+        assert not model(x).equal(plain)
+        assert not torch_functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5).equal(plain)
+    model.eval()
+    oracle.assert_same(Intercepted(model, sdpa_follows_training=True)(x), plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("key", [KEY, None], ids=["key", "drawn"])
+@pytest.mark.parametrize("within", [True, False], ids=["within", "after"])
+def test_checkpointed(reentrant: bool, key: thinned.Key | None, within: bool) -> None:
+    """The recomputation has the same masks, also when the backward pass starts after the context."""
+    x = torch.randn(3, 6, 4)
+    gru = nn.GRU(4, 4, 2, dropout=P)  # oneDNN's LSTM has other roundings where no gradient is wanted
+
+    def block(x: Tensor) -> Tensor:
+        return gru(torch_functional.dropout(x, P))[0]
+
+    def gradients(call: Callable[[Tensor], Tensor], within: bool) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(3)
+        with intercept(key=key):
+            y = call(call(leaf))
+            if within:
+                y.sum().backward()
+        if not within:
+            y.sum().backward()
+        assert leaf.grad is not None
+        return [y.detach(), leaf.grad]
+
+    plain = gradients(block, within)
+    again = gradients(lambda x: checkpoint(block, x, use_reentrant=reentrant), within)
+    for got, want in zip(again, plain, strict=True):
+        oracle.assert_same(got, want)
+
+
+def test_wrapper() -> None:
+    model = Intercepted(nn.Sequential(nn.Linear(5, 5), nn.Dropout(P)), key=KEY)
+    y = model(X)
+    oracle.assert_same(y, F.dropout(model.module[0](X), P, key=KEY.fold(0)))
+    oracle.assert_same(model(X), y)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        oracle.assert_same(other(X), y)
+    assert set(model.state_dict()) == {"module.0.weight", "module.0.bias"}
+    assert _get_current_function_mode_stack() == []
+
+
+def test_one_context_twice() -> None:
+    context = intercept(key=KEY)
+    ys = []
+    for _ in range(2):
+        with context:
+            ys.append(torch_functional.dropout(X, P))
+    assert ys[0].equal(ys[1])
+
+
+def test_addressed() -> None:
+    """thinned.address gives the keys of what has none, at the site that runs."""
+    model = zoo.attention(P)
+    samples = torch.arange(4)
+    with thinned.address(model, seed=7, step=3, samples=samples), intercept():
+        y = zoo.output(model)
+        assert y.equal(zoo.output(model)) is False, "a second call of a site is another"
+    x = zoo.inputs(model)["x"]
+    order = torch.tensor([2, 0, 3, 1])
+    with thinned.address(model, seed=7, step=3, samples=order), intercept():
+        torch.testing.assert_close(model(x[order]), y[order])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("model", "place", "key"),
+    [
+        pytest.param("functions", "inside", None, id="functions inside"),
+        pytest.param("functions", "outside", KEY, id="functions outside key"),
+        pytest.param("functions", "wrapper", None, id="functions wrapper"),
+        pytest.param("attention", "inside", KEY, id="attention inside key"),
+        pytest.param("attention", "outside", None, id="attention outside"),
+        pytest.param("attention", "wrapper", None, id="attention wrapper"),
+    ],
+)
+def test_compiled(model: str, place: str, key: thinned.Key | None) -> None:
+    mha = nn.MultiheadAttention(8, 2, dropout=P, batch_first=True)
+
+    class Functions(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch_functional.dropout(x, P)
+            y = torch_functional.scaled_dot_product_attention(y, y, y, dropout_p=P, is_causal=True)
+            return torch.dropout(torch_functional.alpha_dropout(y, P, True), P, True)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mha = mha
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, weights = self.mha(x, x, x)
+            return self.mha(y, y, y, need_weights=False)[0] + weights.mean()
+
+    body = Functions() if model == "functions" else Attention()
+
+    def inside(x: Tensor) -> Tensor:
+        with intercept(key=key):
+            return body(x)
+
+    run: Callable[[Tensor], Tensor] = {
+        "inside": inside,
+        "outside": body,
+        "wrapper": Intercepted(body, key=key),
+    }[place]
+    x = torch.randn(2, 5, 8)
+    fast = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            found = []
+            for call in (run, fast):
+                torch.manual_seed(3)
+                leaf = x.clone().requires_grad_()
+                with intercept(key=key) if place == "outside" else nullcontext():
+                    y = call(leaf)
+                found.append((y.detach(), *torch.autograd.grad(y.sum(), leaf)))
+            for eager, compiled in zip(*found, strict=True):
+                oracle.assert_same(compiled, eager)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's, after a break
+@pytest.mark.parametrize(
+    ("place", "kind", "allow_rnn"),
+    [
+        ("inside", nn.LSTM, False),
+        ("outside", nn.LSTM, False),
+        ("wrapper", nn.LSTM, False),
+        ("outside", nn.LSTM, True),
+        ("outside", nn.GRU, True),
+    ],
+)
+def test_compiled_recurrent(place: str, kind: type[nn.RNNBase], allow_rnn: bool) -> None:
+    """Dynamo breaks its graph for recurrent networks; they are intercepted all the same."""
+    model, x = zoo.lstm(P), torch.randn(3, 5, zoo.WIDTH)
+    model.lstm = kind(zoo.WIDTH, zoo.WIDTH, 2, dropout=P, batch_first=True)
+
+    def inside(x: Tensor) -> Tensor:
+        with intercept(key=KEY):
+            return model(x)
+
+    run = {"inside": inside, "outside": model, "wrapper": Intercepted(model, key=KEY)}[place]
+    with torch._dynamo.config.patch(allow_rnn=allow_rnn):
+        compiled = torch.compile(run, backend="aot_eager")
+        found = []
+        for call in (run, compiled, compiled):
+            with intercept(key=KEY) if place == "outside" else nullcontext():
+                y = call(x)
+            found.append((y.detach(), *torch.autograd.grad(y.sum(), list(model.parameters()))))
+    for again in found[1:]:
+        for got, want in zip(again, found[0], strict=True):
+            oracle.assert_same(got, want)
+
+
+def test_exported() -> None:
+    """pytorch#103681: in evaluation no dropout is left in the graph; in training it is thinned's."""
+    model, x = Intercepted(zoo.attention(P)), torch.randn(2, 5, zoo.WIDTH)
+    for training, expected in ((False, set()), (True, {"thinned.draw_key", "thinned.masked_affine"})):
+        program = torch.export.export(model.train(training), (x,))
+        names = [str(node.target) for node in program.graph.nodes]
+        found = {name.removesuffix(".default") for name in names if "drop" in name or "thinned" in name}
+        assert found == expected
+
+
+def test_vmap() -> None:
+    def attend(x: Tensor) -> Tensor:
+        return torch_functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+    with intercept():
+        same = torch.vmap(attend, randomness="same")(torch.ones(3, 4, 5))
+        different = torch.vmap(attend, randomness="different")(torch.ones(3, 4, 5))
+        assert same[0].equal(same[1])
+        assert not different[0].equal(different[1])
+        with pytest.raises(RuntimeError, match="randomness error mode"):
+            torch.vmap(attend)(torch.ones(3, 4, 5))
+
+
+def test_public_signature() -> None:
+    assert isinstance(intercept(), Intercept)
+    with pytest.raises(TypeError):
+        intercept(KEY)  # type: ignore[misc]

@@ -1,0 +1,44 @@
+"""The tables of convert and inspect: no row of a model is lost by being merged with its neighbours."""
+
+from __future__ import annotations
+
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thinned.models.text import count, merge_paths
+
+NAMES = st.sampled_from(["0", "1", "2", "3", "10", "drop", "layers"])
+ROWS = st.lists(st.tuples(st.lists(NAMES, min_size=1, max_size=4).map(".".join), st.sampled_from("ab")))
+
+
+def paths_of(path: str) -> list[str]:
+    """All that a merged path stands for."""
+    found = re.search(r"(\d+)-(\d+)", path)
+    if found is None:
+        return [path]
+    numbers = range(int(found[1]), int(found[2]) + 1)
+    return [
+        every for n in numbers for every in paths_of(path[: found.start()] + str(n) + path[found.end() :])
+    ]
+
+
+@given(ROWS)
+def test_merged_rows_are_the_rows(rows: list[tuple[str, str]]) -> None:
+    merged = merge_paths(rows)
+    assert sorted((path, rest) for row, rest in merged for path in paths_of(row)) == sorted(rows)
+    assert len(merged) <= len(rows)
+
+
+def test_numbers_at_two_places() -> None:
+    rows = [(f"stages.{i}.blocks.{j}.drop", "0.1") for i in (0, 1, 3) for j in range(4)]
+    assert merge_paths([*rows, ("head", "")]) == [
+        ("stages.0-1.blocks.0-3.drop", "0.1"),
+        ("stages.3.blocks.0-3.drop", "0.1"),
+        ("head", ""),
+    ]
+
+
+def test_count() -> None:
+    assert [count(n, "site") for n in range(3)] == ["0 sites", "1 site", "2 sites"]
