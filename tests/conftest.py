@@ -53,9 +53,16 @@ def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """What was compiled before does not count against a test, and what it compiles is gone after."""
+    """What was compiled before, in this process or an earlier one, does not count against a test."""
+    import torch._functorch.config
+    import torch._inductor.config
+
     torch.compiler.reset()
-    yield
+    with (
+        torch._functorch.config.patch(enable_autograd_cache=False),
+        torch._inductor.config.patch(fx_graph_cache=False),
+    ):
+        yield
     torch.compiler.reset()
 
 

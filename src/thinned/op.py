@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from thinned import backends, writable
 from thinned.geometry import Geometry, shared
 from thinned.keys import draw, draw_int
+from thinned.partition import mark_draws
 from thinned.state import compiling, is_eager, is_traced, transforming, transforms
 
 __all__ = ["draw_for", "keep_mask", "masked_affine", "masked_affine_", "uniform"]
@@ -321,6 +322,9 @@ def _draw_key_impl(place: Tensor) -> Tensor:
 @torch.library.register_fake("thinned::draw_key", lib=_library)
 def _draw_key_fake(place: Tensor) -> Tensor:
     return torch.empty_like(place)
+
+
+mark_draws(torch.ops.thinned.draw_key.default)
 
 
 @torch.library.impl(_library, "masked_affine", "Autograd")

@@ -1,0 +1,152 @@
+"""Field issues about where the randomness comes from: generators, devices, batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import oracle
+import thinned
+from models.field.halves import in_torch, seeded
+from subject import Subject
+from thinned import Key
+
+X = torch.ones(2, 10, 12)
+LAYERS = {
+    "Dropout": (60,),
+    "Dropout1d": (2, 30, 3),
+    "Dropout2d": (2, 30, 3, 3),
+    "Dropout3d": (2, 30, 2, 2, 2),
+    "AlphaDropout": (60,),
+    "FeatureAlphaDropout": (2, 30, 3),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@in_torch("reproduces")
+def test_pytorch_25104_torch(layer: str) -> None:
+    """A dropout takes no generator, neither when it is made nor when it is called."""
+    generator = torch.Generator()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'generator'"):
+        getattr(nn, layer)(0.5, generator=generator)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'generator'"):
+        getattr(nn, layer)(0.5)(X, generator=generator)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_pytorch_25104_thinned(layer: str) -> None:
+    """Each takes a key, for which a generator is good too, and then leaves the default generator alone."""
+    dropout = getattr(thinned, layer)(0.5)
+    x = torch.ones(LAYERS[layer])
+    draw = torch.Generator().manual_seed(5)
+    keys = [Key.from_bits(torch.randint(2**63 - 1, (), generator=draw)) for _ in range(2)]
+    state = torch.get_rng_state()
+    first, again, other = dropout(x, key=keys[0]), dropout(x, key=keys[0]), dropout(x, key=keys[1])
+    assert first.equal(again)
+    assert not first.equal(other)
+    assert torch.get_rng_state().equal(state)
+
+
+def between(dropout: Callable[[Tensor], Tensor], draws: int) -> tuple[Tensor, Tensor]:
+    """A mask and a number drawn after it, with other draws before."""
+    torch.manual_seed(3)
+    torch.rand(draws)
+    return dropout(X), torch.rand(())
+
+
+@in_torch("reproduces")
+def test_pytorch_76580_torch() -> None:
+    """A number drawn elsewhere is another mask, and a mask is other numbers elsewhere."""
+    assert not between(F.dropout, 1)[0].equal(between(F.dropout, 0)[0])
+    assert not between(F.dropout, 0)[1].equal(between(lambda x: x, 0)[1])
+
+
+def test_pytorch_76580_thinned() -> None:
+    def dropout(x: Tensor) -> Tensor:
+        return thinned.functional.dropout(x, key=Key(7))
+
+    assert between(dropout, 1)[0].equal(between(dropout, 0)[0])
+    assert between(dropout, 0)[1].equal(between(lambda x: x, 0)[1])
+
+
+@in_torch("needs a GPU")
+def test_pytorch_2976_torch() -> None:
+    """The same seed is one mask on a CPU and another on a GPU."""
+    assert not seeded(F.dropout, X).equal(seeded(F.dropout, X.cuda()).cpu())
+
+
+def test_pytorch_2976_thinned(subject: Subject) -> None:
+    """Every backend, on every device there is, has the mask of the specification."""
+    x = oracle.specials((40, 60), torch.float32)
+    y = thinned.functional.dropout(x.to(subject.device), 0.3, key=Key(7))
+    oracle.assert_same(y.cpu(), oracle.dropout(x, Key(7).bits, 0.3))
+
+
+@in_torch("needs two GPUs")
+def test_pytorch_25690_torch() -> None:
+    """The issue's program: the sum of 10**6 ones under one seed differs from one model of GPU to another."""
+    sums = {
+        float(seeded(F.dropout, torch.ones(1000, 1000, device=f"cuda:{index}")).sum()) for index in (0, 1)
+    }
+    assert len(sums) == 2
+
+
+def test_pytorch_25690_thinned(subject: Subject) -> None:
+    """The issue's program has one answer, whatever it runs on."""
+    y = thinned.functional.dropout(torch.ones(1000, 1000, device=subject.device), 0.5, key=Key(0))
+    assert float(y.double().sum()) == 1000612
+
+
+class SeededDropout(nn.Module):
+    """What the pull request to baal added: the mask of a call is drawn anew from one seed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.empty_like(x).bernoulli_(0.5, generator=torch.Generator().manual_seed(7))
+        return x * kept * 2
+
+
+IDS = torch.tensor([3, 8, 1, 4])
+SAMPLES = torch.ones(9, 50)
+
+
+@in_torch("reproduces")
+def test_baal_15_torch() -> None:
+    """With one seed for the batch, a sample's mask is that of its place in the batch."""
+    dropout = SeededDropout()
+    alone = [dropout(SAMPLES[i : i + 1])[0] for i in IDS.tolist()]
+    together = dropout(SAMPLES[IDS])
+    assert alone[0].equal(alone[1])  # all samples share a mask where each comes alone
+    assert not torch.stack(alone).equal(together)
+
+
+def test_baal_15_thinned() -> None:
+    """With a key for each sample its mask is its own, in any batch and at any place."""
+    keys = Key(7).fold(torch.arange(9))
+    everything = thinned.functional.dropout(SAMPLES, 0.5, key=keys)
+    assert len({tuple(row) for row in everything.tolist()}) == 9
+    some = thinned.functional.dropout(SAMPLES[IDS], 0.5, key=Key(7).fold(IDS))
+    assert some.equal(everything[IDS])
+    for i in range(9):
+        alone = thinned.functional.dropout(SAMPLES[i : i + 1], 0.5, key=Key(7).fold(torch.tensor([i])))
+        assert alone.equal(everything[i : i + 1])
+
+
+def test_baal_15_thinned_cost() -> None:
+    """The review's other concern: it must not cost more than a plain dropout. (It takes about a tenth.)"""
+    x, layer = torch.ones(200, 5000), thinned.Dropout(0.5)
+    keys = Key(7).fold(torch.arange(200))
+
+    def seconds(call: Callable[[], Tensor]) -> float:
+        def once() -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return min(once() for _ in range(7))
+
+    assert seconds(lambda: layer(x, key=keys)) < seconds(lambda: nn.functional.dropout(x, 0.5))
