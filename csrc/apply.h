@@ -159,17 +159,21 @@ void apply_row(Span<const Element> x, Span<Element> y, int64_t n, Constants cons
     }
 }
 
-// Real numbers under mask bits that are all the same, without a branch on them: short rows would mispredict it.
+// From how many elements on a row that is dropped is not worth reading.
+template <class Element>
+constexpr int64_t long_row = 8192 / sizeof(Element);
+
+// A row of at least a vector under mask bits that are all the same, without a branch on them, which short rows
+// would mispredict. The last vector may overlap the one before: it is loaded first, as x may be y.
 template <class Element>
 inline void scale_or_zero(const Element* x, Element* y, int64_t n, Constants constants, uint64_t bits) {
     using V = typename Vector<Element>::type;
     const V scale = V::all(static_cast<typename V::Scalar>(constants.scale));
-    const int64_t whole = n - n % Granule<Element>::size;
-    for (int64_t i = 0; i < whole; i += V::lanes)
-        keep(static_cast<unsigned>(bits), multiply(V::load(x + i), scale)).store(y + i);
-    if (whole < n)
-        apply_some<true>(Span<const Element>{x + whole, 1}, Span<Element>{y + whole, 1}, static_cast<int>(n - whole),
-                         reinterpret_cast<const uint8_t*>(&bits), constants);
+    const unsigned mask = static_cast<unsigned>(bits);
+    const int64_t end = n - V::lanes;
+    const V last = keep(mask, multiply(V::load(x + end), scale));
+    for (int64_t i = 0; i < end; i += V::lanes) keep(mask, multiply(V::load(x + i), scale)).store(y + i);
+    last.store(y + end);
 }
 
 template <class Part>
@@ -179,18 +183,16 @@ inline void scale_or_zero(const Complex<Part>* x, Complex<Part>* y, int64_t n, C
 
 inline void scale_or_zero(const Bool*, Bool* y, int64_t n, Constants, uint64_t bits) { std::memset(y, bits & 1, n); }
 
-// n elements under mask bits that are all the same. In a long row what is dropped is not read: +0 is zero bits in every type.
+// n elements under mask bits that are all the same. +0 is zero bits in every type.
 template <bool plain, class Element>
 inline void apply_one(Span<const Element> x, Span<Element> y, int64_t n, Constants constants, uint64_t bits) {
-    constexpr int64_t is_long = 8192 / sizeof(Element);
-    if (plain && x.stride == 1 && y.stride == 1) {
-        if (n < is_long || bits)
-            scale_or_zero(x.at, y.at, n, constants, bits);
-        else
-            std::memset(static_cast<void*>(y.at), 0, n * sizeof(Element));
-    } else {
+    const bool together = x.stride == 1 && y.stride == 1;
+    if (plain && together && n >= long_row<Element> && !bits)
+        std::memset(static_cast<void*>(y.at), 0, n * sizeof(Element));
+    else if (plain && together && n >= Granule<Element>::size)
+        scale_or_zero(x.at, y.at, n, constants, bits);
+    else
         apply_row<plain>(x, y, n, constants, Same{bits});
-    }
 }
 
 }  // namespace

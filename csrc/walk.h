@@ -89,7 +89,7 @@ class Walk {
 
   private:
     static constexpr int most_rows = 1024;
-    static constexpr int64_t pattern_bits = 4096;
+    static constexpr int64_t pattern_bits = segment;
 
     // Elements of memory under mask bits at a position among the generated ones; a tile's rows lie under 64
     // of them each, whose positions are in `lines_` from `position` on.
@@ -218,11 +218,41 @@ class Walk {
         }
     }
 
+    // All ones if a row of one decision is kept, and zero if not.
+    static uint64_t kept(const uint64_t* bits, int64_t bit) { return 0 - (bits[bit >> 6] >> (bit & 63) & 1); }
+
+    // Short rows that lie side by side, a decision each: one long row under as many copies of each bit.
+    void apply_copies(const Piece& piece) {
+        const int64_t words = piece.n / 64, rest = piece.n % 64, step = plan_.group.mask;
+        const uint64_t ones = (uint64_t{1} << rest) - 1;
+        uint64_t* to = pattern_;
+        uint64_t word = 0;
+        int64_t filled = 0, bit = piece.position;
+        for (int64_t row = 0; row < piece.rows; ++row, bit += step) {
+            const uint64_t bits = kept(blocks_.below, bit);
+            for (int64_t i = 0; i < words; ++i) {
+                *to++ = word | bits << filled;
+                word = bits >> 1 >> (63 - filled);
+            }
+            word |= (bits & ones) << filled;
+            filled += rest;
+            if (filled >= 64) {
+                *to++ = word;
+                filled -= 64;
+                word = (bits & ones) >> (rest - filled);
+            }
+        }
+        *to = word;
+        const Aligned mask{reinterpret_cast<const uint8_t*>(pattern_)};
+        apply_row<plain>(piece.x, piece.y, piece.rows * piece.n, constants_, mask);
+    }
+
     void apply_constant(const Piece& piece) {
+        const bool apart = plain ? piece.n < Granule<Element>::size : piece.n < long_row<Element> && piece.n % chunk;
+        if (apart && piece.rows > 1 && adjoining(piece)) return apply_copies(piece);
         for (int64_t row = 0; row < piece.rows; ++row) {
-            const int64_t bit = piece.position + row * plan_.group.mask;
-            const uint64_t kept = blocks_.below[bit >> 6] >> (bit & 63) & 1;
-            apply_one<plain>(x_of(piece, row), y_of(piece, row), piece.n, constants_, 0 - kept);
+            const uint64_t bits = kept(blocks_.below, piece.position + row * plan_.group.mask);
+            apply_one<plain>(x_of(piece, row), y_of(piece, row), piece.n, constants_, bits);
         }
     }
 

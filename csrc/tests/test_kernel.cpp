@@ -238,6 +238,21 @@ void shapes(Random& random) {
     compare(task(Dtype::f32, {{600, 1, 1, 70, 0}, {600, 600, 600, 1, 0}}, tenth), false, random);  // wide tiles
 }
 
+// Side by side, and apart from each other.
+void rows_of_one_decision(Random& random) {
+    for (const Dtype dtype : dtypes)
+        for (const int64_t n : {1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 64, 65, 100, 121, 128, 196})
+            for (const int64_t step : {n, n + 1})
+                for (const bool affine : {false, true}) {
+                    if (affine && dtype == Dtype::mask) continue;
+                    Task rows = task(dtype, {{3000 / n, step, step, 1, 0}, {n, 1, 1, 0, 0}}, one / 2, 5);
+                    if (affine) rows.shift = 0.5, rows.fill = -2;
+                    compare(rows, dtype != Dtype::mask && n % 2, random);
+                }
+    for (const int64_t n : {9, 49, 64, 5000})  // more than is taken together
+        compare(task(Dtype::f32, {{40000 / n, n, n, 1, 0}, {n, 1, 1, 0, 0}}, tenth, 5), true, random);
+}
+
 void far_positions(Random& random) {
     for (const uint64_t base : {(uint64_t{1} << 32) - 90, (uint64_t{1} << 39) - 90, (uint64_t{1} << 46) - 90,
                                 (uint64_t{1} << 63) - 90, ~uint64_t{0} - 50000}) {
@@ -453,6 +468,7 @@ int main(int count, char** arguments) {
     known_answer_of_the_kernel();
     formats();
     shapes(random);
+    rows_of_one_decision(random);
     far_positions(random);
     values(random);
     random_tasks(random, 600);
