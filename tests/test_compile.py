@@ -190,6 +190,26 @@ def test_vmap_inside() -> None:
     oracle.assert_same(compiled(f)(x, ROWS.bits), f(x, ROWS.bits))
 
 
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_drawn_in_a_map(randomness: str) -> None:
+    """The mapped calls share a mask or do not, and have the eager ones."""
+
+    def f(x: Tensor) -> Tensor:
+        return torch.vmap(lambda x: dropout(x, 0.5), randomness=randomness)(x)
+
+    x = torch.ones(5, 40)
+    torch.manual_seed(3)
+    fast = compiled(f)(x)
+    torch.manual_seed(3)
+    oracle.assert_same(fast, f(x))
+    assert len({tuple(row) for row in fast.tolist()}) == (1 if randomness == "same" else 5)
+
+
+def test_drawn_in_a_map_that_allows_nothing_random() -> None:
+    with pytest.raises(Exception, match="randomness is 'error'"):
+        compiled(lambda x: torch.vmap(lambda x: dropout(x, 0.5))(x))(torch.ones(5, 40))
+
+
 def test_grad_inside() -> None:
     def f(x: Tensor) -> Tensor:
         return torch.func.grad(lambda x: dropout(x, 0.4, key=KEY).square().sum())(x)

@@ -103,7 +103,7 @@ class Key:
         if isinstance(data, Tensor):
             if data.dtype != torch.int64:
                 raise TypeError(f"ids to fold into a key must be int64, got {data.dtype}")
-        elif isinstance(data, int | torch.SymInt) or hasattr(data, "__index__"):
+        elif isinstance(data, (int, torch.SymInt)) or hasattr(data, "__index__"):
             if not torch.compiler.is_compiling():
                 data = signed64(operator.index(data))
                 if self.bits.is_cpu and not self.shape and not transforming():

@@ -24,7 +24,8 @@ from torch.autograd import forward_ad
 
 from thinned import backends, writable
 from thinned.geometry import Geometry, shared
-from thinned.keys import draw, draw_int
+from thinned.keys import Key, draw, draw_int
+from thinned.members import for_each_member
 from thinned.partition import mark_draws
 from thinned.state import compiling, is_eager, is_traced, transforming, transforms
 
@@ -147,12 +148,15 @@ def _key_tensor(key: int | Tensor | None, x: Tensor) -> Tensor:
         return key
     if key is not None:
         return torch.tensor(key, dtype=torch.int64, device=x.device)
+    return for_each_member(Key.from_bits(_draw(x.device)), drawn=True).bits
+
+
+def _draw(device: torch.device) -> Tensor:
     if transforming() and not compiling():
-        if TransformType.Vmap in transforms():
-            return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
-        return draw(x.device)
+        with torch._C._DisableFuncTorch():
+            return draw(device)
     # Compilers take calls with the same arguments for one, except where one of them is an empty tensor.
-    place = torch.empty((), dtype=torch.int64, device=x.device)
+    place = torch.empty((), dtype=torch.int64, device=device)
     return torch.ops.thinned.draw_key(place)  # type: ignore[no-any-return]
 
 

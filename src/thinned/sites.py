@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 from torch import Tensor
@@ -12,16 +13,28 @@ __all__ = ["Source", "current"]
 
 
 class Source(Protocol):
-    """Gives the calls around which it is in place their keys."""
+    """Gives the calls around which it is in place their keys.
+
+    Attributes:
+        sites: the name of those whose running it wants to know; see :mod:`thinned.models.sites`.
+        stack: the paths of those that are running, the innermost last.
+        joined: whether it ends with the model's call.
+    """
+
+    sites: str
+    stack: list[str]
+    joined: bool
 
     def key_for(self, input: Tensor, rows: int | None) -> Key:  # noqa: A002
         """A key for a call on ``input``, or one for each sample along its dimension ``rows``."""
 
 
-class _Current:
-    """Read on every call, by code under a compiler too: an attribute, which both can follow."""
+class _Current(threading.local):
+    """Each thread's own. Read on every call, by compiled code too: an attribute, which both can follow."""
 
-    source: Source | None = None
+    def __init__(self) -> None:
+        # An attribute of the class, as a default, would hide the thread's own from Dynamo.
+        self.source: Source | None = None
 
 
 current = _Current()

@@ -113,6 +113,54 @@ def test_other_sites_do_not_shift_it(net: Net, x: Tensor) -> None:
     assert seen[0].equal(site.mask_of("blocks.1.path", (8, WIDTH), 0.3, broadcast_dims=(1,))[:, 0])
 
 
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "element": (thinned.Dropout(0.3), (8, 5)),
+    "in place": (thinned.Dropout(0.3, inplace=True), (8, 5)),
+    "channel": (thinned.Dropout2d(0.3), (8, 4, 3, 3)),
+    "path": (thinned.DropPath(0.5), (8, 5)),
+    "alpha": (thinned.AlphaDropout(0.3), (8, 5)),
+    "time": (thinned.LockedDropout(0.3), (6, 8, 5)),
+    "block": (thinned.DropBlock2d(0.3, 3), (8, 2, 9, 9)),
+    "tokens": (thinned.PatchDropout(0.3), (8, 10, 2)),
+}
+
+
+@pytest.mark.parametrize("samples", [None, range(40, 48)], ids=["batch", "samples"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_knows_its_mask(name: str, samples: range | None) -> None:
+    """Of its second call, and in evaluation too, with nothing counted by looking."""
+    layer, shape = copy.deepcopy(LAYERS[name])
+    net = nn.Sequential(nn.Identity(), layer)
+    x = torch.rand(shape).add(1).requires_grad_()
+    site = address(net, seed=7, step=3, samples=samples)
+    with site:
+        net(torch.ones(shape))
+        y = net(x.clone())
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    net.eval()
+    with torch.no_grad():
+        mask = site.mask_of("1", shape, call=1)
+    assert mask.equal(grad != 0)
+    assert not mask.equal(site.mask_of("1", shape))
+    assert 0 < int((~mask).sum()) < mask.numel()
+    assert not layer.training
+    with site:
+        assert site.state() == ({}, [])
+
+
+def test_only_a_layer_knows_its_mask(net: Net) -> None:
+    site = address(net, seed=7, step=0)
+    with pytest.raises(ValueError, match=r"no module of this Net is at 'blocks\.9'"):
+        site.mask_of("blocks.9", (2, 2))
+    with pytest.raises(ValueError, match=r"p has to be given for the mask of 'blocks\.1', which is a Block"):
+        site.mask_of("blocks.1", (2, 2))
+
+
+def test_a_compiled_model_has_the_sites_of_the_model(net: Net) -> None:
+    site, compiled = (address(model, seed=7, step=0) for model in (net, torch.compile(net)))
+    assert compiled.mask_of("blocks.1.path", (8, 2)).equal(site.mask_of("blocks.1.path", (8, 2)))
+
+
 def test_outside_the_context_nothing_is_different(net: Net, x: Tensor) -> None:
     torch.manual_seed(3)
     before = net(x)

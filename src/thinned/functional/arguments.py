@@ -69,7 +69,10 @@ def threshold_and_scale(p: float) -> tuple[int, float]:
 def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
     if compiling():
         return shared(shape, broadcast_dims, key_dims)
-    return shared_cached(shape, broadcast_dims, key_dims)
+    try:
+        return shared_cached(shape, broadcast_dims, key_dims)
+    except TypeError:  # sizes that torch.export keeps symbolic have no hash
+        return shared(shape, broadcast_dims, key_dims)
 
 
 def check_input(name: str, input: Tensor, key: Key | None) -> None:  # noqa: A002

@@ -2,6 +2,8 @@
 
 from thinned.models.address import Address, address
 from thinned.models.convert import Conversion, Swap, convert, revert
+from thinned.models.decompositions import decompositions
+from thinned.models.export import Keyed
 from thinned.models.inspection import Inspection, Site, inspect
 from thinned.models.intercept import Intercept, Intercepted, intercept
 from thinned.models.registry import register
@@ -12,10 +14,12 @@ __all__ = [
     "Inspection",
     "Intercept",
     "Intercepted",
+    "Keyed",
     "Site",
     "Swap",
     "address",
     "convert",
+    "decompositions",
     "inspect",
     "intercept",
     "register",

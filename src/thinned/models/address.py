@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from types import TracebackType
 from typing import Any
 
@@ -11,9 +13,12 @@ from torch import Tensor, nn
 
 from thinned.functional import keep_mask
 from thinned.keys import Key
-from thinned.models.recompute import Remembering
-from thinned.models.sites import Sites, sites_of
+from thinned.members import for_each_member
+from thinned.models.recompute import forget, remember
+from thinned.models.registry import is_ours
+from thinned.models.sites import module_at, sites_of
 from thinned.sites import current
+from thinned.state import compiling
 
 __all__ = ["Address", "address"]
 
@@ -22,7 +27,7 @@ def address(
     model: nn.Module,
     *,
     seed: int | Key,
-    step: int,
+    step: int | Tensor,
     samples: Tensor | Sequence[int] | None = None,
 ) -> Address:
     r"""A context in which each mask is a function of seed, step, site, sample and position alone.
@@ -40,11 +45,20 @@ def address(
     :func:`thinned.intercept`). Within :func:`torch.utils.checkpoint.checkpoint` the recomputation has the
     masks of the first computation, also after the context, and needs no ``preserve_rng_state``.
 
+    It holds for the thread that enters it, and for the replicas of ``model`` that
+    :class:`torch.nn.DataParallel` runs in others, each of which counts its rows from 0. A mask is no random
+    number to :func:`torch.vmap`: all mapped calls have the same one, and rows are those of the mapped call.
+    Only with ``randomness="different"`` has call ``i`` a mask of its own, with ``key.fold(i)``.
+
+    Under :func:`torch.compile` enter it around the compiled code, where neither another step nor other
+    samples compile anew. It may be entered in compiled code too if ``model`` has its hooks by then, from an
+    address that was made before; there a ``step`` that is an integer compiles anew once.
+
     Args:
         model: whose sites it is about. On first use its modules get forward hooks, which do nothing outside
             the context; a module that is added later counts as a part of the one around it.
         seed: of the run: an integer, or a :class:`~thinned.Key`.
-        step: of the run. Under :func:`torch.compile` neither another step nor other samples compile anew.
+        step: of the run: an integer, or an int64 tensor of no dimensions.
         samples: an id for each row of dimension 0 of what the sites are given. A sample's mask then does not
             depend on its place in the batch, on the batch's size, or on what is accumulated. Where a sample
             has ``k`` rows, their keys are ``key.fold(sample).fold(0 .. k-1)``; a tensor of one row has one
@@ -62,7 +76,7 @@ def address(
     >>> thinned.address(model, seed=7, step=100).mask_of("1", (2, 8), p=0.5).equal(y != 0)
     True
     """
-    return Address(sites_of(model), seed, step, samples)
+    return Address(model, seed, step, samples)
 
 
 class Address:
@@ -75,47 +89,60 @@ class Address:
     """
 
     def __init__(
-        self, sites: Sites, seed: int | Key, step: int, samples: Tensor | Sequence[int] | None
+        self,
+        model: nn.Module,
+        seed: int | Key,
+        step: int | Tensor,
+        samples: Tensor | Sequence[int] | None,
     ) -> None:
-        self.sites = sites
+        self.sites = sites_of(model)
+        self._model = model
         self._root = (seed if isinstance(seed, Key) else Key(seed)).fold(step)
         self._samples = None if samples is None else _ids(samples)
-        self._calls: dict[str, int] = {}
-        self._remembering = Remembering(self)
-        self._outer: list[Any] = []
+        device = next((parameter.device for parameter in model.parameters()), None)
+        self._device = device
+        self._there = self._root, self._samples
+        if device is not None and device.type != "cpu":
+            there = None if self._samples is None else self._samples.to(device)
+            self._there = self._root.to(device), there
 
     def __enter__(self) -> Address:
-        self._calls.clear()
-        self.activate()
+        _Running(self).begin()
+        if not compiling():
+            self.sites.context = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.deactivate()
+        self.leave()
+        if not compiling():
+            outer: Any = current.source
+            within = isinstance(outer, _Running) and outer.sites == self.sites.name
+            self.sites.context = outer.address if within else None
 
-    def activate(self) -> None:
-        """Become the source of keys, with the sites' calls counted so far."""
-        self._outer.append((current.source, list(self.sites.stack)))
-        self.sites.stack.clear()
-        self._remembering.install()
-        current.source = self
+    def join(self) -> _Running:
+        """Enter with a replica, whose thread has no other source."""
+        return _Running(self, joined=True).begin()
 
-    def deactivate(self) -> None:
-        """Leave it to the source that was there before."""
-        self._remembering.remove()
-        current.source, self.sites.stack[:] = self._outer.pop()
+    def leave(self) -> None:
+        """End what this thread entered last."""
+        running: Any = current.source
+        running.end()
 
     def state(self) -> tuple[dict[str, int], list[str]]:
-        """How often each site has been called, and the modules that are running."""
-        return dict(self._calls), list(self.sites.stack)
+        """How often each site has been called in this thread's context, and the modules that are running."""
+        running: Any = current.source
+        within = isinstance(running, _Running) and running.address is self
+        return dict(running.calls) if within else {}, list(self.sites.stack)
 
-    def restore(self, state: tuple[dict[str, int], list[str]]) -> None:
-        """Count on from an earlier :meth:`state`."""
-        calls, stack = state
-        self._calls.clear()
-        self._calls.update(calls)
-        self.sites.stack[:] = stack
+    def parts(self, device: torch.device | None) -> tuple[Key, Tensor | None]:
+        """What keys are made of: the step's key and the samples, on the ``device`` if it is the model's.
+
+        Eager code folds a name into a key faster on the CPU, and compiled code is a CUDA graph only if all of
+        it is on one device.
+        """
+        return self._there if device is not None and device == self._device else (self._root, self._samples)
 
     def key_of(self, path: str, call: int = 0) -> Key:
         """The key of a site's call, or one for each of the samples.
@@ -131,7 +158,7 @@ class Address:
         self,
         path: str,
         shape: Sequence[int],
-        p: float,
+        p: float | None = None,
         *,
         call: int = 0,
         broadcast_dims: Sequence[int] = (),
@@ -142,37 +169,104 @@ class Address:
             path: as for :meth:`key_of`.
             call: as for :meth:`key_of`.
             shape: of what the site was given.
-            p: its probability of dropping.
-            broadcast_dims: the dimensions along which it shares a decision, such as (2, 3) for a Dropout2d.
+            p: its probability of dropping. Without it, the site is a layer of thinned, and the mask is what
+                that drops, with the probability that it has now, in training.
+            broadcast_dims: with ``p``, the dimensions along which a decision is shared.
+
+        Raises:
+            ValueError: without ``p``, nothing is at ``path``, or no layer of thinned that gives a tensor.
         """
-        return keep_mask(self.key_of(path, call), shape, p, broadcast_dims=broadcast_dims)
+        if p is not None:
+            return keep_mask(self.key_of(path, call), shape, p, broadcast_dims=broadcast_dims)
+        layer = copy(module_at(self._model, path))
+        layer.training = True
+        x = torch.ones(tuple(shape), requires_grad=True)
+        with torch.enable_grad():
+            y = None
+            if is_ours(layer):
+                with _within(_Running(self, {path: call}, [path])):
+                    y = layer.forward(x.clone())  # without its hooks
+            if not isinstance(y, Tensor):
+                raise ValueError(
+                    f"p has to be given for the mask of {path!r}, which is a {type(layer).__name__}"
+                )
+            return torch.autograd.grad(y.sum(), x)[0] != 0  # what is dropped has no gradient
+
+
+class _Running:
+    """An address in one thread: the source of its keys, which counts the calls of each site."""
+
+    def __init__(
+        self,
+        address: Address,
+        calls: dict[str, int] | None = None,
+        stack: list[str] | None = None,
+        joined: bool = False,
+    ) -> None:
+        self.address, self.sites, self.joined = address, address.sites.name, joined
+        self.calls = {} if calls is None else calls
+        self.stack = [] if stack is None else stack
+        self._outer: Any = None
+
+    def begin(self) -> _Running:
+        self._outer = current.source
+        current.source = self
+        if not compiling():
+            remember(self)
+        return self
+
+    def end(self) -> None:
+        if not compiling():
+            forget()
+        current.source = self._outer
+
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        """What makes contexts that count on from here."""
+        calls, stack = dict(self.calls), list(self.stack)
+        return lambda: _within(_Running(self.address, dict(calls), list(stack)))
 
     def key_for(self, input: Tensor, rows: int | None) -> Key:  # noqa: A002
         """The key of the call that is running, which is counted; see :class:`thinned.sites.Source`."""
-        path = self.sites.stack[-1] if self.sites.stack else ""
-        call = self._calls.get(path, 0)
-        self._calls[path] = call + 1
-        samples = self._samples
-        if samples is None or rows is None or not input.dim() or input.shape[rows] == 1 != len(samples):
-            key = self._root.fold(f"{path}#{call}" if call else path)
+        stack, device = self.stack, input.device
+        path = stack[-1] if stack else ""
+        call = self.calls.get(path, 0)
+        self.calls[path] = call + 1
+        compiled = compiling()
+        root, samples = self.address.parts(device if compiled else None)
+        site = f"{path}#{call}" if call else path
+        if samples is None or rows is None or not input.dim() or input.shape[rows] == 1 != samples.shape[0]:
+            key = root.fold(site)
         else:
-            key = self._rows(self.key_of(path, call), samples, input, rows, path)
-        return key if key.bits.device == input.device else key.to(input.device)
+            key = _rows(root.fold(site).fold(samples), samples, input, rows, path)
+        if key.bits.device != device:
+            key = key.to(device)
+        return for_each_member(key)
 
-    def _rows(self, keys: Key, samples: Tensor, input: Tensor, rows: int, path: str) -> Key:  # noqa: A002
-        each = input.shape[rows] // len(samples)
-        if each * len(samples) != input.shape[rows]:
-            raise RuntimeError(
-                f"the site {path!r} was given a tensor of shape {tuple(input.shape)}, whose dimension {rows} "
-                f"is no multiple of the {len(samples)} samples"
-            )
-        if each == 1:
-            return keys
-        return Key.from_bits(
-            Key.from_bits(keys.bits.repeat_interleave(each))
-            .fold(torch.arange(each, device=keys.bits.device).repeat(len(samples)))
-            .bits
+
+@contextmanager
+def _within(running: _Running) -> Iterator[None]:
+    running.begin()
+    try:
+        yield
+    finally:
+        running.end()
+
+
+def _rows(keys: Key, samples: Tensor, input: Tensor, rows: int, path: str) -> Key:  # noqa: A002
+    count = samples.shape[0]  # which may be symbolic, as len() may not
+    each = input.shape[rows] // count
+    if each * count != input.shape[rows]:
+        raise RuntimeError(
+            f"the site {path!r} was given a tensor of shape {tuple(input.shape)}, whose dimension {rows} "
+            f"is no multiple of the {count} samples"
         )
+    if each == 1:
+        return keys
+    return Key.from_bits(
+        Key.from_bits(keys.bits.repeat_interleave(each))
+        .fold(torch.arange(each, device=keys.bits.device).repeat(count))
+        .bits
+    )
 
 
 def _ids(samples: Tensor | Iterable[int]) -> Tensor:

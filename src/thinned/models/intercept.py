@@ -17,7 +17,7 @@ from thinned.functional.arguments import threshold_and_scale
 from thinned.keys import Key
 from thinned.models.attention import multi_head_attention_forward, scaled_dot_product_attention
 from thinned.models.fast_path import FastPath
-from thinned.models.recompute import Remembering
+from thinned.models.recompute import forget, remember
 from thinned.models.recurrent import run_packed, run_padded
 from thinned.state import compiling
 
@@ -60,7 +60,7 @@ def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) ->
 
 
 class Intercept(TorchFunctionMode):
-    """What :func:`thinned.intercept` returns; it may be entered any number of times.
+    """What :func:`thinned.intercept` returns; it may be entered any number of times, by one thread at a time.
 
     >>> import torch, thinned
     >>> from thinned.models.intercept import intercept
@@ -76,40 +76,34 @@ class Intercept(TorchFunctionMode):
             raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}")
         self.key = key
         self.sdpa_follows_training = sdpa_follows_training
-        self.count = 0
-        self._remembering = Remembering(self)
+        self.count = self._first = 0
 
     def __enter__(self) -> Intercept:
-        self.count = 0
-        self.activate()
+        self.count = self._first
+        if not compiling():  # which does not trace this, and needs neither
+            remember(self)
+            _fast_path.install()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.deactivate()
-
-    def activate(self) -> None:
-        """Enter, with the dropouts counted so far."""
-        if not compiling():  # which does not trace this, and needs neither
-            self._remembering.install()
-            _fast_path.install()
-        super().__enter__()  # type: ignore[no-untyped-call]
-
-    def deactivate(self) -> None:
-        """Leave."""
-        super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         if not compiling():
             _fast_path.remove()
-            self._remembering.remove()
+            forget()
 
-    def state(self) -> int:
-        """How many dropouts there have been."""
-        return self.count
+    def again(self) -> Callable[[], Intercept]:
+        """What makes contexts that count on from here."""
+        first = self.count
 
-    def restore(self, state: int) -> None:
-        """Count on from an earlier :meth:`state`."""
-        self.count = state
+        def context() -> Intercept:
+            twin = Intercept(self.key, self.sdpa_follows_training)
+            twin._first = first
+            return twin
+
+        return context
 
     def next_key(self) -> Key | None:
         """The key of the next dropout, or None to have one drawn."""
@@ -118,10 +112,24 @@ class Intercept(TorchFunctionMode):
         self.count += 1
         return self.key.fold(self.count - 1)
 
+    def _within(self, region: Callable[..., Any]) -> Callable[..., Any]:
+        """The region, in which a compiler does not apply the mode that it applies to the checkpoint."""
+
+        def within(*args: Any, **kwargs: Any) -> Any:
+            TorchFunctionMode.__enter__(self)
+            try:
+                return region(*args, **kwargs)
+            finally:
+                TorchFunctionMode.__exit__(self, None, None, None)
+
+        return within
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.utils.checkpoint.checkpoint and compiling():
+            args = (self._within(args[0]), *args[1:])
         site = _SITES.get(func)
         if site is not None:
             result = site(self, *args, **kwargs)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, Protocol
 
 from torch import nn
 
-from thinned.sites import current
+from thinned.sites import Source, current
+from thinned.state import compiling
 
-__all__ = ["Sites", "sites_of"]
+__all__ = ["Sites", "module_at", "sites_of"]
 
 
 # What PyTorch puts around modules is no part of their paths.
@@ -16,35 +18,70 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _AROUND_A_MODEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
+class Joinable(Protocol):
+    """A context that further threads can be a part of."""
+
+    def join(self) -> Source:
+        """Make this thread a part, and give what is its source now."""
+
+    def leave(self) -> None:
+        """End that."""
+
+
 class Sites:
-    """The paths of the modules of one model that are running, the innermost last.
+    """The modules of one model, which tell of themselves when they run.
 
     Modules and hooks are copied and pickled with the model, and what is running is not.
+
+    Attributes:
+        name: its own in this process; a string, which Dynamo has guards for, as it does not for identity.
+        context: what the replicas of :class:`torch.nn.DataParallel` join, which run in threads of their own.
     """
 
     def __init__(self) -> None:
-        self.stack: list[str] = []
+        self.name = str(next(_numbers))
+        self.context: Joinable | None = None
+
+    @property
+    def stack(self) -> list[str]:
+        """The paths of those that are running in this thread and its context, the innermost last."""
+        source = current.source
+        return source.stack if source is not None and source.sites == self.name else []
 
     def __reduce__(self) -> tuple[type[Sites], tuple[()]]:
         return Sites, ()
+
+
+_numbers = itertools.count()
 
 
 class _Enter:
     def __init__(self, sites: Sites, path: str) -> None:
         self.sites, self.path = sites, path
 
-    def __call__(self, *_: Any) -> None:
-        if current.source is not None:
-            self.sites.stack.append(self.path)
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        source = current.source
+        if source is None:
+            context = self.sites.context
+            if context is None or self.path or not getattr(module, "_is_replica", False):
+                return
+            source = context.join()
+        if source.sites == self.sites.name:
+            source.stack.append(self.path)
 
 
 class _Leave:
-    def __init__(self, sites: Sites) -> None:
-        self.sites = sites
+    def __init__(self, sites: Sites, path: str) -> None:
+        self.sites, self.path = sites, path
 
     def __call__(self, *_: Any) -> None:
-        if current.source is not None and self.sites.stack:
-            self.sites.stack.pop()
+        source = current.source
+        if source is None or source.sites != self.sites.name:
+            return
+        if source.stack:
+            source.stack.pop()
+        if source.joined and not self.path and self.sites.context is not None:
+            self.sites.context.leave()
 
 
 def _inside(model: nn.Module) -> str | None:
@@ -54,16 +91,43 @@ def _inside(model: nn.Module) -> str | None:
     return "_orig_mod" if hasattr(model, "_orig_mod") else None
 
 
-def sites_of(model: nn.Module) -> Sites:
-    """The model's sites, with hooks on each module from the first time on."""
+def _without_wrappers(model: nn.Module) -> nn.Module:
     while (name := _inside(model)) is not None:
         model = model.get_submodule(name)
+    return model
+
+
+def _path(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module that is the site ``path``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    modules: dict[str, nn.Module] = {
+        _path(name): module for name, module in _without_wrappers(model).named_modules(remove_duplicate=False)
+    }
+    if path in modules:
+        return modules[path]
+    raise ValueError(f"no module of this {type(model).__name__} is at {path!r}")
+
+
+def sites_of(model: nn.Module) -> Sites:
+    """The model's sites, with hooks on each module from the first time on."""
+    model = _without_wrappers(model)
     for hook in model._forward_pre_hooks.values():
         if isinstance(hook, _Enter) and not hook.path:
             return hook.sites
+    if compiling():
+        raise RuntimeError(
+            "thinned.address gives a model hooks on first use, which compiled code cannot; call "
+            "thinned.address(model, seed=0, step=0) once before"
+        )
     sites = Sites()
     for name, module in model.named_modules():
-        path = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-        module.register_forward_pre_hook(_Enter(sites, path), prepend=True)
-        module.register_forward_hook(_Leave(sites), always_call=True)
+        module.register_forward_pre_hook(_Enter(sites, _path(name)), prepend=True)
+        module.register_forward_hook(_Leave(sites, _path(name)), always_call=True)
     return sites

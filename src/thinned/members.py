@@ -1,0 +1,64 @@
+"""Keys within :func:`torch.vmap`: the mapped calls share one, or each has its own, as its randomness says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
+from torch._functorch.vmap import _add_batch_dim  # type: ignore[attr-defined]
+
+from thinned.keys import Key
+from thinned.state import compiling, transforming
+
+__all__ = ["for_each_member"]
+
+
+def for_each_member(key: Key, *, drawn: bool = False) -> Key:
+    """``key.fold(i)`` for call ``i`` of each map with randomness "different", the outermost first.
+
+    Args:
+        key: outside of a map it stays as it is.
+        drawn: whether it is a random number, which a map with randomness "error" does not allow.
+
+    Raises:
+        RuntimeError: ``drawn`` within such a map.
+    """
+    if not (transforming() or compiling()):
+        return key
+    if drawn and "error" in _randomness():
+        raise RuntimeError(
+            "vmap: a dropout without a key draws a random number, and randomness is 'error'; give it a key, "
+            "or vmap randomness='same' or 'different'"
+        )
+    for level, size in _different():
+        key = key.fold(_add_batch_dim(_numbers(size, key.bits.device), 0, level))
+    return key
+
+
+def _numbers(size: int, device: torch.device) -> Tensor:
+    if compiling():  # which does not trace what follows
+        return torch.arange(size, device=device)
+    with torch._C._DisableFuncTorch():  # a plain tensor, which a transform within the map would wrap
+        return torch.arange(size, device=device)
+
+
+def _maps() -> list[VmapInterpreter]:
+    interpreters = retrieve_all_functorch_interpreters()
+    return [each for each in interpreters if isinstance(each, VmapInterpreter)]
+
+
+def _randomness() -> tuple[str, ...]:
+    """Of each map around."""
+    return tuple(each.randomness() for each in _maps())
+
+
+def _different() -> tuple[tuple[int, int], ...]:
+    """Level and size of each map with randomness "different"."""
+    return tuple(
+        (each.level(), int(each.batch_size())) for each in _maps() if each.randomness() == "different"
+    )
+
+
+# Dynamo calls them while it traces, within the maps; another size compiles anew.
+_randomness._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_different._dynamo_marked_constant = True  # type: ignore[attr-defined]
