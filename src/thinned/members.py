@@ -27,8 +27,8 @@ def for_each_member(key: Key, *, drawn: bool = False) -> Key:
         return key
     if drawn and "error" in _randomness():
         raise RuntimeError(
-            "vmap: a dropout without a key draws a random number, and randomness is 'error'; give it a key, "
-            "or vmap randomness='same' or 'different'"
+            "vmap: called random operation while in randomness error mode, a dropout without a key; give it "
+            "a key, or use the 'same' or 'different' randomness flags on vmap"
         )
     for level, size in _different():
         key = key.fold(_add_batch_dim(_numbers(size, key.bits.device), 0, level))

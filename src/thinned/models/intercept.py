@@ -269,41 +269,13 @@ def _running_in_training() -> bool:
 
 
 def _mha(
-    mode: Intercept,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim_to_check: int,
-    num_heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    *args: Any,
-    training: bool = True,
-    **kwargs: Any,
+    mode: Intercept, *args: Any, training: bool = True, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None] | None:
-    # handle_torch_function gives those before dropout_p, and two more, by position.
+    # torch gives its function mode these by position: dropout_p, what is before it and two more.
+    dropout_p = args[10]
     if dropout_p == 0 or not training:
         return None
-    return multi_head_attention_forward(
-        query,
-        key,
-        value,
-        embed_dim_to_check,
-        num_heads,
-        in_proj_weight,
-        in_proj_bias,
-        bias_k,
-        bias_v,
-        add_zero_attn,
-        dropout_p,
-        *args,
-        **kwargs,
-        mask_key=mode.next_key(),
-    )
+    return multi_head_attention_forward(*args, **kwargs, mask_key=mode.next_key())
 
 
 def _recurrent(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...] | None]:
