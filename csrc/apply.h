@@ -161,7 +161,7 @@ void apply_row(Span<const Element> x, Span<Element> y, int64_t n, Constants cons
 
 // From how many elements on a row that is dropped is not worth reading.
 template <class Element>
-constexpr int64_t long_row = 8192 / sizeof(Element);
+constexpr int64_t long_row = 2048 / sizeof(Element);
 
 // A row of at least a vector under mask bits that are all the same, without a branch on them, which short rows
 // would mispredict. The last vector may overlap the one before: it is loaded first, as x may be y.
