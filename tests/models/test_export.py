@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import thinned
-from tests.models import zoo
+from models import zoo
 from thinned import Key, address, spec
 from thinned.functional.arguments import threshold_and_scale
 from thinned.geometry import Geometry, shared

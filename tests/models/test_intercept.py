@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import oracle
 import thinned
-from tests.models import zoo
+from models import zoo
 from thinned import functional as F
 from thinned.models.convert import convert
 from thinned.models.intercept import Intercept, Intercepted, intercept

@@ -1,0 +1,1 @@
+"""Masks by address in training loops that others wrote: an ``AddressCallback`` for each framework."""
