@@ -51,14 +51,15 @@ void numbers(uintptr_t y, uintptr_t keys, uintptr_t starts, int64_t rows, int64_
                          reinterpret_cast<const uint64_t*>(starts), rows, count});
 }
 
-int64_t fold_one(int64_t key, int64_t data) {
-    return static_cast<int64_t>(fold(static_cast<uint64_t>(key), static_cast<uint64_t>(data)));
+void fold_one(uintptr_t y, uintptr_t key, int64_t data) {
+    *reinterpret_cast<uint64_t*>(y) = fold(*reinterpret_cast<const uint64_t*>(key), static_cast<uint64_t>(data));
 }
 
-void fold_many(uintptr_t y, uintptr_t keys, uintptr_t data, int64_t n) {
+// A step is 0 for one key, or one datum, for all.
+void fold_many(uintptr_t y, uintptr_t keys, int64_t key_step, uintptr_t data, int64_t data_step, int64_t n) {
     for (int64_t i = 0; i < n; ++i)
-        reinterpret_cast<uint64_t*>(y)[i] =
-            fold(reinterpret_cast<const uint64_t*>(keys)[i], reinterpret_cast<const uint64_t*>(data)[i]);
+        reinterpret_cast<uint64_t*>(y)[i] = fold(reinterpret_cast<const uint64_t*>(keys)[i * key_step],
+                                                 reinterpret_cast<const uint64_t*>(data)[i * data_step]);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thinned.philox import high32, low32, philox4x32, signed64
-from thinned.state import is_eager, transforming
+from thinned.state import is_eager
 
 try:
     from thinned.backends import native
@@ -99,14 +99,14 @@ class Key:
         False
         """
         if isinstance(data, str):
-            return self.fold(_digest(data))
+            data = _digest(data)
         if isinstance(data, Tensor):
             if data.dtype != torch.int64:
                 raise TypeError(f"ids to fold into a key must be int64, got {data.dtype}")
         elif isinstance(data, (int, torch.SymInt)) or hasattr(data, "__index__"):
             if not torch.compiler.is_compiling():
                 data = signed64(operator.index(data))
-                if self.bits.is_cpu and not self.shape and not transforming():
+                if self.bits.is_cpu and not self.bits.dim() and is_eager(self.bits):
                     return self._fold_int(data)
             data = torch.full((), data, dtype=torch.int64, device=self.bits.device)
         else:
@@ -121,7 +121,7 @@ class Key:
 
     def _fold_int(self, data: int) -> Key:
         if native is not None:
-            return Key.from_bits(torch.tensor(native.fold(int(self.bits.item()), data)))
+            return Key.from_bits(native.fold(self.bits, data))
         w0, w1, _, _ = philox4x32((low32(data), high32(data), 0, 1), int(self), rounds=10)
         return Key(w0 | w1 << 32)
 

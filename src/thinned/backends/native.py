@@ -62,14 +62,21 @@ def masked_affine(
     return target
 
 
-fold = _native.fold
+def fold(key: Tensor, data: int) -> Tensor:
+    """The child of one key; see :meth:`thinned.Key.fold`."""
+    out = torch.empty_like(key)
+    _native.fold(out.data_ptr(), key.data_ptr(), data)
+    return out
 
 
 def fold_many(keys: Tensor, data: Tensor) -> Tensor:
     """The children of int64 keys, which broadcast against int64 data; see :meth:`thinned.Key.fold`."""
-    keys, data = (each.contiguous() for each in torch.broadcast_tensors(keys, data))
-    out = torch.empty(keys.shape, dtype=torch.int64, device="cpu")
-    _native.fold_many(out.data_ptr(), keys.data_ptr(), data.data_ptr(), out.numel())
+    if keys.dim() and data.dim():
+        keys, data = torch.broadcast_tensors(keys, data)
+    keys, data = keys.contiguous(), data.contiguous()
+    out = torch.empty_like(data if data.dim() else keys)
+    steps = int(keys.dim() > 0), int(data.dim() > 0)
+    _native.fold_many(out.data_ptr(), keys.data_ptr(), steps[0], data.data_ptr(), steps[1], out.numel())
     return out
 
 
