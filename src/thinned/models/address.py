@@ -130,12 +130,6 @@ class Address:
         running: Any = current.source
         running.end()
 
-    def state(self) -> tuple[dict[str, int], list[str]]:
-        """How often each site has been called in this thread's context, and the modules that are running."""
-        running: Any = current.source
-        within = isinstance(running, _Running) and running.address is self
-        return dict(running.calls) if within else {}, list(self.sites.stack)
-
     def parts(self, device: torch.device | None) -> tuple[Key, Tensor | None]:
         """What keys are made of: the step's key and the samples, on the ``device`` if it is the model's.
 
@@ -151,7 +145,7 @@ class Address:
             path: of the module in the model, as in ``model.named_modules()``.
             call: how many calls of the site come before it within the context.
         """
-        key = self._root.fold(f"{path}#{call}" if call else path)
+        key = self._root.fold(_site(path, call))
         return key if self._samples is None else key.fold(self._samples)
 
     def mask_of(
@@ -233,7 +227,7 @@ class _Running:
         self.calls[path] = call + 1
         compiled = compiling()
         root, samples = self.address.parts(device if compiled else None)
-        site = f"{path}#{call}" if call else path
+        site = _site(path, call)
         if samples is None or rows is None or not input.dim() or input.shape[rows] == 1 != samples.shape[0]:
             key = root.fold(site)
         else:
@@ -241,6 +235,10 @@ class _Running:
         if key.bits.device != device:
             key = key.to(device)
         return for_each_member(key)
+
+
+def _site(path: str, call: int) -> str:
+    return f"{path}#{call}" if call else path
 
 
 @contextmanager

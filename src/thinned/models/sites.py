@@ -42,12 +42,6 @@ class Sites:
         self.name = str(next(_numbers))
         self.context: Joinable | None = None
 
-    @property
-    def stack(self) -> list[str]:
-        """The paths of those that are running in this thread and its context, the innermost last."""
-        source = current.source
-        return source.stack if source is not None and source.sites == self.name else []
-
     def __reduce__(self) -> tuple[type[Sites], tuple[()]]:
         return Sites, ()
 
