@@ -21,15 +21,17 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from thinned import backends, writable
+from thinned.backends import portable
 from thinned.geometry import Geometry, shared
 from thinned.keys import Key, draw, draw_int
 from thinned.members import for_each_member
 from thinned.partition import mark_draws
-from thinned.state import compiling, is_eager, is_traced, transforming, transforms
+from thinned.state import compiling, is_eager, is_legacy_batched, is_traced, transforming, transforms
 
-__all__ = ["draw_for", "keep_mask", "masked_affine", "masked_affine_", "uniform"]
+__all__ = ["draw_for", "keep_mask", "masked_affine", "masked_affine_", "refuse_layout", "uniform"]
 
 _library = torch.library.Library("thinned", "DEF")
 _library.define(
@@ -72,6 +74,10 @@ def masked_affine(
     if not is_eager(x):
         if x.is_nested and x.layout is torch.jagged:
             return _jagged(x, key, geometry, T, scale, shift, fill)
+        if not compiling() and x.layout is not torch.strided:
+            return _sparse(x, key, geometry, T, scale, shift, fill)
+        if is_legacy_batched(x):
+            return portable.masked_affine(x, _key_tensor(key, x), geometry, T, scale, shift, fill)
         known = not is_traced(x) and TransformType.Functionalize not in transforms()
         apply = _Transformed.apply if known else _traced
         strides, base = shared(x.shape) if geometry is None else geometry
@@ -118,6 +124,15 @@ def uniform(key: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
     return torch.ops.thinned.uniform(key, shape, *geometry)  # type: ignore[no-any-return]
 
 
+def refuse_layout(x: Tensor) -> None:
+    """Raise NotImplementedError, as torch's dropouts do, if ``x`` is sparse or in another way not strided."""
+    if x.layout not in (torch.strided, torch.jagged):
+        raise NotImplementedError(
+            f"this dropout needs a strided tensor, got layout {x.layout} of shape {tuple(x.shape)} and "
+            f"{x.dtype}; write input.to_dense()"
+        )
+
+
 def draw_for(x: Tensor) -> Tensor:
     """One key's bits from the default generator of ``x``'s device, whatever is done around the call."""
     return _key_tensor(None, x) if not is_eager(x) else draw(x.device)
@@ -129,6 +144,28 @@ def _jagged(x: Any, key: int | Tensor | None, geometry: Geometry | None, *rest: 
         raise NotImplementedError("a jagged nested tensor has one key and no shared dimensions")
     values = masked_affine(x.values(), key, None, *rest)
     return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
+
+
+def _sparse(
+    x: Tensor,
+    key: int | Tensor | None,
+    geometry: Geometry | None,
+    T: int,
+    scale: float,
+    shift: float,
+    fill: float,
+) -> Tensor:
+    """The operation on a COO tensor, as the gradient of an embedding can be one: on what it holds.
+
+    That is all of it if zeros stay zeros, since what a COO tensor does not hold is zero.
+    """
+    if x.layout is not torch.sparse_coo or shift or fill:
+        refuse_layout(x)
+    x = x.coalesce()
+    indices = x.indices()
+    keep = keep_mask(_key_tensor(key, x), x.shape, geometry or shared(x.shape), T)[tuple(indices)]
+    kept = torch.where(keep, masked_affine(x.values(), 0, None, 2**32, scale), 0)
+    return torch.sparse_coo_tensor(indices, kept, x.shape, is_coalesced=True, check_invariants=False)
 
 
 def _traced(x: Tensor, *arguments: Any) -> Tensor:
@@ -189,9 +226,8 @@ def _linear(
     A gradient takes the input's memory format, whatever that of the gradient that comes in. None stands for
     the contiguous one, and, under transforms, where strides mean nothing, for any.
     """
-    if torch._C._functorch.is_legacy_batchedtensor(x):
-        keep = keep_mask(_key_tensor(key, x), x.shape, shared(x.shape) if geometry is None else geometry, T)
-        return torch.where(keep, x * scale, 0)
+    if x.layout is not torch.strided:
+        return masked_affine(x, key, geometry, T, scale)
     differs = not x.is_contiguous() if layout is None else x.stride() != layout
     if is_eager(x) and not (x.requires_grad and torch.is_grad_enabled()):
         out = _empty(x, layout) if differs else None
@@ -209,7 +245,7 @@ def _layout(x: Tensor) -> tuple[int, ...] | None:
     return None if x.is_contiguous() else x.stride()
 
 
-class _Eager(torch.autograd.Function):
+class _Eager(_SingleLevelFunction):
     """The short way to autograd. Nothing of the tensor's size is kept: the key gives the mask again."""
 
     @staticmethod
@@ -232,11 +268,11 @@ def _keep(ctx: Any, arguments: tuple[Any, ...], layout: tuple[int, ...] | None) 
     ctx.linear = key, geometry, T, scale, layout
 
 
-# Function.apply itself only adds what functorch needs, which is not active where this is called.
-_apply_eager = super(torch.autograd.Function, _Eager).apply
+# Eager code is in no functorch transform, for which alone torch.autograd.Function.apply does more than this.
+_apply_eager = _Eager.apply
 
 
-class _Written(torch.autograd.Function):
+class _Written(_SingleLevelFunction):
     """Tells autograd that x is about to be written over."""
 
     @staticmethod
@@ -335,7 +371,7 @@ mark_draws(torch.ops.thinned.draw_key.default)
 def _masked_affine_autograd(x: Tensor, key: Tensor, strides: list[int], *rest: Any) -> Tensor:
     if (x.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
         with enable_single_level_autograd_function():  # the dispatcher has chosen the level already
-            return _apply_registered(x, key, tuple(strides), *rest)  # type: ignore[no-any-return,no-untyped-call]
+            return _Registered.apply(x, key, tuple(strides), *rest)  # type: ignore[no-any-return,no-untyped-call]
     return _below_autograd(x, key, strides, *rest)
 
 
@@ -344,7 +380,7 @@ def _below_autograd(x: Tensor, *arguments: Any) -> Tensor:
         return _traced(x, *arguments)
 
 
-class _Registered(torch.autograd.Function):
+class _Registered(_SingleLevelFunction):
     """The derivatives of the registered operation, for compilers and tensors that are not plain."""
 
     @staticmethod
@@ -355,9 +391,6 @@ class _Registered(torch.autograd.Function):
 
     backward = _Transformed.backward
     jvp = _Transformed.jvp
-
-
-_apply_registered = super(torch.autograd.Function, _Registered).apply
 
 
 def _batch_key(key: Tensor, dim: int | None, size: int) -> Tensor:

@@ -120,7 +120,11 @@ def key_for(input: Tensor, key: Key | None, *, rows: int | None = 0) -> Key:  # 
     Compiled code draws what eager code draws, and under :func:`torch.vmap` the draw follows its
     ``randomness``. Within :func:`thinned.address` it is the site's key, or one for each of the samples, which
     lie along the dimension ``rows``; None for an ``input`` that is the same for all samples.
+
+    Raises:
+        NotImplementedError: ``input`` is sparse, or of another layout without strides.
     """
+    op.refuse_layout(input)
     if key is None and current.source is not None:
         key = current.source.key_for(input, rows)
     return Key.from_bits(op.draw_for(input) if key is None else bits_for(key, input))

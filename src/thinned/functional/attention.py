@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from thinned.functional.arguments import apply, check_input, key_for, threshold_
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.linear import apply_linear
-from thinned.state import compiling, is_eager
+from thinned.state import is_eager
 
 __all__ = ["check_normalize", "drop_head", "drop_key"]
 
@@ -154,52 +154,20 @@ def drop_key(
     if not training or p == 0:
         return input
     shared(input.shape, broadcast_dims)  # IndexError for a dimension that there is not
-    function = _Reverse if compiling() else _Both
-    bits = key_for(input, key).bits
-    return function.apply(input, bits, tuple(broadcast_dims), T)  # type: ignore[no-any-return,no-untyped-call]
+    dims, lowest = tuple(broadcast_dims), torch.finfo(input.dtype).min
 
+    def derivative(x: Tensor, key: Key) -> Tensor:
+        return apply(x, key, dims, False, T, 1.0)
 
-class _Reverse(torch.autograd.Function):
-    """Not the operation alone, for the sake of ``-inf``; its derivative is the operation's."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, bits: Tensor, broadcast_dims: tuple[int, ...], T: int) -> Tensor:
-        key, lowest = Key.from_bits(bits), torch.finfo(x.dtype).min
-        if not broadcast_dims:
+    def value(x: Tensor, key: Key) -> Tensor:
+        if not dims:
             # y is x or the lowest finite number, than which only x's -inf is less.
             y = apply(x, key, (), False, T, 1.0, fill=lowest)
             return torch.minimum(y, x, out=y if is_eager(y) else None)
         # Rows with keys of their own share nothing with each other.
-        held = {dim % x.dim() for dim in broadcast_dims} - set(range(bits.dim()))
-        no_limit = x.new_full((), math.inf).expand(
-            [1 if dim in held else size for dim, size in enumerate(x.shape)]
-        )
+        held = {dim % x.dim() for dim in dims} - set(range(key.bits.dim()))
+        decisions = [1 if dim in held else size for dim, size in enumerate(x.shape)]
+        no_limit = x.new_full((), math.inf).expand(decisions)
         return torch.minimum(x, apply(no_limit, key, (), False, T, 1.0, fill=lowest))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        _, bits, ctx.broadcast_dims, ctx.T = inputs
-        ctx.save_for_backward(bits)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _derivative(ctx, grad), None, None, None
-
-
-class _Both(_Reverse):
-    """With forward mode, which Dynamo refuses to trace."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Reverse.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[1])
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _derivative(ctx, tangent)
-
-
-def _derivative(ctx: Any, along: Tensor) -> Tensor:
-    return apply(along, Key.from_bits(ctx.saved_tensors[0]), ctx.broadcast_dims, False, ctx.T, 1.0)
+    return apply_linear(derivative, input, key_for(input, key), value)

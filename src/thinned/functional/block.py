@@ -17,7 +17,7 @@ from thinned.functional.arguments import check_input, key_for, threshold_and_sca
 from thinned.geometry import Geometry, shared
 from thinned.keys import Key
 from thinned.linear import apply_linear
-from thinned.state import compiling, transforming
+from thinned.state import is_legacy_batched, transforming
 
 __all__ = ["Scale", "drop_block1d", "drop_block2d", "drop_block3d"]
 
@@ -279,7 +279,7 @@ def _keep(
             shifts.append(more * line)
             width += more
         line *= size
-    seedless_places = op.keep_mask(key.bits, places, Geometry(strides, base), seedless).view(torch.int8)
+    seedless_places = op.keep_mask(key.bits, places, Geometry(strides, base), seedless).to(torch.int8)
     flat = seedless_places.new_full((sum(shifts) + line,), -1)
     flat[sum(shifts) :].view(shape)[tuple(slice(n) for n in places)].copy_(seedless_places.neg())
     for shift in shifts:
@@ -295,7 +295,7 @@ def _masked(x: Tensor, keep: Tensor, factor: float | Tensor) -> Tensor:
             factor = factor.unsqueeze(-1)
         parts = torch.view_as_real(x.resolve_conj())
         return torch.view_as_complex(_masked(parts, keep.unsqueeze(-1), factor))
-    if transforming() or (not compiling() and torch._C._functorch.is_legacy_batchedtensor(x)):
+    if transforming() or is_legacy_batched(x):
         return torch.where(keep != 0, (x * factor).to(x.dtype), 0)
     # Faster, and what is made here is written over.
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thinned.functional.noise import multiply, opmath
 from thinned.keys import Key
-from thinned.state import compiling, transforming
+from thinned.state import compiling, dense, transforming
 
 __all__ = ["Noisy", "apply_noisy", "check_parameter"]
 
@@ -38,7 +38,7 @@ def apply_noisy(noisy: Noisy, x: Tensor, parameter: Tensor, key: Key) -> Tensor:
     The noise is made again for backward, so that ``x``, the parameter and the key are all that is saved.
     Differentiable in ``x`` and the parameter to any order, in both modes.
     """
-    function = _Reverse if compiling() else _Both
+    function = _Compiled if compiling() else _Both
     return function.apply(x, parameter, key.bits, noisy)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -59,9 +59,7 @@ def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) 
     return parameter
 
 
-class _Reverse(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Rule:
     @staticmethod
     def forward(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> Tensor:
         return multiply(x, noisy.factor(*_noise(x, parameter, bits, noisy))).to(x.dtype)
@@ -74,6 +72,7 @@ class _Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, parameter, bits = ctx.saved_tensors
+        grad = dense(grad)
         arguments = _noise(x, parameter, bits, ctx.noisy)
         if not ctx.needs_input_grad[1]:
             return multiply(grad, ctx.noisy.factor(*arguments)).to(x.dtype), None, None, None
@@ -84,12 +83,23 @@ class _Reverse(torch.autograd.Function):
         return multiply(grad, factor).to(x.dtype), grad_parameter, None, None
 
 
-class _Both(_Reverse):
-    """With forward mode, which Dynamo refuses to trace."""
+class _Compiled(_Rule, torch.autograd.Function):
+    """Without forward mode, which Dynamo refuses to trace."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> Tensor:
+        # For the copy see thinned.linear.
+        return _Rule.forward(x, parameter, bits, noisy).clone()
+
+
+class _Both(_Rule, torch.autograd.Function):
+    generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Noisy], output: Tensor) -> None:
-        _Reverse.setup_context(ctx, inputs, output)
+        _Rule.setup_context(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:3])
 
     @staticmethod

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
-from thinned.state import compiling, transforming
+from thinned.state import compiling, is_legacy_batched, transforming
 
 __all__ = ["logistic", "multiply", "normal", "opmath", "uniform"]
 
@@ -86,7 +85,7 @@ def logistic(
 
 def multiply(x: Tensor, factor: Tensor) -> Tensor:
     """``x * factor`` in the factor's dtype. It may be written over the factor."""
-    plain = not (torch.is_grad_enabled() or compiling() or transforming() or is_legacy_batchedtensor(x))
+    plain = not (torch.is_grad_enabled() or compiling() or transforming() or is_legacy_batched(x))
     if plain and factor.dtype == x.dtype and factor.shape == x.shape and x.is_contiguous():
         return factor.mul_(x)
     return x * factor
