@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import random
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import thinned
-from thinned import Key
+from process import output
+from thinned import Key, spec
 
 X = torch.ones(4, 50)
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, fullgraph=True, backend="aot_eager")
+@pytest.fixture(params=["aot_eager", "inductor"])
+def compiled(request: pytest.FixtureRequest) -> Compiler:
+    return lambda function: torch.compile(function, fullgraph=True, backend=request.param)
 
 
-def test_another_key_is_no_recompile() -> None:
+def test_another_key_is_no_recompile(compiled: Compiler) -> None:
     def f(x: Tensor, key: Key) -> Tensor:
         return thinned.functional.dropout(x, 0.5, key=key)
 
@@ -31,7 +38,7 @@ def test_another_key_is_no_recompile() -> None:
             assert fast(X, Key(seed)).equal(f(X, Key(seed)))
 
 
-def test_another_integer_to_fold_is_no_recompile() -> None:
+def test_another_integer_to_fold_is_no_recompile(compiled: Compiler) -> None:
     def f(x: Tensor, key: Key, step: int) -> Tensor:
         return thinned.functional.dropout(x, 0.5, key=key.fold(step))
 
@@ -43,7 +50,7 @@ def test_another_integer_to_fold_is_no_recompile() -> None:
             assert fast(X, Key(3), step).equal(f(X, Key(3), step))
 
 
-def test_a_negative_integer_is_the_same_child() -> None:
+def test_a_negative_integer_is_the_same_child(compiled: Compiler) -> None:
     def f(x: Tensor, key: Key, step: int) -> Tensor:
         return thinned.functional.dropout(x, 0.5, key=key.fold(step))
 
@@ -52,7 +59,7 @@ def test_a_negative_integer_is_the_same_child() -> None:
         assert fast(X, Key(1), step).equal(f(X, Key(1), step))
 
 
-def test_strings_and_chains() -> None:
+def test_strings_and_chains(compiled: Compiler) -> None:
     def f(x: Tensor, key: Key, step: int) -> Tensor:
         key = key.fold("encoder").fold(step)
         y = thinned.functional.dropout(x, 0.5, key=key.fold("attention"))
@@ -63,14 +70,14 @@ def test_strings_and_chains() -> None:
         assert fast(X, Key(9), step).equal(f(X, Key(9), step))
 
 
-def test_keys_made_inside() -> None:
+def test_keys_made_inside(compiled: Compiler) -> None:
     def f(x: Tensor) -> Tensor:
         return thinned.functional.dropout(x, 0.5, key=Key(2**63 + 5).fold(3))
 
     assert compiled(f)(X).equal(f(X))
 
 
-def test_a_seed_from_outside() -> None:
+def test_a_seed_from_outside(compiled: Compiler) -> None:
     def f(x: Tensor, seed: int) -> Tensor:
         return thinned.functional.dropout(x, 0.5, key=Key(seed))
 
@@ -79,7 +86,7 @@ def test_a_seed_from_outside() -> None:
         assert fast(X, seed).equal(f(X, seed))
 
 
-def test_a_key_for_each_row() -> None:
+def test_a_key_for_each_row(compiled: Compiler) -> None:
     def f(x: Tensor, key: Key, ids: Tensor) -> Tensor:
         return thinned.functional.dropout(x, 0.5, key=key.fold(ids))
 
@@ -92,14 +99,14 @@ def test_a_key_for_each_row() -> None:
     assert y[0].equal(y[1])
 
 
-def test_a_key_that_comes_out() -> None:
+def test_a_key_that_comes_out(compiled: Compiler) -> None:
     def f(key: Key, step: int) -> Tensor:
         return key.fold(step).bits
 
-    assert int(compiled(f)(Key(5), 3)) % 2**64 == thinned.spec.fold(5, 3)
+    assert int(compiled(f)(Key(5), 3)) % 2**64 == spec.fold(5, 3)
 
 
-def test_the_mask() -> None:
+def test_the_mask(compiled: Compiler) -> None:
     def f(key: Key) -> Tensor:
         return thinned.keep_mask(key, (4, 50), 0.3)
 
@@ -107,3 +114,100 @@ def test_the_mask() -> None:
     fast(Key(1))
     with torch.compiler.set_stance("fail_on_recompile"):
         assert fast(Key(2)).equal(f(Key(2)))
+
+
+BITS = [7, -1, 2**63 - 1, -(2**63), 0x3243F6A8885A308D, -0x61C8864680B583EB]
+
+
+def test_children_of_keys_with_high_bits(compiled: Compiler) -> None:
+    """One key or many, folded once and in a chain, by integers, strings and tensors."""
+
+    def f(keys: Tensor, data: Tensor) -> tuple[Tensor, ...]:
+        first = Key.from_bits(keys[0])
+        chain = Key.from_bits(keys).fold(data).fold("site").fold(2**62)
+        return first.fold(data).bits, first.fold(data[1]).bits, chain.bits
+
+    keys, fast = torch.tensor(BITS), compiled(f)
+    for data in (keys.flip(0), torch.arange(6)):
+        children, child, chain = fast(keys, data)
+        assert [int(bits) % 2**64 for bits in children] == [spec.fold(BITS[0], int(n)) for n in data]
+        assert int(child) % 2**64 == spec.fold(BITS[0], int(data[1]))
+        expected = [
+            spec.fold(spec.fold(spec.fold(key % 2**64, int(n)), "site"), 2**62)
+            for key, n in zip(BITS, data, strict=True)
+        ]
+        assert [int(bits) % 2**64 for bits in chain] == expected
+
+
+def addressed(count: int) -> int:
+    """How many of ``count`` random steps have another mask or gradient compiled by Inductor than eager."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 8),
+        thinned.Dropout(0.5),
+        torch.nn.Tanh(),
+        thinned.Dropout(0.3),
+        thinned.DropPath(0.4),
+    )
+    thinned.address(model, seed=0, step=0)
+    fast, x = torch.compile(model, fullgraph=True), torch.randn(6, 8, requires_grad=True)
+    number, differ = random.Random(0), 0
+    for _ in range(count):
+        seed = number.choice(
+            [number.randrange(2**64), number.randrange(-(2**63), 2**63), number.randrange(9)]
+        )
+        step = number.choice([torch.tensor(number.randrange(2**63)), number.randrange(2**63)])
+        ids = [number.randrange(-(2**63), 2**63) for _ in range(number.choice([2, 3, 6]))]
+        samples = number.choice([None, torch.tensor(ids)])
+        results = []
+        for run in (model, fast):
+            with thinned.address(model, seed=seed, step=step, samples=samples):
+                y = run(x)
+            (grad,) = torch.autograd.grad(y.square().sum(), x)
+            results.append((y.detach(), grad))
+        differ += any(not fast.ne(0).equal(eager.ne(0)) for eager, fast in zip(*results, strict=True))
+        torch.testing.assert_close(*results)
+    return differ
+
+
+def test_addressed_steps_under_inductor() -> None:
+    assert addressed(40) == 0
+
+
+@pytest.mark.slow
+def test_a_thousand_addressed_steps_under_inductor() -> None:
+    assert addressed(1000) == 0
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_children_in_plain_operations(backend: str) -> None:
+    """What exported graphs have in the place of the operation."""
+    decomposed = thinned.decompositions()[torch.ops.thinned.fold.default]
+    fast = torch.compile(decomposed, fullgraph=True, backend=backend)
+    keys = torch.tensor(BITS)
+    for key, data in ((keys, keys.flip(0)), (keys[2], keys[3])):
+        assert fast(key, data).equal(torch.ops.thinned.fold(key, data))
+
+
+@pytest.mark.slow
+def test_generated_code_has_no_undefined_behaviour(tmp_path: Path) -> None:
+    """Inductor's C++ for the plain operations, one element at a time, under UBSan."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++, which the sanitised code is compiled by")
+    compiler = tmp_path / "cxx"
+    compiler.write_text(
+        '#!/bin/sh\nexec g++ "$@" -fsanitize=signed-integer-overflow -fno-sanitize-recover=all\n'
+    )
+    compiler.chmod(0o755)
+    printed = output(
+        f"""
+        import torch, torch._inductor.config as config
+        from thinned.backends import portable
+        config.cpp.cxx, config.cpp.simdlen = (None, {str(compiler)!r}), 1
+        keys = torch.tensor({BITS})
+        fold, data = portable.fold_many, keys.flip(0)
+        print(torch.compile(fold)(keys, data).equal(fold(keys, data)))
+        """,
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+        TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
+    )
+    assert printed.split() == ["True"]

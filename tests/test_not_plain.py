@@ -149,7 +149,7 @@ def test_a_coo_tensor_is_dropped_from_as_its_dense_copy_is() -> None:
     assert y.layout is torch.sparse_coo
     oracle.assert_same(y.to_dense(), F.dropout(x.to_dense(), 0.3, key=KEY))
     for call in (partial(F.alpha_dropout, training=True), F.drop_key, F.gaussian_dropout, F.drop_head):
-        with pytest.raises(NotImplementedError, match=r"torch.sparse_coo of shape \(4, 6\) and torch.float32"):
+        with pytest.raises(NotImplementedError, match=r"torch.sparse_coo of shape \(4, 6\) and"):
             call(x, 0.5, key=KEY)
 
 

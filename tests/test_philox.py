@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from subject import Subject
 from thinned import spec
 from thinned.geometry import Geometry
-from thinned.philox import high32, low32, philox4x32, signed64
+from thinned.philox import high32, join, low32, philox4x32, signed64
 
 
 class Answer(NamedTuple):
@@ -86,3 +87,36 @@ def test_halves_of_a_word(value: int) -> None:
     assert low32(value) == int(low32(torch.tensor(value))) == unsigned % 2**32
     assert high32(value) == int(high32(torch.tensor(value))) == unsigned >> 32
     assert signed64(unsigned) == value
+
+
+class Int64(int):
+    """An integer that refuses a result beyond 64 bits, where C++ would overflow."""
+
+    def __new__(cls, value: int) -> Int64:
+        assert -(2**63) <= value < 2**63, f"{value} does not fit into int64"
+        return super().__new__(cls, value)
+
+
+def _checked(name: str) -> Callable[[int, int], Int64]:
+    return lambda *operands: Int64(getattr(int, name)(*operands))
+
+
+for _name in ("add", "sub", "mul", "lshift", "rshift", "and", "or", "xor"):
+    setattr(Int64, f"__{_name}__", _checked(f"__{_name}__"))
+    setattr(Int64, f"__r{_name}__", _checked(f"__r{_name}__"))
+
+
+@pytest.mark.parametrize("counter", [0, 1, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("key", [0, 2**63 - 1, -(2**63), -1])
+def test_nothing_overflows_64_bits(counter: int, key: int) -> None:
+    """In C++, which Inductor makes of these lines, a signed integer that overflows may become anything."""
+    words = philox4x32((Int64(counter), Int64(counter), Int64(counter), 0), Int64(key), rounds=10)
+    assert all(type(word) is Int64 for word in words)
+    assert type(join(words[0], words[1])) is Int64
+
+
+@pytest.mark.parametrize("value", [0, 1, -1, 2**63 - 1, -(2**63), 2**32, -(2**32)])
+def test_two_words_join_to_the_number_they_are_of(value: int) -> None:
+    assert join(low32(value), high32(value)) == value
+    number = torch.tensor(value)
+    assert join(low32(number), high32(number)).equal(number)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinned.philox import high32, low32, philox4x32, signed64
-from thinned.state import is_eager
+from thinned import backends
+from thinned.backends import portable
+from thinned.philox import high32, join, low32, philox4x32, signed64
+from thinned.state import is_eager, is_legacy_batched
 
 try:
     from thinned.backends import native
@@ -114,16 +116,14 @@ class Key:
                 "a key folds an integer, a string or an int64 tensor, "
                 f"got {data!r} of type {type(data).__name__}"
             )
-        if native is not None and self.bits.is_cpu and data.is_cpu and is_eager(self.bits) and is_eager(data):
-            return Key.from_bits(native.fold_many(self.bits, data))
-        w0, w1, _, _ = philox4x32((low32(data), high32(data), 0, 1), self.bits, rounds=10)
-        return Key.from_bits(w0 | w1 << 32)
+        eager = is_eager(self.bits) and is_eager(data)
+        return Key.from_bits(_fold(self.bits, data) if eager else _fold_traced(self.bits, data))
 
     def _fold_int(self, data: int) -> Key:
         if native is not None:
             return Key.from_bits(native.fold(self.bits, data))
-        w0, w1, _, _ = philox4x32((low32(data), high32(data), 0, 1), int(self), rounds=10)
-        return Key(w0 | w1 << 32)
+        low, high, _, _ = philox4x32((low32(data), high32(data), 0, 1), int(self), rounds=10)
+        return Key(join(low, high))
 
     def to(self, device: torch.device | str) -> Key:
         """The same key with its bits on a device."""
@@ -147,6 +147,45 @@ class Key:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Key, (int(self),)) if not self.shape else (Key.from_bits, (self.bits,))
+
+
+# Compilers take the children of keys for one node, and not for the 150 that a philox4x32 of 10 rounds has.
+_library = torch.library.Library("thinned", "FRAGMENT")
+_library.define("fold(Tensor keys, Tensor data) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _fold(keys: Tensor, data: Tensor) -> Tensor:
+    """The children of keys; one on the CPU may meet data on another device, and the other way round."""
+    device = data.device if keys.is_cpu else keys.device
+    return backends.for_device_type(device.type).fold_many(keys, data)
+
+
+def _fold_traced(keys: Tensor, data: Tensor) -> Tensor:
+    if is_legacy_batched(keys) or is_legacy_batched(data):
+        return portable.fold_many(keys, data)
+    return torch.ops.thinned.fold(keys, data)  # type: ignore[no-any-return]
+
+
+def _fold_fake(keys: Tensor, data: Tensor) -> Tensor:
+    return keys + data  # which has the shape and the device
+
+
+def _vmap_fold(info: Any, in_dims: tuple[Any, ...], keys: Tensor, data: Tensor) -> tuple[Tensor, int]:  # noqa: ARG001
+    ndim = max(x.dim() - (dim is not None) for x, dim in zip((keys, data), in_dims, strict=True))
+
+    def aligned(x: Tensor, dim: int | None) -> Tensor:
+        if dim is None:
+            return x
+        x = x.movedim(dim, 0)
+        return x.reshape(x.shape[0], *(1,) * (ndim - x.dim() + 1), *x.shape[1:])
+
+    keys, data = (aligned(x, dim) for x, dim in zip((keys, data), in_dims, strict=True))
+    return Key.from_bits(keys).fold(data).bits, 0
+
+
+_library.impl("fold", _fold, "CompositeExplicitAutograd")
+torch.library.register_fake("thinned::fold", _fold_fake, lib=_library)
+torch.library.register_vmap("thinned::fold", _vmap_fold, lib=_library)
 
 
 def _digest(name: str) -> int:

@@ -1,7 +1,8 @@
 """Philox4x32 in plain integer arithmetic: the same lines serve Python integers and int64 tensors.
 
-Words are 32-bit values held in 64 bits. A product of two of them wraps in int64, and its low and high
-halves are still right because each is masked after the shift.
+Words are 32-bit values held in 64 bits. A product of two of them does not fit into int64, and the C++ that
+Inductor generates must not overflow one. So a word is multiplied by ``M - 2**32``, which is negative. That
+product fits, its low half is that of ``word * M``, and its high half is ``word`` too small.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["high32", "low32", "philox4x32", "signed64"]
+__all__ = ["high32", "join", "low32", "philox4x32", "signed64"]
 
 Word = TypeVar("Word", int, torch.Tensor)
 
@@ -27,6 +28,11 @@ def low32(value: Word) -> Word:
 def high32(value: Word) -> Word:
     """The high 32 bits, of a signed or an unsigned 64-bit value."""
     return (value >> 32) & _MASK
+
+
+def join(low: Word, high: Word) -> Word:
+    """The signed 64-bit value of two words."""
+    return (high - ((high >> 31) << 32)) * 2**32 + low
 
 
 def signed64(value: int) -> int:
@@ -48,8 +54,12 @@ def philox4x32(
     c0, c1, c2, c3 = cast(Any, counter)
     k0, k1 = low32(key), high32(key)
     for _ in range(rounds):
-        product0, product1 = c0 * _M0, c2 * _M1
-        c0, c1 = high32(product1) ^ c1 ^ k0, low32(product1)
-        c2, c3 = high32(product0) ^ c3 ^ k1, low32(product0)
+        product0, product1 = c0 * (_M0 - 2**32), c2 * (_M1 - 2**32)
+        c0, c1, c2, c3 = (
+            low32((product1 >> 32) + c2) ^ c1 ^ k0,
+            low32(product1),
+            low32((product0 >> 32) + c0) ^ c3 ^ k1,
+            low32(product0),
+        )
         k0, k1 = low32(k0 + _W0), low32(k1 + _W1)
     return c0, c1, c2, c3

@@ -214,7 +214,7 @@ class TestKeyed:
     def test_exported(self, samples: bool) -> None:
         model = Keyed(Small(0.1) if samples else monte_carlo(Net()))
         program = exported(model, samples)
-        assert random_ones(operations(program)) == ["thinned.masked_affine.default"]
+        assert random_ones(operations(program)) == ["thinned.fold.default", "thinned.masked_affine.default"]
         file = io.BytesIO()
         torch.export.save(program, file)
         file.seek(0)
@@ -223,7 +223,7 @@ class TestKeyed:
     def test_exported_strictly(self) -> None:
         model = Keyed(monte_carlo(nn.Sequential(thinned.Dropout(0.1))))
         program = exported(model, samples=True, strict=True)
-        assert random_ones(operations(program)) == ["thinned.masked_affine.default"]
+        assert random_ones(operations(program)) == ["thinned.fold.default", "thinned.masked_affine.default"]
         self.assert_like_eager(program.module(), model, samples=True)
 
     @staticmethod
@@ -247,7 +247,10 @@ class TestKeyed:
         keyed, arguments = Keyed(thinned.Intercepted(model)), inputs(model)
         with torch.no_grad():
             program = torch.export.export(keyed, (), {**arguments, "key": torch.tensor(1)}, strict=False)
-            assert random_ones(operations(program)) == ["thinned.masked_affine.default"]
+            assert random_ones(operations(program)) == [
+                "thinned.fold.default",
+                "thinned.masked_affine.default",
+            ]
             first, second = (tensor_of(program.module()(**arguments, key=torch.tensor(k))) for k in (3, 4))
             assert first.equal(tensor_of(keyed(**arguments, key=torch.tensor(3))))
         assert not first.equal(second)

@@ -1,6 +1,6 @@
 """The table of backends, which one serves a device, and why one is missing.
 
-A backend is a module with three functions, ``masked_affine``, ``keep_mask`` and ``uniform``.
+A backend is a module with four functions, ``masked_affine``, ``keep_mask``, ``uniform`` and ``fold_many``.
 
 >>> for_device(torch.device("cpu")) in available().values()
 True
@@ -52,6 +52,9 @@ class Backend(Protocol):
 
     def uniform(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
         """The numbers behind the masks, less ``2**31``, as an int32 tensor on the key's device."""
+
+    def fold_many(self, keys: Tensor, data: Tensor) -> Tensor:
+        """The children of int64 keys, which broadcast against int64 data."""
 
 
 def available() -> dict[str, Backend]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from thinned.backends.rows import by_rows
 from thinned.geometry import Geometry, shared
-from thinned.philox import high32, low32, philox4x32
+from thinned.philox import high32, join, low32, philox4x32
 
-__all__ = ["keep_mask", "masked_affine", "uniform"]
+__all__ = ["fold_many", "keep_mask", "masked_affine", "uniform"]
 
 
 def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
@@ -64,6 +64,12 @@ def masked_affine(
         value = value + shift
     target.copy_(torch.where(keep, value.to(x.dtype), torch.tensor(fill, dtype=x.dtype, device=x.device)))
     return out
+
+
+def fold_many(keys: Tensor, data: Tensor) -> Tensor:
+    """The children of int64 keys, which broadcast against int64 data; see :meth:`thinned.Key.fold`."""
+    low, high, _, _ = philox4x32((low32(data), high32(data), 0, 1), keys, rounds=10)
+    return join(low, high)
 
 
 def _below(block: Tensor, key: Tensor, T: int) -> Tensor:

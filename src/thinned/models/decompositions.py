@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinned.backends.portable import fold_many
 from thinned.philox import high32, low32, philox4x32
 
 __all__ = ["decompositions"]
@@ -28,14 +29,14 @@ def decompositions() -> dict[Any, Callable[..., Tensor]]:
     that the normal numbers of ``GaussianDropout`` and its like are made by.
 
     Returns:
-        Functions for ``thinned::masked_affine``, ``thinned::keep_mask`` and ``thinned::uniform``. As the
-        table has nothing of PyTorch's, it leaves all other operations as they are; to lower those as well,
-        pass ``{**torch.export.default_decompositions(), **thinned.decompositions()}``.
+        Functions for ``thinned::masked_affine``, ``thinned::keep_mask``, ``thinned::uniform`` and
+        ``thinned::fold``. As the table has nothing of PyTorch's, it leaves all other operations as they are;
+        to lower them too, pass ``{**torch.export.default_decompositions(), **thinned.decompositions()}``.
 
     >>> import torch, thinned
     >>> table = thinned.decompositions()
-    >>> [str(operation) for operation in table]
-    ['thinned.masked_affine.default', 'thinned.keep_mask.default', 'thinned.uniform.default']
+    >>> [operation.name() for operation in table]
+    ['thinned::masked_affine', 'thinned::keep_mask', 'thinned::uniform', 'thinned::fold']
     >>> x, key, T = torch.ones(6), torch.tensor(7), 2**31
     >>> table[torch.ops.thinned.masked_affine.default](x, key, [1], 0, T, 2.0, 0.0, 0.0)
     tensor([0., 0., 0., 2., 2., 2.])
@@ -44,6 +45,7 @@ def decompositions() -> dict[Any, Callable[..., Tensor]]:
         torch.ops.thinned.masked_affine.default: _masked_affine,
         torch.ops.thinned.keep_mask.default: _keep_mask,
         torch.ops.thinned.uniform.default: _uniform,
+        torch.ops.thinned.fold.default: fold_many,
     }
 
 
