@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +36,23 @@ def test_backend_can_run_here(name: str) -> None:
     if reason := why_missing(name):
         pytest.skip(f"{name}: {reason}")
     assert name.startswith("portable") or "native" in backends.available()
+
+
+def test_a_build_without_the_kernel_asks_for_no_compiler(tmp_path: Path) -> None:
+    """Not even for one that works: scikit-build-core configures with this CMakeLists.txt."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    source = Path(__file__).parents[1]
+    broken = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    done = subprocess.run(
+        [cmake, "-S", source, "-B", tmp_path, "-DTHINNED_NATIVE=OFF"],
+        env=os.environ | broken,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_ci_fails_without_native() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import thinned
 from models import zoo
@@ -220,7 +222,83 @@ def test_a_scaled_rate_comes_back_in_its_own_unit() -> None:
     model = convert(nn.Sequential(layer(0.4, gamma_scale=0.25))).model
     assert model[0].p == pytest.approx(0.1)
     model[0].p = 0.05
-    assert revert(model)[0].drop_prob == pytest.approx(0.2)
+    assert revert(model)[0].drop_prob == 0.05 / 0.25
+
+
+@pytest.mark.parametrize(("before", "gamma"), [(0.3, 0.7), (0.0, 0.25), (0.9, 2.0), (None, 0.5), (1, 1.0)])
+def test_a_block_of_timm_comes_back_by_its_gamma_scale(before: float | None, gamma: float) -> None:
+    """From 0, from None, and from beyond 1, where the ratio of the two numbers says nothing."""
+    layer = zoo.library_class("timm.layers.drop:DropBlock2d")
+    if layer is None:
+        pytest.skip("timm is not installed")
+    model = nn.Sequential(layer(before, gamma_scale=gamma))
+    assert revert(convert(model).model)[0].drop_prob is before
+    convert(model)
+    built = model[0].p
+    model[0].p = 0.07
+    model[0].p = built
+    assert revert(model)[0].drop_prob is before
+    convert(model)[0]
+    model[0].p = 0.07
+    assert revert(model)[0].drop_prob == 0.07 / gamma
+    assert revert(convert(model, p=0.1).model)[0].drop_prob == 0.1 / gamma
+
+
+def test_a_gamma_scale_of_zero_is_left() -> None:
+    layer = zoo.library_class("timm.layers.drop:DropBlock2d")
+    if layer is None:
+        pytest.skip("timm is not installed")
+    (swap,) = convert(nn.Sequential(layer(0.1, gamma_scale=0.0))).left
+    assert swap.note == "left: gamma_scale=0.0, which drops nothing at any drop_prob"
+
+
+@pytest.mark.parametrize("before", [0, 0.0, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("now", [0, 0.0, 0.1, 0.3, 0.1 + 0.2, 1 / 3, 0.1 * 3 / 7, 5e-324, 1.0])
+def test_a_probability_comes_back_to_the_last_bit(before: float, now: float) -> None:
+    model = small(before)
+    for change in (lambda: convert(model, p=now), lambda: (convert(model), setattr(model[1], "p", now))):
+        change()
+        model[1].p = 0
+        model[1].p = now
+        assert revert(model)[1].p == now
+        model[1].p = before
+
+
+def test_a_scheduled_probability_comes_back_to_the_last_bit() -> None:
+    model = convert(nn.Sequential(nn.Dropout(0.3), nn.Dropout(0.0), zoo.swin())).model
+    schedule = thinned.DropoutSchedule(model, thinned.schedules.cosine(1.0, 0.0, steps=7))
+    for _ in range(4):
+        schedule.step()
+        expected = schedule.last_p
+        modules = dict(revert(model).named_modules())
+        found = {path: getattr(modules[path], "drop_prob", None) for path in expected}
+        assert expected == {path: modules[path].p if p is None else p for path, p in found.items()}
+        convert(model)
+        schedule._places = thinned.DropoutSchedule(model, lambda _: 1.0)._places
+
+
+def test_a_probability_that_is_none_comes_back() -> None:
+    layer = zoo.library_class("timm.layers.drop:DropPath")
+    if layer is None:
+        pytest.skip("timm is not installed")
+    model = nn.Sequential(layer(None))
+    assert revert(convert(model).model)[0].drop_prob is None
+    convert(model)
+    model[0].drop_prob = 0.3
+    assert revert(model)[0].drop_prob == 0.3
+
+
+def test_a_tensor_of_a_probability_comes_back() -> None:
+    model = convert(nn.Sequential(nn.Dropout(0.1))).model
+    p = torch.tensor(0.2)
+    model[0].p = p
+    assert revert(model)[0].p is p
+
+
+def test_a_registered_type_says_its_unit() -> None:
+    register(Noise, lambda old: thinned.Dropout(old.rate / 100), unit=lambda _: 0.01)
+    model = nn.Sequential(Noise(0))
+    assert revert(convert(model, p=0.5).model)[0].rate == 50
 
 
 def test_handles_remove_hooks_before_and_after() -> None:
@@ -283,6 +361,27 @@ def test_a_hook_gets_the_new_module() -> None:
     assert is_ours(seen[0])
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_hook_of_load_state_dict_gets_the_module_that_is_there(copied: bool) -> None:
+    model = small()
+    seen: list[nn.Module] = []
+    handle = model[1].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    convert(model)
+    if copied:
+        model = copy.deepcopy(model)
+        for hook in model[1]._load_state_dict_pre_hooks.values():
+            hook.hook = lambda module, *_: seen.append(module)
+    model.load_state_dict(model.state_dict())
+    revert(model)
+    assert seen.pop() is not model[1]
+    model.load_state_dict(model.state_dict())
+    assert seen == [model[1]]
+    if not copied:
+        handle.remove()
+        model.load_state_dict(model.state_dict())
+        assert seen == [model[1]]
+
+
 def test_a_shared_module_is_one_module_in_all_its_places() -> None:
     shared = nn.Dropout(0.2)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(nn.Linear(2, 2), shared)})
@@ -292,6 +391,77 @@ def test_a_shared_module_is_one_module_in_all_its_places() -> None:
     assert is_ours(model["a"][0])
     revert(model)
     assert model["a"][0] is model["b"][1] is shared
+
+
+def test_a_shared_module_in_a_list_and_an_attribute() -> None:
+    model = nn.Module()
+    model.drops = nn.ModuleList([nn.Dropout(0.2), nn.Dropout(0.3)])
+    model.first = shared = model.drops[0]
+    conversion = convert(model, include="first")
+    assert [swap.paths for swap in conversion] == [("drops.0", "first")]
+    assert model.first is model.drops[0]
+    assert [is_ours(module) for module in model.drops] == [True, False]
+    model.first.p = 0.7
+    revert(model)
+    assert model.first is model.drops[0] is shared
+    assert shared.p == 0.7
+
+
+def test_a_place_that_keeps_the_old_module_is_told() -> None:
+    inner = nn.Sequential(nn.Dropout(0.2), nn.AlphaDropout(0.3, True), nn.Dropout(0.4))
+    model = nn.Sequential(inner)
+    inner.drops = [inner[0]]
+    model.by_name = {"alpha": inner[1]}
+    vars(model)["alias"] = inner[0]
+    assert [swap.note for swap in convert(model)] == [
+        "still the old one in alias, 0.drops",
+        "inplace=True, which torch ignores, is ignored; still the old one in by_name",
+        "",
+    ]
+    assert revert(model)[0][0] is inner.drops[0]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.rate, self.inner = 0.1, inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner: Tensor = self.inner(x)
+        return inner
+
+
+class Around(nn.Module):
+    """What a builder makes around the old one."""
+
+    def __init__(self, old: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(old)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("build", "swapped"),
+    [
+        (lambda _: thinned.Dropout(0.1), ["0"]),  # without what was in the old one
+        (lambda old: thinned.WeightDrop(old.inner, []), ["0", "0.inner"]),
+        (lambda old: Around(old), ["0", "0.inner"]),
+        (lambda old: Around(old.inner), ["0", "0.inner"]),
+    ],
+)
+def test_a_dropout_within_one_that_is_swapped(build: Callable[[Any], nn.Module], swapped: list[str]) -> None:
+    register(Wrapper, build)
+    model = nn.Sequential(Wrapper(nn.Dropout(0.2)))
+    before = dict(model.named_modules())
+    conversion = convert(model)
+    assert [swap.path for swap in conversion] == swapped
+    assert not any(type(module) is nn.Dropout for module in model.modules())
+    model(torch.ones(3))
+    revert(model)
+    assert dict(model.named_modules()) == before
 
 
 def test_a_model_that_is_a_dropout() -> None:
@@ -433,9 +603,265 @@ def test_a_forward_of_ones_own_is_reported_and_left() -> None:
     conversion = convert(model)
     assert [swap.path for swap in conversion] == ["1"]
     assert [(swap.path, swap.p) for swap in conversion.left] == [("0", 0.1), ("2", 0.2)]
-    assert "a torch.nn.Dropout with a forward of its own" in str(conversion)
-    assert "replaced on the module itself" in str(conversion)
+    assert [swap.note for swap in conversion.left] == ["left: a torch.nn.Dropout with its own forward"] * 2
     assert type(model[0]) is OwnForward
+
+
+class AlwaysOn(nn.Dropout):
+    def train(self, mode: bool = True) -> AlwaysOn:  # noqa: ARG002
+        return super().train(True)
+
+
+class Computed(nn.Dropout):
+    @property
+    def p(self) -> float:  # type: ignore[override]
+        return 0.25
+
+    @p.setter
+    def p(self, value: float) -> None:
+        pass
+
+
+class AlwaysTraining(nn.Dropout):
+    training = property(lambda _: True, lambda _, __: None)  # type: ignore[assignment]
+
+
+class Helper(nn.Dropout):
+    def halve(self) -> None:
+        self.p /= 2
+
+
+class Constant(nn.Dropout):
+    strength = None
+
+
+class Forwards(nn.Dropout):
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+
+class Watches(nn.Dropout):
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+
+
+class Moves(nn.Dropout):
+    def _apply(self, *args: Any, **kwargs: Any) -> Moves:
+        return super()._apply(*args, **kwargs)
+
+
+class Copied(nn.Dropout):
+    def __deepcopy__(self, memo: Any) -> Copied:
+        return self
+
+
+class Versioned(nn.Dropout):
+    _version = 2
+
+
+class Slotted(nn.Dropout):
+    __slots__ = ("count",)
+
+
+class Mixin:
+    def reset(self) -> None:
+        pass
+
+
+class MixedBefore(Mixin, nn.Dropout):
+    pass
+
+
+class MixedAfter(nn.Dropout, Mixin):
+    pass
+
+
+class Grandchild(AlwaysOn):
+    pass
+
+
+class Buffered(nn.Dropout):
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.register_buffer("calls", torch.zeros(()))
+
+
+class Learned(nn.Dropout):
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.temperature = nn.Parameter(torch.ones(()))
+
+
+class Nested(nn.Dropout):
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.after = nn.Linear(2, 2)
+
+
+def dropout_with(name: str, value: Any) -> nn.Dropout:
+    """A torch.nn.Dropout on which an attribute was set."""
+    module = nn.Dropout(0.5)
+    setattr(module, name, value)
+    return module
+
+
+def bound() -> nn.Dropout:
+    module = nn.Dropout(0.5)
+    module.halve = types.MethodType(Helper.halve, module)
+    return module
+
+
+def itself() -> nn.Dropout:
+    module = nn.Dropout(0.5)
+    vars(module)["me"] = module
+    return module
+
+
+def compiled() -> nn.Dropout:
+    module = nn.Dropout(0.5)
+    module.compile(backend="eager")
+    return module
+
+
+def with_buffer() -> nn.Dropout:
+    module = nn.Dropout(0.5)
+    module.register_buffer("calls", torch.zeros(()), persistent=False)
+    return module
+
+
+def parametrized() -> nn.Dropout:
+    module = nn.Dropout(0.5)
+    module.weight = nn.Parameter(torch.ones(2))
+    parametrize.register_parametrization(module, "weight", nn.Identity())
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "own"),
+    [
+        (AlwaysOn, "train"),
+        (Computed, "p"),
+        (AlwaysTraining, "training"),
+        (Helper, "halve"),
+        (Constant, "strength"),
+        (Forwards, "__getattr__"),
+        (Watches, "__setattr__"),
+        (Moves, "_apply"),
+        (Copied, "__deepcopy__"),
+        (Versioned, "_version"),
+        (Slotted, "count"),
+        (MixedBefore, "reset"),
+        (MixedAfter, "reset"),
+        (Grandchild, "train"),
+        (Buffered, "calls"),
+        (Learned, "temperature"),
+        (Nested, "after"),
+        (lambda: dropout_with("train", lambda mode=True: mode), "train"),
+        (lambda: dropout_with("forward", lambda x: x), "forward"),
+        (lambda: dropout_with("eval", nn.Identity), "eval"),
+        (lambda: dropout_with("weight", nn.Parameter(torch.ones(()))), "weight"),
+        (lambda: dropout_with("after", nn.ReLU()), "after"),
+        (with_buffer, "calls"),
+        (bound, "halve"),
+        (itself, "me"),
+        (compiled, "_compiled_call_impl"),
+        (parametrized, "__deepcopy__, __getstate__, parametrizations, weight"),
+    ],
+)
+def test_what_a_dropout_has_of_its_own_is_named_and_it_stays(make: Callable[[], nn.Module], own: str) -> None:
+    module = make()
+    model = nn.Sequential(module)
+    conversion = convert(model)
+    assert model[0] is module
+    assert not conversion
+    assert [(swap.path, swap.note) for swap in conversion.left] == [
+        ("0", f"left: a torch.nn.Dropout with its own {own}")
+    ]
+
+
+def test_monte_carlo_dropout_still_drops_in_evaluation() -> None:
+    model = nn.Sequential(AlwaysOn(0.5))
+    convert(model)
+    assert (model.eval()(torch.ones(1000)) == 0).any()
+
+
+class Documented(nn.Dropout):
+    """A dropout of one's own name."""
+
+    p: float
+    other: int
+    __constants__ = ["p", "inplace", "other"]  # noqa: RUF012
+
+    def __new__(cls, *_: Any, **__: Any) -> Documented:
+        return super().__new__(cls)
+
+    def __init__(self, rate: float = 0.3) -> None:
+        super().__init__(rate)
+        self.rate, self.drop_prob, self.label = rate, "a word", "first"
+
+    forward = nn.Dropout.forward
+
+    def extra_repr(self) -> str:
+        return "mine"
+
+    def __repr__(self) -> str:
+        return "mine"
+
+    def _get_name(self) -> str:
+        return "mine"
+
+
+class BareSlots(nn.Dropout):
+    __slots__ = ()
+
+
+@pytest.mark.parametrize("kind", [OwnName, Documented, BareSlots])
+def test_a_subclass_with_nothing_but_a_constructor_and_a_representation_is_swapped(
+    kind: type[nn.Dropout],
+) -> None:
+    old = kind(0.3)
+    old.extra_repr = lambda: "printed"  # type: ignore[method-assign]
+    data = {name: value for name, value in vars(old).items() if isinstance(value, int | float | str)}
+    model = convert(nn.Sequential(old)).model
+    assert type(model[0]) is thinned.Dropout
+    assert data.items() <= vars(model[0]).items()
+    assert repr(model[0]) == "Dropout(printed)"
+    model[0].p = 0.1
+    assert revert(model)[0] is old
+    assert vars(old).items() >= (data | {"p": 0.1}).items()
+
+
+def test_a_subclass_by_the_name_of_its_base_is_not_taken_for_it() -> None:
+    base = zoo.library_class("timm.layers.drop:DropPath")
+    if base is None:
+        pytest.skip("timm is not installed")
+    kind = type("DropPath", (base,), {"train": lambda self, _=True: self})
+    assert convert(nn.Sequential(kind(0.2))).left[0].note.endswith("DropPath with its own train")
+    plain = type("DropPath", (base,), {"p": None})  # as data of the instance
+    del plain.p
+    old = plain(0.2)
+    old.p = 0.9
+    conversion = convert(nn.Sequential(old))
+    assert conversion[0].p == 0.2
+    assert (conversion.model[0].drop_prob, conversion.model[0].p) == (0.2, 0.9)
+    conversion.model[0].drop_prob = 0.4
+    assert revert(conversion.model)[0] is old
+    assert (old.drop_prob, old.p) == (0.4, 0.9)
+
+
+def test_what_a_registered_type_has_is_its_builders_to_keep_or_not() -> None:
+    class Loud(Noise):
+        def shout(self) -> None:
+            pass
+
+    register(Noise, lambda old: thinned.Dropout(old.rate))
+    conversion = convert(nn.Sequential(Noise(0.1), Loud(0.1)))
+    assert len(conversion) == 1
+    assert conversion.left[0].note == f"left: a {__name__}.Noise with its own shout"
+    register(Loud, lambda old: thinned.Dropout(old.rate))
+    assert len(convert(nn.Sequential(Loud(0.1)))) == 1
+    register(Noise, lambda old: old)
+    assert len(convert(nn.Sequential(Noise(0.1)))) == 0
 
 
 def test_register_a_type() -> None:
@@ -498,7 +924,7 @@ def test_attributes_of_ones_own_come_along() -> None:
 
 
 def test_scripted_modules_are_left() -> None:
-    with pytest.warns(DeprecationWarning, match="torch.jit"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit"):  # the latter from torch 2.15
         scripted = torch.jit.script(nn.Sequential(nn.Dropout()))
     assert len(convert(nn.Sequential(scripted, nn.Dropout()))) == 1
 

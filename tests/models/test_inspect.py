@@ -256,9 +256,36 @@ def test_modules_that_convert_leaves() -> None:
         ("1", "MyDropout", ""),
         ("2", "Dropout", "thinned.Dropout"),
     ]
-    assert "with a forward of its own" in found[0].note
+    assert "a torch.nn.Dropout with its own forward" in found[0].note
     assert found[2].note == UNKNOWN
     assert [site.calls for site in found] == [None, 1, None, 1]
+
+
+class AlwaysOn(nn.Dropout):
+    def train(self, mode: bool = True) -> AlwaysOn:  # noqa: ARG002
+        return super().train(True)
+
+
+def test_what_a_left_dropout_calls_is_told() -> None:
+    """Source and run agree on it, whether the subclass or the module itself has a method of its own."""
+    patched = nn.Dropout(0.2)
+    patched.train = lambda mode=True: patched  # type: ignore[assignment, misc] # noqa: ARG005
+    model = nn.Sequential(AlwaysOn(0.1), patched)
+    found = inspect(model)
+    assert [(site.path, site.type.rpartition(".")[2], site.p, site.becomes) for site in found] == [
+        ("0", "AlwaysOn", 0.1, ""),
+        ("0", "dropout", 0.1, "thinned.intercept()"),
+        ("1", "Dropout", 0.2, ""),
+        ("1", "dropout", 0.2, "thinned.intercept()"),
+    ]
+    assert [site.note for site in found[::2]] == ["left: a torch.nn.Dropout with its own train"] * 2
+    run = inspect(model, torch.ones(4))
+    # The second was patched to ignore its mode, and it is in training.
+    assert [(site.calls, site.note) for site in run[1::2]] == [(1, IN_EVALUATION)] * 2
+    assert [(site.path, site.type, site.p, site.where) for site in run] == [
+        (site.path, site.type, site.p, site.where) for site in found
+    ]
+    assert [swap.note for swap in convert(model).left] == [site.note for site in found[::2]]
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])

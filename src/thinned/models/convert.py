@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,6 @@ from torch import nn
 
 from thinned.functional.arguments import threshold_and_scale
 from thinned.models.registry import (
-    PROBABILITIES,
     UnsupportedError,
     is_known,
     is_ours,
@@ -21,7 +21,7 @@ from thinned.models.registry import (
     rule_for,
 )
 from thinned.models.text import count, format_p, merge_paths, to_text
-from thinned.models.walk import Choice, chooser, modules_with_paths, places
+from thinned.models.walk import Choice, chooser, modules_with_paths, other_references, places
 
 __all__ = ["Conversion", "Swap", "build_from", "convert", "probability_of", "revert"]
 
@@ -106,10 +106,11 @@ def convert(
 
     What a module has is kept: its probability and flags, training mode, hooks (and the handles that remove
     them), the keys of ``state_dict``. A module with several places in the model becomes one module in all of
-    them. Layers of thinned are left, and so is a subclass with a forward of its own, which is reported. What
-    is no module, such as ``F.dropout`` in a forward, this does not reach: :func:`thinned.inspect` lists it
-    and :func:`thinned.intercept` replaces it. A module that is also referred to otherwise, such as from a
-    list, stays there what it was.
+    them. Layers of thinned are left. A subclass with methods, properties or class attributes of its own is
+    left and reported, as it may do what ours does not; so is a dropout with parameters, buffers, children or
+    a replaced method. This does not reach what is no module, such as ``F.dropout`` in a forward:
+    :func:`thinned.inspect` lists it and :func:`thinned.intercept` replaces it. A list or an attribute that is
+    no child keeps the old module, and the swap's note names it.
 
     Args:
         model: any module. If it is a dropout itself, the new one is ``conversion.model``.
@@ -146,8 +147,11 @@ def convert(
         model = copy.deepcopy(model)
     news: dict[int, nn.Module] = {}
     origins: list[Callable[[], None]] = []
-    swaps, left = [], []
-    for module, paths in modules_with_paths(model):
+    swaps: dict[int, Swap] = {}
+    left = []
+    found = modules_with_paths(model)
+    elsewhere = other_references(found)
+    for module, paths in found:
         if is_ours(module) or not is_known(module) or not chosen(paths, module):
             continue
         old = qualified_name(type(module))
@@ -156,17 +160,22 @@ def convert(
         except UnsupportedError as error:
             left.append(Swap(paths, old, "", probability_of(module), f"left: {error}"))
             continue
-        if new is None:
+        rule = rule_for(module)
+        if rule is None or new is None or new is module:
             continue
-        origins.append(partial(_carry_over, module, new, probability_of(new)))
+        origin = _Origin(module, _raw_probability(module), _raw_probability(new), rule.unit(module))
+        origins.append(partial(_carry_over, new, origin))
         if p is not None:
             _set_probability(new, float(p), paths[0])
         news[id(module)] = new
-        swaps.append(Swap(paths, old, qualified_name(type(new)), probability_of(new), _note(module)))
+        note = _note(module, elsewhere.get(id(module), ()))
+        swaps[id(new)] = Swap(paths, old, qualified_name(type(new)), probability_of(new), note)
     # From here on nothing raises.
     for carry_over in origins:
         carry_over()
-    return Conversion(_replace(model, news), swaps, left)
+    model = _replace(model, news)
+    # A module within another that was swapped is gone unless the new one has it too.
+    return Conversion(model, [swaps[id(m)] for m in model.modules() if id(m) in swaps], left)
 
 
 def revert(model: Model) -> Model:
@@ -174,7 +183,9 @@ def revert(model: Model) -> Model:
 
     They are the very modules that were there, or, in a copy or a loaded pickle of the model, copies of them.
     What changed since is kept: the probabilities as they are now, ``p=`` of :func:`convert` included, the
-    training mode and the hooks.
+    training mode and the hooks. A probability is the very number that the new module has, except for a type
+    that counts in another unit, as timm's DropBlock2d does with its ``gamma_scale``: an unchanged one comes
+    back as it was, and a changed one is divided by the unit.
 
     Args:
         model: one that :func:`convert` changed, a copy of it, or a part of it; others are left as they are.
@@ -194,7 +205,8 @@ def revert(model: Model) -> Model:
         origin = vars(new).get(ORIGIN)
         if origin is not None:
             olds[id(new)] = origin.give_back(new)
-    return _replace(model, olds)
+    # An old module may hold a swapped one in its turn.
+    return revert(_replace(model, olds)) if olds else model
 
 
 def build_from(module: nn.Module) -> nn.Module | None:
@@ -214,9 +226,13 @@ def build_from(module: nn.Module) -> nn.Module | None:
 
 def probability_of(module: nn.Module) -> float | None:
     """The probability that ``module`` has, or None where no attribute says so."""
-    name = probability_name(module)
-    value = None if name is None else getattr(module, name)
+    value = _raw_probability(module)
     return float(value) if isinstance(value, int | float) else None
+
+
+def _raw_probability(module: nn.Module) -> Any:
+    name = probability_name(module)
+    return None if name is None else getattr(module, name)
 
 
 def _set_probability(module: nn.Module, p: float, path: str) -> None:
@@ -226,26 +242,38 @@ def _set_probability(module: nn.Module, p: float, path: str) -> None:
     setattr(module, name, p)
 
 
-def _note(old: nn.Module) -> str:
+def _note(old: nn.Module, elsewhere: Sequence[str]) -> str:
+    notes = []
     if isinstance(old, nn.AlphaDropout | nn.FeatureAlphaDropout) and old.inplace:
-        return "inplace=True, which torch ignores, is ignored"
-    return ""
+        notes.append("inplace=True, which torch ignores, is ignored")
+    if elsewhere:
+        notes.append(f"still the old one in {', '.join(elsewhere)}")
+    return "; ".join(notes)
 
 
 @dataclass
 class _Origin:
-    """Kept by a new module, out of sight of ``modules()``: the old one, and the new one's ``p`` as built."""
+    """Kept by a new module, out of sight of ``modules()``: the old one, and how to give it a probability.
+
+    Attributes:
+        module: the old one.
+        p: its probability when it was swapped.
+        built: what the new one's was for it.
+        unit: the factor from the old one's to the new one's.
+    """
 
     module: nn.Module
-    p: float | None
+    p: Any
+    built: Any
+    unit: float
 
     def give_back(self, new: nn.Module) -> nn.Module:
-        old, p = self.module, probability_of(new)
+        old, p = self.module, _raw_probability(new)
         name = probability_name(old)
-        if p != self.p and p is not None and name is not None:
-            # An old one may count in another unit, as timm's DropBlock2d does with its gamma_scale.
-            before = probability_of(old)
-            setattr(old, name, p * before / self.p if self.p and before else p)
+        if name is not None and p is not None:
+            # An unchanged None, or a number that ours cut to 1, is not what the unit would make of it.
+            changed = p if self.unit == 1 else p / self.unit
+            setattr(old, name, self.p if p == self.built else changed)
         old.training = new.training
         _share_hooks(new, old)
         for store in ("_parameters", "_buffers"):
@@ -255,13 +283,15 @@ class _Origin:
         return old
 
 
-def _carry_over(old: nn.Module, new: nn.Module, built_p: float | None) -> None:
+def _carry_over(new: nn.Module, origin: _Origin) -> None:
+    old = origin.module
     new.training = old.training
     _share_hooks(old, new)
+    skipped = probability_name(old)  # under a name that nobody reads, it would deceive
     for name, value in vars(old).items():
-        if name not in PROBABILITIES:  # one that nobody reads would deceive
+        if name != skipped:
             vars(new).setdefault(name, value)
-    vars(new)[ORIGIN] = _Origin(old, built_p)
+    vars(new)[ORIGIN] = origin
 
 
 def _share_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -269,11 +299,19 @@ def _share_hooks(source: nn.Module, target: nn.Module) -> None:
     for name in HOOKS:
         if name in vars(source):
             vars(target)[name] = vars(source)[name]
+    hook: Any
+    for hook in target._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):  # it passes on the module it was registered with
+            hook.module = weakref.ref(target)
 
 
 def _replace(model: Model, news: dict[int, nn.Module]) -> Model:
-    for parent, name, child in places(model):
-        if id(child) in news:
-            parent._modules[name] = news[id(child)]
+    """Put the new modules in all places of the old ones: in the model, and in what new ones took over."""
+    roots: tuple[nn.Module, ...] = (model, *news.values())
+    found = [(root, *place) for root in roots for place in places(root)]
+    for root, parent, name, child in found:
+        new = news.get(id(child))
+        if new is not None and new is not root:  # a new one may be built around its old one
+            parent._modules[name] = new
     replaced: Any = news.get(id(model), model)
     return replaced  # type: ignore[no-any-return]

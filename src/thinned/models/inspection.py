@@ -12,7 +12,7 @@ from torch import nn
 from thinned.models.convert import build_from, probability_of
 from thinned.models.registry import UnsupportedError, is_ours, qualified_name
 from thinned.models.source import Call, calls_in_source
-from thinned.models.spy import Event, run_once
+from thinned.models.spy import TORCH, Event, run_once
 from thinned.models.text import count, format_p, merge_paths, to_text
 from thinned.models.walk import modules_with_paths
 
@@ -144,7 +144,8 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
                 sites.append(site if events is None else _with_run(site, mine))
                 continue
             sites.append(site)  # what it calls is told of it, too
-        calls = [] if type(module).__module__.startswith("torch.") else calls_in_source(module)
+        torchs = site is None and type(module).__module__.startswith("torch.")
+        calls = [] if torchs else calls_in_source(module)
         found = [(call, _of_call(call, paths)) for call in calls]
         if events is None:
             sites += [site for _, site in found]
@@ -214,5 +215,9 @@ def _with_run(site: Site, events: list[Event]) -> Site:
 
 
 def _is_at(event: Event, call: Call) -> bool:
-    same = event.name.rpartition(".")[2] == call.name.rpartition(".")[2]
-    return same and event.file == call.file and call.line <= event.line <= call.last_line
+    if event.name.rpartition(".")[2] != call.name.rpartition(".")[2]:
+        return False
+    # An event names the caller outside torch, which for torch's own forward is not the forward.
+    return call.file.startswith(TORCH) or (
+        event.file == call.file and call.line <= event.line <= call.last_line
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -26,25 +27,45 @@ __all__ = [
 Build = Callable[[Any], nn.Module]
 # Under these names a module keeps its probability.
 PROBABILITIES = ("p", "drop_prob", "prob", "drop_rate", "dropout_rate", "dropout_p", "rate")
+# A subclass may define these and still do what its base does: a constructor has run already, how a module
+# prints changes with its type anyway, and the rest is metadata that Python and TorchScript keep in a class.
+_REPRESENTATION = {"__repr__", "extra_repr", "_get_name"}
+_METADATA = {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__slots__", "__constants__"}
+_METADATA |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"}
+_METADATA |= {"__firstlineno__", "__static_attributes__"}
+HARMLESS = {"__init__", "__new__"} | _REPRESENTATION | _METADATA
 
 
 class UnsupportedError(ValueError):
     """A module does what ours cannot; its words say what, and the module is left and reported."""
 
 
+def _same(_: Any) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Rule:
-    """``build`` makes a module of ours from one of theirs and leaves theirs as it is."""
+    """How a module of ours is made from one of theirs.
 
-    name: str
+    Attributes:
+        build: makes it, and leaves theirs as it is.
+        unit: of theirs, the factor from its probability to that of ours.
+        p: the name under which theirs keeps its probability; empty for the first of ``PROBABILITIES``.
+        stateless: whether the type has no parameters, buffers and children, so that ours has none either.
+    """
+
     build: Build
+    unit: Callable[[Any], float] = _same
+    p: str = ""
+    stateless: bool = False
 
 
 _by_type: dict[type[nn.Module], Rule] = {}
 _by_name: dict[str, Rule] = {}
 
 
-def register(kind: type[nn.Module] | str, build: Build) -> None:
+def register(kind: type[nn.Module] | str, build: Build, *, unit: Callable[[Any], float] = _same) -> None:
     """Let :func:`thinned.convert` swap modules of another type.
 
     Args:
@@ -55,6 +76,9 @@ def register(kind: type[nn.Module] | str, build: Build) -> None:
             :class:`ValueError` where ours cannot do what the old one does: the module is then left, and the
             words are reported. Training mode, hooks and further attributes are carried over for it. If it
             keeps parameters or buffers, under the old names, ``state_dict`` stays as it was.
+        unit: gives, for an old module, the factor by which ``build`` multiplies its probability, such as
+            ``lambda old: 0.01`` for a type that counts in percent. :func:`thinned.revert` divides by it. By
+            default it is 1.
 
     Raises:
         TypeError: ``kind`` is neither a class of modules nor a name.
@@ -70,11 +94,15 @@ def register(kind: type[nn.Module] | str, build: Build) -> None:
     >>> thinned.convert(torch.nn.Sequential(torch.nn.Linear(2, 2), Noise(0.2))).model[1]
     Dropout(p=0.2, inplace=False)
     """
+    _add(kind, Rule(build, unit))
+
+
+def _add(kind: type[nn.Module] | str, rule: Rule) -> None:
     if isinstance(kind, str):
         _by_name.pop(kind, None)
-        _by_name[kind] = Rule(kind, build)
+        _by_name[kind] = rule
     elif isinstance(kind, type) and issubclass(kind, nn.Module):
-        _by_type[kind] = Rule(qualified_name(kind), build)
+        _by_type[kind] = rule
     else:
         raise TypeError(f"kind must be a class of modules or its full name, got {kind!r}")
 
@@ -82,21 +110,42 @@ def register(kind: type[nn.Module] | str, build: Build) -> None:
 def rule_for(module: nn.Module) -> Rule | None:
     """How to build ours from ``module``, or None where nothing is known of its type.
 
-    A subclass without a forward of its own is what its base is.
+    A subclass that adds nothing but a constructor and a representation is what its base is.
 
     Raises:
-        UnsupportedError: the type is known, and the module runs code of its own in the place of its forward.
+        UnsupportedError: the type is known, and the module has behaviour or state beyond it.
     """
+    found = _known_base(type(module))
+    if found is None:
+        return None
+    base, rule = found
+    own = _own_names(module, base)
+    if rule.stateless:
+        own |= module._parameters.keys() | module._buffers.keys() | module._modules.keys()
+    if own:
+        raise UnsupportedError(f"a {qualified_name(base)} with its own {', '.join(sorted(own))}")
+    return rule
+
+
+def _own_names(module: nn.Module, base: type[nn.Module]) -> set[str]:
+    """The names that the class of ``module`` adds to ``base``, and those of methods set on the module."""
     kind = type(module)
+    added = {name for cls in kind.__mro__ if cls not in base.__mro__ for name in vars(cls)} - HARMLESS
+    # A class may repeat what its base has, as in ``forward = Base.forward``.
+    own = {name for name in added if getattr(kind, name, None) is not getattr(base, name, added)}
+    for name, value in vars(module).items():
+        replaces = callable(value) and hasattr(kind, name) and name not in HARMLESS
+        if replaces or value is module or (isinstance(value, MethodType) and value.__self__ is module):
+            own.add(name)
+    return own
+
+
+def _known_base(kind: type[nn.Module]) -> tuple[type[nn.Module], Rule] | None:
+    """The nearest class that has a rule, and the rule."""
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         rule = _rule_of(base)
-        if rule is None:
-            continue
-        if "forward" in vars(module):
-            raise UnsupportedError("its forward was replaced on the module itself")
-        if any(getattr(kind, name) is not getattr(base, name) for name in ("forward", "__call__")):
-            raise UnsupportedError(f"a {rule.name} with a forward of its own")
-        return rule
+        if rule is not None:
+            return base, rule
     return None
 
 
@@ -112,10 +161,7 @@ def _rule_of(kind: type[nn.Module]) -> Rule | None:
 
 def is_known(module: nn.Module) -> bool:
     """Whether ``module`` is of a type that has a rule, even if it cannot be swapped."""
-    try:
-        return rule_for(module) is not None
-    except UnsupportedError:
-        return True
+    return _known_base(type(module)) is not None
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -133,13 +179,18 @@ def qualified_name(kind: type) -> str:
 
 def probability_name(module: nn.Module) -> str | None:
     """The name of the attribute that holds the probability."""
-    return next((name for name in PROBABILITIES if name in vars(module)), None)
+    names: tuple[str, ...] = PROBABILITIES
+    if is_ours(module):
+        names = ("drop_prob",) if isinstance(module, layers.DropPath) else ("p",)
+    elif (found := _known_base(type(module))) is not None and found[1].p:
+        names = (found[1].p,)
+    return next((name for name in names if name in vars(module)), None)
 
 
 def _names(kind: type[nn.Module]) -> set[str]:
     """By the class and by its forward, as a class may have been given another module to be pickled by."""
-    # A scripted class has no forward to speak of.
-    forward = getattr(kind, "forward", None)
+    # An inherited forward would give a subclass of the same name the name of its base.
+    forward = vars(kind).get("forward")
     modules = {kind.__module__, getattr(forward, "__module__", None) or ""}
     return {f"{module}.{kind.__qualname__}" for module in modules}
 
@@ -158,7 +209,9 @@ def _timm_drop_block(old: Any) -> nn.Module:
         raise UnsupportedError("with_noise=True")
     if not getattr(old, "scale_by_keep", True):
         raise UnsupportedError("scale_by_keep=False")
-    p = min(1.0, old.drop_prob * old.gamma_scale)
+    if not old.gamma_scale:
+        raise UnsupportedError(f"gamma_scale={old.gamma_scale}, which drops nothing at any drop_prob")
+    p = min(1.0, (old.drop_prob or 0.0) * old.gamma_scale)
     coupled = getattr(old, "couple_channels", True)
     return layers.DropBlock2d(p, old.block_size, old.inplace, couple_channels=coupled, scale="counted")
 
@@ -177,18 +230,26 @@ def _stable_dropout(old: Any) -> nn.Module:
     return layers.Dropout(old.drop_prob)
 
 
+def _gamma_scale(old: Any) -> float:
+    return float(old.gamma_scale)
+
+
+def _theirs(kind: type[nn.Module] | str, p: str, build: Build, unit: Callable[[Any], float] = _same) -> None:
+    _add(kind, Rule(build, unit, p, stateless=True))
+
+
 for _name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d"):
-    register(getattr(nn, _name), _flags(getattr(layers, _name), "p", "inplace"))
+    _theirs(getattr(nn, _name), "p", _flags(getattr(layers, _name), "p", "inplace"))
 for _name in ("AlphaDropout", "FeatureAlphaDropout"):
     # torch takes inplace=True here and ignores it: so has what was written around it.
-    register(getattr(nn, _name), _flags(getattr(layers, _name), "p"))
+    _theirs(getattr(nn, _name), "p", _flags(getattr(layers, _name), "p"))
 for _place in ("timm.layers", "timm.models.layers"):
-    register(f"{_place}.drop.DropPath", _drop_path)
-    register(f"{_place}.drop.DropBlock2d", _timm_drop_block)
-    register(f"{_place}.patch_dropout.PatchDropout", _patch_dropout(False))
-    register(f"{_place}.patch_dropout.PatchDropoutWithIndices", _patch_dropout(True))
-register("torchvision.ops.stochastic_depth.StochasticDepth", _flags(layers.StochasticDepth, "p", "mode"))
-register("torchvision.ops.drop_block.DropBlock2d", _torchvision_drop_block(layers.DropBlock2d))
-register("torchvision.ops.drop_block.DropBlock3d", _torchvision_drop_block(layers.DropBlock3d))
-register("transformers.models.*.modeling_*.*DropPath", _drop_path)
-register("transformers.models.*.modeling_*.StableDropout", _stable_dropout)
+    _theirs(f"{_place}.drop.DropPath", "drop_prob", _drop_path)
+    _theirs(f"{_place}.drop.DropBlock2d", "drop_prob", _timm_drop_block, _gamma_scale)
+    _theirs(f"{_place}.patch_dropout.PatchDropout", "prob", _patch_dropout(False))
+    _theirs(f"{_place}.patch_dropout.PatchDropoutWithIndices", "prob", _patch_dropout(True))
+_theirs("torchvision.ops.stochastic_depth.StochasticDepth", "p", _flags(layers.StochasticDepth, "p", "mode"))
+_theirs("torchvision.ops.drop_block.DropBlock2d", "p", _torchvision_drop_block(layers.DropBlock2d))
+_theirs("torchvision.ops.drop_block.DropBlock3d", "p", _torchvision_drop_block(layers.DropBlock3d))
+_theirs("transformers.models.*.modeling_*.*DropPath", "drop_prob", _drop_path)
+_theirs("transformers.models.*.modeling_*.StableDropout", "drop_prob", _stable_dropout)

@@ -22,7 +22,7 @@ from thinned.models.convert import probability_of
 from thinned.models.registry import is_ours
 from thinned.models.targets import HAND_WRITTEN, TARGETS, recurrent
 
-__all__ = ["Event", "run_once"]
+__all__ = ["TORCH", "Event", "run_once"]
 
 TORCH = str(Path(torch.__file__).parent) + os.sep
 THINNED = str(Path(thinned.__file__).parent) + os.sep
@@ -38,7 +38,7 @@ class Event:
         function, file, line: from where it was called.
         p: the probability, if the call has it.
         calls: how many there were.
-        evaluating: whether the module was in evaluation.
+        evaluating: whether the model was in evaluation.
         note: a word on it.
     """
 
@@ -59,7 +59,7 @@ def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     with _unchanged(model), torch.no_grad():
         for training in (True, False):
             model.train(training)
-            with spy.watching(model):
+            with spy.watching(model, training):
                 model(*args, **kwargs)
     return list(spy.events.values())
 
@@ -69,9 +69,10 @@ class _Spy:
         self.events: dict[tuple[Any, ...], Event] = {}
         self.stack: list[nn.Module] = []
         self.accounted = False
+        self.evaluating = False
 
     @contextlib.contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def watching(self, model: nn.Module, training: bool) -> Iterator[None]:
         known = {id(module) for module in model.modules()}
 
         def enter(module: nn.Module, _: Any) -> None:
@@ -88,7 +89,7 @@ class _Spy:
             register_module_forward_pre_hook(enter),
             register_module_forward_hook(leave, always_call=True),
         ]
-        self.stack = [model]
+        self.stack, self.evaluating = [model], not training
         try:
             with _Functions(self), _Dispatch(self):
                 yield
@@ -110,8 +111,8 @@ class _Spy:
     def add(
         self, module: nn.Module, name: str, where: tuple[str, str, int], p: float | None, note: str = ""
     ) -> None:
-        key = (id(module), name, where, module.training)
-        event = Event(module, name, *where, p, not module.training, note)
+        key = (id(module), name, where, self.evaluating)
+        event = Event(module, name, *where, p, self.evaluating, note)
         self.events.setdefault(key, event).calls += 1
 
     def call(self, function: Any, args: Any, kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-__all__ = ["Choice", "chooser", "modules_with_paths", "places"]
+__all__ = ["Choice", "chooser", "modules_with_paths", "other_references", "places"]
 
 Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -41,6 +41,30 @@ def places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         for name, child in list(parent._modules.items()):
             if child is not None:
                 yield parent, name, child
+
+
+def other_references(found: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> dict[int, list[str]]:
+    """The attributes that refer to a module without being children, such as lists, by the module's id.
+
+    Args:
+        found: what :func:`modules_with_paths` gives.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Dropout())
+    >>> model.drops = [model[0]]
+    >>> other_references(modules_with_paths(model)) == {id(model[0]): ["drops"]}
+    True
+    """
+    references: dict[int, list[str]] = {}
+    for parent, paths in found:
+        for name, value in vars(parent).items():
+            if name == "_modules":
+                continue
+            held = value.values() if isinstance(value, dict) else value
+            for item in held if isinstance(value, dict | list | tuple | set) else (value,):
+                if isinstance(item, nn.Module):
+                    references.setdefault(id(item), []).append(f"{paths[0]}.{name}" if paths[0] else name)
+    return references
 
 
 def chooser(include: Choice | None, exclude: Choice | None) -> Callable[[tuple[str, ...], nn.Module], bool]:
