@@ -25,8 +25,8 @@ class Source(Protocol):
     stack: list[str]
     joined: bool
 
-    def key_for(self, input: Tensor, rows: int | None) -> Key:  # noqa: A002
-        """A key for a call on ``input``, or one for each sample along its dimension ``rows``."""
+    def key_for(self, input: Tensor, rows: int | None) -> Key | None:  # noqa: A002
+        """A key for a call on ``input``, or one for each sample along dimension ``rows``; None to draw."""
 
 
 class _Current(threading.local):

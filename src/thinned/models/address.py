@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from types import TracebackType
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from thinned.functional import keep_mask
 from thinned.keys import Key
 from thinned.members import for_each_member
-from thinned.models.recompute import forget, remember
+from thinned.models.recompute import Counting, close_failed
 from thinned.models.registry import is_ours
 from thinned.models.sites import module_at, sites_of
 from thinned.sites import current
@@ -42,11 +42,15 @@ def address(
 
     It gives keys to the calls of thinned's layers and functions in ``model`` that are given none. A key that
     a call is given stays; torch's own dropouts are not affected (see :func:`thinned.convert` and
-    :func:`thinned.intercept`). Within :func:`torch.utils.checkpoint.checkpoint` the recomputation has the
-    masks of the first computation, also after the context, and needs no ``preserve_rng_state``.
+    :func:`thinned.intercept`). A region that a backward pass computes again has the masks of its first
+    computation, also after the context: by :func:`torch.utils.checkpoint.checkpoint`, which needs no
+    ``preserve_rng_state``, or by an autograd Function that calls it in its ``forward(ctx, ...)``, as those of
+    Megatron and DeepSpeed do. Such a Function has to restore the random state only if it calls one site more
+    than once. Any other call of a site while a backward pass runs is refused.
 
-    It holds for the thread that enters it, and for the replicas of ``model`` that
-    :class:`torch.nn.DataParallel` runs in others, each of which counts its rows from 0. A mask is no random
+    It holds for the thread that enters it, where no other asyncio task may run within it, and for the
+    replicas of ``model`` that :class:`torch.nn.DataParallel` runs in others, each of which counts its rows
+    from 0. A mask is no random
     number to :func:`torch.vmap`: all mapped calls have the same one, and rows are those of the mapped call.
     Only with ``randomness="different"`` has call ``i`` a mask of its own, with ``key.fold(i)``.
 
@@ -66,7 +70,9 @@ def address(
 
     Raises:
         TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large.
-        RuntimeError: at a site whose dimension 0 has a size that is no multiple of the number of samples.
+        RuntimeError: at a site whose dimension 0 has a size that is no multiple of the number of samples, or
+            whose call is unknown, in a backward pass or in another asyncio task; at the end, if an address
+            that was entered later is still active.
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), thinned.Dropout(0.5))
@@ -110,6 +116,7 @@ class Address:
         _Running(self).begin()
         if not compiling():
             self.sites.context = self
+            self.sites.addressed = True
         return self
 
     def __exit__(
@@ -126,8 +133,10 @@ class Address:
         return _Running(self, joined=True).begin()
 
     def leave(self) -> None:
-        """End what this thread entered last."""
+        """End what this thread entered last of it."""
         running: Any = current.source
+        while not compiling() and running.address is not self:
+            running = running._outer
         running.end()
 
     def parts(self, device: torch.device | None) -> tuple[Key, Tensor | None]:
@@ -178,7 +187,7 @@ class Address:
         with torch.enable_grad():
             y = None
             if is_ours(layer):
-                with _within(_Running(self, {path: call}, [path])):
+                with _within(_Running(self, {path: call}, [path], recomputes=True)):
                     y = layer.forward(x.clone())  # without its hooks
             if not isinstance(y, Tensor):
                 raise ValueError(
@@ -187,7 +196,7 @@ class Address:
             return torch.autograd.grad(y.sum(), x)[0] != 0  # what is dropped has no gradient
 
 
-class _Running:
+class _Running(Counting):
     """An address in one thread: the source of its keys, which counts the calls of each site."""
 
     def __init__(
@@ -196,38 +205,51 @@ class _Running:
         calls: dict[str, int] | None = None,
         stack: list[str] | None = None,
         joined: bool = False,
+        **recomputation: Any,
     ) -> None:
         self.address, self.sites, self.joined = address, address.sites.name, joined
-        self.calls = {} if calls is None else calls
-        self.stack = [] if stack is None else stack
+        self._reset({} if calls is None else calls, stack, **recomputation)
         self._outer: Any = None
 
+    def _words(self) -> str:
+        return "thinned.address"
+
     def begin(self) -> _Running:
+        if not compiling():
+            close_failed()
+            self._enter_counting(current.source)
         self._outer = current.source
         current.source = self
-        if not compiling():
-            remember(self)
         return self
 
     def end(self) -> None:
+        if current.source is self:
+            current.source = self._outer
+        else:  # out of order
+            inner: Any = current.source
+            while inner is not None and inner._outer is not self:
+                inner = inner._outer
+            if inner is not None:
+                inner._outer = self._outer
         if not compiling():
-            forget()
-        current.source = self._outer
+            self._exit_counting()
 
-    def again(self) -> Callable[[], AbstractContextManager[None]]:
-        """What makes contexts that count on from here."""
-        calls, stack = dict(self.calls), list(self.stack)
-        return lambda: _within(_Running(self.address, dict(calls), list(stack)))
+    def resumed(
+        self, calls: dict[str, int], stack: list[str], region: Any = None
+    ) -> AbstractContextManager[Any]:
+        return _within(_Running(self.address, calls, stack, region=region, recomputes=True))
 
-    def key_for(self, input: Tensor, rows: int | None) -> Key:  # noqa: A002
+    def key_for(self, input: Tensor, rows: int | None) -> Key | None:  # noqa: A002
         """The key of the call that is running, which is counted; see :class:`thinned.sites.Source`."""
+        if not compiling():
+            close_failed()
+            if (source := current.source) is not self:  # this was one of those that failed
+                return None if source is None else source.key_for(input, rows)
         stack, device = self.stack, input.device
         path = stack[-1] if stack else ""
-        call = self.calls.get(path, 0)
-        self.calls[path] = call + 1
+        site = _site(path, self.number(path))
         compiled = compiling()
         root, samples = self.address.parts(device if compiled else None)
-        site = _site(path, call)
         if samples is None or rows is None or not input.dim() or input.shape[rows] == 1 != samples.shape[0]:
             key = root.fold(site)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.overrides
 
-__all__ = ["FastPath"]
+__all__ = ["FastPath", "is_innermost", "remove_mode"]
 
 overrides: Any = torch.overrides
 
@@ -60,3 +60,15 @@ def _replace(old: list[Any], new: list[Any]) -> None:
         overrides._pop_mode()
     for mode in new:
         overrides._push_mode(mode)
+
+
+def is_innermost(mode: torch.overrides.TorchFunctionMode) -> bool:
+    """Whether no other function mode of this thread was entered later, or the mode was left already."""
+    modes = overrides._get_current_function_mode_stack()
+    return bool(modes) and modes[-1] is mode
+
+
+def remove_mode(mode: torch.overrides.TorchFunctionMode) -> None:
+    """Leave a function mode of this thread that others were entered after, if it has not been left."""
+    modes = overrides._get_current_function_mode_stack()
+    _replace(modes, [each for each in modes if each is not mode])

@@ -16,8 +16,8 @@ from thinned import functional as F
 from thinned.functional.arguments import threshold_and_scale
 from thinned.keys import Key
 from thinned.models.attention import multi_head_attention_forward, scaled_dot_product_attention
-from thinned.models.fast_path import FastPath
-from thinned.models.recompute import forget, remember
+from thinned.models.fast_path import FastPath, is_innermost, remove_mode
+from thinned.models.recompute import Counting, close_failed
 from thinned.models.recurrent import run_packed, run_padded
 from thinned.state import compiling
 
@@ -33,10 +33,12 @@ def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) ->
     :mod:`thinned.models.attention` and :mod:`thinned.models.recurrent`. torch's dropout modules call such a
     function too. A call that drops nothing, as in evaluation, has torch's result, bit for bit.
 
-    It holds for the thread that enters it, for the backward pass that starts in it, and for what
-    :func:`torch.utils.checkpoint.checkpoint` computes again of it, also after its end. Under
-    :func:`torch.compile` it may be entered outside of the compiled function or in it. It does not reach into
-    TorchScript, nor into graphs that were compiled or exported without it.
+    It holds for the thread that enters it, and for regions of it that a backward pass computes again, also
+    after its end: by :func:`torch.utils.checkpoint.checkpoint`, or by an autograd Function that calls them in
+    its ``forward(ctx, ...)``, as those of Megatron and DeepSpeed do. Other code that a backward pass calls,
+    such as a gradient hook, has torch's dropouts. Under :func:`torch.compile` it may be entered outside of
+    the compiled function or in it. It does not reach into TorchScript, nor into graphs that were compiled or
+    exported without it.
 
     Args:
         key: what the masks are functions of: the dropout with number ``n`` in the context, from 0, has
@@ -48,6 +50,8 @@ def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) ->
 
     Raises:
         TypeError: ``key`` is no :class:`~thinned.Key`.
+        RuntimeError: at a dropout whose number is unknown, in a backward pass or in another asyncio task; at
+            the end, if a context that was entered later is still active.
 
     >>> import torch, thinned
     >>> from thinned.models.intercept import intercept
@@ -59,7 +63,7 @@ def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) ->
     return Intercept(key, sdpa_follows_training)
 
 
-class Intercept(TorchFunctionMode):
+class Intercept(Counting, TorchFunctionMode):
     """What :func:`thinned.intercept` returns; it may be entered any number of times, by one thread at a time.
 
     >>> import torch, thinned
@@ -76,12 +80,19 @@ class Intercept(TorchFunctionMode):
             raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}")
         self.key = key
         self.sdpa_follows_training = sdpa_follows_training
-        self.count = self._first = 0
+        self._first: dict[str, int] = {}
+        self._reset({})
+
+    @property
+    def count(self) -> int:
+        """How many dropouts have had a key in the context so far."""
+        return self.calls.get("", 0)
 
     def __enter__(self) -> Intercept:
-        self.count = self._first
+        self.calls = dict(self._first)
         if not compiling():  # which does not trace this, and needs neither
-            remember(self)
+            close_failed()
+            self._enter_counting(None)
             _fast_path.install()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -89,28 +100,27 @@ class Intercept(TorchFunctionMode):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        # A backward pass that raised has put back the modes that there were before it.
+        if compiling() or is_innermost(self):
+            super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        else:
+            remove_mode(self)
         if not compiling():
             _fast_path.remove()
-            forget()
+            self._exit_counting()
 
-    def again(self) -> Callable[[], Intercept]:
-        """What makes contexts that count on from here."""
-        first = self.count
-
-        def context() -> Intercept:
-            twin = Intercept(self.key, self.sdpa_follows_training)
-            twin._first = first
-            return twin
-
-        return context
+    def resumed(self, calls: dict[str, int], stack: list[str], region: Any = None) -> Intercept:  # noqa: ARG002
+        twin = Intercept(self.key, self.sdpa_follows_training)
+        twin._reset({}, region=region, recomputes=True)
+        twin._first = calls
+        return twin
 
     def next_key(self) -> Key | None:
         """The key of the next dropout, or None to have one drawn."""
         if self.key is None:
+            self.note("", 0)
             return None
-        self.count += 1
-        return self.key.fold(self.count - 1)
+        return self.key.fold(self.number(""))
 
     def _within(self, region: Callable[..., Any]) -> Callable[..., Any]:
         """The region, in which a compiler does not apply the mode that it applies to the checkpoint."""

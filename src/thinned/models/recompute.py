@@ -1,89 +1,315 @@
-"""Checkpointed regions are computed twice: the second time with the dropouts counted as in the first."""
+"""Regions that are computed twice: in the backward pass their dropouts have the masks of the forward pass.
+
+There are three ways to recompute, and each context that counts calls is told of all of them here.
+
+- ``torch.utils.checkpoint`` without reentrance. Its generator is replaced while a context is active, so that
+  the recomputation counts on from where the region began.
+- An autograd Function that calls the region in ``forward`` and again in ``backward``: torch's reentrant
+  checkpoint, those of Megatron, DeepSpeed and fairscale, reversible networks. Hooks on the Function's node
+  let the recomputation have the numbers of the region's calls.
+- Anything else that calls a dropout while a backward pass runs is refused: which call it repeats is unknown.
+"""
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from types import SimpleNamespace
-from typing import Any, Protocol
+from contextvars import ContextVar
+from typing import Any
 
+import torch
 import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
-__all__ = ["forget", "remember"]
+from thinned.state import compiling
+
+__all__ = ["Counting", "close_failed"]
 
 _DYNAMO, _ALLOWED = "torch._dynamo", "skip_fwd_side_effects_in_bwd_under_checkpoint"
-_REENTRANT, _OTHER = "CheckpointFunction", "_checkpoint_without_reentrant_generator"
+# What torch.utils.checkpoint.checkpoint calls, from 2.14 on and before.
+_GENERATORS = "_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator"
 
 
-class Counting(Protocol):
-    """Something that counts dropouts in its thread."""
+class Counting:
+    """A context that numbers the calls of each path, from 0. It is for one thread, and one asyncio task.
+
+    Subclasses give :meth:`resumed`, and call :meth:`number` for each dropout.
+    """
+
+    _owner: ContextVar[Counting | None]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._owner = ContextVar(cls.__name__, default=None)
+
+    def _reset(
+        self,
+        calls: dict[str, int],
+        stack: list[str] | None = None,
+        region: _Region | None = None,
+        recomputes: bool = False,
+    ) -> None:
+        self.calls = calls
+        self.stack = [] if stack is None else stack
+        self._region = region
+        self._recomputes = recomputes or region is not None
+        self._before: Counting | None = None
+
+    def resumed(
+        self, calls: dict[str, int], stack: list[str], region: _Region | None
+    ) -> AbstractContextManager[Any]:
+        """Another context like this for a recomputation, in which the modules of ``stack`` are running.
+
+        It resumes counting from ``calls``; with a ``region`` its numbers are those of the region's calls.
+        """
+        raise NotImplementedError
+
+    def _enter_counting(self, outer: Counting | None) -> None:
+        """Make this the innermost of its kind; ``outer`` is what is so now in this thread."""
+        self._before = self._owner.get()
+        if outer is not None and self._before is not outer:
+            raise RuntimeError(
+                f"{self._words()} is entered while another task of this thread is within one; let no task "
+                "await within it, or give each a thread"
+            )
+        self._owner.set(self)
+        _thread.counting.append(self)
+        _checkpoint.install()
+
+    def _exit_counting(self) -> None:
+        _checkpoint.remove()
+        _thread.counting.remove(self)
+        if (inner := self._owner.get()) is not self:
+            while inner is not None and inner._before is not self:
+                inner = inner._before
+            if inner is not None:
+                inner._before = self._before
+            raise RuntimeError(
+                f"{self._words()} is left while another that was entered after it is active, in a generator "
+                "or a task; calls since then may have had the other's masks"
+            )
+        self._owner.set(self._before)
+
+    def _words(self) -> str:
+        return f"thinned.{type(self).__name__.strip('_').lower()}"
+
+    def number(self, path: str) -> int:
+        """The number of a call of ``path`` that is made now, which is counted."""
+        if compiling():
+            return self._count(path)
+        if self._owner.get() is not self:
+            raise RuntimeError(
+                f"a dropout is called within the {self._words()} of another task of this thread; let no task "
+                "await within it, or give each a thread"
+            )
+        if self._region is not None:
+            number = self._region.repeat(path)
+        else:
+            if not self._recomputes and torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    f"a dropout{path and ' in '}{path} is called while a backward pass runs, within "
+                    f"{self._words()}. Which call of the forward pass it repeats is unknown. Recompute by "
+                    "torch.utils.checkpoint, or by a torch.autograd.Function whose forward takes ctx, or "
+                    "give the dropout a key"
+                )
+            number = self._count(path)
+        self.note(path, number)
+        return number
+
+    def _count(self, path: str) -> int:
+        number = self.calls.get(path, 0)
+        self.calls[path] = number + 1
+        return number
+
+    def note(self, path: str, number: int) -> None:
+        """Let the autograd Functions whose forward is running know of a call."""
+        if compiling() or torch.is_grad_enabled():
+            return
+        for ctx in _running_functions():
+            regions = vars(ctx).setdefault("_thinned_regions", {})
+            if self not in regions:
+                regions[self] = _Region(ctx, self)
+            regions[self].add(path, number, self.stack)
 
     def again(self) -> Callable[[], AbstractContextManager[Any]]:
-        """What makes contexts, for any thread, that count on from where it stands now."""
+        """A factory of contexts, for any thread, that resume counting where this stands now."""
+        calls, stack, region = dict(self.calls), list(self.stack), self._region and self._region.copy()
+        return lambda: self.resumed(dict(calls), list(stack), region and region.copy())
 
 
-class _Here(threading.local):
+class _Region:
+    """The calls that a context counted in the forward of an autograd Function, for its backward to repeat.
+
+    Attributes:
+        stack: the paths of the modules that were running when the forward began, the innermost last; longer
+            than that where no call needs to know.
+    """
+
+    def __init__(self, ctx: FunctionCtx, counting: Counting) -> None:
+        self.stack: list[str] | None = None
+        self._calls: list[tuple[str, int, int]] = []
+        self._left: list[tuple[str, int, int]] = []
+        self._in_order = getattr(type(ctx), "_forward_cls", None) is torch_checkpoint.CheckpointFunction
+        stack = ExitStack()
+
+        def begin(_: Any) -> None:
+            close_failed()
+            self._left = list(self._calls)
+            stack.enter_context(counting.resumed(dict(counting.calls), list(self.stack or ()), self))
+            _thread.recomputing.append(stack)
+
+        def end(*_: Any) -> None:
+            _thread.recomputing.remove(stack)
+            stack.close()
+
+        ctx.register_prehook(begin)  # type: ignore[attr-defined]
+        ctx.register_hook(end)  # type: ignore[attr-defined]
+
+    def add(self, path: str, number: int, stack: list[str]) -> None:
+        self._calls.append((path, _random_state(), number))
+        if self.stack is None:
+            self.stack = list(stack)
+        while self.stack != stack[: len(self.stack)]:
+            self.stack.pop()
+
+    def copy(self) -> _Region:
+        twin = object.__new__(_Region)
+        vars(twin).update(vars(self), _left=list(self._left))
+        return twin
+
+    def repeat(self, path: str) -> int:
+        """The number of the next call of ``path``.
+
+        Calls of one path are told apart by the random state, which a recomputation out of order, as in a
+        reversible network, restores for each part of it. Within a part the order is that of the forward pass.
+        """
+        calls = [call for call in self._left if call[0] == path]
+        if len({state for _, state, _ in calls}) > 1 and not self._in_order:
+            state = _random_state()
+            calls = [call for call in calls if call[1] == state]
+        if not calls:
+            raise RuntimeError(
+                f"a recomputation calls a dropout{path and ' in '}{path} that the forward pass did not call, "
+                "or not with the random state that there is now; restore the state of the forward pass, "
+                "recompute by torch.utils.checkpoint, or give the dropout a key"
+            )
+        self._left.remove(calls[0])
+        return calls[0][2]
+
+
+def _running_functions() -> list[FunctionCtx]:
+    """The contexts of the autograd Functions whose forward is running in this thread, the innermost first."""
+    found = []
+    frame = sys._getframe().f_back
+    while frame is not None:
+        code, caller = frame.f_code, frame.f_back
+        of_a_module = caller is not None and caller.f_code is nn.Module._call_impl.__code__
+        if code.co_name == "forward" and code.co_argcount and not of_a_module:
+            ctx = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(ctx, FunctionCtx) and not any(ctx is each for each in found):
+                found.append(ctx)
+        frame = caller
+    return found
+
+
+def _random_state() -> int:
+    """A number that stands for the state of the default generators of the CPU and of the CUDA device."""
+    states: list[Tensor] = [torch.random.default_generator.get_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return hash(tuple(state.numpy().tobytes() for state in states))
+
+
+class _Thread(threading.local):
     def __init__(self) -> None:
         self.counting: list[Counting] = []
+        self.recomputing: list[ExitStack] = []
 
 
-def remember(counting: Counting) -> None:
-    """Let regions that this thread gives to torch's checkpoint be recomputed as ``counting`` counts."""
-    _here.counting.append(counting)
-    _torchs.replace()
+def close_failed() -> None:
+    """Leave the contexts of recomputations that raised, since torch does not run the hooks after those."""
+    if _thread.recomputing and torch._C._current_graph_task_id() == -1:
+        for stack in reversed(_thread.recomputing):
+            stack.close()
+        _thread.recomputing.clear()
 
 
-def forget() -> None:
-    """Undo the last :func:`remember` of this thread."""
-    _here.counting.pop()
-    _torchs.give_back()
+class _Checkpoint:
+    """The generator of torch's checkpoint, replaced while any thread is within a context that counts.
 
-
-class _Torchs:
-    """torch's two ways of checkpointing, replaced while any thread wants it.
-
-    ``checkpoint`` itself cannot be replaced, as models hold it; these two are what it looks up on each call.
+    ``checkpoint`` itself cannot be replaced, as models hold it. It looks up the generator on each call.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._wanted = 0
-        self._originals: tuple[Any, Any, bool | None] = None, None, None
+        self._name = ""
+        self._torchs: Any = None
+        self._allowed: bool | None = None
 
-    def replace(self) -> None:
+    def install(self) -> None:
         with self._lock:
+            name = self._name = self._name or _generator_name()
             if not self._wanted:
-                reentrant, other = getattr(torch_checkpoint, _REENTRANT), getattr(torch_checkpoint, _OTHER)
-                self._originals = reentrant, other, _allow_in_compiled()
+                self._torchs, self._allowed = getattr(torch_checkpoint, name), _allow_in_compiled()
 
-                def apply(region: Callable[..., Any], *args: Any) -> Any:
-                    return reentrant.apply(_region(region, computed=False), *args)
+                def generator(region: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                    return self._torchs(_region(region), *args, **kwargs)
 
-                def without_reentrant(region: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-                    return other(_region(region, computed=True), *args, **kwargs)
-
-                setattr(torch_checkpoint, _REENTRANT, SimpleNamespace(apply=apply))
-                setattr(torch_checkpoint, _OTHER, without_reentrant)
+                setattr(torch_checkpoint, name, generator)
             self._wanted += 1
 
-    def give_back(self) -> None:
+    def remove(self) -> None:
         with self._lock:
             self._wanted -= 1
             if not self._wanted:
-                reentrant, other, allowed = self._originals
-                setattr(torch_checkpoint, _REENTRANT, reentrant)
-                setattr(torch_checkpoint, _OTHER, other)
-                if allowed is not None:
-                    setattr(sys.modules[_DYNAMO].config, _ALLOWED, allowed)
+                setattr(torch_checkpoint, self._name, self._torchs)
+                if self._allowed is not None:
+                    setattr(sys.modules[_DYNAMO].config, _ALLOWED, self._allowed)
 
 
-_here, _torchs = _Here(), _Torchs()
+_thread, _checkpoint = _Thread(), _Checkpoint()
+
+
+class _Called(BaseException):
+    pass
+
+
+def _generator_name() -> str:
+    """The name by which torch's checkpoint looks up its generator, found by one that goes no further.
+
+    Raises:
+        RuntimeError: it is by none that is known, so that recomputations would have other masks.
+    """
+    for name in _GENERATORS:
+        torchs = getattr(torch_checkpoint, name, None)
+        if torchs is None:
+            continue
+
+        def generator(*_: Any, **__: Any) -> Any:
+            raise _Called
+
+        setattr(torch_checkpoint, name, generator)
+        try:
+            # Unwrapped, since what it is wrapped in imports the compiler.
+            inspect.unwrap(torch_checkpoint.checkpoint)(lambda: None, use_reentrant=False)
+        except _Called:
+            return name
+        finally:
+            setattr(torch_checkpoint, name, torchs)
+    raise RuntimeError(
+        f"torch.utils.checkpoint of PyTorch {torch.__version__} calls none of {', '.join(_GENERATORS)}, so "
+        "what it recomputes would have other masks than the forward pass; thinned.address and "
+        "thinned.intercept need another version of PyTorch, or of thinned"
+    )
 
 
 def _allow_in_compiled() -> bool | None:
-    """Let compiled regions count sites: their backward takes keys from the graph and counts nothing."""
+    """Let compiled regions count calls: their backward takes keys from the graph and counts nothing."""
     dynamo = sys.modules.get(_DYNAMO)
     if dynamo is None or not hasattr(dynamo.config, _ALLOWED):
         return None
@@ -92,18 +318,14 @@ def _allow_in_compiled() -> bool | None:
     return before
 
 
-def _region(region: Callable[..., Any], computed: bool) -> Callable[..., Any]:
-    """The region, whose first computation is a call of it too, or is somebody else's (``computed``)."""
-    contexts = [counting.again() for counting in _here.counting]
+def _region(region: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpointed region as it is to be recomputed. torch computes it the first time itself."""
+    contexts = [counting.again() for counting in _thread.counting]
 
-    def remembered(*args: Any, **kwargs: Any) -> Any:
-        nonlocal computed
-        if not computed:
-            computed = True
-            return region(*args, **kwargs)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context())
             return region(*args, **kwargs)
 
-    return remembered
+    return recomputed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from thinned.sites import Source, current
@@ -35,11 +36,13 @@ class Sites:
 
     Attributes:
         name: its own in this process; a string, which Dynamo has guards for, as it does not for identity.
+        addressed: whether the last call of a module was within an address.
         context: what the replicas of :class:`torch.nn.DataParallel` join, which run in threads of their own.
     """
 
     def __init__(self) -> None:
         self.name = str(next(_numbers))
+        self.addressed = False
         self.context: Joinable | None = None
 
     def __reduce__(self) -> tuple[type[Sites], tuple[()]]:
@@ -56,12 +59,23 @@ class _Enter:
     def __call__(self, module: nn.Module, *_: Any) -> None:
         source = current.source
         if source is None:
+            if self.sites.addressed and not compiling():
+                self._refuse_recomputation()
             context = self.sites.context
             if context is None or self.path or not getattr(module, "_is_replica", False):
                 return
             source = context.join()
         if source.sites == self.sites.name:
             source.stack.append(self.path)
+
+    def _refuse_recomputation(self) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"the module {self.path!r} is called while a backward pass runs, after the thinned.address "
+                "that its forward pass was within, whose masks it would not have. Recompute by "
+                "torch.utils.checkpoint, or by a torch.autograd.Function whose forward takes ctx"
+            )
+        self.sites.addressed = False
 
 
 class _Leave:

@@ -1,0 +1,373 @@
+"""Regions that a backward pass computes again, by any means: the masks of the forward pass, or an error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as torch_functional
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor, nn
+
+import thinned
+from thinned import Key
+from thinned.models import address, intercept
+from thinned.models.recompute import _Checkpoint
+
+Call = Callable[[Tensor], Tensor]
+
+
+class Ours(nn.Module):
+    """A block whose module is called twice, and a function of its own."""
+
+    drop: Callable[[int], nn.Module] = thinned.Dropout
+    function = staticmethod(thinned.functional.dropout)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(8, 8), type(self).drop(0.5)  # type: ignore[call-arg]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dropout(self.linear(self.dropout(x))).tanh()
+        return self.function(y, 0.3)
+
+
+class Torchs(Ours):
+    drop = nn.Dropout
+    function = staticmethod(torch_functional.dropout)
+
+
+class Restoring(torch.autograd.Function):
+    """As Megatron, DeepSpeed and fairscale checkpoint: the random state is restored for the recomputation."""
+
+    restores = True
+
+    @classmethod
+    def call(cls, region: Call) -> Call:
+        return lambda x: cls.apply(region, x, cls.restores)
+
+    @staticmethod
+    def forward(ctx: Any, region: Call, x: Tensor, restores: bool) -> Tensor:
+        ctx.region, ctx.restores, ctx.state = region, restores, torch.get_rng_state()
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return region(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        leaf, now = x.detach().requires_grad_(), torch.get_rng_state()
+        if ctx.restores:
+            torch.set_rng_state(ctx.state)
+        with torch.enable_grad():
+            y = ctx.region(leaf)
+        torch.set_rng_state(now)
+        torch.autograd.backward(y, grad)
+        return None, leaf.grad, None
+
+
+class NotRestoring(Restoring):
+    restores = False
+
+
+class CalledSelf(Restoring):
+    """The context may have any name."""
+
+    @staticmethod
+    def forward(self: Any, region: Call, x: Tensor, restores: bool) -> Tensor:
+        return Restoring.forward(self, region, x, restores)
+
+
+class Reversing(torch.autograd.Function):
+    """As reversible networks do: the last block is recomputed first, each from its own random state."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: list[nn.Module]) -> Tensor:
+        ctx.parts = []
+        for number, block in enumerate(blocks):
+            torch.manual_seed(number)
+            ctx.parts.append((block, x, number))
+            x = block(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        for block, x, number in reversed(ctx.parts):
+            leaf = x.detach().requires_grad_()
+            torch.manual_seed(number)
+            with torch.enable_grad():
+                y = block(leaf)
+            torch.autograd.backward(y, grad)
+            grad = leaf.grad
+        return grad, None
+
+
+def nested(one: nn.Module, other: nn.Module) -> Call:
+    inner = Restoring.call(lambda x: Restoring.call(one)(Restoring.call(other)(x)))
+    return Restoring.call(lambda x: inner(x).sin())
+
+
+def mixed(one: nn.Module, other: nn.Module) -> Call:
+    def region(x: Tensor) -> Tensor:
+        y: Tensor = torch_checkpoint.checkpoint(other, one(x), use_reentrant=False)
+        return y
+
+    return Restoring.call(region)
+
+
+# A call of two blocks, which may be one, with recomputation and without.
+Make = Callable[[nn.Module, nn.Module], Call]
+WAYS: dict[str, tuple[Make, Make]] = {
+    "restoring": (
+        lambda one, other: lambda x: Restoring.call(other)(Restoring.call(one)(x)),
+        lambda one, other: lambda x: other(one(x)),
+    ),
+    "not restoring": (
+        lambda one, other: lambda x: NotRestoring.call(other)(NotRestoring.call(one)(x)),
+        lambda one, other: lambda x: other(one(x)),
+    ),
+    "called self": (
+        lambda one, other: lambda x: CalledSelf.call(other)(CalledSelf.call(one)(x)),
+        lambda one, other: lambda x: other(one(x)),
+    ),
+    "nested": (nested, lambda one, other: lambda x: one(other(x)).sin()),
+    "mixed with torch's": (mixed, lambda one, other: lambda x: other(one(x))),
+    "reversing": (
+        lambda one, other: lambda x: Reversing.apply(x, [one, other, one]),
+        lambda one, other: lambda x: one(other(one(x))),
+    ),
+}
+
+
+def gradients(
+    model: nn.Module, call: Call, context: AbstractContextManager[Any], within: bool
+) -> list[Tensor]:
+    x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    model.zero_grad()
+    torch.manual_seed(0)
+    with context:
+        loss = call(x).square().sum()
+        if within:
+            loss.backward()
+    if not within:
+        loss.backward()
+    assert x.grad is not None
+    return [x.grad, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+
+def blocks(kind: type[nn.Module], are_one: bool) -> nn.ModuleList:
+    torch.manual_seed(1)
+    one = kind().double()
+    return nn.ModuleList([one, one if are_one else kind().double()])
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within", "after"])
+@pytest.mark.parametrize("are_one", [True, False], ids=["one block", "two blocks"])
+@pytest.mark.parametrize("way", WAYS)
+class TestRightMasks:
+    def assert_same(self, way: str, model: nn.ModuleList, context: Any, within: bool) -> None:
+        again, once = (make(*model) for make in WAYS[way])
+        plain = gradients(model, once, context(), within)
+        for got, want in zip(gradients(model, again, context(), within), plain, strict=True):
+            torch.testing.assert_close(got, want)
+
+    def test_addressed(self, way: str, are_one: bool, within: bool) -> None:
+        model = blocks(Ours, are_one)
+        self.assert_same(way, model, lambda: address(model, seed=3, step=1, samples=range(4)), within)
+
+    def test_intercepted(self, way: str, are_one: bool, within: bool) -> None:
+        self.assert_same(way, blocks(Torchs, are_one), lambda: intercept(key=Key(5)), within)
+
+    def test_intercepted_and_drawn(self, way: str, are_one: bool, within: bool) -> None:
+        if way in ("not restoring", "reversing"):
+            pytest.skip("masks that are drawn have other draws than those of one pass")
+        self.assert_same(way, blocks(Torchs, are_one), intercept, within)
+
+
+def test_twice() -> None:
+    model = blocks(Ours, True)
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    with address(model, seed=3, step=1):
+        loss = WAYS["nested"][0](*model)(x).sum()
+    first = torch.autograd.grad(loss, x, retain_graph=True)
+    assert torch.autograd.grad(loss, x)[0].equal(first[0])
+
+
+def test_a_dropout_that_only_the_recomputation_calls_is_refused() -> None:
+    model, calls = blocks(Ours, True), iter((1, 2))
+
+    def region(x: Tensor) -> Tensor:
+        for _ in range(next(calls)):
+            x = model[0](x)
+        return x
+
+    with address(model, seed=3, step=1):
+        loss = Restoring.call(region)(torch.ones(4, 8, dtype=torch.float64, requires_grad=True)).sum()
+    with pytest.raises(
+        RuntimeError, match=r"calls a dropout in 0\.dropout that the forward pass did not call"
+    ):
+        loss.backward()
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within", "after"])
+@pytest.mark.parametrize("means", ["gradient hook", "saved tensors hook"])
+def test_other_calls_in_a_backward_pass_are_refused(means: str, within: bool) -> None:
+    """They may repeat any call of the forward pass, or none."""
+    model = blocks(Ours, True)
+    x = torch.ones(4, 8, dtype=torch.float64, requires_grad=True)
+
+    def loss() -> Tensor:
+        if means == "gradient hook":
+            y = model[0](x) * 2
+            y.register_hook(lambda grad: model[0](grad))
+            return y.sum()
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: model[0](x).sin())
+        y = model[0](x)
+        with hooks:
+            return y.sin().sum()
+
+    with address(model, seed=3, step=1):
+        result = loss()
+        if within:
+            with pytest.raises(RuntimeError, match=r"while a backward pass runs, within thinned\.address"):
+                result.backward()
+            return
+    with pytest.raises(
+        RuntimeError, match=r"'0' is called while a backward pass runs, after the thinned\.address"
+    ):
+        result.backward()
+    result = loss()  # within no address: its masks are drawn, and so may be those of a hook
+    result.backward()
+
+
+def test_a_gradient_hook_has_torchs_dropout_within_intercept() -> None:
+    y = torch.ones(50, requires_grad=True) * 2
+    seen: list[Tensor] = []
+    y.register_hook(lambda grad: seen.append(torch_functional.dropout(grad)))
+    with intercept(key=Key(5)):
+        torch.manual_seed(0)
+        y.sum().backward()
+    torch.manual_seed(0)
+    assert seen[0].equal(torch_functional.dropout(torch.ones(50)))
+
+
+def test_a_recomputation_that_raises_leaves_nothing() -> None:
+    model = blocks(Ours, True)
+
+    def region(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise ValueError("no second time")
+        y: Tensor = model[0](x)
+        return y
+
+    x = torch.ones(4, 8, dtype=torch.float64, requires_grad=True)
+    with address(model, seed=3, step=1), intercept(key=Key(5)):
+        loss = Restoring.call(region)(x).sum()
+    with pytest.raises(ValueError, match="no second time"):
+        loss.backward()
+    torch.manual_seed(0)
+    drawn = model[0](x)
+    torch.manual_seed(0)
+    assert drawn.equal(model[0](x))  # drawn, and by no address
+    with address(model, seed=3, step=1):
+        first = model[0](x)
+    with address(model, seed=3, step=1):
+        assert model[0](x).equal(first)
+
+
+def test_what_torch_calls_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PyTorch whose checkpoint goes another way is refused, and not gone on with."""
+
+    def checkpoint(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
+        return function(*args)
+
+    monkeypatch.setattr(torch_checkpoint, "checkpoint", checkpoint)
+    with pytest.raises(RuntimeError, match=f"PyTorch {torch.__version__.partition('+')[0]}.* calls none of"):
+        _Checkpoint().install()
+
+
+class TestOutOfOrder:
+    @pytest.fixture
+    def model(self) -> nn.Sequential:
+        return nn.Sequential(thinned.Dropout(0.5))
+
+    def test_tasks(self, model: nn.Sequential) -> None:
+        """Each task has its own masks, or an error."""
+        x, right, refused = torch.ones(1000), [], []
+
+        async def task(step: int) -> None:
+            try:
+                with address(model, seed=7, step=step):
+                    await asyncio.sleep(0)
+                    right.append(model(x).equal(expected[step]))
+            except RuntimeError as error:
+                refused.append(str(error))
+
+        async def tasks() -> None:
+            await asyncio.gather(*(task(step) for step in range(3)))
+
+        expected = []
+        for step in range(3):
+            with address(model, seed=7, step=step):
+                expected.append(model(x))
+        asyncio.run(tasks())
+        assert all(right)
+        assert len(right) + len(refused) == 3
+        assert all("another task of this thread" in words for words in refused)
+        with address(model, seed=7, step=2):
+            assert model(x).equal(expected[2])
+
+    def test_a_task_beside_one_within(self, model: nn.Sequential) -> None:
+        async def within() -> None:
+            with address(model, seed=7, step=0):
+                await asyncio.sleep(0)
+
+        async def beside() -> None:
+            with pytest.raises(RuntimeError, match="another task of this thread"):
+                model(torch.ones(5))
+
+        async def tasks() -> None:
+            await asyncio.gather(within(), beside())
+
+        asyncio.run(tasks())
+
+    def test_intercepting_tasks(self) -> None:
+        async def task(key: int) -> None:
+            with intercept(key=Key(key)):
+                await asyncio.sleep(0)
+                torch_functional.dropout(torch.ones(5))
+
+        async def tasks() -> list[BaseException | None]:
+            return await asyncio.gather(task(1), task(2), return_exceptions=True)
+
+        first, *_ = asyncio.run(tasks())
+        assert isinstance(first, RuntimeError)
+        assert "another task" in str(first)
+        assert torch.overrides._get_current_function_mode_stack() == []
+
+    @pytest.mark.parametrize("context", ["address", "intercept"])
+    def test_generators(self, model: nn.Sequential, context: str) -> None:
+        def enter(step: int) -> AbstractContextManager[Any]:
+            return address(model, seed=7, step=step) if context == "address" else intercept(key=Key(step))
+
+        def generator(step: int) -> Iterator[None]:
+            with enter(step):
+                yield
+
+        first, second = generator(1), generator(2)
+        next(first)
+        next(second)
+        with pytest.raises(
+            RuntimeError, match=f"thinned.{context} is left while another that was entered after"
+        ):
+            next(first)
+        assert next(second, None) is None
+        assert torch.overrides._get_current_function_mode_stack() == []
+        torch.manual_seed(0)
+        drawn = model(torch.ones(50))
+        torch.manual_seed(0)
+        assert model(torch.ones(50)).equal(drawn)
