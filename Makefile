@@ -9,7 +9,7 @@ help:
 	@echo "make compare    how three dropouts hold against the law of dropout"
 	@echo "make test       the tests"
 	@echo "make test-slow  the long batteries"
-	@echo "make sanitize   the kernel's own tests under ASan and UBSan"
+	@echo "make sanitize   the kernel's own tests and a fuzz of its binding under ASan and UBSan"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      time against peers; appends to benchmarks/results.csv"
 	@echo "make doctor     versions, backends, instruction sets, threads"
@@ -36,8 +36,8 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
 
-sanitize:
-	$(MAKE) -C csrc/tests run
+sanitize: setup
+	$(MAKE) -C csrc/tests run PYTHON=$(abspath $(BIN)/python)
 
 lint: setup
 	$(BIN)/ruff check .

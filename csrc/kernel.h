@@ -45,7 +45,8 @@ struct Numbers {
     int64_t blocks() const { return (count + 126) / 128 + 1; }
 };
 
-// x and y are the same memory or do not overlap. Results depend on neither threads nor instruction set.
+// x and y are the same memory or do not overlap, and no product of a size and a stride exceeds 2^61; nothing of it
+// is checked here. Results depend on neither threads nor instruction set.
 void run(const Task& task);
 void run(const Numbers& task);
 

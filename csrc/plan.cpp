@@ -31,6 +31,7 @@ std::vector<Dim> normalised(const std::vector<Dim>& dims) {
 }
 
 Dim steps(const Dim& dim, int64_t step) {
+    step = std::min(step, dim.size);  // a stride times more than the size may be no int64
     return {(dim.size + step - 1) / step, dim.x * step, dim.y * step, dim.mask * step, dim.key * step};
 }
 

@@ -37,6 +37,7 @@ def strided(
     fill: float,
     key: int,
     keys: int,
+    key_shape: Sequence[int],
     key_strides: Sequence[int],
     /,
 ) -> None: ...

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from thinned.backends.arguments import check_dtype, check_key, check_mask, check_out
 from thinned.backends.rows import by_rows
 from thinned.geometry import Geometry, shared
 from thinned.philox import high32, join, low32, philox4x32
@@ -19,6 +20,8 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
     """Which elements are kept, as a bool tensor; see :func:`thinned.op.keep_mask`."""
     if isinstance(key, int):
         key = torch.tensor(key, dtype=torch.int64)
+    check_key(key, shape)
+    check_mask(shape, geometry, T)
     if T == 0 or T == 2**32 or not math.prod(shape):
         return torch.full(shape, T != 0, dtype=torch.bool, device=key.device)
     return by_rows(key, shape, geometry, _of_rows(lambda block, key: _unpack(_below(block, key, T))))
@@ -26,6 +29,8 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
 
 def uniform(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
     """The numbers behind the masks, less ``2**31``, as int32; see :func:`thinned.op.uniform`."""
+    check_key(key, shape)
+    check_mask(shape, geometry)
     if not math.prod(shape):
         return torch.empty(shape, dtype=torch.int32, device=key.device)
     return by_rows(key, shape, geometry, _of_rows(_numbers))
@@ -53,7 +58,13 @@ def masked_affine(
     out: Tensor | None = None,
 ) -> Tensor:
     """``keep ? x * scale + shift : fill``, into ``out`` if given; see :func:`thinned.op.masked_affine`."""
-    out = torch.empty_like(x) if out is None else out
+    check_dtype(x.dtype)
+    if isinstance(key, Tensor):
+        check_key(key, x.shape, x.device)
+    if out is None:
+        out = torch.empty_like(x)
+    else:
+        check_out(x, out)
     keep = keep_mask(key, tuple(x.shape), geometry or shared(x.shape), T)
     if x.is_complex():
         x, target, keep = torch.view_as_real(x.resolve_conj()), torch.view_as_real(out), keep.unsqueeze(-1)

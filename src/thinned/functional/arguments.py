@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from thinned import op
+from thinned.backends.arguments import DTYPES
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.keys import Key
 from thinned.sites import current
 from thinned.state import compiling
 
-__all__ = ["DTYPES", "apply", "bits_for", "check_input", "check_key", "key_for", "threshold_and_scale"]
-
-DTYPES = frozenset(
-    {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
-)
+__all__ = ["apply", "bits_for", "check_input", "check_key", "key_for", "threshold_and_scale"]
 
 
 def apply(
