@@ -15,7 +15,8 @@ __all__ = ["high32", "low32", "philox4x32", "signed64"]
 Word = TypeVar("Word", int, torch.Tensor)
 
 _MASK = 0xFFFFFFFF
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+# Less 2**32, so that a product stays in int64: Inductor's C++ compiler rules out that one overflows.
+_M0, _M1 = 0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
@@ -49,7 +50,7 @@ def philox4x32(
     k0, k1 = low32(key), high32(key)
     for _ in range(rounds):
         product0, product1 = c0 * _M0, c2 * _M1
-        c0, c1 = high32(product1) ^ c1 ^ k0, low32(product1)
-        c2, c3 = high32(product0) ^ c3 ^ k1, low32(product0)
+        high0, high1 = low32((product0 >> 32) + c0), low32((product1 >> 32) + c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low32(product1), high0 ^ c3 ^ k1, low32(product0)
         k0, k1 = low32(k0 + _W0), low32(k1 + _W1)
     return c0, c1, c2, c3
