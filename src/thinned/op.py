@@ -72,8 +72,6 @@ def masked_affine(
     indices are ``x``'s own positions.
     """
     if not is_eager(x):
-        if x.is_nested and x.layout is torch.jagged:
-            return _jagged(x, key, geometry, T, scale, shift, fill)
         if not compiling() and x.layout is not torch.strided:
             return _sparse(x, key, geometry, T, scale, shift, fill)
         if is_legacy_batched(x):
@@ -136,14 +134,6 @@ def refuse_layout(x: Tensor) -> None:
 def draw_for(x: Tensor) -> Tensor:
     """One key's bits from the default generator of ``x``'s device, whatever is done around the call."""
     return _key_tensor(None, x) if not is_eager(x) else draw(x.device)
-
-
-def _jagged(x: Any, key: int | Tensor | None, geometry: Geometry | None, *rest: Any) -> Tensor:
-    """A nested tensor's rows are one after the other in its values, and so are their mask indices."""
-    if geometry is not None:
-        raise NotImplementedError("a jagged nested tensor has one key and no shared dimensions")
-    values = masked_affine(x.values(), key, None, *rest)
-    return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
 
 
 def _sparse(

@@ -51,9 +51,9 @@ def is_eager(x: Tensor) -> bool:
 
 
 def dense(grad: Tensor) -> Tensor:
-    """A gradient as a strided tensor: that of ``F.embedding(sparse=True)`` is sparse."""
+    """A gradient that is no COO tensor, as that of ``F.embedding(sparse=True)`` is."""
     # Compiled code has none, and Dynamo does not let a backward function ask.
-    return grad if compiling() or grad.layout is torch.strided else grad.to_dense()
+    return grad.to_dense() if not compiling() and grad.is_sparse else grad
 
 
 def is_legacy_batched(x: Tensor) -> bool:

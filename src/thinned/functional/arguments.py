@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from thinned import op
+from thinned import nested, op
 from thinned.backends.arguments import DTYPES
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.keys import Key
@@ -36,6 +36,8 @@ def apply(
     if key is None and current.source is not None:
         key = current.source.key_for(input, rows)
     bits = None if key is None else bits_for(key, input)
+    if input.is_nested:
+        return nested.masked_affine(input, bits, broadcast_dims, inplace, T, scale, shift, fill)
     geometry = None
     if broadcast_dims or (bits is not None and bits.dim()):
         geometry = _geometry(input.shape, tuple(broadcast_dims), 0 if bits is None else bits.dim())
@@ -71,17 +73,22 @@ def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: i
         return shared(shape, broadcast_dims, key_dims)
 
 
-def check_input(name: str, input: Tensor, key: Key | None) -> None:  # noqa: A002
-    """Raise what torch would for an ``input`` that ``name`` cannot drop from, or a key that does not fit."""
+def check_input(name: str, input: Tensor, key: Key | None, *, dense: bool = False) -> None:  # noqa: A002
+    """Raise what torch would for an ``input`` that ``name`` cannot drop from, or a key that does not fit.
+
+    ``dense`` says that a nested tensor is such an ``input``.
+    """
     if getattr(input, "dtype", None) not in DTYPES:
         if not isinstance(input, Tensor):
             raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
         raise RuntimeError(
             f"{name} needs a floating-point or complex tensor, got {input.dtype} of shape "
-            f"{tuple(input.shape)}; accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
+            f"{nested.shape_of(input)}; accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
         )
+    if dense and input.is_nested:
+        nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
     if key is not None:
-        check_key(key, input.shape)
+        check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
 
 
 def check_key(key: Key, shape: Sequence[int]) -> None:

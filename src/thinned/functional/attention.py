@@ -14,6 +14,7 @@ from thinned.functional.arguments import apply, check_input, key_for, threshold_
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.linear import apply_linear
+from thinned.nested import shape_of
 from thinned.state import is_eager
 
 __all__ = ["check_normalize", "drop_head", "drop_key"]
@@ -66,11 +67,11 @@ def drop_head(
     """
     T, scale = threshold_and_scale(p)
     check_normalize(normalize)
-    check_input("drop_head", input, key)
+    check_input("drop_head", input, key, dense=training and p != 0 and normalize == "kept")
     ndim = input.dim()
     if not -ndim <= dim < ndim:
         raise IndexError(
-            f"drop_head got dim={dim} and a tensor of shape {tuple(input.shape)}; accepted: "
+            f"drop_head got dim={dim} and a tensor of shape {shape_of(input)}; accepted: "
             f"{f'{-ndim} .. {ndim - 1}' if ndim else 'a tensor with a dimension for the heads'}"
         )
     if not training or p == 0:
@@ -148,7 +149,7 @@ def drop_key(
             [0.2500, 0.2500, 0.2500, 0.2500]])
     """
     T, _ = threshold_and_scale(p)
-    check_input("drop_key", input, key)
+    check_input("drop_key", input, key, dense=training and p != 0)
     if input.is_complex():
         raise RuntimeError(f"drop_key needs real logits, got {input.dtype} of shape {tuple(input.shape)}")
     if not training or p == 0:

@@ -17,6 +17,7 @@ from thinned.functional.arguments import check_input, key_for, threshold_and_sca
 from thinned.geometry import Geometry, shared
 from thinned.keys import Key
 from thinned.linear import apply_linear
+from thinned.nested import shape_of
 from thinned.state import is_legacy_batched, transforming
 
 __all__ = ["Scale", "drop_block1d", "drop_block2d", "drop_block3d"]
@@ -196,12 +197,12 @@ def _drop_block(
     blocks = _blocks(dims, block_size)
     if scale not in ("expected", "counted"):
         raise ValueError(f"scale has to be 'expected' or 'counted', but got {scale!r}")
-    check_input(name, input, key)
+    check_input(name, input, key, dense=training and p != 0)
     channel = input.dim() - dims - 1
     if channel not in (0, 1):
         raise ValueError(
             f"{name} needs an input of {dims + 2} dimensions, or of {dims + 1} for one sample, "
-            f"got one of shape {tuple(input.shape)}"
+            f"got one of shape {shape_of(input)}"
         )
     if key is not None and key.bits.dim() and not channel:
         raise RuntimeError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from thinned.functional.arguments import apply, check_input, check_key, threshold_and_scale
 from thinned.keys import Key
+from thinned.nested import refuse, shape_of
 
 __all__ = ["changes", "dropout1d", "dropout2d", "dropout3d", "within_channels"]
 
@@ -59,7 +60,7 @@ def dropout1d(
         raise RuntimeError(
             f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input. Note that dropout1d "
             "exists to provide channel-wise dropout on inputs with 1 spatial dimension, a channel dimension, "
-            f"and an optional batch dimension (i.e. 2D or 3D inputs). Its shape is {tuple(input.shape)}."
+            f"and an optional batch dimension (i.e. 2D or 3D inputs). Its shape is {shape_of(input)}."
         )
     if not busy:
         return input
@@ -211,7 +212,7 @@ def changes(name: str, input: Tensor, p: float, training: bool, key: Key | None)
     if busy or not isinstance(input, Tensor):
         check_input(name, input, key)
     elif key is not None:
-        check_key(key, input.shape)
+        check_key(key, shape_of(input) if input.is_nested else input.shape)
     return busy
 
 
@@ -221,9 +222,11 @@ def within_channels(input: Tensor, p: float, *, batched: bool = True) -> range: 
     As in PyTorch, it does not matter where channels are if ``p`` is 1.
     """
     leading = 2 if batched else 1
+    if input.is_nested and not batched:
+        refuse("dropout of (C, *)", input, "one of shape (N, C, *), which is a batch of samples")
     if input.dim() < leading and p != 1:
         raise RuntimeError(
             "Feature dropout requires at least 2 dimensions in the input, "
-            f"got a tensor of shape {tuple(input.shape)}"
+            f"got a tensor of shape {shape_of(input)}"
         )
     return range(leading, input.dim())

@@ -13,6 +13,7 @@ from thinned.functional.arguments import check_input, key_for
 from thinned.functional.learned import Noisy, apply_noisy, check_parameter
 from thinned.functional.noise import logistic
 from thinned.keys import Key
+from thinned.nested import elementwise, refuse
 
 __all__ = ["check_temperature", "concrete_dropout", "concrete_regularization"]
 
@@ -72,6 +73,16 @@ def concrete_dropout(
     p_logit = check_parameter("concrete_dropout", "p_logit", p_logit, input)
     if not training:
         return input
+    if input.is_nested:
+        if p_logit.dim() or broadcast_dims:
+            refuse(
+                f"concrete_dropout with p_logit of shape {tuple(p_logit.shape)} and broadcast_dims "
+                f"{tuple(broadcast_dims)}",
+                input,
+                "one p_logit and no broadcast_dims",
+            )
+        relaxed = partial(concrete_dropout, p_logit=p_logit, temperature=temperature)
+        return elementwise("concrete_dropout", relaxed, input, key_for(input, key))
     noisy = Noisy(
         noise=partial(_logistic, broadcast_dims=tuple(broadcast_dims)),
         factor=partial(_factor, temperature=temperature),

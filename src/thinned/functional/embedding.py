@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional
 from torch import Tensor
@@ -10,6 +12,7 @@ from thinned import op
 from thinned.functional.arguments import check_input, check_key, key_for, threshold_and_scale
 from thinned.geometry import shared
 from thinned.keys import Key
+from thinned.nested import elementwise, shape_of
 
 __all__ = ["embedding_dropout"]
 
@@ -76,7 +79,19 @@ def embedding_dropout(
             f"embedding_dropout needs a weight of shape (words, size), got shape {tuple(weight.shape)}"
         )
     if key is not None:
-        check_key(key, input.shape)
+        check_key(key, shape_of(input))
+    if input.is_nested and training and p != 0:
+        drop = partial(
+            embedding_dropout,
+            weight=weight,
+            p=p,
+            padding_idx=padding_idx,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
+        )
+        return elementwise("embedding_dropout", drop, input, key_for(input, key))
     y = torch.nn.functional.embedding(
         input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
     )

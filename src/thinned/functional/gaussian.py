@@ -15,6 +15,7 @@ from thinned.functional.learned import Noisy, apply_noisy, check_parameter
 from thinned.functional.noise import multiply, normal, opmath
 from thinned.keys import Key
 from thinned.linear import apply_linear
+from thinned.nested import elementwise, refuse
 
 __all__ = ["check_gaussian_p", "gaussian_dropout", "variational_dropout", "variational_kl"]
 
@@ -64,6 +65,12 @@ def gaussian_dropout(
     check_input("gaussian_dropout", input, key)
     if not training or p == 0:
         return input
+    if input.is_nested:
+        if broadcast_dims:
+            refuse(
+                f"gaussian_dropout with broadcast_dims {tuple(broadcast_dims)}", input, "no broadcast_dims"
+            )
+        return elementwise("gaussian_dropout", partial(gaussian_dropout, p=p), input, key_for(input, key))
     noisy = partial(_times_normal, sigma=math.sqrt(p / (1 - p)), broadcast_dims=tuple(broadcast_dims))
     return apply_linear(noisy, input, key_for(input, key))
 
@@ -124,6 +131,15 @@ def variational_dropout(
     log_alpha = check_parameter("variational_dropout", "log_alpha", log_alpha, input)
     if not training:
         return input
+    if input.is_nested:
+        if log_alpha.dim():
+            refuse(
+                f"variational_dropout with log_alpha of shape {tuple(log_alpha.shape)}",
+                input,
+                "one log_alpha",
+            )
+        noisy = partial(variational_dropout, log_alpha=log_alpha)
+        return elementwise("variational_dropout", noisy, input, key_for(input, key))
     return apply_noisy(_VARIATIONAL, input, log_alpha, key_for(input, key))
 
 

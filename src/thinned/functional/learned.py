@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thinned.functional.noise import multiply, opmath
 from thinned.keys import Key
+from thinned.nested import shape_of
 from thinned.state import compiling, dense, transforming
 
 __all__ = ["Noisy", "apply_noisy", "check_parameter"]
@@ -50,7 +51,7 @@ def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) 
         raise RuntimeError(f"{name} has to be a floating-point tensor, got {parameter.dtype}")
     if parameter.dim() == 1 and parameter.shape[0] == 1:
         return parameter.reshape(())  # which fits a tensor without dimensions too
-    shape = tuple(input.shape)
+    shape = shape_of(input)
     sizes = zip(reversed(parameter.shape), reversed(shape), strict=False)
     if parameter.dim() > len(shape) or any(size not in (1, whole) for size, whole in sizes):
         raise RuntimeError(

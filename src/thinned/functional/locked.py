@@ -6,6 +6,7 @@ from torch import Tensor
 
 from thinned.functional.arguments import apply, check_input, check_key, threshold_and_scale
 from thinned.keys import Key
+from thinned.nested import refuse, shape_of
 
 __all__ = ["locked_dropout"]
 
@@ -53,6 +54,14 @@ def locked_dropout(
     """
     T, scale = threshold_and_scale(p)
     check_input("locked_dropout", input, None)
+    if input.is_nested and not (batch_first and input.dim() > 2):
+        if not training or p == 0:
+            return input
+        refuse(
+            f"locked_dropout with batch_first={batch_first}",
+            input,
+            "one of shape (N, time, *) with batch_first=True",
+        )
     if input.dim() < 2:
         raise RuntimeError(
             f"locked_dropout needs a time and a feature dimension, got a tensor of shape {tuple(input.shape)}"
@@ -61,7 +70,7 @@ def locked_dropout(
     # A sample's keys are counted along dimension 0, so that is where the samples go.
     samples = input.unsqueeze(0) if unbatched else input if batch_first else input.transpose(0, 1)
     if key is not None:
-        check_key(key, samples.shape)
+        check_key(key, shape_of(samples))
     if not training or p == 0:
         return input
     y = apply(samples, key, (1,), inplace, T, scale)

@@ -51,7 +51,7 @@ def multi_sample_dropout(
     """
     T, scale = threshold_and_scale(p)
     check_samples(samples)
-    check_input("multi_sample_dropout", input, key)
+    check_input("multi_sample_dropout", input, key, dense=True)
     stacked = input.expand(samples, *input.shape)
     if not training or p == 0:
         return stacked

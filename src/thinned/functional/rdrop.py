@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from thinned.nested import refuse
+
 __all__ = ["check_r_drop", "r_drop_loss"]
 
 
@@ -62,6 +64,9 @@ def r_drop_loss(
     tensor(1.8879)
     """
     check_r_drop(alpha, reduction)
+    for logits in (logits1, logits2):
+        if logits.is_nested:
+            refuse("r_drop_loss", logits, "plain tensors, such as the values() of a jagged one")
     if logits1.shape != logits2.shape:
         raise ValueError(
             f"both logits have to have one shape, but got {tuple(logits1.shape)} and {tuple(logits2.shape)}"

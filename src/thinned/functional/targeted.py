@@ -72,7 +72,7 @@ def targeted_dropout(
             [0., 7., 8., 0.]])
     """
     T = check_targeted(p, target, kind)
-    check_input("targeted_dropout", weight, key)
+    check_input("targeted_dropout", weight, key, dense=training and p != 0)
     if weight.dim() < WEIGHT_DIMS:
         raise RuntimeError(
             f"targeted_dropout needs a weight of at least two dimensions, got shape {tuple(weight.shape)}"

@@ -12,6 +12,7 @@ from thinned.functional.arguments import apply, check_input, key_for, threshold_
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.linear import apply_linear
+from thinned.nested import shape_of
 
 __all__ = ["check_prefix", "patch_dropout", "token_dropout"]
 
@@ -93,7 +94,7 @@ def patch_dropout(
     """
     threshold_and_scale(p)
     check_prefix(num_prefix_tokens)
-    _check("patch_dropout", input, num_prefix_tokens, key)
+    _check("patch_dropout", input, num_prefix_tokens, key, dense=training and p != 0)
     if not training or p == 0:
         return (input, None) if return_indices else input
     samples, tokens = input.shape[:2]
@@ -168,7 +169,9 @@ def token_dropout(
     """
     T, factor = threshold_and_scale(p)
     check_prefix(num_prefix_tokens)
-    _check("token_dropout", input, num_prefix_tokens, key)
+    _check(
+        "token_dropout", input, num_prefix_tokens, key, dense=training and p != 0 and num_prefix_tokens > 0
+    )
     if not training or p == 0:
         return input
     factor = factor if scale else 1.0
@@ -195,11 +198,18 @@ def check_prefix(num_prefix_tokens: int) -> None:
         raise ValueError(f"num_prefix_tokens has to be at least 0, but got {num_prefix_tokens}")
 
 
-def _check(name: str, input: Tensor, num_prefix_tokens: int, key: Key | None) -> None:  # noqa: A002
-    check_input(name, input, key)
+def _check(
+    name: str,
+    input: Tensor,  # noqa: A002
+    num_prefix_tokens: int,
+    key: Key | None,
+    *,
+    dense: bool,
+) -> None:
+    check_input(name, input, key, dense=dense)
     if input.dim() < 2:
-        raise RuntimeError(f"{name} needs a tensor of shape (N, L, *), got one of {tuple(input.shape)}")
-    if input.shape[1] < num_prefix_tokens:
+        raise RuntimeError(f"{name} needs a tensor of shape (N, L, *), got one of {shape_of(input)}")
+    if not input.is_nested and input.shape[1] < num_prefix_tokens:
         raise RuntimeError(
             f"{name} got num_prefix_tokens={num_prefix_tokens} and a tensor of shape {tuple(input.shape)}, "
             f"which has {input.shape[1]} tokens along dimension 1"

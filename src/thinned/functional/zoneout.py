@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from thinned import op
 from thinned.functional.arguments import check_input, key_for, threshold_and_scale
 from thinned.geometry import shared
 from thinned.keys import Key
+from thinned.nested import alike, elementwise, shape_of
 
 __all__ = ["zoneout"]
 
@@ -58,15 +61,17 @@ def zoneout(
     check_input("zoneout", input, key)
     if not isinstance(previous, Tensor):
         raise TypeError(f"zoneout(): argument 'previous' must be Tensor, not {type(previous).__name__}")
-    if previous.shape != input.shape or previous.dtype != input.dtype:
+    if not alike(previous, input) or previous.dtype != input.dtype:
         raise RuntimeError(
-            f"zoneout needs a previous state like its input, of shape {tuple(input.shape)} and "
-            f"{input.dtype}; got shape {tuple(previous.shape)} and {previous.dtype}"
+            f"zoneout needs a previous state like its input, of shape {shape_of(input)} and "
+            f"{input.dtype}; got shape {shape_of(previous)} and {previous.dtype}"
         )
     if T == 2**32:
         return input
     if not training and T:
         return _expectation(input, previous, T / 2**32)
+    if input.is_nested:
+        return elementwise("zoneout", partial(zoneout, p=p), input, key_for(input, key), previous)
     bits = key_for(input, key).bits
     keep = op.keep_mask(bits, input.shape, shared(input.shape, (), bits.dim()), T)
     return torch.where(keep, input, previous)

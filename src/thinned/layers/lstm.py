@@ -149,7 +149,7 @@ class VariationalLSTM(nn.RNNBase):
         *,
         key: Key | None = None,
     ) -> tuple[Tensor, State]:
-        check_input("VariationalLSTM", input, None)
+        check_input("VariationalLSTM", input, None, dense=True)
         x = self._time_first(input)
         h, c = self._state(x, hx, batched=input.dim() == 3)
         if key is not None:

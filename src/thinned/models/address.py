@@ -17,6 +17,7 @@ from thinned.members import for_each_member
 from thinned.models.recompute import Counting, close_failed
 from thinned.models.registry import is_ours
 from thinned.models.sites import module_at, sites_of
+from thinned.nested import shape_of
 from thinned.sites import current
 from thinned.state import compiling
 
@@ -250,7 +251,7 @@ class _Running(Counting):
         site = _site(path, self.number(path))
         compiled = compiling()
         root, samples = self.address.parts(device if compiled else None)
-        if samples is None or rows is None or not input.dim() or input.shape[rows] == 1 != samples.shape[0]:
+        if samples is None or rows is None or not input.dim() or input.size(rows) == 1 != samples.shape[0]:
             key = root.fold(site)
         else:
             key = _rows(root.fold(site).fold(samples), samples, input, rows, path)
@@ -274,10 +275,10 @@ def _within(running: _Running) -> Iterator[None]:
 
 def _rows(keys: Key, samples: Tensor, input: Tensor, rows: int, path: str) -> Key:  # noqa: A002
     count = samples.shape[0]  # which may be symbolic, as len() may not
-    each = input.shape[rows] // count
-    if each * count != input.shape[rows]:
+    each = input.size(rows) // count
+    if each * count != input.size(rows):
         raise RuntimeError(
-            f"the site {path!r} was given a tensor of shape {tuple(input.shape)}, whose dimension {rows} "
+            f"the site {path!r} was given a tensor of shape {shape_of(input)}, whose dimension {rows} "
             f"is no multiple of the {count} samples"
         )
     if each == 1:
