@@ -22,15 +22,7 @@ if wanted := os.environ.get("THINNED_ISA"):
     _native.set_isa(wanted)
 
 _MASK = _native.dtypes.index("bool")
-
-
-class _Codes(dict[torch.dtype, int]):
-    def __missing__(self, dtype: torch.dtype) -> int:
-        check_dtype(dtype)
-        raise AssertionError(f"the kernel lacks {dtype}")
-
-
-_CODES = _Codes((getattr(torch, name), code) for code, name in enumerate(_native.dtypes) if code != _MASK)
+_CODES = {getattr(torch, name): code for code, name in enumerate(_native.dtypes) if code != _MASK}
 
 
 def masked_affine(
@@ -44,7 +36,11 @@ def masked_affine(
     out: Tensor | None = None,
 ) -> Tensor:
     """``keep ? x * scale + shift : fill``, into ``out`` if given; see :func:`thinned.op.masked_affine`."""
-    code = _CODES[x.dtype]
+    try:
+        code = _CODES[x.dtype]
+    except KeyError:
+        check_dtype(x.dtype)
+        raise
     if out is None:
         target = torch.empty_like(x)
     else:
