@@ -110,7 +110,7 @@ def test_the_mask() -> None:
 
 
 def test_inductor() -> None:
-    """Its C++ compiler rules out that int64 overflows; where a product did, every other key came out wrong."""
+    """Its C++ compiler rules out that int64 overflows; where a product did, half of the keys were wrong."""
     names = [f"encoder.{layer}.dropout" for layer in range(8)]
 
     def f(key: Key) -> Tensor:
