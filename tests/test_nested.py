@@ -350,7 +350,7 @@ COMPILED: dict[str, Layer] = {
 def compare(function: Layer, make: Callable[[], Tensor], key: Key | None, backend: str) -> None:
     def run(function: Layer) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
-        x = make().requires_grad_()
+        x = make().detach().requires_grad_()
         y = function(x, key=key)
         assert y.shape == x.shape
         (gradient,) = torch.autograd.grad(y.values().square().sum(), x)
@@ -380,7 +380,7 @@ def test_noise_compiled(name: str) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_holes_compiled() -> None:
     """Without gradients: torch compiles no backward pass of a tensor with holes, not even ``x * 2``'s."""
-    x = holes()
+    x = holes().detach()
     for key in (KEY, KEYS):
         compiled = torch.compile(partial(dropout, key=key), backend="aot_eager", fullgraph=True)
         same(compiled(x), dropout(x, key=key))
@@ -413,7 +413,7 @@ def test_addressed_samples(make: Callable[[], Tensor]) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_addressed_samples_compiled(backend: str) -> None:
-    model, x = Block(), jagged()
+    model, x = Block(), jagged().detach()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     address = partial(thinned.address, model, seed=7, step=3, samples=IDS)
     with address():

@@ -33,7 +33,8 @@ def dropout(
     for the backward pass and every device, process and recomputation draws the same mask.
 
     Args:
-        input: a float16, bfloat16, float32, float64, complex64 or complex128 tensor of any shape and strides.
+        input: a float16, bfloat16, float32, float64, complex64 or complex128 tensor of any shape and strides,
+            or a nested one: under one key its components follow each other in the mask.
         p: the probability of dropping an element, in [0, 1].
         training: False returns ``input`` itself, and so does ``p = 0``.
         inplace: write the result over ``input``.

@@ -150,3 +150,20 @@ def test_baal_15_thinned_cost() -> None:
         return min(once() for _ in range(7))
 
     assert seconds(lambda: layer(x, key=keys)) < seconds(lambda: nn.functional.dropout(x, 0.5))
+
+
+def draws_at_zero(dropout: Callable[..., Tensor]) -> bool:
+    """Whether a nested tensor's dropout with p = 0 moves the generator."""
+    x = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(3, 3)], layout=torch.jagged)
+    before = torch.get_rng_state()
+    dropout(x, 0.0)
+    return not torch.get_rng_state().equal(before)
+
+
+@in_torch("reproduces")
+def test_pytorch_136656_torch() -> None:
+    assert draws_at_zero(F.dropout)
+
+
+def test_pytorch_136656_thinned() -> None:
+    assert not draws_at_zero(thinned.functional.dropout)
