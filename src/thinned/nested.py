@@ -75,7 +75,7 @@ def masked_affine(
     return x.copy_(y) if inplace else y
 
 
-def elementwise(name: str, function: Callable[..., Tensor], x: Tensor, key: Key, *others: Tensor) -> Tensor:
+def elementwise(name: str, function: Callable[..., Tensor], x: Any, key: Key, *others: Tensor) -> Tensor:
     """``function(x, *others, key=key)`` for nested tensors that are alike and an element-wise function."""
     one, jagged = not key.bits.dim(), x.layout is torch.jagged
     if one and jagged and _packed(x):
@@ -89,7 +89,7 @@ def elementwise(name: str, function: Callable[..., Tensor], x: Tensor, key: Key,
         )
     parts = list(zip(*(tensor.unbind() for tensor in (x, *others)), strict=True))
     if not parts:
-        return x.clone()
+        return x.clone()  # type: ignore[no-any-return]
     if one:
         flat = (torch.cat([part.flatten() for part in each]) for each in zip(*parts, strict=True))
         pieces = function(*flat, key=key).split([part.numel() for part, *_ in parts])
@@ -130,7 +130,7 @@ def _jagged(x: Tensor, bits: Tensor | None, held: list[int], *constants: Any) ->
             f"dimension 0 only together with the ragged dimension {_ragged(x)}, or a key for each row",
         )
     apply = _Jagged.apply if x.requires_grad and torch.is_grad_enabled() else _affine
-    return apply(x, key, held, *constants)  # type: ignore[no-any-return,no-untyped-call]
+    return apply(x, key, held, *constants)
 
 
 def _affine(x: Any, key: Tensor, held: list[int], *constants: Any) -> Tensor:
