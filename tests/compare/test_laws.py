@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compare.culprits import CULPRITS, FailsOnEmpty, changed, example
+from compare.culprits import CULPRITS, FailsOnEmpty, LosesGradient, changed, example
 from thinned.compare.laws import LAWS, Finding, Law, Verdict, examine
 from thinned.compare.settings import Settings
 from thinned.compare.subjects import Subject, resolve
@@ -70,6 +70,10 @@ def test_any_shape_dtype_and_p_will_do(settings: Settings) -> None:
 )
 def test_broken_example_breaks_these_laws_only(name: str, broken: set[str]) -> None:
     assert breaches(example(name)) == broken
+
+
+def test_a_gradient_that_is_lost_in_compiled_code_breaks_this_law_only() -> None:
+    assert breaches(changed(LosesGradient)) == {"torch.compile"}
 
 
 def test_faults_of_the_textbook() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import thinned
-from compare.culprits import BreaksGraphs, OwnRandomNumbers, SharesCopies, example
+from compare.culprits import BreaksGraphs, LosesGradient, OwnRandomNumbers, SharesCopies, example
 from thinned.compare.catalogue import Example, Implementation, LayerLaw
 from thinned.compare.catalogue.general import general_laws
 from thinned.compare.catalogue.masked import Masked, masked_laws
@@ -26,6 +26,18 @@ class ScalesAtZero(nn.Dropout):
 class AnotherMaskUnderAutocast(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flip(0)).flip(0) if torch.is_autocast_enabled("cpu") else super().forward(x)
+
+
+class LosesGradientOfParameter(nn.Dropout):
+    """Compiled, its values and its input's gradient are right, and its parameter's gradient is zero."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = self.gain.detach() + 0 * self.gain if torch.compiler.is_compiling() else self.gain
+        return super().forward(x) * gain
 
 
 def general() -> tuple[LayerLaw, ...]:
@@ -77,3 +89,10 @@ def test_law_holds_for_dropout(law: LayerLaw) -> None:
 def test_law_catches_its_culprit(law: LayerLaw) -> None:
     culprit = (GENERAL | MASKED)[law.name]
     assert examine(law, Implementation("culprit", culprit), QUICK).verdict.is_breach
+
+
+@pytest.mark.parametrize("culprit", [LosesGradient, LosesGradientOfParameter])
+def test_a_gradient_that_is_lost_in_compiled_code_is_caught(culprit: type[nn.Module]) -> None:
+    law = next(law for law in general() if law.name == "torch.compile")
+    found = examine(law, Implementation("culprit", culprit), QUICK)
+    assert found.measured == "another gradient than eager"
