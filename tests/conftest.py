@@ -27,7 +27,8 @@ ran: set[str] = set()
 
 def pytest_configure(config: pytest.Config) -> None:
     # torch warns of itself: it scripts its own derivatives when the first forward-mode one is asked for.
-    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script:DeprecationWarning")
+    for category in ("DeprecationWarning", "FutureWarning"):  # the latter from torch 2.15 on
+        config.addinivalue_line("filterwarnings", f"ignore:.torch.jit.script:{category}")
     # And Dynamo of itself: it makes an instance of a Function's context to trace with.
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
 

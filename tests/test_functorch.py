@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import oracle
 import thinned
@@ -32,6 +34,25 @@ def loss(x: Tensor) -> Tensor:
 def test_grad() -> None:
     y = dropout(X, 0.4, key=KEY)
     torch.testing.assert_close(grad(loss)(X), 3 * y.square() * SCALE)
+
+
+LINEAR = {
+    "dropout": lambda x: dropout(x, 0.4, key=KEY),
+    "gaussian_dropout": lambda x: thinned.functional.gaussian_dropout(x, 0.4, key=KEY),
+    "variational_dropout": lambda x: thinned.functional.variational_dropout(x, x.new_ones(()), key=KEY),
+}
+
+
+@pytest.mark.parametrize("function", LINEAR)
+def test_grad_where_a_graph_is_made(function: str) -> None:
+    """Within make_fx, within a mode, and compiled."""
+    derivative = grad(lambda x: LINEAR[function](x).pow(3).sum())
+    expected = derivative(X)
+    oracle.assert_same(make_fx(derivative)(X)(X), expected)
+    oracle.assert_same(torch.compile(derivative, fullgraph=True, backend="aot_eager")(X), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = derivative(mode.from_tensor(X))
+    assert (type(fake), fake.shape) == (FakeTensor, X.shape)
 
 
 def test_grad_of_grad() -> None:
