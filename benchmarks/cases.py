@@ -165,9 +165,9 @@ def _addressed() -> Iterator[Case]:
     model = nn.Sequential(*(thinned.Dropout(0.5) for _ in range(sites)))
     x, ids = torch.ones(4, 16), torch.arange(4)
 
-    def call(**samples: Tensor) -> Callable[[], object]:
+    def call(samples: Tensor | None = None) -> Callable[[], object]:
         def addressed() -> object:
-            with thinned.address(model, seed=7, step=3, **samples):
+            with thinned.address(model, seed=7, step=3, samples=samples):
                 return model(x)
 
         return addressed
@@ -178,7 +178,7 @@ def _addressed() -> Iterator[Case]:
         lambda: {
             "without": partial(model, x),
             "thinned": call(),
-            "thinned, samples": call(samples=ids),
+            "thinned, samples": call(ids),
         },
         (),
         elements=sites,

@@ -237,7 +237,8 @@ class _Running(Counting):
     def begin(self) -> _Running:
         if not compiling():
             close_failed()
-            self._enter_counting(current.source)
+            outer: Any = current.source
+            self._enter_counting(outer)
         self._outer = current.source
         current.source = self
         return self
