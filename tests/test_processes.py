@@ -93,6 +93,7 @@ class Noisy(Dataset[Tensor]):
 
 
 @forks
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker:UserWarning")  # on one core
 def test_workers_of_a_data_loader() -> None:
     loader = DataLoader(Noisy(), 4, num_workers=2, multiprocessing_context="fork", timeout=PATIENCE)
     rows = torch.cat(list(loader))
