@@ -32,6 +32,7 @@ def cases() -> Iterator[Case]:
         yield from _contiguous(threads)
         yield from _huge(threads)
         yield from _layouts(threads)
+        yield from _rows(threads)
         yield from layer_cases(threads)
     yield from _small()
     yield from _addressed()
@@ -114,6 +115,22 @@ def _layouts(threads: int) -> Iterator[Case]:
             threads=threads,
             elements=x.numel(),
         )
+
+
+def _rows(threads: int) -> Iterator[Case]:
+    def make() -> Work:
+        x, keys = torch.ones(200, 5_000), thinned.Key(7).fold(torch.arange(200))
+        ours, torchs = thinned.Dropout(0.5), nn.Dropout(0.5)
+        return {"thinned": lambda: ours(x, key=keys), "nn.Dropout": lambda: torchs(x)}
+
+    yield Case(
+        "forward, peers",
+        "float32, 200 x 5,000 elements, p = 0.5, a key for each row",
+        make,
+        (Bound("nn.Dropout", 1),),
+        threads=threads,
+        elements=1_000_000,
+    )
 
 
 def _small() -> Iterator[Case]:
