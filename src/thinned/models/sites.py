@@ -6,8 +6,9 @@ import itertools
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from thinned.keys import Key
 from thinned.sites import Source, current
 from thinned.state import compiling
 
@@ -63,23 +64,46 @@ class _Enter:
     def __call__(self, module: nn.Module, *_: Any) -> None:
         source = current.source
         if source is None:
-            if self.sites.addressed and not compiling():
-                self._refuse_recomputation()
-            context = self.sites.context
-            if context is None or self.path or not getattr(module, "_is_replica", False):
+            source = self._source_of(module)
+            if source is None:
                 return
-            source = context.join()
         if source.sites == self.sites.name:
             source.stack.append(self.path)
 
-    def _refuse_recomputation(self) -> None:
-        if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                f"the module {self.path!r} is called while a backward pass runs, after the thinned.address "
-                "that its forward pass was within, whose masks it would not have. Recompute by "
-                "torch.utils.checkpoint, or by a torch.autograd.Function whose forward takes ctx"
-            )
-        self.sites.addressed = False
+    def _source_of(self, module: nn.Module) -> Source | None:
+        """What gives the keys of a call that is within no address."""
+        if self.sites.addressed and not compiling():
+            if torch._C._current_graph_task_id() != -1:
+                current.source = _Unknown(self.sites)
+                return current.source
+            self.sites.addressed = False
+        context = self.sites.context
+        if context is None or self.path or not getattr(module, "_is_replica", False):
+            return None
+        return context.join()
+
+
+class _Unknown:
+    """The source within a module that a backward pass calls after the address of its forward pass.
+
+    It is a recomputation by means that nothing tells of, whose dropouts would have other masks.
+    """
+
+    joined = False
+
+    def __init__(self, sites: Sites) -> None:
+        self.sites = sites.name
+        self.stack: list[str] = []
+
+    def sample_dim(self, input: Tensor) -> int:  # noqa: A002, ARG002
+        return 0
+
+    def key_for(self, input: Tensor, rows: int | None) -> Key:  # noqa: A002, ARG002
+        raise RuntimeError(
+            f"a dropout in {self.stack[-1]!r} is called while a backward pass runs, after the thinned.address "
+            "that its forward pass was within, whose mask it would not have. Recompute by "
+            "torch.utils.checkpoint, or by a torch.autograd.Function whose forward takes ctx"
+        )
 
 
 class _Leave:
@@ -92,6 +116,8 @@ class _Leave:
             return
         if source.stack:
             source.stack.pop()
+        if isinstance(source, _Unknown) and not source.stack:
+            current.source = None
         if source.joined and not self.path and self.sites.context is not None:
             self.sites.context.leave()
 
