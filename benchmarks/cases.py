@@ -32,6 +32,7 @@ def cases() -> Iterator[Case]:
         yield from _contiguous(threads)
         yield from _huge(threads)
         yield from _layouts(threads)
+        yield from _rows(threads)
         yield from layer_cases(threads)
     yield from _small()
     yield from _addressed()
@@ -116,6 +117,22 @@ def _layouts(threads: int) -> Iterator[Case]:
         )
 
 
+def _rows(threads: int) -> Iterator[Case]:
+    def make() -> Work:
+        x, keys = torch.ones(200, 5_000), thinned.Key(7).fold(torch.arange(200))
+        ours, torchs = thinned.Dropout(0.5), nn.Dropout(0.5)
+        return {"thinned": lambda: ours(x, key=keys), "nn.Dropout": lambda: torchs(x)}
+
+    yield Case(
+        "forward, peers",
+        "float32, 200 x 5,000 elements, p = 0.5, a key for each row",
+        make,
+        (Bound("nn.Dropout", 1),),
+        threads=threads,
+        elements=1_000_000,
+    )
+
+
 def _small() -> Iterator[Case]:
     x = torch.ones(256)
     leaf = torch.ones(256, requires_grad=True)
@@ -165,9 +182,9 @@ def _addressed() -> Iterator[Case]:
     model = nn.Sequential(*(thinned.Dropout(0.5) for _ in range(sites)))
     x, ids = torch.ones(4, 16), torch.arange(4)
 
-    def call(**samples: Tensor) -> Callable[[], object]:
+    def call(samples: Tensor | None = None) -> Callable[[], object]:
         def addressed() -> object:
-            with thinned.address(model, seed=7, step=3, **samples):
+            with thinned.address(model, seed=7, step=3, samples=samples):
                 return model(x)
 
         return addressed
@@ -178,7 +195,7 @@ def _addressed() -> Iterator[Case]:
         lambda: {
             "without": partial(model, x),
             "thinned": call(),
-            "thinned, samples": call(samples=ids),
+            "thinned, samples": call(ids),
         },
         (),
         elements=sites,

@@ -7,15 +7,17 @@ import subprocess
 import sys
 import textwrap
 
+PATIENCE = 600  # seconds after which something hangs: far more than a busy machine needs
+
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code, with more variables in its environment; a minute is its limit."""
+    """Run code, with more variables in its environment."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
         env={**os.environ, "PYTHONPATH": path, **environment},
     )

@@ -23,9 +23,9 @@ def test_a_case_leaves_threads_and_instruction_set_as_they_were() -> None:
         seen.add((torch.get_num_threads(), _native.isa()))
         layer(x)
 
-    case = Case("a", "b", lambda: {"thinned": call}, (), threads=1, isa="baseline", rounds=2, elements=100)
+    case = Case("a", "b", lambda: {"thinned": call}, (), threads=2, isa="baseline", rounds=2, elements=100)
     result = case.run()
-    assert seen == {(1, "baseline")}
+    assert seen == {(2, "baseline")}
     assert (torch.get_num_threads(), _native.isa()) == before
     assert result.nanoseconds("thinned") > 0
     assert result.ratio("thinned", "thinned") == 1

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import oracle
 import thinned
-from process import output
+from process import PATIENCE, output
 from thinned.functional import dropout
 
 KEY = thinned.Key(7)
@@ -52,9 +52,9 @@ def test_fork_after_parallel_use_does_not_hang() -> None:
     process = context.Process(target=child)
     process.start()
     try:
-        assert receive.poll(30), "the child hangs"
+        assert receive.poll(PATIENCE), "the child hangs"
         assert receive.recv() == [True, True]
-        process.join(30)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     finally:
         process.kill()
@@ -64,13 +64,13 @@ def test_fork_after_parallel_use_does_not_hang() -> None:
 @forks
 def test_fork_after_torch_alone_was_parallel_does_not_hang() -> None:
     """The pool that the child lacks is PyTorch's as well: a first call of ours in the child must know."""
-    child = """
+    child = f"""
         import os, signal, torch, thinned
         torch.set_num_threads(2)
         x = torch.ones(4_000_000) * 2
         pid = os.fork()
         if pid == 0:
-            signal.alarm(20)
+            signal.alarm({PATIENCE // 2})
             thinned.functional.dropout(x, 0.5, key=thinned.Key(7))
             os._exit(0)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
@@ -93,8 +93,9 @@ class Noisy(Dataset[Tensor]):
 
 
 @forks
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker:UserWarning")  # on one core
 def test_workers_of_a_data_loader() -> None:
-    loader = DataLoader(Noisy(), 4, num_workers=2, multiprocessing_context="fork", timeout=30)
+    loader = DataLoader(Noisy(), 4, num_workers=2, multiprocessing_context="fork", timeout=PATIENCE)
     rows = torch.cat(list(loader))
     assert rows.equal(dropout(torch.ones(12, 50), 0.5, key=KEY.fold(torch.arange(12))))
 
@@ -104,13 +105,15 @@ def at_once(function: Callable[[int], Tensor], threads: int) -> list[Tensor]:
     barrier = threading.Barrier(threads)
 
     def begin(i: int) -> Tensor:
-        barrier.wait(30)
+        torch.set_num_threads(2)
+        barrier.wait(PATIENCE)
         return function(i)
 
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(begin, range(threads)))
 
 
+@pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize("x", [LARGE, LARGE[:3, :40]], ids=["large", "small"])
 def test_threads_under_one_key(x: Tensor) -> None:
     expected = dropout(x, 0.1, key=KEY)
@@ -118,12 +121,14 @@ def test_threads_under_one_key(x: Tensor) -> None:
         oracle.assert_same(y, expected)
 
 
+@pytest.mark.usefixtures("restore_threads")
 def test_threads_under_keys_of_their_own() -> None:
     expected = [dropout(LARGE, 0.1, key=KEY.fold(i)) for i in range(6)]
     for y, wanted in zip(at_once(lambda i: dropout(LARGE, 0.1, key=KEY.fold(i)), 6), expected, strict=True):
         oracle.assert_same(y, wanted)
 
 
+@pytest.mark.usefixtures("restore_threads")
 def test_one_thread_forces_an_instruction_set_while_others_compute() -> None:
     if "native" in thinned.backends.missing():
         pytest.skip(thinned.backends.missing()["native"])

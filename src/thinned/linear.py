@@ -31,8 +31,8 @@ def apply_linear(linear: Map, x: Tensor, key: Key, value: Map | None = None) -> 
     """
     if is_eager(x) and not (x.requires_grad and torch.is_grad_enabled()):
         return (value or linear)(x, key)
-    function = _Compiled if compiling() else _Eager if is_eager(x) else _Transformed
-    return function.apply(x, key.bits, linear, value)  # type: ignore[no-any-return,no-untyped-call]
+    function: Any = _Compiled if compiling() else _Eager if is_eager(x) else _Transformed
+    return function.apply(x, key.bits, linear, value)  # type: ignore[no-any-return]
 
 
 class _Rule:

@@ -83,7 +83,7 @@ def masked_affine(
     if not isinstance(key, int):
         key = _eager_key(key, x)
     if x.requires_grad and torch.is_grad_enabled():
-        return _apply_eager(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return,no-untyped-call]
+        return _apply_eager(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return]
     return _run(x, key, geometry, T, scale, shift, fill)
 
 
@@ -104,7 +104,7 @@ def masked_affine_(
     if torch.is_grad_enabled() and x.requires_grad:
         writable.refuse_leaf(x)
         # Autograd's own checks all come with this call; the data is written once they have passed.
-        x = _Written.apply(x, (key, geometry, T, scale))  # type: ignore[no-untyped-call]
+        x = _Written.apply(x, (key, geometry, T, scale))  # type: ignore[attr-defined]
     else:
         writable.count_write(x)
     data = x.detach()
@@ -259,7 +259,7 @@ def _keep(ctx: Any, arguments: tuple[Any, ...], layout: tuple[int, ...] | None) 
 
 
 # Eager code is in no functorch transform, for which alone torch.autograd.Function.apply does more than this.
-_apply_eager = _Eager.apply
+_apply_eager = _Eager.apply  # type: ignore[attr-defined]
 
 
 class _Written(_SingleLevelFunction):
@@ -361,7 +361,7 @@ mark_draws(torch.ops.thinned.draw_key.default)
 def _masked_affine_autograd(x: Tensor, key: Tensor, strides: list[int], *rest: Any) -> Tensor:
     if (x.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
         with enable_single_level_autograd_function():  # the dispatcher has chosen the level already
-            return _Registered.apply(x, key, tuple(strides), *rest)  # type: ignore[no-any-return,no-untyped-call]
+            return _Registered.apply(x, key, tuple(strides), *rest)  # type: ignore[no-any-return,attr-defined]
     return _below_autograd(x, key, strides, *rest)
 
 

@@ -25,6 +25,9 @@ class Source(Protocol):
     stack: list[str]
     joined: bool
 
+    def sample_dim(self, input: Tensor) -> int:  # noqa: A002
+        """The dimension of the samples of a call on ``input``, of which every element has a decision."""
+
     def key_for(self, input: Tensor, rows: int | None) -> Key | None:  # noqa: A002
         """A key for a call on ``input``, or one for each sample along dimension ``rows``; None to draw."""
 

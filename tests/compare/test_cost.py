@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compare.culprits import changed
+from thinned.compare import timing
 from thinned.compare.memory import bytes_saved
 from thinned.compare.settings import Settings
 from thinned.compare.subjects import resolve
@@ -42,8 +43,32 @@ def test_times_each_beside_a_multiply(direction: str) -> None:
     }
     assert list(timings) == [MULTIPLY, "torch"]
     assert timings[MULTIPLY].ratio == 1
-    assert timings["torch"].ratio > 1
-    assert timings["torch"].nanoseconds > 1
+
+
+class Clock:
+    """Goes on by a millisecond whenever it is read."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+
+def test_what_a_timing_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of 4 ms beside a multiply, two calls of which fill the millisecond between readings."""
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+
+    class Takes(nn.Dropout):
+        def forward(self, x: Tensor) -> Tensor:
+            clock.now += 3e-3
+            return x
+
+    (multiply, ours) = time_all([changed(Takes)], SETTINGS, 4_000, "forward")
+    assert multiply.nanoseconds == pytest.approx(0.5e-3 / 4_000 * 1e9)
+    assert ours.nanoseconds == pytest.approx(4e-3 / 4_000 * 1e9)
+    assert ours.ratio == pytest.approx(8)
 
 
 def test_quick_times_fewer_sizes() -> None:

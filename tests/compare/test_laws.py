@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import pytest
 import torch
 from torch import nn
@@ -12,11 +14,12 @@ from thinned.compare.settings import Settings
 from thinned.compare.subjects import Subject, resolve
 
 QUICK = Settings(quick=True)
+NAMES = [law.name for law in LAWS]
 MEANS = {f"mean in {dtype}" for dtype in ("float16", "bfloat16", "float32", "float64")}
 
 
-def findings(subject: Subject) -> dict[str, Finding]:
-    return {law.name: examine(law, subject, QUICK) for law in LAWS}
+def findings(subject: Subject, names: Container[str] = NAMES) -> dict[str, Finding]:
+    return {law.name: examine(law, subject, QUICK) for law in LAWS if law.name in names}
 
 
 def breaches(subject: Subject) -> set[str]:
@@ -31,7 +34,7 @@ def test_law_holds_for_thinned_and_not_for_its_culprit(law: Law) -> None:
 
 
 def test_names_of_laws_are_unique() -> None:
-    assert len({law.name for law in LAWS}) == len(LAWS)
+    assert len(set(NAMES)) == len(LAWS)
 
 
 def test_a_correct_layer_breaks_nothing() -> None:
@@ -77,7 +80,8 @@ def test_a_gradient_that_is_lost_in_compiled_code_breaks_this_law_only() -> None
 
 
 def test_faults_of_the_textbook() -> None:
-    found = findings(resolve("textbook"))
+    names = "p = 1", "dtype", "p outside [0, 1]", "dropped NaN or inf", "complex"
+    found = findings(resolve("textbook"), names)
     assert found["p = 1"].measured == "NaN; gradients NaN"
     assert "bfloat16 → float32" in found["dtype"].measured
     assert "accepted for 1.5" in found["p outside [0, 1]"].measured
@@ -87,7 +91,7 @@ def test_faults_of_the_textbook() -> None:
 
 def test_bias_of_torch_in_bfloat16() -> None:
     """The CPU kernel multiplies by 1/0.9 rounded to bfloat16, 1.109375: E[y] = 0.99844 x."""
-    found = findings(resolve("torch"))
+    found = findings(resolve("torch"), MEANS)
     assert found["mean in bfloat16"].figures["ratio"] == pytest.approx(0.9984, abs=4e-4)
     assert {name for name in MEANS if found[name].verdict.is_breach} == {"mean in bfloat16"}
 

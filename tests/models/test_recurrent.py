@@ -162,6 +162,11 @@ def test_gradcheck(name: str) -> None:
 
 def test_autocast() -> None:
     whole, x = network("lstm"), torch.randn(6, 2, 4)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            whole(x)
+    except RuntimeError as error:  # oneDNN has this LSTM on some processors only
+        pytest.skip(f"torch alone has no LSTM in bfloat16 here: {error}")
     with torch.autocast("cpu", torch.bfloat16), intercept(key=KEY):
         y, _ = whole(x)
         expected, _ = formula(whole, x)

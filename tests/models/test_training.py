@@ -83,7 +83,7 @@ def examples(step: int) -> tuple[Tensor, Tensor, Tensor]:
     """The words and classes of a step's batch, and the samples' ids."""
     generator = torch.Generator().manual_seed(step)
     words = torch.randint(1, zoo.VOCABULARY, (BATCH, LENGTH), generator=generator)
-    return words, words % CLASSES, torch.randperm(10**6, generator=generator)[:BATCH]
+    return words, words % CLASSES, torch.randperm(1000, generator=generator)[:BATCH]
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import oracle
 from models import zoo
+from process import PATIENCE
 from thinned import Key, keep_mask
 from thinned.models import Intercepted, address, convert, intercept
 
@@ -250,7 +251,7 @@ class Meeting(nn.Module):
         self.barrier = barrier
 
     def forward(self, x: Tensor) -> Tensor:
-        self.barrier.wait(30)
+        self.barrier.wait(PATIENCE)
         return x
 
 
@@ -384,8 +385,8 @@ class TestThreads:
         plain = [run(step, net(), False, lambda: None) for step in (1, 2)]
         models = net(), net()  # made here, as they are made with the generator that threads share
         found = in_threads(
-            lambda: run(1, models[0], True, lambda: barrier.wait(30)),
-            lambda: run(2, models[1], True, lambda: barrier.wait(30)),
+            lambda: run(1, models[0], True, lambda: barrier.wait(PATIENCE)),
+            lambda: run(2, models[1], True, lambda: barrier.wait(PATIENCE)),
         )
         for got, want in zip(found, plain, strict=True):
             for a, b in zip(got, want, strict=True):

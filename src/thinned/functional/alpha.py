@@ -123,14 +123,14 @@ def _apply(
     inplace: bool,
     T: int,
 ) -> Tensor:
+    elementwise = name == "alpha_dropout"
     if not T:
-        return apply(input, key, broadcast_dims, inplace, T, 0.0)
+        return apply(input, key, broadcast_dims, inplace, T, 0.0, elementwise=elementwise)
     if input.is_complex():
         raise NotImplementedError(
             f"{name} is not implemented for complex tensors, got {input.dtype} of shape {tuple(input.shape)}"
         )
     q = T / 2**32
     a = 1 / math.sqrt(q * (1 + SATURATION**2 * (1 - q)))
-    return apply(
-        input, key, broadcast_dims, inplace, T, a, shift=a * SATURATION * (1 - q), fill=-a * SATURATION * q
-    )
+    shift, fill = a * SATURATION * (1 - q), -a * SATURATION * q
+    return apply(input, key, broadcast_dims, inplace, T, a, shift, fill, elementwise=elementwise)

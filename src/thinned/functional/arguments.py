@@ -28,12 +28,20 @@ def apply(
     fill: float = 0.0,
     *,
     rows: int | None = 0,
+    elementwise: bool = False,
 ) -> Tensor:
     """``keep ? input * scale + shift : fill`` under a mask shared along ``broadcast_dims``.
 
-    ``rows`` is as for :func:`key_for`.
+    ``rows`` is as for :func:`key_for`. An ``elementwise`` layer has no dimension of its own for the samples,
+    so that the source of keys says which one it is.
     """
     if key is None and current.source is not None:
+        if elementwise and (dim := current.source.sample_dim(input)):
+            ndim = input.dim()
+            order = [dim, *(each for each in range(ndim) if each != dim)]
+            held = [order.index(each % ndim) if -ndim <= each < ndim else each for each in broadcast_dims]
+            y = apply(input.movedim(dim, 0), None, held, inplace, T, scale, shift, fill)
+            return input if inplace else y.movedim(0, dim)
         key = current.source.key_for(input, rows)
     bits = None if key is None else bits_for(key, input)
     if input.is_nested:
@@ -117,7 +125,13 @@ def bits_for(key: Key, input: Tensor) -> Tensor:  # noqa: A002
     return bits
 
 
-def key_for(input: Tensor, key: Key | None, *, rows: int | None = 0) -> Key:  # noqa: A002
+def key_for(
+    input: Tensor,  # noqa: A002
+    key: Key | None,
+    *,
+    rows: int | None = 0,
+    elementwise: bool = False,
+) -> Key:
     """The given key where ``input`` is, or one drawn from the default generator of ``input``'s device.
 
     Compiled code draws what eager code draws, and under :func:`torch.vmap` the draw follows its
@@ -125,9 +139,15 @@ def key_for(input: Tensor, key: Key | None, *, rows: int | None = 0) -> Key:  # 
     lie along the dimension ``rows``; None for an ``input`` that is the same for all samples.
 
     Raises:
-        NotImplementedError: ``input`` is sparse, or of another layout without strides.
+        NotImplementedError: ``input`` is sparse, or of another layout without strides; or the samples of an
+            ``elementwise`` layer lie along another dimension than 0.
     """
     op.refuse_layout(input)
     if key is None and current.source is not None:
+        if elementwise and (dim := current.source.sample_dim(input)):
+            raise NotImplementedError(
+                f"this layer has its samples in dimension 0, got dimension {dim} of shape "
+                f"{tuple(input.shape)}; transpose its input, or give it a key"
+            )
         key = current.source.key_for(input, rows)
     return Key.from_bits(op.draw_for(input) if key is None else bits_for(key, input))

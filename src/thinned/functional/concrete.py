@@ -82,13 +82,13 @@ def concrete_dropout(
                 "one p_logit and no broadcast_dims",
             )
         relaxed = partial(concrete_dropout, p_logit=p_logit, temperature=temperature)
-        return elementwise("concrete_dropout", relaxed, input, key_for(input, key))
+        return elementwise("concrete_dropout", relaxed, input, key_for(input, key, elementwise=True))
     noisy = Noisy(
         noise=partial(_logistic, broadcast_dims=tuple(broadcast_dims)),
         factor=partial(_factor, temperature=temperature),
         both=partial(_factor_and_slope, temperature=temperature),
     )
-    return apply_noisy(noisy, input, p_logit, key_for(input, key))
+    return apply_noisy(noisy, input, p_logit, key_for(input, key, elementwise=True))
 
 
 def check_temperature(temperature: float) -> None:

@@ -66,7 +66,7 @@ def dropout(
     check_input("dropout", input, key)
     if not training or p == 0:
         return input
-    return apply(input, key, broadcast_dims, inplace, T, scale)
+    return apply(input, key, broadcast_dims, inplace, T, scale, elementwise=True)
 
 
 def keep_mask(

@@ -70,9 +70,11 @@ def gaussian_dropout(
             refuse(
                 f"gaussian_dropout with broadcast_dims {tuple(broadcast_dims)}", input, "no broadcast_dims"
             )
-        return elementwise("gaussian_dropout", partial(gaussian_dropout, p=p), input, key_for(input, key))
+        return elementwise(
+            "gaussian_dropout", partial(gaussian_dropout, p=p), input, key_for(input, key, elementwise=True)
+        )
     noisy = partial(_times_normal, sigma=math.sqrt(p / (1 - p)), broadcast_dims=tuple(broadcast_dims))
-    return apply_linear(noisy, input, key_for(input, key))
+    return apply_linear(noisy, input, key_for(input, key, elementwise=True))
 
 
 def check_gaussian_p(p: float) -> float:
@@ -139,8 +141,8 @@ def variational_dropout(
                 "one log_alpha",
             )
         noisy = partial(variational_dropout, log_alpha=log_alpha)
-        return elementwise("variational_dropout", noisy, input, key_for(input, key))
-    return apply_noisy(_VARIATIONAL, input, log_alpha, key_for(input, key))
+        return elementwise("variational_dropout", noisy, input, key_for(input, key, elementwise=True))
+    return apply_noisy(_VARIATIONAL, input, log_alpha, key_for(input, key, elementwise=True))
 
 
 def _normal(key: Key, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

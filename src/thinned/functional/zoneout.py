@@ -71,8 +71,10 @@ def zoneout(
     if not training and T:
         return _expectation(input, previous, T / 2**32)
     if input.is_nested:
-        return elementwise("zoneout", partial(zoneout, p=p), input, key_for(input, key), previous)
-    bits = key_for(input, key).bits
+        return elementwise(
+            "zoneout", partial(zoneout, p=p), input, key_for(input, key, elementwise=True), previous
+        )
+    bits = key_for(input, key, elementwise=True).bits
     keep = op.keep_mask(bits, input.shape, shared(input.shape, (), bits.dim()), T)
     return torch.where(keep, input, previous)
 

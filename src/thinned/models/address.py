@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
+from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +17,7 @@ from thinned.keys import Key
 from thinned.members import for_each_member
 from thinned.models.recompute import Counting, close_failed
 from thinned.models.registry import is_ours
-from thinned.models.sites import module_at, sites_of
+from thinned.models.sites import Sites, module_at, sites_of
 from thinned.nested import shape_of
 from thinned.sites import current
 from thinned.state import compiling
@@ -30,16 +31,18 @@ def address(
     seed: int | Key,
     step: int | Tensor,
     samples: Tensor | Sequence[int] | None = None,
+    sample_dim: int | Mapping[str, int] | None = None,
 ) -> Address:
     r"""A context in which each mask is a function of seed, step, site, sample and position alone.
 
     .. math:: \text{key} = \text{Key}(seed).\text{fold}(step).\text{fold}(site)
         \;[.\text{fold}(sample) \text{ for each row}]
 
-    A site is the path of a module in ``model``, and from its second call within the context on the path,
-    ``"#"`` and the number of calls before it. So no order of execution, no number that something else draws,
-    and no random state has a part in it: a run that is resumed at a step, a checkpointed region that is
-    computed again, and a frozen or reordered layer have the masks of the uninterrupted run.
+    A site is the path of a module in ``model``, the first if it has several, and from its second call within
+    the context on the path, ``"#"`` and the number of calls before it. (A ``"#"`` in a path counts as two.)
+    So no order of execution, no number that something else draws, and no random state has a part in it: a
+    run that is resumed at a step, a checkpointed region that is computed again, and a frozen or reordered
+    layer have the masks of the uninterrupted run.
 
     It gives keys to the calls of thinned's layers and functions in ``model`` that are given none. A key that
     a call is given stays; torch's own dropouts are not affected (see :func:`thinned.convert` and
@@ -63,17 +66,23 @@ def address(
         model: whose sites it is about. On first use its modules get forward hooks, which do nothing outside
             the context; a module that is added later counts as a part of the one around it.
         seed: of the run: an integer, or a :class:`~thinned.Key`.
-        step: of the run: an integer, or an int64 tensor of no dimensions.
-        samples: an id for each row of dimension 0 of what the sites are given. A sample's mask then does not
+        step: of the run: an integer, or an int64 tensor of one element.
+        samples: an id for each sample that the sites are given. A sample's mask then does not
             depend on its place in the batch, on the batch's size, or on what is accumulated. Where a sample
             has ``k`` rows, their keys are ``key.fold(sample).fold(0 .. k-1)``; a tensor of one row has one
             mask for all samples.
+        sample_dim: the dimension of the samples in what element-wise sites are given, such as 1 for sequences
+            of shape ``(L, N, *)``; or one for each pattern of paths (:mod:`fnmatch`), of which the first that
+            matches counts. By default it is what the nearest module around the site says by its
+            ``batch_first``, for inputs of three dimensions or more, and 0 where none says so.
 
     Raises:
         TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large.
-        RuntimeError: at a site whose dimension 0 has a size that is no multiple of the number of samples, or
-            whose call is unknown, in a backward pass or in another asyncio task; at the end, if an address
-            that was entered later is still active.
+        IndexError: at a site whose input has no dimension ``sample_dim``.
+        RuntimeError: at a site whose dimension of samples is no multiple of their number, or where dimension
+            0 is a multiple of it and dimension 1 the number itself and nothing tells which of them it is; at
+            one whose call is unknown, in a backward pass or in another asyncio task; at the end, if another
+            address that was entered later is still active.
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), thinned.Dropout(0.5))
@@ -83,7 +92,7 @@ def address(
     >>> thinned.address(model, seed=7, step=100).mask_of("1", (2, 8), p=0.5).equal(y != 0)
     True
     """
-    return Address(model, seed, step, samples)
+    return Address(model, seed, step, samples, sample_dim)
 
 
 class Address:
@@ -101,11 +110,13 @@ class Address:
         seed: int | Key,
         step: int | Tensor,
         samples: Tensor | Sequence[int] | None,
+        sample_dim: int | Mapping[str, int] | None = None,
     ) -> None:
         self.sites = sites_of(model)
         self._model = model
-        self._root = (seed if isinstance(seed, Key) else Key(seed)).fold(step)
+        self._root = _seed(seed).fold(_step(step))
         self._samples = None if samples is None else _ids(samples)
+        self.sample_dim, self.sample_dims = _dims(sample_dim, self.sites)
         device = next((parameter.device for parameter in model.parameters()), None)
         self._device = device
         self._there = self._root, self._samples
@@ -152,9 +163,15 @@ class Address:
         """The key of a site's call, or one for each of the samples.
 
         Args:
-            path: of the module in the model, as in ``model.named_modules()``.
+            path: of the module in the model, as in ``model.named_modules()``; of one with several, any.
             call: how many calls of the site come before it within the context.
+
+        Raises:
+            ValueError: the model has no module at ``path``, or ``call`` is negative.
         """
+        path, _ = module_at(self._model, path)
+        if call < 0:
+            raise ValueError(f"call has to be at least 0, but got {call}")
         key = self._root.fold(_site(path, call))
         return key if self._samples is None else key.fold(self._samples)
 
@@ -178,11 +195,13 @@ class Address:
             broadcast_dims: with ``p``, the dimensions along which a decision is shared.
 
         Raises:
-            ValueError: without ``p``, nothing is at ``path``, or no layer of thinned that gives a tensor.
+            ValueError: the model has no module at ``path``; or, without ``p``, no layer of thinned is there
+                that gives a tensor.
         """
         if p is not None:
             return keep_mask(self.key_of(path, call), shape, p, broadcast_dims=broadcast_dims)
-        layer = copy(module_at(self._model, path))
+        path, module = module_at(self._model, path)
+        layer = copy(module)
         layer.training = True
         x = torch.ones(tuple(shape), requires_grad=True)
         with torch.enable_grad():
@@ -218,7 +237,8 @@ class _Running(Counting):
     def begin(self) -> _Running:
         if not compiling():
             close_failed()
-            self._enter_counting(current.source)
+            outer: Any = current.source
+            self._enter_counting(outer)
         self._outer = current.source
         current.source = self
         return self
@@ -239,6 +259,32 @@ class _Running(Counting):
         self, calls: dict[str, int], stack: list[str], region: Any = None
     ) -> AbstractContextManager[Any]:
         return _within(_Running(self.address, calls, stack, region=region, recomputes=True))
+
+    def sample_dim(self, input: Tensor) -> int:  # noqa: A002
+        """The dimension of the samples in an element-wise call; see :class:`thinned.sites.Source`."""
+        address = self.address
+        _, samples = address.parts(None)
+        ndim = input.dim()
+        if samples is None or ndim < 2 or input.is_nested:
+            return 0
+        path = self.stack[-1] if self.stack else ""
+        dim = address.sample_dims.get(path, address.sample_dim)
+        if dim is not None:
+            if not -ndim <= dim < ndim:
+                raise IndexError(
+                    f"the site {path!r} has sample_dim={dim} and was given a tensor of shape "
+                    f"{tuple(input.shape)}; accepted: {-ndim} .. {ndim - 1}"
+                )
+            return dim % ndim
+        if ndim > 2 and path in self.address.sites.sample_dims:
+            return self.address.sites.sample_dims[path]
+        count = samples.shape[0]
+        if input.shape[0] != count and input.shape[0] != 1 and input.shape[1] == count:
+            raise RuntimeError(
+                f"the site {path!r} was given a tensor of shape {tuple(input.shape)}, which may have its "
+                f"{count} samples along dimension 0 or 1; say which by thinned.address(sample_dim=)"
+            )
+        return 0
 
     def key_for(self, input: Tensor, rows: int | None) -> Key | None:  # noqa: A002
         """The key of the call that is running, which is counted; see :class:`thinned.sites.Source`."""
@@ -261,7 +307,53 @@ class _Running(Counting):
 
 
 def _site(path: str, call: int) -> str:
+    path = path.replace("#", "##")
     return f"{path}#{call}" if call else path
+
+
+def _seed(seed: int | Key) -> Key:
+    key = seed if isinstance(seed, Key) else Key(seed)
+    if key.shape:
+        raise ValueError(
+            f"seed must be one key, got keys of shape {tuple(key.shape)}; a key for each row is what "
+            "samples= makes of it"
+        )
+    return key
+
+
+def _step(step: int | Tensor) -> int | Tensor:
+    if isinstance(step, str):
+        raise TypeError(f"step must be an integer or an int64 tensor of one element, got {step!r}")
+    if not isinstance(step, Tensor):
+        return step
+    if step.dtype != torch.int64 or step.numel() != 1:
+        raise (TypeError if step.dtype != torch.int64 else ValueError)(
+            f"step must be an integer or an int64 tensor of one element, got {step.dtype} of shape "
+            f"{tuple(step.shape)}"
+        )
+    return step.reshape(())
+
+
+def _dims(sample_dim: int | Mapping[str, int] | None, sites: Sites) -> tuple[int | None, dict[str, int]]:
+    """The dimension of the samples for all sites, or for the paths that patterns name."""
+    if sample_dim is None or isinstance(sample_dim, int):
+        return sample_dim, {}
+    given = sample_dim.values() if isinstance(sample_dim, Mapping) else (sample_dim,)
+    if not all(isinstance(dim, int) for dim in given):
+        raise TypeError(
+            "sample_dim must be an integer, or integers by patterns of paths such as {'encoder.*': 1}, "
+            f"got {sample_dim!r}"
+        )
+    unused = [
+        pattern for pattern in sample_dim if not any(fnmatchcase(path, pattern) for path in sites.paths)
+    ]
+    if unused:
+        raise ValueError(f"no module of the model is at a path like {unused[0]!r}, which sample_dim names")
+    named = {
+        path: next((dim for pattern, dim in sample_dim.items() if fnmatchcase(path, pattern)), None)
+        for path in sites.paths
+    }
+    return None, {path: dim for path, dim in named.items() if dim is not None}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thinned import functional as F
-from thinned.functional.arguments import threshold_and_scale
+from thinned.functional.arguments import key_for, threshold_and_scale
 from thinned.keys import Key
 
 __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
@@ -81,10 +81,10 @@ def scaled_dot_product_attention(
             attn_mask = _cast(attn_mask, dtype)
         with torch.autocast(device, enabled=False):
             weights = _weights(query, key, attn_mask, is_causal, scale, enable_gqa)
-            weights = F.dropout(weights, dropout_p, key=mask_key)
+            weights = F.dropout(weights, dropout_p, key=key_for(weights, mask_key))
             return weights @ _repeated(value, query, enable_gqa)
     weights = _weights(query, key, attn_mask, is_causal, scale, enable_gqa)
-    weights = F.dropout(weights, dropout_p, key=mask_key)
+    weights = F.dropout(weights, dropout_p, key=key_for(weights, mask_key))
     return weights @ _repeated(value, query, enable_gqa)
 
 
@@ -242,7 +242,7 @@ def _attend(
     # As PyTorch here: no weights, NaN and not zero, where nothing may be attended to.
     logits = (q * math.sqrt(1 / q.shape[-1])) @ k.transpose(-2, -1)
     weights = (logits if bias is None else logits + bias).softmax(-1)
-    weights = F.dropout(weights, dropout_p, key=mask_key)
+    weights = F.dropout(weights, dropout_p, key=key_for(weights, mask_key))
     return weights @ v, weights
 
 

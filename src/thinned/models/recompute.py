@@ -203,7 +203,7 @@ class _Region:
 
 def _running_functions() -> list[FunctionCtx]:
     """The contexts of the autograd Functions whose forward is running in this thread, the innermost first."""
-    found = []
+    found: list[FunctionCtx] = []
     frame = sys._getframe().f_back
     while frame is not None:
         code, caller = frame.f_code, frame.f_back
@@ -218,7 +218,7 @@ def _running_functions() -> list[FunctionCtx]:
 
 def _random_state() -> int:
     """A number that stands for the state of the default generators of the CPU and of the CUDA device."""
-    states: list[Tensor] = [torch.random.default_generator.get_state()]
+    states: list[Tensor] = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state())
     return hash(tuple(state.numpy().tobytes() for state in states))

@@ -61,9 +61,9 @@ def run_padded(
         return kernel(x, state, weights, has_biases, 1, 0.0, train, bidirectional, batch_first)  # type: ignore[no-any-return]
 
     def drop(x: Tensor) -> Tensor:
-        if batch_first:
-            return F.dropout(x, dropout, key=next_key())
-        return F.dropout(x.transpose(0, 1), dropout, key=next_key()).transpose(0, 1)
+        rows = x if batch_first else x.transpose(0, 1)
+        y = F.dropout(rows, dropout, key=key_for(rows, next_key()))
+        return y if batch_first else y.transpose(0, 1)
 
     return _layers(layer, drop, input, hx, params, num_layers, dropout, bidirectional)
 

@@ -6,8 +6,9 @@ import itertools
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from thinned.keys import Key
 from thinned.sites import Source, current
 from thinned.state import compiling
 
@@ -36,12 +37,16 @@ class Sites:
 
     Attributes:
         name: its own in this process; a string, which Dynamo has guards for, as it does not for identity.
+        paths: of the modules that have hooks; a module at several places has that of the first.
+        sample_dims: of paths whose modules say that their inputs are sequence first, 1, or batch first, 0.
         addressed: whether the last call of a module was within an address.
         context: what the replicas of :class:`torch.nn.DataParallel` join, which run in threads of their own.
     """
 
     def __init__(self) -> None:
         self.name = str(next(_numbers))
+        self.paths: set[str] = set()
+        self.sample_dims: dict[str, int] = {}
         self.addressed = False
         self.context: Joinable | None = None
 
@@ -59,23 +64,46 @@ class _Enter:
     def __call__(self, module: nn.Module, *_: Any) -> None:
         source = current.source
         if source is None:
-            if self.sites.addressed and not compiling():
-                self._refuse_recomputation()
-            context = self.sites.context
-            if context is None or self.path or not getattr(module, "_is_replica", False):
+            source = self._source_of(module)
+            if source is None:
                 return
-            source = context.join()
         if source.sites == self.sites.name:
             source.stack.append(self.path)
 
-    def _refuse_recomputation(self) -> None:
-        if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                f"the module {self.path!r} is called while a backward pass runs, after the thinned.address "
-                "that its forward pass was within, whose masks it would not have. Recompute by "
-                "torch.utils.checkpoint, or by a torch.autograd.Function whose forward takes ctx"
-            )
-        self.sites.addressed = False
+    def _source_of(self, module: nn.Module) -> Source | None:
+        """What gives the keys of a call that is within no address."""
+        if self.sites.addressed and not compiling():
+            if torch._C._current_graph_task_id() != -1:
+                current.source = _Unknown(self.sites)
+                return current.source
+            self.sites.addressed = False
+        context = self.sites.context
+        if context is None or self.path or not getattr(module, "_is_replica", False):
+            return None
+        return context.join()
+
+
+class _Unknown:
+    """The source within a module that a backward pass calls after the address of its forward pass.
+
+    It is a recomputation by means that nothing tells of, whose dropouts would have other masks.
+    """
+
+    joined = False
+
+    def __init__(self, sites: Sites) -> None:
+        self.sites = sites.name
+        self.stack: list[str] = []
+
+    def sample_dim(self, input: Tensor) -> int:  # noqa: A002, ARG002
+        return 0
+
+    def key_for(self, input: Tensor, rows: int | None) -> Key:  # noqa: A002, ARG002
+        raise RuntimeError(
+            f"a dropout in {self.stack[-1]!r} is called while a backward pass runs, after the thinned.address "
+            "that its forward pass was within, whose mask it would not have. Recompute by "
+            "torch.utils.checkpoint, or by a torch.autograd.Function whose forward takes ctx"
+        )
 
 
 class _Leave:
@@ -88,6 +116,8 @@ class _Leave:
             return
         if source.stack:
             source.stack.pop()
+        if isinstance(source, _Unknown) and not source.stack:
+            current.source = None
         if source.joined and not self.path and self.sites.context is not None:
             self.sites.context.leave()
 
@@ -109,18 +139,33 @@ def _path(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module that is the site ``path``.
+def module_at(model: nn.Module, path: str) -> tuple[str, nn.Module]:
+    """The module at ``path``, and the path that its calls have: the first, if it has several places.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it was added later than the hooks.
     """
     modules: dict[str, nn.Module] = {
         _path(name): module for name, module in _without_wrappers(model).named_modules(remove_duplicate=False)
     }
-    if path in modules:
-        return modules[path]
-    raise ValueError(f"no module of this {type(model).__name__} is at {path!r}")
+    if path not in modules:
+        raise ValueError(f"no module of this {type(model).__name__} is at {path!r}")
+    module, sites = modules[path], sites_of(model)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _Enter) and hook.sites is sites:
+            return hook.path, module
+    raise ValueError(
+        f"the module at {path!r} was added after the first thinned.address of this {type(model).__name__}, "
+        "and counts as a part of the one around it"
+    )
+
+
+def _sample_dim(module: nn.Module) -> int | None:
+    """The dimension of the samples in what ``module`` is given, if it says so by ``batch_first``."""
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        module = module.self_attn
+    batch_first = getattr(module, "batch_first", None)
+    return int(not batch_first) if isinstance(batch_first, bool) else None
 
 
 def sites_of(model: nn.Module) -> Sites:
@@ -136,6 +181,13 @@ def sites_of(model: nn.Module) -> Sites:
         )
     sites = Sites()
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(_Enter(sites, _path(name)), prepend=True)
-        module.register_forward_hook(_Leave(sites, _path(name)), always_call=True)
+        path = _path(name)
+        sites.paths.add(path)
+        dim = _sample_dim(module)
+        if dim is None:
+            dim = sites.sample_dims.get(path.rpartition(".")[0])
+        if dim is not None:
+            sites.sample_dims[path] = dim
+        module.register_forward_pre_hook(_Enter(sites, path), prepend=True)
+        module.register_forward_hook(_Leave(sites, path), always_call=True)
     return sites

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Outcome = Literal["reproduces", "no longer reproduces", "needs a GPU", "needs two GPUs"]
 Test = Callable[..., None]
@@ -42,6 +43,19 @@ def seeded(function: Callable[..., Tensor], *inputs: Tensor, seed: int = 3) -> T
     """The function's value after ``torch.manual_seed(seed)``."""
     torch.manual_seed(seed)
     return function(*inputs)
+
+
+class Operations(TorchDispatchMode):
+    """Records what comes to ATen: the operations and their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, result))
+        return result
 
 
 def wrong_gradients(function: Callable[[Tensor], Tensor], x: Tensor) -> int:

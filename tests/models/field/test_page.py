@@ -14,10 +14,12 @@ TESTS = {
     for name, test in vars(importlib.import_module(f"models.field.{file.stem}")).items()
     if name.startswith("test_") and isinstance(test, FunctionType)
 }
-ISSUES = {re.sub(r"(test_[a-z]+_\d+)_.*", r"\1", name) for name in TESTS}
+ISSUES = {re.sub(r"(test_[a-z_]+_\d+)_.*", r"\1", name) for name in TESTS}
 REPOSITORIES = {
     "pytorch": "https://github.com/pytorch/pytorch/issues/",
     "functorch": "https://github.com/pytorch/functorch/issues/",
+    "OLMo-core": "https://github.com/allenai/OLMo-core/pull/",
+    "unsloth": "https://github.com/unslothai/unsloth/pull/",
     "baal": "https://github.com/baal-org/baal/pull/",
 }
 
@@ -30,7 +32,7 @@ def rows(repository: Path) -> list[list[str]]:
 
 def test_every_issue_has_its_tests_and_the_reverse(repository: Path) -> None:
     named = [row[-1].strip("`") for row in rows(repository)]
-    assert len(named) == len(set(named)) == 21
+    assert len(named) == len(set(named)) == 24
     assert set(named) == ISSUES
     for name in named:
         assert {f"{name}_torch", f"{name}_thinned"} <= set(TESTS)
@@ -38,11 +40,11 @@ def test_every_issue_has_its_tests_and_the_reverse(repository: Path) -> None:
 
 def test_each_row_names_its_issue(repository: Path) -> None:
     for issue, *_, test in rows(repository):
-        match = re.fullmatch(r"\[(\w+)#(\d+)\]\((\S+)\)", issue)
+        match = re.fullmatch(r"\[([\w-]+)#(\d+)\]\((\S+)\)", issue)
         assert match is not None, issue
         project, number, link = match.groups()
         assert link == f"{REPOSITORIES[project]}{number}"
-        assert test == f"`test_{project}_{number}`"
+        assert test == f"`test_{project.lower().replace('-', '_')}_{number}`"
 
 
 def test_each_row_gives_the_recorded_outcome(repository: Path) -> None:

@@ -1,0 +1,251 @@
+"""What thinned.address is told: seeds, steps and paths, each used as meant or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import thinned
+from thinned import Dropout, Key
+from thinned.models import address, convert, intercept
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Identity(), Dropout(0.5))
+
+
+class TestSeedAndStep:
+    @pytest.mark.parametrize("step", [torch.tensor([3]), torch.tensor([[3]]), torch.tensor(3)])
+    @pytest.mark.parametrize("shape", [(1000, 1), (64, 64), (1,), ()])
+    def test_a_step_counter_of_one_element_is_its_number(
+        self, model: nn.Sequential, step: Tensor, shape: tuple[int, ...]
+    ) -> None:
+        x = torch.ones(shape)
+        with address(model, seed=1, step=step):
+            y = model(x)
+        with address(model, seed=1, step=3):
+            assert y.equal(model(x))
+
+    @pytest.mark.parametrize(
+        ("step", "error", "words"),
+        [
+            (torch.arange(4), ValueError, r"got torch.int64 of shape \(4,\)"),
+            (torch.empty(0, dtype=torch.int64), ValueError, r"of shape \(0,\)"),
+            (torch.tensor(3.0), TypeError, "got torch.float32"),
+            (torch.tensor([3], dtype=torch.int32), TypeError, "got torch.int32"),
+            ("3", TypeError, "got '3'"),
+            (3.0, TypeError, "integer"),
+        ],
+        ids=["more", "none", "float", "int32", "a string", "a float"],
+    )
+    def test_steps(self, model: nn.Sequential, step: Any, error: type[Exception], words: str) -> None:
+        with pytest.raises(error, match=words):
+            address(model, seed=1, step=step)
+
+    @pytest.mark.parametrize("seed", [Key(1).fold(torch.arange(4)), Key.from_bits(torch.tensor([1]))])
+    def test_a_batch_of_keys_is_no_seed(self, model: nn.Sequential, seed: Key) -> None:
+        with pytest.raises(ValueError, match=r"seed must be one key, got keys of shape \([14],\)"):
+            address(model, seed=seed, step=0)
+
+
+class TestPaths:
+    def test_a_second_path_means_the_first(self) -> None:
+        shared = Dropout(0.5)
+        model = nn.Sequential(shared, nn.Tanh(), shared)
+        x = torch.ones(4, 30)
+        with address(model, seed=7, step=1):
+            first = shared(x) != 0
+            second = shared(x) != 0
+        context = address(model, seed=7, step=1)
+        for path in ("0", "2"):
+            assert context.mask_of(path, x.shape).equal(first)
+            assert context.mask_of(path, x.shape, call=1).equal(second)
+            assert context.mask_of(path, x.shape, 0.5).equal(first)
+            assert context.key_of(path) == Key(7).fold(1).fold("0")
+
+    @pytest.mark.parametrize("path", ["2", "1.inner", "0#1", "nothing"])
+    def test_a_path_that_is_not_there_is_an_error(self, model: nn.Sequential, path: str) -> None:
+        context = address(model, seed=7, step=1)
+        for ask in (context.key_of, lambda path: context.mask_of(path, (3,)), self.with_p(context)):
+            with pytest.raises(ValueError, match=f"no module of this Sequential is at '{path}'"):
+                ask(path)
+
+    @staticmethod
+    def with_p(context: thinned.Address) -> Any:
+        return lambda path: context.mask_of(path, (3,), 0.5)
+
+    def test_a_module_that_was_added_later_is_an_error(self, model: nn.Sequential) -> None:
+        context = address(model, seed=7, step=1)
+        model.append(Dropout(0.5))
+        with pytest.raises(ValueError, match=r"'2' was added after the first thinned\.address"):
+            context.mask_of("2", (3,))
+
+    def test_one_that_was_converted_later_is_none(self) -> None:
+        model = nn.Sequential(nn.Dropout(0.5))
+        address(model, seed=7, step=1)
+        convert(model)
+        x = torch.ones(30)
+        with address(model, seed=7, step=1) as context:
+            assert context.mask_of("0", x.shape).equal(model(x) != 0)
+
+    def test_a_negative_call_is_an_error(self, model: nn.Sequential) -> None:
+        with pytest.raises(ValueError, match="call has to be at least 0, but got -1"):
+            address(model, seed=7, step=1).key_of("1", -1)
+
+    def test_a_number_sign_in_a_name_is_no_call_number(self) -> None:
+        model = nn.ModuleDict({name: Dropout(0.5) for name in ("a", "a#1", "a#", "a##1")})
+        context = address(model, seed=7, step=1)
+        keys = {(name, call): context.key_of(name, call) for name in model for call in range(3)}
+        assert len({int(key) for key in keys.values()}) == len(keys)
+        x = torch.ones(30)
+        with context:
+            for call in range(3):
+                for name, layer in model.items():
+                    mask = thinned.keep_mask(keys[name, call], x.shape, 0.5)
+                    assert mask.equal(layer(x) != 0)
+
+
+IDS = torch.tensor([5, 2, 9])
+N, LENGTH, WIDTH = 3, 6, 8  # the length is a multiple of the number of samples
+
+
+def layer(batch_first: bool) -> nn.Module:
+    torch.manual_seed(0)
+    made = nn.TransformerEncoderLayer(WIDTH, 2, 16, 0.3, batch_first=batch_first, dtype=torch.float64)
+    return convert(made).model
+
+
+def decoder(batch_first: bool) -> nn.Module:
+    torch.manual_seed(0)
+    made = nn.TransformerDecoderLayer(WIDTH, 2, 16, 0.3, batch_first=batch_first, dtype=torch.float64)
+    return convert(made).model
+
+
+class Custom(nn.Module):
+    """A sequence-first model that may say so."""
+
+    def __init__(self, batch_first: bool | None = None) -> None:
+        super().__init__()
+        self.dropout = Dropout(0.5)
+        if batch_first is not None:
+            self.batch_first = batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dropout(x)
+        return y
+
+
+class TestSampleDim:
+    def run(self, model: nn.Module, x: Tensor, ids: Tensor = IDS, **options: Any) -> Tensor:
+        with intercept(), address(model, seed=7, step=1, samples=ids, **options):
+            y: Tensor = model(x, x) if isinstance(model, nn.TransformerDecoderLayer) else model(x)
+        return y
+
+    @pytest.mark.parametrize("make", [layer, decoder])
+    def test_sequence_first_layers_of_torch_say_so(self, make: Any) -> None:
+        """They have the masks of the batch-first ones, and a sample's mask does not depend on its place."""
+        x = torch.randn(N, LENGTH, WIDTH, dtype=torch.float64)
+        batch_first = self.run(make(True), x)
+        model, sequences = make(False), x.transpose(0, 1)
+        y = self.run(model, sequences)
+        torch.testing.assert_close(y.transpose(0, 1), batch_first)
+        order = torch.tensor([2, 0, 1])
+        torch.testing.assert_close(self.run(model, sequences[:, order], IDS[order]), y[:, order])
+        torch.testing.assert_close(self.run(model, sequences[:, 1:2], IDS[1:2]), y[:, 1:2])
+
+    @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+    def test_a_whole_transformer(self) -> None:
+        torch.manual_seed(0)
+        model = convert(nn.Transformer(WIDTH, 2, 1, 1, 16, 0.3, dtype=torch.float64)).model
+        x = torch.randn(LENGTH, N, WIDTH, dtype=torch.float64)
+
+        def run(x: Tensor, ids: Tensor) -> Tensor:
+            with intercept(), address(model, seed=7, step=1, samples=ids):
+                y: Tensor = model(x, x)
+            return y
+
+        order = torch.tensor([2, 0, 1])
+        torch.testing.assert_close(run(x[:, order], IDS[order]), run(x, IDS)[:, order])
+
+    def test_a_model_of_ones_own_says_so(self) -> None:
+        x = torch.ones(LENGTH, N, WIDTH)
+        masks = thinned.functional.dropout(
+            x.transpose(0, 1), 0.5, key=Key(7).fold(1).fold("dropout").fold(IDS)
+        ).transpose(0, 1)
+        assert self.run(Custom(batch_first=False), x).equal(masks)
+        assert self.run(Custom(), x, sample_dim=1).equal(masks)
+        assert self.run(Custom(), x, sample_dim=-2).equal(masks)
+        assert self.run(Custom(), x, sample_dim={"drop*": 1}).equal(masks)
+        assert self.run(Custom(batch_first=True), x, sample_dim={"dropout": 1, "*": 0}).equal(masks)
+
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_memory_format_gradient_and_in_place(self, inplace: bool) -> None:
+        model, x = Custom(), torch.randn(LENGTH, N, WIDTH)
+        expected = self.run(model, x, sample_dim=1)
+        model.dropout.inplace = inplace
+        leaf = x.clone().requires_grad_()
+        given = leaf * 1
+        y = self.run(model, given, sample_dim=1)
+        assert y.equal(expected)
+        assert y.is_contiguous()
+        assert (y is given) == inplace
+        y.sum().backward()
+        assert leaf.grad is not None
+        assert (leaf.grad != 0).equal(expected != 0)
+
+    def test_shared_dimensions_are_those_of_the_input(self) -> None:
+        class Shared(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return thinned.functional.dropout(x, 0.5, broadcast_dims=(0,))
+
+        y = self.run(Shared(), torch.ones(LENGTH, N, 50), sample_dim=1)
+        assert y.equal(y[:1].expand_as(y))
+        assert not y[0, 0].equal(y[0, 1])
+
+    def test_what_nothing_tells_is_refused(self) -> None:
+        with pytest.raises(
+            RuntimeError, match=r"'dropout' was given a tensor of shape \(6, 3, 8\), which may"
+        ):
+            self.run(Custom(), torch.ones(LENGTH, N, WIDTH))
+        # Three samples of six rows, and three rows, are told by their sizes.
+        assert self.run(Custom(), torch.ones(LENGTH, 5, WIDTH)).shape == (LENGTH, 5, WIDTH)
+        assert self.run(Custom(), torch.ones(N, LENGTH, WIDTH)).shape == (N, LENGTH, WIDTH)
+        assert self.run(Custom(), torch.ones(LENGTH, N, WIDTH), sample_dim=0).shape == (LENGTH, N, WIDTH)
+
+    def test_layers_that_know_their_samples_are_not_told(self) -> None:
+        """LockedDropout has the masks of its samples in either layout."""
+        x = torch.ones(LENGTH, N, WIDTH)
+        y = self.run(nn.Sequential(thinned.LockedDropout(0.5)), x, sample_dim=1)
+        batch_first = nn.Sequential(thinned.LockedDropout(0.5, batch_first=True))
+        assert y.transpose(0, 1).equal(self.run(batch_first, x.transpose(0, 1)))
+
+    def test_noise_is_refused_along_another_dimension(self) -> None:
+        with pytest.raises(NotImplementedError, match=r"samples in dimension 0, got dimension 1 of shape"):
+            self.run(nn.Sequential(thinned.GaussianDropout(0.5)), torch.ones(LENGTH, N, WIDTH), sample_dim=1)
+
+    @pytest.mark.parametrize(
+        ("sample_dim", "error", "words"),
+        [
+            (3, IndexError, r"sample_dim=3 and was given a tensor of shape \(6, 3, 8\); accepted: -3 .. 2"),
+            ("1", TypeError, "got '1'"),
+            ({"dropout": "1"}, TypeError, "got {'dropout': '1'}"),
+            ({"encoder.*": 1}, ValueError, r"no module of the model is at a path like 'encoder\.\*'"),
+        ],
+    )
+    def test_errors(self, sample_dim: int | Mapping[str, int], error: type[Exception], words: str) -> None:
+        with pytest.raises(error, match=words):
+            self.run(Custom(), torch.ones(LENGTH, N, WIDTH), sample_dim=sample_dim)
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_compiled(self) -> None:
+        model = layer(False)
+        x = torch.randn(LENGTH, N, WIDTH, dtype=torch.float64)
+        eager = self.run(model, x)
+        fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with intercept(), address(model, seed=7, step=1, samples=IDS):
+            torch.testing.assert_close(fast(x), eager)
