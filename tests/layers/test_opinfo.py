@@ -52,7 +52,9 @@ def opinfos() -> Iterator[tuple[str, Inputs, list[torch.dtype]]]:
         name = info.name.removeprefix("nn.functional.")
         if name in FUNCTIONS:
             assert info.error_inputs_func is None  # else they belong into a test
-            yield name, partial(info.sample_inputs, "cpu"), sorted(info.dtypes, key=str)
+            # From 2.15 on torch promises complex numbers, of which thinned refuses those for the alphas.
+            dtypes = [each for each in info.dtypes if not (each.is_complex and "alpha" in name)]
+            yield name, partial(info.sample_inputs, "cpu"), sorted(dtypes, key=str)
     # The one without an OpInfo, by the function that makes the samples of its siblings.
     one = partial(sample_inputs_dropout, None, "cpu", requires_grad=False, valid_input_dim=(2, 3))
     yield "dropout1d", one, FLOATS
@@ -168,10 +170,11 @@ def test_samples(name: str, inputs: Inputs, dtype: torch.dtype, inplace: bool) -
         assert inplace or torch.equal(x, before)
         keep = mask(name, x.shape, p)
         scale, shift, fill = constants(name, p)
-        wide = before.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        exact = torch.promote_types(dtype, torch.float64)
+        wide = before.to(dtype if dtype == exact else torch.promote_types(dtype, torch.float32))
         value = wide * scale + shift if shift else wide * scale
         oracle.assert_same(y, torch.where(keep, value, fill).to(dtype))
-        torch.testing.assert_close(y, in_torch(name, before.double(), keep, p).to(dtype))
+        torch.testing.assert_close(y, in_torch(name, before.to(exact), keep, p).to(dtype))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -11,7 +11,9 @@ import torch
 
 from thinned import backends
 
-__all__ = ["describe"]
+__all__ = ["NEWEST_TESTED", "describe"]
+
+NEWEST_TESTED = "2.15"  # the newest PyTorch on which the tests pass; docs/versions.md has their counts
 
 
 def describe() -> dict[str, dict[str, str]]:
@@ -21,7 +23,7 @@ def describe() -> dict[str, dict[str, str]]:
     True
     """
     sections = {
-        "versions": {name: _version(name) for name in ("thinned", "torch", "numpy")}
+        "versions": {"thinned": _version("thinned"), "torch": _torch(), "numpy": _version("numpy")}
         | {"python": platform.python_version()},
         "machine": {
             "platform": platform.platform(),
@@ -55,6 +57,12 @@ def _native() -> dict[str, str]:
 def _devices() -> list[str]:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return ["cpu"] + ([accelerator.type] if accelerator else [])
+
+
+def _torch() -> str:
+    found = _version("torch")
+    tested, this = (tuple(map(int, each.split(".")[:2])) for each in (NEWEST_TESTED, torch.__version__))
+    return f"{found}, untested (newest tested: {NEWEST_TESTED})" if this > tested else found
 
 
 def _version(name: str) -> str:
