@@ -13,6 +13,7 @@ from functools import lru_cache
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from thinned.models.targets import HAND_WRITTEN, TARGETS, Argument, Target
@@ -20,7 +21,7 @@ from thinned.models.targets import HAND_WRITTEN, TARGETS, Argument, Target
 __all__ = ["Call", "calls_in_source"]
 
 DEPTH = 6
-BY_HAND = {"bernoulli", "bernoulli_"}
+BY_HAND = {"bernoulli", "bernoulli_", "rand", "rand_like"}
 NEARBY = re.compile("drop|atten", re.IGNORECASE)
 
 
@@ -125,8 +126,9 @@ class _Reader:
             return target.name, rate, rate != 0 and not (p.guarded or training.guarded), ""
         if isinstance(node.func, ast.Attribute) and node.func.attr in BY_HAND and not _is_module(called):
             owner = scope.resolve(node.func.value)
-            name = f"torch.{node.func.attr}" if inspect.ismodule(owner) else f"Tensor.{node.func.attr}"
-            return name, None, False, HAND_WRITTEN
+            home = owner if inspect.ismodule(owner) else Tensor
+            if home in (torch, Tensor) and hasattr(home, node.func.attr):
+                return f"{home.__name__}.{node.func.attr}", None, False, HAND_WRITTEN
         return None
 
 
