@@ -34,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:.torch.jit.script:{category}")
     # And Dynamo of itself: it makes an instance of a Function's context to trace with.
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
+    # In 2.11 the first sparse tensor of a process warns, even one that is told not to be checked.
+    config.addinivalue_line("filterwarnings", "ignore:Sparse invariant checks:UserWarning")
     # Threads that wait for each other on a busy machine make a test of one second take ten.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start

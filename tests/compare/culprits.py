@@ -1,4 +1,4 @@
-"""For each law, a layer that breaks it; nn.Dropout with one thing changed, or one of the examples."""
+"""For each law, a layer that breaks it; a right one with one thing changed, or one of the examples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import thinned
 from thinned.compare.subjects import Subject, resolve
 
 
@@ -94,7 +95,7 @@ class BreaksGraphs(nn.Dropout):
         return super().forward(x)
 
 
-class LosesGradient(nn.Dropout):
+class LosesGradient(thinned.Dropout):
     """Compiled, its values are right and its gradient is zero."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -210,6 +210,9 @@ class TestKeyed:
         with torch.no_grad(), address(keyed.model, seed=Key(2**64 - 5), step=0):
             assert_equal(call(keyed, image(4), -5), keyed.model(image(4)))
 
+    @pytest.mark.filterwarnings(
+        "ignore:The given buffer is not writable:UserWarning"
+    )  # torch.export.load, 2.11
     @pytest.mark.parametrize("samples", [False, True])
     def test_exported(self, samples: bool) -> None:
         model = Keyed(Small(0.1) if samples else monte_carlo(Net()))

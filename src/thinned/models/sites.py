@@ -168,6 +168,12 @@ def _sample_dim(module: nn.Module) -> int | None:
     return int(not batch_first) if isinstance(batch_first, bool) else None
 
 
+def _last_first(hooks: dict[int, Any]) -> None:
+    """As ``prepend=True`` does, after whose ``move_to_end`` Dynamo 2.11 takes one hook for another."""
+    for number in list(hooks)[:-1]:
+        hooks[number] = hooks.pop(number)
+
+
 def sites_of(model: nn.Module) -> Sites:
     """The model's sites, with hooks on each module from the first time on."""
     model = _without_wrappers(model)
@@ -188,6 +194,7 @@ def sites_of(model: nn.Module) -> Sites:
             dim = sites.sample_dims.get(path.rpartition(".")[0])
         if dim is not None:
             sites.sample_dims[path] = dim
-        module.register_forward_pre_hook(_Enter(sites, path), prepend=True)
+        module.register_forward_pre_hook(_Enter(sites, path))
+        _last_first(module._forward_pre_hooks)
         module.register_forward_hook(_Leave(sites, path), always_call=True)
     return sites

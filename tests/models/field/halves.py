@@ -13,23 +13,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Outcome = Literal["reproduces", "no longer reproduces", "needs a GPU", "needs two GPUs"]
 Test = Callable[..., None]
 
-RECORDED = (2, 13)
-version = tuple(int(number) for number in torch.__version__.split(".")[:2])
+OLDEST = (2, 11)
+VERSION = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 
-def in_torch(outcome: Outcome) -> Callable[[Test], Test]:
-    """The half about torch itself, with what was seen of it in torch 2.13 on a CPU.
+def in_torch(outcome: Outcome, since: tuple[int, int] = OLDEST) -> Callable[[Test], Test]:
+    """The half about torch itself, with what was seen of it from version ``since`` on, on a CPU.
 
     If it reproduces, the test asserts the wrong behaviour, so that it fails on the day on which torch mends
-    it; if not, the right one. What needs more than a CPU asserts what the issue reports.
+    it; if not, the right one. Before ``since`` it has to fail. What needs more than a CPU asserts what the
+    issue reports.
     """
     gpus = torch.cuda.device_count()
     models = {torch.cuda.get_device_name(index) for index in range(gpus)}
 
     def mark(test: Test) -> Test:
         test.outcome = outcome  # type: ignore[attr-defined]
-        reason = f"recorded in torch 2.13, and this is {torch.__version__}"
-        test = pytest.mark.skipif(version < RECORDED, reason=reason)(test)
+        before = f"the other way before torch {since[0]}.{since[1]}"
+        test = pytest.mark.xfail(since > VERSION, reason=before, raises=AssertionError)(test)
         if outcome == "needs a GPU":
             return pytest.mark.skipif(not gpus, reason="torch finds no GPU")(test)
         if outcome == "needs two GPUs":
