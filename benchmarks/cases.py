@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -37,6 +38,7 @@ def cases() -> Iterator[Case]:
     yield from _small()
     yield from _addressed()
     yield from _compiled()
+    yield from _compiling()
     yield from _elsewhere()
 
 
@@ -174,6 +176,36 @@ def _compiled() -> Iterator[Case]:
             (Bound("nn.Dropout", 1 / 20),),
             elements=elements,
         )
+
+
+def _compiling() -> Iterator[Case]:
+    """What a compiler takes for two layers of BERT and their backward pass, within an address and without."""
+
+    def make() -> Work:
+        try:
+            import torchvision.ops  # noqa: F401
+        except Exception:  # its compiled part does not fit the installed torch, and transformers asks for it
+            sys.modules["torchvision"] = None  # type: ignore[assignment]
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=64
+        )
+        model = thinned.convert(BertForSequenceClassification(config).train()).model
+        words = torch.arange(24).reshape(2, 12)
+
+        def compile_and_run() -> None:
+            torch.compiler.reset()
+            with torch._inductor.config.patch(force_disable_caches=True):  # type: ignore[no-untyped-call]
+                torch.compile(model, fullgraph=True)(words).logits.sum().backward()
+
+        def within() -> None:
+            with thinned.address(model, seed=7, step=3):
+                compile_and_run()
+
+        return {"without": compile_and_run, "thinned": within}
+
+    yield Case("compile time", "BERT of 2 layers within an address", make, (Bound("without", 1.5),), rounds=3)
 
 
 def _addressed() -> Iterator[Case]:

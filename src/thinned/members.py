@@ -23,7 +23,7 @@ def for_each_member(key: Key, *, drawn: bool = False) -> Key:
     Raises:
         RuntimeError: ``drawn`` within such a map.
     """
-    if not (transforming() or compiling()):
+    if not (compiling() or transforming()):
         return key
     if drawn and "error" in _randomness():
         raise RuntimeError(

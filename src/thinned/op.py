@@ -179,7 +179,7 @@ def _key_tensor(key: int | Tensor | None, x: Tensor) -> Tensor:
 
 
 def _draw(device: torch.device) -> Tensor:
-    if transforming() and not compiling():
+    if not compiling() and transforming():
         with torch._C._DisableFuncTorch():
             return draw(device)
     # Compilers take calls with the same arguments for one, except where one of them is an empty tensor.

@@ -100,8 +100,8 @@ class _Unknown:
 
     def key_for(self, input: Tensor, rows: int | None) -> Key:  # noqa: A002, ARG002
         raise RuntimeError(
-            f"a dropout in {self.stack[-1]!r} is called while a backward pass runs, after the thinned.address "
-            "that its forward pass was within, whose mask it would not have. Recompute by "
+            f"a dropout in {self.stack[-1]!r} is called while a backward pass runs, after the "
+            "thinned.address that its forward pass was within, whose mask it would not have. Recompute by "
             "torch.utils.checkpoint, or by a torch.autograd.Function whose forward takes ctx"
         )
 
