@@ -156,7 +156,7 @@ def _compiled() -> Iterator[Case]:
 
     def make(p: float) -> Work:
         x = torch.ones(elements)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         implementations: Sequence[tuple[str, nn.Module]] = (
             ("thinned", thinned.Dropout(p)),
             ("nn.Dropout", nn.Dropout(p)),

@@ -19,7 +19,7 @@ from thinned.models.attention import multi_head_attention_forward, scaled_dot_pr
 from thinned.models.fast_path import FastPath, is_innermost, remove_mode
 from thinned.models.recompute import Counting, close_failed
 from thinned.models.recurrent import run_packed, run_padded
-from thinned.state import compiling
+from thinned.torch_state import MODULE_CALL, compiler_is_imported, compiling, modes_of_thread, never_inlined
 
 __all__ = ["Intercept", "Intercepted", "intercept"]
 
@@ -91,6 +91,7 @@ class Intercept(Counting, TorchFunctionMode):
     def __enter__(self) -> Intercept:
         self.calls = dict(self._first)
         if not compiling():  # which does not trace this, and needs neither
+            modes_of_thread()  # which refuses before anything has changed
             close_failed()
             self._enter_counting(None)
             _fast_path.install()
@@ -271,7 +272,7 @@ def _running_in_training() -> bool:
     if compiling():
         raise RuntimeError("intercept(sdpa_follows_training=True) is not for compiled code")
     frame = sys._getframe()
-    while frame.f_code is not nn.Module._call_impl.__code__:
+    while frame.f_code is not MODULE_CALL:
         if frame.f_back is None:
             return True
         frame = frame.f_back
@@ -330,15 +331,13 @@ def _recurrent(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...] |
     return site
 
 
+@never_inlined
 def _outside_graphs(is_packed: bool, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """Dynamo breaks its graph for recurrent networks, whose kernels it cannot train; so do we."""
     run: Callable[..., tuple[Tensor, ...]] = run_packed if is_packed else run_padded
-    if "torch._dynamo" in sys.modules:
+    if compiler_is_imported():
         run = torch.compiler.disable(run)
     return run(*args, **kwargs)
-
-
-_outside_graphs._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 _SITES: dict[Any, Callable[..., Any]] = {

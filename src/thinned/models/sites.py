@@ -5,17 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from thinned.sites import Source, current
-from thinned.state import compiling
+from thinned.torch_state import COMPILED, WRAPPERS, compiling, graph_task_is_running, is_replica, pre_hooks_of
 
 __all__ = ["Sites", "module_at", "sites_of"]
 
 
-# What PyTorch puts around modules is no part of their paths.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _AROUND_A_MODEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -66,14 +63,14 @@ class _Enter:
             if self.sites.addressed and not compiling():
                 self._refuse_recomputation()
             context = self.sites.context
-            if context is None or self.path or not getattr(module, "_is_replica", False):
+            if context is None or self.path or not is_replica(module):
                 return
             source = context.join()
         if source.sites == self.sites.name:
             source.stack.append(self.path)
 
     def _refuse_recomputation(self) -> None:
-        if torch._C._current_graph_task_id() != -1:
+        if graph_task_is_running():
             raise RuntimeError(
                 f"the module {self.path!r} is called while a backward pass runs, after the thinned.address "
                 "that its forward pass was within, whose masks it would not have. Recompute by "
@@ -100,7 +97,7 @@ def _inside(model: nn.Module) -> str | None:
     """Where the model itself is, if this is only what PyTorch puts around one."""
     if type(model) in _AROUND_A_MODEL:
         return "module"
-    return "_orig_mod" if hasattr(model, "_orig_mod") else None
+    return COMPILED if hasattr(model, COMPILED) else None
 
 
 def _without_wrappers(model: nn.Module) -> nn.Module:
@@ -110,7 +107,7 @@ def _without_wrappers(model: nn.Module) -> nn.Module:
 
 
 def _path(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def module_at(model: nn.Module, path: str) -> tuple[str, nn.Module]:
@@ -125,7 +122,7 @@ def module_at(model: nn.Module, path: str) -> tuple[str, nn.Module]:
     if path not in modules:
         raise ValueError(f"no module of this {type(model).__name__} is at {path!r}")
     module, sites = modules[path], sites_of(model)
-    for hook in module._forward_pre_hooks.values():
+    for hook in pre_hooks_of(module).values():
         if isinstance(hook, _Enter) and hook.sites is sites:
             return hook.path, module
     raise ValueError(
@@ -145,7 +142,7 @@ def _sample_dim(module: nn.Module) -> int | None:
 def sites_of(model: nn.Module) -> Sites:
     """The model's sites, with hooks on each module from the first time on."""
     model = _without_wrappers(model)
-    for hook in model._forward_pre_hooks.values():
+    for hook in pre_hooks_of(model).values():
         if isinstance(hook, _Enter) and not hook.path:
             return hook.sites
     if compiling():
