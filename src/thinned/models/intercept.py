@@ -195,12 +195,20 @@ def _like_torchs(
         p: float = 0.5,
         training: bool = training_by_default,
         inplace: bool = False,
+        **rest: Any,
     ) -> Tensor | None:
+        if _is_torchs(rest):
+            return None
         if not training or p == 0:
             return _unchanged(ours, input, p)
         return ours(input, p, True, inplace, key=mode.next_key())
 
     return site
+
+
+def _is_torchs(rest: dict[str, Any]) -> bool:
+    """Whether a call has an argument that only torch knows, such as a generator in versions to come."""
+    return any(value is not None for value in rest.values())
 
 
 def _unchanged(ours: Callable[..., Tensor], input: Tensor, p: float) -> Tensor | None:  # noqa: A002
@@ -212,7 +220,9 @@ def _unchanged(ours: Callable[..., Tensor], input: Tensor, p: float) -> Tensor |
 def _of_aten(ours: Callable[..., Tensor], inplace: bool = False) -> Callable[..., Tensor | None]:
     """A function of ``torch``, with three arguments."""
 
-    def site(mode: Intercept, input: Tensor, p: float, train: bool) -> Tensor | None:  # noqa: A002
+    def site(mode: Intercept, input: Tensor, p: float, train: bool, **rest: Any) -> Tensor | None:  # noqa: A002
+        if _is_torchs(rest):
+            return None
         if not train or p == 0:
             return _unchanged(ours, input, p)
         return ours(input, p, True, inplace, key=mode.next_key())
