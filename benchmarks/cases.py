@@ -158,7 +158,7 @@ def _compiled() -> Iterator[Case]:
 
     def make(p: float) -> Work:
         x = torch.ones(elements)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         implementations: Sequence[tuple[str, nn.Module]] = (
             ("thinned", thinned.Dropout(p)),
             ("nn.Dropout", nn.Dropout(p)),
@@ -196,8 +196,8 @@ def _compiling() -> Iterator[Case]:
 
         def compile_and_run() -> None:
             torch.compiler.reset()
-            with torch._inductor.config.patch(force_disable_caches=True):  # type: ignore[no-untyped-call]
-                torch.compile(model, fullgraph=True)(words).logits.sum().backward()
+            fast = torch.compile(model, fullgraph=True, options={"force_disable_caches": True})
+            fast(words).logits.sum().backward()  # type: ignore[no-untyped-call]
 
         def within() -> None:
             with thinned.address(model, seed=7, step=3):

@@ -13,7 +13,7 @@ from torch import Tensor
 from thinned import backends
 from thinned.backends import portable
 from thinned.philox import high32, join, low32, philox4x32, signed64
-from thinned.state import is_eager, is_legacy_batched
+from thinned.torch_state import constant_when_compiled, is_eager, is_legacy_batched
 
 try:
     from thinned.backends import native
@@ -188,12 +188,9 @@ torch.library.register_fake("thinned::fold", _fold_fake, lib=_library)
 torch.library.register_vmap("thinned::fold", _vmap_fold, lib=_library)
 
 
+@constant_when_compiled
 def _digest(name: str) -> int:
     return signed64(int.from_bytes(blake2b(name.encode()).digest()[:8], "little"))
-
-
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
-_digest._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def draw(device: torch.device) -> Tensor:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 
 from thinned.keys import Key
-from thinned.state import compiling, dense, is_eager
+from thinned.torch_state import SingleLevelFunction, compiling, dense, is_eager
 
 __all__ = ["Map", "apply_linear"]
 
@@ -52,7 +51,7 @@ class _Rule:
         return apply_linear(ctx.linear, dense(grad), Key.from_bits(ctx.saved_tensors[0])), None, None, None
 
 
-class _Eager(_Rule, _SingleLevelFunction):
+class _Eager(_Rule, SingleLevelFunction):
     pass
 
 

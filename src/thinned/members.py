@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
-from torch._functorch.vmap import _add_batch_dim  # type: ignore[attr-defined]
 
 from thinned.keys import Key
-from thinned.state import compiling, transforming
+from thinned.torch_state import (
+    add_batch_dim,
+    compiling,
+    constant_when_compiled,
+    transforming,
+    vmaps,
+    without_transforms,
+)
 
 __all__ = ["for_each_member"]
 
@@ -31,34 +36,27 @@ def for_each_member(key: Key, *, drawn: bool = False) -> Key:
             "a key, or use the 'same' or 'different' randomness flags on vmap"
         )
     for level, size in _different():
-        key = key.fold(_add_batch_dim(_numbers(size, key.bits.device), 0, level))
+        key = key.fold(add_batch_dim(_numbers(size, key.bits.device), 0, level))
     return key
 
 
 def _numbers(size: int, device: torch.device) -> Tensor:
     if compiling():  # which does not trace what follows
         return torch.arange(size, device=device)
-    with torch._C._DisableFuncTorch():  # a plain tensor, which a transform within the map would wrap
+    with without_transforms():  # a plain tensor, which a transform within the map would wrap
         return torch.arange(size, device=device)
 
 
-def _maps() -> list[VmapInterpreter]:
-    interpreters = retrieve_all_functorch_interpreters()
-    return [each for each in interpreters if isinstance(each, VmapInterpreter)]
-
-
+# Dynamo calls the next two while it traces, within the vmaps; another size compiles once more.
+@constant_when_compiled
 def _randomness() -> tuple[str, ...]:
-    """Of each map around."""
-    return tuple(each.randomness() for each in _maps())
+    """The randomness of every active vmap, outermost first."""
+    return tuple(each.randomness() for each in vmaps())
 
 
+@constant_when_compiled
 def _different() -> tuple[tuple[int, int], ...]:
     """Level and size of each map with randomness "different"."""
     return tuple(
-        (each.level(), int(each.batch_size())) for each in _maps() if each.randomness() == "different"
+        (each.level(), int(each.batch_size())) for each in vmaps() if each.randomness() == "different"
     )
-
-
-# Dynamo calls them while it traces, within the maps; another size compiles anew.
-_randomness._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_different._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from torch import Tensor
 from thinned import op
 from thinned.geometry import Geometry, shared
 from thinned.keys import Key
-from thinned.state import compiling
+from thinned.torch_state import compiling, ragged_dim, seqlens
 
 __all__ = ["alike", "elementwise", "masked_affine", "of_values", "refuse", "shape_of"]
 
@@ -97,37 +97,34 @@ def elementwise(name: str, function: Callable[..., Tensor], x: Any, key: Key, *o
     else:
         keys = key.bits.unbind()
         rows = [function(*part, key=Key.from_bits(each)) for part, each in zip(parts, keys, strict=True)]
-    return of_values(x, torch.cat(rows, _ragged(x) - 1)) if jagged else torch.nested.as_nested_tensor(rows)
+    return of_values(x, torch.cat(rows, ragged_dim(x) - 1)) if jagged else torch.nested.as_nested_tensor(rows)
 
 
 def of_values(x: Any, values: Tensor) -> Tensor:
     """The jagged tensor that has ``values`` where ``x`` has its own, and all else as ``x`` has it."""
+    shortest, longest = seqlens(x)
     return torch.nested.nested_tensor_from_jagged(
         values,
         x.offsets(),
         x.lengths(),
-        jagged_dim=_ragged(x),
-        min_seqlen=x._maybe_min_seqlen,
-        max_seqlen=x._maybe_max_seqlen,
+        jagged_dim=ragged_dim(x),
+        min_seqlen=shortest,
+        max_seqlen=longest,
     )
-
-
-def _ragged(x: Any) -> int:
-    return x._ragged_idx  # type: ignore[no-any-return]
 
 
 def _packed(x: Any) -> bool:
     """Whether a jagged tensor's components are rows of its values, one after the other."""
-    return _ragged(x) == 1 and x.lengths() is None
+    return ragged_dim(x) == 1 and x.lengths() is None
 
 
 def _jagged(x: Tensor, bits: Tensor | None, held: list[int], *constants: Any) -> Tensor:
     key = op.draw_for(x) if bits is None else bits
-    if 0 in held and _ragged(x) not in held and not key.dim():
+    if 0 in held and ragged_dim(x) not in held and not key.dim():
         refuse(
             f"broadcast_dims {tuple(held)}",
             x,
-            f"dimension 0 only together with the ragged dimension {_ragged(x)}, or a key for each row",
+            f"dimension 0 only together with the ragged dimension {ragged_dim(x)}, or a key for each row",
         )
     apply = _Jagged.apply if x.requires_grad and torch.is_grad_enabled() else _affine
     return apply(x, key, held, *constants)
@@ -138,7 +135,7 @@ def _affine(x: Any, key: Tensor, held: list[int], *constants: Any) -> Tensor:
     if not key.dim() and _packed(x) and 0 not in held and 1 not in held:
         geometry = shared(values.shape, [dim - 1 for dim in held]) if held else None
         return of_values(x, op.masked_affine(values, key, geometry, *constants))
-    components = x.offsets(), x.lengths(), _ragged(x)
+    components = x.offsets(), x.lengths(), ragged_dim(x)
     return of_values(x, torch.ops.thinned.jagged_affine(values, key, *components, held, *constants))
 
 

@@ -18,10 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from thinned import backends, writable
 from thinned.backends import portable
@@ -29,7 +25,19 @@ from thinned.geometry import Geometry, shared
 from thinned.keys import Key, draw, draw_int
 from thinned.members import for_each_member
 from thinned.partition import mark_draws
-from thinned.state import compiling, is_eager, is_legacy_batched, is_traced, transforming, transforms
+from thinned.torch_state import (
+    SingleLevelFunction,
+    below_autograd,
+    compiling,
+    forward_mode,
+    functionalizing,
+    is_eager,
+    is_legacy_batched,
+    is_traced,
+    single_level_functions,
+    transforming,
+    without_transforms,
+)
 
 __all__ = ["draw_for", "keep_mask", "masked_affine", "masked_affine_", "refuse_layout", "uniform"]
 
@@ -76,7 +84,7 @@ def masked_affine(
             return _sparse(x, key, geometry, T, scale, shift, fill)
         if is_legacy_batched(x):
             return portable.masked_affine(x, _key_tensor(key, x), geometry, T, scale, shift, fill)
-        known = not is_traced(x) and TransformType.Functionalize not in transforms()
+        known = not is_traced(x) and not functionalizing()
         apply = _Transformed.apply if known else _traced
         strides, base = shared(x.shape) if geometry is None else geometry
         return apply(x, _key_tensor(key, x), strides, base, T, scale, shift, fill)
@@ -180,7 +188,7 @@ def _key_tensor(key: int | Tensor | None, x: Tensor) -> Tensor:
 
 def _draw(device: torch.device) -> Tensor:
     if not compiling() and transforming():
-        with torch._C._DisableFuncTorch():
+        with without_transforms():
             return draw(device)
     # Compilers take calls with the same arguments for one, except where one of them is an empty tensor.
     place = torch.empty((), dtype=torch.int64, device=device)
@@ -235,7 +243,7 @@ def _layout(x: Tensor) -> tuple[int, ...] | None:
     return None if x.is_contiguous() else x.stride()
 
 
-class _Eager(_SingleLevelFunction):
+class _Eager(SingleLevelFunction):
     """The short way to autograd. Nothing of the tensor's size is kept: the key gives the mask again."""
 
     @staticmethod
@@ -262,7 +270,7 @@ def _keep(ctx: Any, arguments: tuple[Any, ...], layout: tuple[int, ...] | None) 
 _apply_eager = _Eager.apply  # type: ignore[attr-defined]
 
 
-class _Written(_SingleLevelFunction):
+class _Written(SingleLevelFunction):
     """Tells autograd that x is about to be written over."""
 
     @staticmethod
@@ -359,18 +367,18 @@ mark_draws(torch.ops.thinned.draw_key.default)
 
 @torch.library.impl(_library, "masked_affine", "Autograd")
 def _masked_affine_autograd(x: Tensor, key: Tensor, strides: list[int], *rest: Any) -> Tensor:
-    if (x.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-        with enable_single_level_autograd_function():  # the dispatcher has chosen the level already
+    if (x.requires_grad and torch.is_grad_enabled()) or forward_mode():
+        with single_level_functions():  # the dispatcher has chosen the level already
             return _Registered.apply(x, key, tuple(strides), *rest)  # type: ignore[no-any-return,attr-defined]
     return _below_autograd(x, key, strides, *rest)
 
 
 def _below_autograd(x: Tensor, *arguments: Any) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _traced(x, *arguments)
 
 
-class _Registered(_SingleLevelFunction):
+class _Registered(SingleLevelFunction):
     """The derivatives of the registered operation, for compilers and tensors that are not plain."""
 
     @staticmethod

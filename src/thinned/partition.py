@@ -6,14 +6,13 @@ Under a memory budget, torch's partitioner lets the backward pass draw anew what
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-import torch.fx.traceback as traceback
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_slot, proxy_call
 from torch.utils.checkpoint import CheckpointPolicy
+
+from thinned.torch_state import budget_of, node_of, on_proxies
 
 __all__ = ["mark_draws"]
 
@@ -21,23 +20,13 @@ __all__ = ["mark_draws"]
 def mark_draws(draw: Any) -> None:
     """Mark the calls of an operation that draws, in every graph that is about to be partitioned."""
 
-    def trace(mode: ProxyTorchDispatchMode, *args: Tensor) -> Any:
-        drawn: Any = proxy_call(mode, draw, mode.pre_dispatch, args, {})
-        node: Node = get_proxy_slot(drawn, mode.tracer).proxy.node
-        if _budget(node) < 1 and _has_backward(node):
+    def trace(mode: Any, *args: Tensor) -> Any:
+        drawn, node = node_of(draw, mode, args)
+        if budget_of(node) < 1 and _has_backward(node):
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         return drawn
 
-    draw.py_impl(ProxyTorchDispatchMode)(trace)
-
-
-def _budget(node: Node) -> float:
-    """What part of the activations the partitioner may keep."""
-    of_region = getattr(traceback, "_get_memory_budget_annotation", lambda _: None)(node)
-    if of_region is not None:
-        return float(of_region)
-    config = sys.modules.get("torch._functorch.config")
-    return 1.0 if config is None else float(config.activation_memory_budget)
+    on_proxies(draw, trace)
 
 
 def _has_backward(node: Node) -> bool:

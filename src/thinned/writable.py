@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thinned.torch_state import base_of, is_odd_view
+
 __all__ = ["count_write", "refuse_leaf", "refuse_overlap"]
 
 
@@ -15,13 +17,13 @@ def refuse_leaf(x: Tensor) -> None:
             "a leaf Variable that requires grad is being used in an in-place operation: "
             f"{tuple(x.shape)} {x.dtype}; use inplace=False"
         )
-    base = x._base
+    base = base_of(x)
     if base is not None and base.is_leaf and base.requires_grad:
         raise RuntimeError(
             "a view of a leaf Variable that requires grad is being used in an in-place operation: "
             f"{tuple(x.shape)} of {tuple(base.shape)} {x.dtype}; use inplace=False"
         )
-    if x._is_view() and torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT:
+    if is_odd_view(x):
         x.mul_(1)  # torch's refusal, before anything is written
 
 

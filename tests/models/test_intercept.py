@@ -25,7 +25,7 @@ import thinned
 from models import zoo
 from thinned import functional as F
 from thinned.models.convert import convert
-from thinned.models.intercept import Intercept, Intercepted, intercept
+from thinned.models.intercept import _SITES, Intercept, Intercepted, intercept
 
 KEY = thinned.Key(7)
 P = 0.3
@@ -332,6 +332,19 @@ def test_errors_are_torchs() -> None:
                 torch_functional.dropout(X, P, nonsense=1)
     with pytest.raises(TypeError, match=r"must be a thinned\.Key, got 7"):
         intercept(key=7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "function", [torch_functional.dropout, torch_functional.alpha_dropout, torch.dropout, torch.dropout_]
+)
+def test_an_argument_that_only_torch_knows_is_left_to_torch(function: Callable[..., Any]) -> None:
+    """Versions to come may give dropout a generator, which is then where torch's masks come from."""
+    context, handler = Intercept(KEY), _SITES[function]
+    with context:
+        assert handler(context, X, P, True, generator=torch.Generator()) is None
+        assert context.count == 0
+        assert handler(context, X, P, True, generator=None) is not None
+        assert context.count == 1
 
 
 class Forgetful(nn.Module):

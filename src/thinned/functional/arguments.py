@@ -12,7 +12,7 @@ from thinned.backends.arguments import DTYPES
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.keys import Key
 from thinned.sites import current
-from thinned.state import compiling
+from thinned.torch_state import compiling
 
 __all__ = ["apply", "bits_for", "check_input", "check_key", "key_for", "threshold_and_scale"]
 

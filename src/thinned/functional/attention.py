@@ -15,7 +15,7 @@ from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.linear import apply_linear
 from thinned.nested import shape_of
-from thinned.state import is_eager
+from thinned.torch_state import is_eager
 
 __all__ = ["check_normalize", "drop_head", "drop_key"]
 

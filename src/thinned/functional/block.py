@@ -18,7 +18,7 @@ from thinned.geometry import Geometry, shared
 from thinned.keys import Key
 from thinned.linear import apply_linear
 from thinned.nested import shape_of
-from thinned.state import is_legacy_batched, transforming
+from thinned.torch_state import constant_when_compiled, is_legacy_batched, transforming
 
 __all__ = ["Scale", "drop_block1d", "drop_block2d", "drop_block3d"]
 
@@ -305,6 +305,7 @@ def _masked(x: Tensor, keep: Tensor, factor: float | Tensor) -> Tensor:
     return bits.view(x.dtype).mul_(factor)
 
 
+@constant_when_compiled
 def _solve(T: int, *extents: int) -> tuple[int, float]:
     """The threshold of the seeds for the threshold ``T`` of the positions, and the share that it keeps.
 
@@ -314,10 +315,6 @@ def _solve(T: int, *extents: int) -> tuple[int, float]:
             that is what Dynamo can tell to be constant.
     """
     return _solve_cached(T, *extents)
-
-
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
-_solve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)

@@ -9,6 +9,7 @@ from torch import Tensor
 from thinned.functional.arguments import apply, check_input, check_key, threshold_and_scale
 from thinned.keys import Key
 from thinned.nested import refuse, shape_of
+from thinned.torch_state import constant_when_compiled
 
 __all__ = ["changes", "dropout1d", "dropout2d", "dropout3d", "within_channels"]
 
@@ -195,12 +196,10 @@ def dropout3d(
     return apply(input, key, within_channels(input, p, batched=dims == 5), inplace, T, scale)
 
 
+# Dynamo cannot trace a warning; so marked, it comes once, when the call is compiled.
+@constant_when_compiled
 def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
-
-
-# Dynamo cannot trace a warning; so marked, it comes once, when the call is compiled.
-_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def changes(name: str, input: Tensor, p: float, training: bool, key: Key | None) -> bool:  # noqa: A002

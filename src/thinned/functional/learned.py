@@ -11,7 +11,7 @@ from torch import Tensor
 from thinned.functional.noise import multiply, opmath
 from thinned.keys import Key
 from thinned.nested import shape_of
-from thinned.state import compiling, dense, transforming
+from thinned.torch_state import compiling, dense, transforming
 
 __all__ = ["Noisy", "apply_noisy", "check_parameter"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
-from thinned.state import compiling, is_legacy_batched, transforming
+from thinned.torch_state import compiling, is_legacy_batched, transforming
 
 __all__ = ["logistic", "multiply", "normal", "opmath", "uniform"]
 

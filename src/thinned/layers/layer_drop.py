@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from thinned import functional as F
 from thinned.functional.arguments import key_for, threshold_and_scale
 from thinned.keys import Key
-from thinned.state import compiling, is_eager
+from thinned.torch_state import compiling, is_batched, is_eager
 
 __all__ = ["LayerDrop"]
 
@@ -81,7 +81,7 @@ class LayerDrop(nn.ModuleList):
         if not self._drops():
             return iter(self)
         keep = self._keep(key)
-        if not compiling() and torch._C._functorch.is_batchedtensor(keep):
+        if not compiling() and is_batched(keep):
             raise RuntimeError("each example has layers of its own under vmap; call the LayerDrop itself")
         return iter([layer for layer, kept in zip(self, keep.tolist(), strict=True) if kept])
 

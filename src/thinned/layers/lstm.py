@@ -15,7 +15,7 @@ from thinned.functional.arguments import apply, check_input, check_key, key_for,
 from thinned.functional.weights import check_one_key
 from thinned.geometry import shared
 from thinned.keys import Key
-from thinned.state import compiling, transforming
+from thinned.torch_state import compiling, transforming
 
 __all__ = ["VariationalLSTM"]
 
@@ -210,15 +210,16 @@ class VariationalLSTM(nn.RNNBase):
         looped = self.hidden_zoneout_p or self.cell_zoneout_p or (key is not None and self.recurrent_p)
         looped = looped or compiling() or transforming()
         x = _locked(x, self.input_p, key, "input_l0")
+        suffixes = ("", "_reverse") if self.bidirectional else ("",)
         if not looped and (key is None or not (self.layer_p or self.weight_p)):
             # All in one call, and the parameters where cuDNN wants them.
-            weights = [getattr(self, name) for name in self._flat_weights_names]
-            x, h, c = self._kernel(x, h, c, weights, self.num_layers)
+            names = [f"l{layer}{suffix}" for layer in range(self.num_layers) for suffix in suffixes]
+            flat = [weight for name in names for weight in self._weights(name, None)]
+            x, h, c = self._kernel(x, h, c, flat, self.num_layers)
             return _locked(x, self.output_p, key, "output"), h, c
 
         hidden: list[Tensor] = []
         cells: list[Tensor] = []
-        suffixes = ("", "_reverse") if self.bidirectional else ("",)
         for layer in range(self.num_layers):
             if layer:
                 x = _locked(x, self.layer_p, key, f"input_l{layer}")

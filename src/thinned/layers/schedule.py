@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from thinned.schedules import Schedule
 
@@ -124,11 +123,14 @@ class DropoutSchedule:
         self.last_step = step
 
 
+_TORCHS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
 def is_dropout(module: nn.Module) -> bool:
     """Whether a module's class makes it a dropout: torch.nn's, thinned's, or one by its name."""
     name = type(module).__name__.lower()
     return (
-        isinstance(module, _DropoutNd)
+        isinstance(module, _TORCHS)
         or type(module).__module__.startswith("thinned.layers.")
         or "drop" in name
         or name == "stochasticdepth"

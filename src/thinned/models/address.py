@@ -20,7 +20,7 @@ from thinned.models.registry import is_ours
 from thinned.models.sites import Sites, module_at, sites_of
 from thinned.nested import shape_of
 from thinned.sites import current
-from thinned.state import compiling
+from thinned.torch_state import compiling
 
 __all__ = ["Address", "address"]
 

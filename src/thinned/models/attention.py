@@ -11,6 +11,13 @@ from torch import Tensor
 from thinned import functional as F
 from thinned.functional.arguments import key_for, threshold_and_scale
 from thinned.keys import Key
+from thinned.torch_state import (
+    canonical_mask,
+    in_projection,
+    in_projection_packed,
+    mha_shape_check,
+    safe_softmax,
+)
 
 __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
 
@@ -128,7 +135,7 @@ def _weights(
             "Expected attn_mask dtype to be bool or float or to match query dtype, but got "
             f"attn_mask.dtype: {attn_mask.dtype} and query.dtype: {query.dtype} instead."
         )
-    return torch.ops.aten._safe_softmax(logits, -1)  # type: ignore[no-any-return]
+    return safe_softmax(logits, -1)  # type: ignore[no-any-return]
 
 
 def multi_head_attention_forward(
@@ -179,7 +186,7 @@ def multi_head_attention_forward(
     >>> bool((weights[thinned.keep_mask(thinned.Key(7).fold(0), weights.shape, 0.5)] > 0).all())
     True
     """
-    batched = torch_functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)
+    batched = mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)
     if not batched:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -196,9 +203,9 @@ def multi_head_attention_forward(
     if use_separate_proj_weight:
         biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
         projections = (q_proj_weight, k_proj_weight, v_proj_weight)
-        q, k, v = torch_functional._in_projection(query, key, value, *projections, *biases)
+        q, k, v = in_projection(query, key, value, *projections, *biases)
     else:
-        q, k, v = torch_functional._in_projection_packed(query, key, value, in_proj_weight, in_proj_bias)
+        q, k, v = in_projection_packed(query, key, value, in_proj_weight, in_proj_bias)
     if bias_k is not None and bias_v is not None:
         k = torch.cat([k, bias_k.repeat(1, batch, 1)])
         v = torch.cat([v, bias_v.repeat(1, batch, 1)])
@@ -274,6 +281,6 @@ def _merged(
 
 
 def _additive(mask: Tensor, name: str, added: int, q: Tensor) -> Tensor:
-    canonical = torch_functional._canonical_mask(mask, name, None, "", q.dtype, check_other=False)
+    canonical = canonical_mask(mask, name, None, "", q.dtype, check_other=False)
     padded: Tensor = torch_functional.pad(canonical, (0, added))
     return padded

@@ -22,6 +22,7 @@ from thinned.models.registry import (
 )
 from thinned.models.text import count, format_p, merge_paths, to_text
 from thinned.models.walk import Choice, chooser, modules_with_paths, other_references, places
+from thinned.torch_state import buffers_of, children_of, load_hooks_of, parameters_of
 
 __all__ = ["Conversion", "Swap", "build_from", "convert", "probability_of", "revert"]
 
@@ -276,10 +277,10 @@ class _Origin:
             setattr(old, name, self.p if p == self.built else changed)
         old.training = new.training
         _share_hooks(new, old)
-        for store in ("_parameters", "_buffers"):
+        for store in (parameters_of, buffers_of):
             # A cast or a move replaces buffers, and may replace parameters.
-            mine = getattr(old, store)
-            mine.update({key: value for key, value in getattr(new, store).items() if key in mine})
+            mine: dict[str, Any] = store(old)
+            mine.update({key: value for key, value in store(new).items() if key in mine})
         return old
 
 
@@ -300,7 +301,7 @@ def _share_hooks(source: nn.Module, target: nn.Module) -> None:
         if name in vars(source):
             vars(target)[name] = vars(source)[name]
     hook: Any
-    for hook in target._load_state_dict_pre_hooks.values():
+    for hook in load_hooks_of(target).values():
         if getattr(hook, "with_module", False):  # it passes on the module it was registered with
             hook.module = weakref.ref(target)
 
@@ -312,6 +313,6 @@ def _replace(model: Model, news: dict[int, nn.Module]) -> Model:
     for root, parent, name, child in found:
         new = news.get(id(child))
         if new is not None and new is not root:  # a new one may be built around its old one
-            parent._modules[name] = new
+            children_of(parent)[name] = new
     replaced: Any = news.get(id(model), model)
     return replaced  # type: ignore[no-any-return]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.overrides
 
+from thinned.torch_state import modes_of_thread, pop_mode, push_mode
+
 __all__ = ["FastPath", "is_innermost", "remove_mode"]
 
 overrides: Any = torch.overrides
@@ -46,7 +48,7 @@ class FastPath:
         ask = self._torchs
         if torch.compiler.is_compiling():
             return ask(relevant_args)  # type: ignore[no-any-return]
-        modes = overrides._get_current_function_mode_stack()
+        modes = modes_of_thread()
         others = [mode for mode in modes if not isinstance(mode, self._transparent)]
         _replace(modes, others)
         try:
@@ -57,18 +59,18 @@ class FastPath:
 
 def _replace(old: list[Any], new: list[Any]) -> None:
     for _ in old:
-        overrides._pop_mode()
+        pop_mode()
     for mode in new:
-        overrides._push_mode(mode)
+        push_mode(mode)
 
 
 def is_innermost(mode: torch.overrides.TorchFunctionMode) -> bool:
     """Whether no other function mode of this thread was entered later, or the mode was left already."""
-    modes = overrides._get_current_function_mode_stack()
+    modes = modes_of_thread()
     return bool(modes) and modes[-1] is mode
 
 
 def remove_mode(mode: torch.overrides.TorchFunctionMode) -> None:
     """Leave a function mode of this thread that others were entered after, if it has not been left."""
-    modes = overrides._get_current_function_mode_stack()
+    modes = modes_of_thread()
     _replace(modes, [each for each in modes if each is not mode])

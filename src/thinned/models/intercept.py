@@ -19,7 +19,7 @@ from thinned.models.attention import multi_head_attention_forward, scaled_dot_pr
 from thinned.models.fast_path import FastPath, is_innermost, remove_mode
 from thinned.models.recompute import Counting, close_failed
 from thinned.models.recurrent import run_packed, run_padded
-from thinned.state import compiling
+from thinned.torch_state import MODULE_CALL, compiler_is_imported, compiling, modes_of_thread, never_inlined
 
 __all__ = ["Intercept", "Intercepted", "intercept"]
 
@@ -91,6 +91,7 @@ class Intercept(Counting, TorchFunctionMode):
     def __enter__(self) -> Intercept:
         self.calls = dict(self._first)
         if not compiling():  # which does not trace this, and needs neither
+            modes_of_thread()  # which refuses before anything has changed
             close_failed()
             self._enter_counting(None)
             _fast_path.install()
@@ -194,12 +195,20 @@ def _like_torchs(
         p: float = 0.5,
         training: bool = training_by_default,
         inplace: bool = False,
+        **rest: Any,
     ) -> Tensor | None:
+        if _is_torchs(rest):
+            return None
         if not training or p == 0:
             return _unchanged(ours, input, p)
         return ours(input, p, True, inplace, key=mode.next_key())
 
     return site
+
+
+def _is_torchs(rest: dict[str, Any]) -> bool:
+    """Whether a call has an argument that only torch knows, such as a generator in versions to come."""
+    return any(value is not None for value in rest.values())
 
 
 def _unchanged(ours: Callable[..., Tensor], input: Tensor, p: float) -> Tensor | None:  # noqa: A002
@@ -211,7 +220,9 @@ def _unchanged(ours: Callable[..., Tensor], input: Tensor, p: float) -> Tensor |
 def _of_aten(ours: Callable[..., Tensor], inplace: bool = False) -> Callable[..., Tensor | None]:
     """A function of ``torch``, with three arguments."""
 
-    def site(mode: Intercept, input: Tensor, p: float, train: bool) -> Tensor | None:  # noqa: A002
+    def site(mode: Intercept, input: Tensor, p: float, train: bool, **rest: Any) -> Tensor | None:  # noqa: A002
+        if _is_torchs(rest):
+            return None
         if not train or p == 0:
             return _unchanged(ours, input, p)
         return ours(input, p, True, inplace, key=mode.next_key())
@@ -271,7 +282,7 @@ def _running_in_training() -> bool:
     if compiling():
         raise RuntimeError("intercept(sdpa_follows_training=True) is not for compiled code")
     frame = sys._getframe()
-    while frame.f_code is not nn.Module._call_impl.__code__:
+    while frame.f_code is not MODULE_CALL:
         if frame.f_back is None:
             return True
         frame = frame.f_back
@@ -330,15 +341,13 @@ def _recurrent(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...] |
     return site
 
 
+@never_inlined
 def _outside_graphs(is_packed: bool, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """Dynamo breaks its graph for recurrent networks, whose kernels it cannot train; so do we."""
     run: Callable[..., tuple[Tensor, ...]] = run_packed if is_packed else run_padded
-    if "torch._dynamo" in sys.modules:
+    if compiler_is_imported():
         run = torch.compiler.disable(run)
     return run(*args, **kwargs)
-
-
-_outside_graphs._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 _SITES: dict[Any, Callable[..., Any]] = {

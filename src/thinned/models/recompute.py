@@ -12,7 +12,6 @@ There are three ways to recompute, and each context that counts calls is told of
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -22,16 +21,19 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from thinned.state import compiling
+from thinned.torch_state import (
+    MODULE_CALL,
+    checkpoint_generator,
+    compiling,
+    function_of,
+    graph_task_is_running,
+    let_compiled_checkpoints_count,
+)
 
 __all__ = ["Counting", "close_failed"]
-
-_DYNAMO, _ALLOWED = "torch._dynamo", "skip_fwd_side_effects_in_bwd_under_checkpoint"
-# What torch.utils.checkpoint.checkpoint calls, from 2.14 on and before.
-_GENERATORS = "_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator"
 
 
 class Counting:
@@ -76,9 +78,9 @@ class Counting:
                 f"{self._words()} is entered while another task of this thread is within one; let no task "
                 "await within it, or give each a thread"
             )
+        _checkpoint.install()
         self._owner.set(self)
         _thread.counting.append(self)
-        _checkpoint.install()
 
     def _exit_counting(self) -> None:
         _checkpoint.remove()
@@ -109,7 +111,7 @@ class Counting:
         if self._region is not None:
             number = self._region.repeat(path)
         else:
-            if not self._recomputes and torch._C._current_graph_task_id() != -1:
+            if not self._recomputes and graph_task_is_running():
                 raise RuntimeError(
                     f"a dropout{path and ' in '}{path} is called while a backward pass runs, within "
                     f"{self._words()}. Which call of the forward pass it repeats is unknown. Recompute by "
@@ -153,7 +155,7 @@ class _Region:
         self.stack: list[str] | None = None
         self._calls: list[tuple[str, int, int]] = []
         self._left: list[tuple[str, int, int]] = []
-        self._in_order = getattr(type(ctx), "_forward_cls", None) is torch_checkpoint.CheckpointFunction
+        self._in_order = function_of(ctx) is torch_checkpoint.CheckpointFunction
         stack = ExitStack()
 
         def begin(_: Any) -> None:
@@ -207,7 +209,7 @@ def _running_functions() -> list[FunctionCtx]:
     frame = sys._getframe().f_back
     while frame is not None:
         code, caller = frame.f_code, frame.f_back
-        of_a_module = caller is not None and caller.f_code is nn.Module._call_impl.__code__
+        of_a_module = caller is not None and caller.f_code is MODULE_CALL
         if code.co_name == "forward" and code.co_argcount and not of_a_module:
             ctx = frame.f_locals.get(code.co_varnames[0])
             if isinstance(ctx, FunctionCtx) and not any(ctx is each for each in found):
@@ -232,7 +234,7 @@ class _Thread(threading.local):
 
 def close_failed() -> None:
     """Leave the contexts of recomputations that raised, since torch does not run the hooks after those."""
-    if _thread.recomputing and torch._C._current_graph_task_id() == -1:
+    if _thread.recomputing and not graph_task_is_running():
         for stack in reversed(_thread.recomputing):
             stack.close()
         _thread.recomputing.clear()
@@ -253,9 +255,10 @@ class _Checkpoint:
 
     def install(self) -> None:
         with self._lock:
-            name = self._name = self._name or _generator_name()
+            name = self._name = self._name or checkpoint_generator()
             if not self._wanted:
-                self._torchs, self._allowed = getattr(torch_checkpoint, name), _allow_in_compiled()
+                self._torchs = getattr(torch_checkpoint, name)
+                self._allowed = let_compiled_checkpoints_count(True)
 
                 def generator(region: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                     return self._torchs(_region(region), *args, **kwargs)
@@ -269,53 +272,10 @@ class _Checkpoint:
             if not self._wanted:
                 setattr(torch_checkpoint, self._name, self._torchs)
                 if self._allowed is not None:
-                    setattr(sys.modules[_DYNAMO].config, _ALLOWED, self._allowed)
+                    let_compiled_checkpoints_count(self._allowed)
 
 
 _thread, _checkpoint = _Thread(), _Checkpoint()
-
-
-class _Called(BaseException):
-    pass
-
-
-def _generator_name() -> str:
-    """The name by which torch's checkpoint looks up its generator, found by one that goes no further.
-
-    Raises:
-        RuntimeError: it is by none that is known, so that recomputations would have other masks.
-    """
-    for name in _GENERATORS:
-        torchs = getattr(torch_checkpoint, name, None)
-        if torchs is None:
-            continue
-
-        def generator(*_: Any, **__: Any) -> Any:
-            raise _Called
-
-        setattr(torch_checkpoint, name, generator)
-        try:
-            # Unwrapped, since what it is wrapped in imports the compiler.
-            inspect.unwrap(torch_checkpoint.checkpoint)(lambda: None, use_reentrant=False)
-        except _Called:
-            return name
-        finally:
-            setattr(torch_checkpoint, name, torchs)
-    raise RuntimeError(
-        f"torch.utils.checkpoint of PyTorch {torch.__version__} calls none of {', '.join(_GENERATORS)}, so "
-        "what it recomputes would have other masks than the forward pass; thinned.address and "
-        "thinned.intercept need another version of PyTorch, or of thinned"
-    )
-
-
-def _allow_in_compiled() -> bool | None:
-    """Let compiled regions count calls: their backward takes keys from the graph and counts nothing."""
-    dynamo = sys.modules.get(_DYNAMO)
-    if dynamo is None or not hasattr(dynamo.config, _ALLOWED):
-        return None
-    before: bool = getattr(dynamo.config, _ALLOWED)
-    setattr(dynamo.config, _ALLOWED, True)
-    return before
 
 
 def _region(region: Callable[..., Any]) -> Callable[..., Any]:

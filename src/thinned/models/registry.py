@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from thinned import layers
+from thinned.torch_state import REPRESENTATION, buffers_of, children_of, parameters_of
 
 __all__ = [
     "PROBABILITIES",
@@ -29,11 +30,10 @@ Build = Callable[[Any], nn.Module]
 PROBABILITIES = ("p", "drop_prob", "prob", "drop_rate", "dropout_rate", "dropout_p", "rate")
 # A subclass may define these and still do what its base does: a constructor has run already, how a module
 # prints changes with its type anyway, and the rest is metadata that Python and TorchScript keep in a class.
-_REPRESENTATION = {"__repr__", "extra_repr", "_get_name"}
 _METADATA = {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__slots__", "__constants__"}
 _METADATA |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"}
 _METADATA |= {"__firstlineno__", "__static_attributes__"}
-HARMLESS = {"__init__", "__new__"} | _REPRESENTATION | _METADATA
+HARMLESS = {"__init__", "__new__"} | REPRESENTATION | _METADATA
 
 
 class UnsupportedError(ValueError):
@@ -121,7 +121,7 @@ def rule_for(module: nn.Module) -> Rule | None:
     base, rule = found
     own = _own_names(module, base)
     if rule.stateless:
-        own |= module._parameters.keys() | module._buffers.keys() | module._modules.keys()
+        own |= parameters_of(module).keys() | buffers_of(module).keys() | children_of(module).keys()
     if own:
         raise UnsupportedError(f"a {qualified_name(base)} with its own {', '.join(sorted(own))}")
     return rule

@@ -5,18 +5,15 @@ from __future__ import annotations
 import itertools
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from thinned.keys import Key
 from thinned.sites import Source, current
-from thinned.state import compiling
+from thinned.torch_state import COMPILED, WRAPPERS, compiling, graph_task_is_running, is_replica, pre_hooks_of
 
 __all__ = ["Sites", "module_at", "sites_of"]
 
 
-# What PyTorch puts around modules is no part of their paths.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _AROUND_A_MODEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -73,12 +70,12 @@ class _Enter:
     def _source_of(self, module: nn.Module) -> Source | None:
         """What gives the keys of a call that is within no address."""
         if self.sites.addressed and not compiling():
-            if torch._C._current_graph_task_id() != -1:
+            if graph_task_is_running():
                 current.source = _Unknown(self.sites)
                 return current.source
             self.sites.addressed = False
         context = self.sites.context
-        if context is None or self.path or not getattr(module, "_is_replica", False):
+        if context is None or self.path or not is_replica(module):
             return None
         return context.join()
 
@@ -126,7 +123,7 @@ def _inside(model: nn.Module) -> str | None:
     """Where the model itself is, if this is only what PyTorch puts around one."""
     if type(model) in _AROUND_A_MODEL:
         return "module"
-    return "_orig_mod" if hasattr(model, "_orig_mod") else None
+    return COMPILED if hasattr(model, COMPILED) else None
 
 
 def _without_wrappers(model: nn.Module) -> nn.Module:
@@ -136,7 +133,7 @@ def _without_wrappers(model: nn.Module) -> nn.Module:
 
 
 def _path(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def module_at(model: nn.Module, path: str) -> tuple[str, nn.Module]:
@@ -151,7 +148,7 @@ def module_at(model: nn.Module, path: str) -> tuple[str, nn.Module]:
     if path not in modules:
         raise ValueError(f"no module of this {type(model).__name__} is at {path!r}")
     module, sites = modules[path], sites_of(model)
-    for hook in module._forward_pre_hooks.values():
+    for hook in pre_hooks_of(module).values():
         if isinstance(hook, _Enter) and hook.sites is sites:
             return hook.path, module
     raise ValueError(
@@ -177,7 +174,7 @@ def _last_first(hooks: dict[int, Any]) -> None:
 def sites_of(model: nn.Module) -> Sites:
     """The model's sites, with hooks on each module from the first time on."""
     model = _without_wrappers(model)
-    for hook in model._forward_pre_hooks.values():
+    for hook in pre_hooks_of(model).values():
         if isinstance(hook, _Enter) and not hook.path:
             return hook.sites
     if compiling():
@@ -195,6 +192,6 @@ def sites_of(model: nn.Module) -> Sites:
         if dim is not None:
             sites.sample_dims[path] = dim
         module.register_forward_pre_hook(_Enter(sites, path))
-        _last_first(module._forward_pre_hooks)
+        _last_first(pre_hooks_of(module))
         module.register_forward_hook(_Leave(sites, path), always_call=True)
     return sites

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import thinned
 from thinned.models.convert import probability_of
 from thinned.models.registry import is_ours
 from thinned.models.targets import HAND_WRITTEN, TARGETS, recurrent
+from thinned.torch_state import TorchDispatchMode, arguments_of, buffers_of
 
 __all__ = ["TORCH", "Event", "run_once"]
 
@@ -175,7 +175,7 @@ class _Dispatch(TorchDispatchMode):
 def _rate(function: Any, args: Any, kwargs: Any) -> float | None:
     """Of an operation with an argument for it, such as attention, the rate; None if there is no such."""
     given: dict[str, Any] = {}
-    for place, argument in enumerate(function._schema.arguments):
+    for place, argument in enumerate(arguments_of(function)):
         value = args[place] if place < len(args) else argument.default_value
         given[argument.name] = kwargs.get(argument.name, value)
     p = next((given[name] for name in ("dropout_p", "dropout") if name in given), None)
@@ -193,7 +193,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, value, None if value is None else value.detach().clone())
         for module in model.modules()
-        for name, value in module._buffers.items()
+        for name, value in buffers_of(module).items()
     ]
     tensors = (*model.parameters(), *model.buffers())
     devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
@@ -207,4 +207,4 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             for module, name, value, content in buffers:
                 if value is not None and content is not None and not torch.equal(value, content):
                     value.copy_(content)
-                module._buffers[name] = value
+                buffers_of(module)[name] = value

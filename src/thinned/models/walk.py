@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from thinned.torch_state import children_of
+
 __all__ = ["Choice", "chooser", "modules_with_paths", "other_references", "places"]
 
 Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -30,7 +32,7 @@ def modules_with_paths(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...
 def _walk(module: nn.Module, path: str, above: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
     yield path, module
     above |= {id(module)}
-    for name, child in module._modules.items():
+    for name, child in children_of(module).items():
         if child is not None and id(child) not in above:
             yield from _walk(child, f"{path}.{name}" if path else name, above)
 
@@ -38,7 +40,7 @@ def _walk(module: nn.Module, path: str, above: frozenset[int]) -> Iterator[tuple
 def places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Each parent, the name under which it has a child, and the child."""
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
+        for name, child in list(children_of(parent).items()):
             if child is not None:
                 yield parent, name, child
 
@@ -58,7 +60,7 @@ def other_references(found: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> dict
     references: dict[int, list[str]] = {}
     for parent, paths in found:
         for name, value in vars(parent).items():
-            if name == "_modules":
+            if value is children_of(parent):
                 continue
             held = value.values() if isinstance(value, dict) else value
             for item in held if isinstance(value, dict | list | tuple | set) else (value,):

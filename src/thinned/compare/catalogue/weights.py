@@ -40,7 +40,8 @@ class WeightDropFormula(nn.Module):
         super().__init__()
         self.module, self.weights, self.p = module, weights, p
         for name in weights:
-            weight = module._parameters.pop(name)
+            weight = getattr(module, name)
+            delattr(module, name)
             module.register_parameter(f"{name}_raw", weight)
 
     def forward(self, x: Tensor) -> Tensor:

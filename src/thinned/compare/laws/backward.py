@@ -10,6 +10,7 @@ from thinned.compare.laws.law import HALF, Finding, Law, holds_if, nothing_wrong
 from thinned.compare.laws.values import departure, scale_of
 from thinned.compare.settings import Settings
 from thinned.compare.subjects import Subject
+from thinned.torch_state import version_of
 
 __all__ = ["LAWS"]
 
@@ -42,11 +43,11 @@ def in_place(subject: Subject, settings: Settings) -> Finding:
     """The input's own memory holds the result, its version counter says so, and autograd stays right."""
     leaf = settings.normal().requires_grad_()
     x = leaf * 1
-    memory, version = x.data_ptr(), x._version
+    memory, version = x.data_ptr(), version_of(x)
     y = subject.make(settings.p, inplace=True)(x)
     if y.data_ptr() != memory or not torch.equal(x, y):
         return holds_if(False, "result elsewhere")
-    if x._version == version:
+    if version_of(x) == version:
         return holds_if(False, "version counter unchanged")
     complaint = departure(y.detach(), leaf.detach())
     if complaint is None:

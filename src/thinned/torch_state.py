@@ -1,0 +1,464 @@
+"""PyTorch's state around a call, and every private name of PyTorch that thinned uses.
+
+No other file uses a private name; ``tests/test_torch_state.py`` reads the source tree for that. Each name was
+seen in PyTorch 2.11, 2.13, 2.14.1 and 2.15, unless a comment says otherwise. A name that is missing has one
+of these consequences, and no other:
+
+needed
+    ``import thinned`` raises ImportError, which repeats the name and the supported versions.
+guarded
+    The feature raises RuntimeError when it is used, in the same words; ``MISSING`` lists such names.
+tested
+    A mark or a name that PyTorch reads or sets, and that cannot be looked up: a test uses it.
+
+====================================  =======  =========================================================
+name in here                          missing  its use
+====================================  =======  =========================================================
+transforming, is_traced, is_eager     needed   the code path of each call
+is_legacy_batched, is_batched         needed   the tensors of both vmaps
+functionalizing, vmaps                needed   the transforms that are active
+without_transforms, below_autograd    needed   a random draw under a transform; the registered operation
+SingleLevelFunction                   needed   autograd, 1.4 us faster than ``Function.apply``
+single_level_functions                needed   the same within the dispatcher
+forward_mode                          needed   whether forward-mode differentiation is active
+base_of, is_odd_view, version_of      needed   in-place checks
+on_proxies, node_of, budget_of        needed   the mark on random draws in compiled graphs
+graph_task_is_running                 needed   the refusal of dropouts that a backward pass calls
+MODULE_CALL                           needed   frames of modules that are running
+children_of and its like, is_replica  needed   the dictionaries and marks of a module
+arguments_of, TorchDispatchMode       needed   ``thinned.inspect`` with a run
+add_batch_dim                         guarded  keys under ``torch.vmap(randomness="different")``
+modes_of_thread, pop_mode, push_mode  guarded  ``thinned.intercept`` beside other function modes
+mha_shape_check and its like          guarded  ``thinned.intercept`` of attention
+ragged_dim, seqlens                   guarded  jagged tensors
+checkpoint_generator                  guarded  ``thinned.address`` and ``thinned.intercept``
+constant_when_compiled                tested   functions that Dynamo calls while it traces
+never_inlined                         tested   functions that Dynamo calls outside of its graphs
+WRAPPERS, REPRESENTATION              tested   the names of wrappers in paths; a method of ``nn.Module``
+====================================  =======  =========================================================
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, TypeVar
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+__all__ = [
+    "COMPILED",
+    "MISSING",
+    "MODULE_CALL",
+    "REPRESENTATION",
+    "WRAPPERS",
+    "SingleLevelFunction",
+    "TorchDispatchMode",
+    "add_batch_dim",
+    "arguments_of",
+    "base_of",
+    "below_autograd",
+    "budget_of",
+    "buffers_of",
+    "canonical_mask",
+    "checkpoint_generator",
+    "children_of",
+    "compiler_is_imported",
+    "compiling",
+    "constant_when_compiled",
+    "dense",
+    "forward_mode",
+    "function_of",
+    "functionalizing",
+    "graph_task_is_running",
+    "in_projection",
+    "in_projection_packed",
+    "is_batched",
+    "is_eager",
+    "is_legacy_batched",
+    "is_odd_view",
+    "is_replica",
+    "is_traced",
+    "let_compiled_checkpoints_count",
+    "load_hooks_of",
+    "mha_shape_check",
+    "modes_of_thread",
+    "never_inlined",
+    "node_of",
+    "on_proxies",
+    "parameters_of",
+    "pop_mode",
+    "pre_hooks_of",
+    "push_mode",
+    "ragged_dim",
+    "safe_softmax",
+    "seqlens",
+    "single_level_functions",
+    "transforming",
+    "version_of",
+    "vmaps",
+    "without_transforms",
+]
+
+SUPPORTED = "PyTorch 2.11 to 2.15"  # the oldest and the newest that are tested
+MISSING: list[str] = []
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _lacks(feature: str, error: object) -> str:
+    have = f"PyTorch {torch.__version__}"
+    return f"{feature} needs a private name that {have} has not: {error}; use {SUPPORTED}"
+
+
+def _guarded(feature: str, holder: Any, name: str) -> Any:
+    """``holder.name``, or a function that refuses ``feature``."""
+    try:
+        return getattr(holder, name)
+    except AttributeError as error:
+        MISSING.append(name)
+        words = _lacks(feature, error)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(words)
+
+    return refuse
+
+
+# Needed. Functions of each call are bound to names of this module, as torch._C.name costs 20 ns more.
+compiling = torch.compiler.is_dynamo_compiling  # public
+try:
+    from torch._C._functorch import TransformType, is_legacy_batchedtensor
+    from torch._C._functorch import is_batchedtensor as is_batched
+    from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
+    from torch._functorch.utils import enable_single_level_autograd_function as single_level_functions
+    from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+    from torch.fx import traceback
+    from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_slot, proxy_call
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    transforming = torch._C._are_functorch_transforms_active
+    _graph_task_id = torch._C._current_graph_task_id
+    without_transforms = torch._C._DisableFuncTorch
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    _creation_meta = torch._C._autograd._get_creation_meta
+    _made_plainly = torch._C._autograd.CreationMeta.DEFAULT
+    _modes = torch._C._len_torch_dispatch_stack
+    _is_wrapped = torch._C._dispatch_isTensorSubclassLike
+    _tracing = torch._C._get_tracing_state
+    MODULE_CALL = nn.Module._call_impl.__code__  # the code object of a frame that calls a module's forward
+    # From 2.13 on; PyTorch 2.11 has no budgets of regions.
+    _budget_of_region: Callable[[Any], Any]
+    if torch.__version__ >= "2.13":
+        _budget_of_region = traceback._get_memory_budget_annotation
+    else:
+        _budget_of_region = getattr(traceback, "_get_memory_budget_annotation", lambda _: None)
+    # The rest is looked up when it is used, which is too late to find that it is missing.
+    forward_ad._current_level  # noqa: B018
+    for _name in ("_base", "_is_view", "_is_zerotensor", "_version"):
+        getattr(Tensor, _name)
+    _module = nn.Module()
+    for _name in (
+        "_modules",
+        "_parameters",
+        "_buffers",
+        "_forward_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_get_name",
+    ):
+        getattr(_module, _name)
+    _module._replicate_for_data_parallel()._is_replica  # noqa: B018
+    torch.ops.aten.native_dropout.default.py_impl  # noqa: B018
+    torch.ops.aten.native_dropout.default._schema.arguments  # noqa: B018
+except (AttributeError, ImportError) as error:
+    version = next((each.version for each in metadata.distributions(name="thinned")), "")
+    raise ImportError(_lacks(f"thinned {version}", error)) from error
+
+_PLAIN = (Tensor, Parameter)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether PyTorch must see the operation itself: a compiler, a mode, or a tensor that is not plain.
+
+    A plain tensor is a ``Tensor`` or ``Parameter``, strided, with its elements in memory. A sparse, mkldnn or
+    meta tensor is not, nor is a ZeroTensor, which autograd makes for gradients that are known to be zero.
+    """
+    return bool(
+        compiling()
+        or type(x) not in _PLAIN
+        or x.layout is not torch.strided
+        or x.is_meta
+        or x._is_zerotensor()
+        or _modes()
+        or _tracing()
+    )
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether nothing but autograd's backward mode has to know of the operation, and ``x`` is plain."""
+    return not (
+        compiling()
+        or type(x) not in _PLAIN
+        or transforming()
+        or _is_wrapped(x)  # sparse, meta, of the legacy vmap, or within a mode
+        or x.layout is not torch.strided
+        or x._is_zerotensor()
+        or _tracing()
+        or forward_ad._current_level >= 0
+    )
+
+
+def forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is active."""
+    return forward_ad._current_level >= 0
+
+
+def dense(grad: Tensor) -> Tensor:
+    """A gradient that is no COO tensor, as that of ``F.embedding(sparse=True)`` is."""
+    # Compiled code has none, and Dynamo does not let a backward function ask.
+    return grad.to_dense() if not compiling() and grad.is_sparse else grad
+
+
+# Transforms.
+
+
+def is_legacy_batched(x: Tensor) -> bool:
+    """Whether ``x`` is of the vmap behind ``torch.autograd.grad(is_grads_batched=True)``.
+
+    ``torch.autograd.functional.jacobian(vectorize=True)`` uses it too. It has no rule for our operations.
+    """
+    return not compiling() and is_legacy_batchedtensor(x)
+
+
+def functionalizing() -> bool:
+    """Whether ``torch.func.functionalize`` is among the active transforms."""
+    return any(each.key() == TransformType.Functionalize for each in retrieve_all_functorch_interpreters())
+
+
+def vmaps() -> list[VmapInterpreter]:
+    """Every active vmap, outermost first: ``level()``, ``batch_size()`` and ``randomness()``."""
+    return [each for each in retrieve_all_functorch_interpreters() if isinstance(each, VmapInterpreter)]
+
+
+# (tensor, dimension, level) -> the tensor as the calls that a vmap maps see it.
+add_batch_dim: Callable[[Tensor, int, int], Tensor] = _guarded(
+    'torch.vmap(randomness="different")', sys.modules.get("torch._functorch.vmap"), "_add_batch_dim"
+)
+
+
+# In-place writes.
+
+
+def base_of(x: Tensor) -> Tensor | None:
+    """The tensor of which ``x`` is a view."""
+    return x._base
+
+
+def is_odd_view(x: Tensor) -> bool:
+    """Whether ``x`` is a view that autograd may refuse to write over: of ``unbind``, or made without grad."""
+    return x._is_view() and bool(_creation_meta(x) != _made_plainly)
+
+
+def version_of(x: Tensor) -> int:
+    """How often ``x`` was written over."""
+    return x._version
+
+
+# Compiled code.
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Mark a function that Dynamo calls while it traces; the result is a constant of the graph.
+
+    ``torch.compiler.assume_constant_result`` sets the same mark, and imports the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def never_inlined(function: _Function) -> _Function:
+    """Mark a function for which Dynamo breaks its graph; the function's own frame may be compiled.
+
+    ``torch.compiler.disable`` sets the same mark, and imports the compiler.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+def compiler_is_imported() -> bool:
+    """Whether there can be compiled code in this process."""
+    return "torch._dynamo" in sys.modules
+
+
+def on_proxies(draw: Any, trace: Callable[..., Any]) -> None:
+    """Let ``trace(mode, *args)`` make the node of an operation in every graph that is being made."""
+    draw.py_impl(ProxyTorchDispatchMode)(trace)
+
+
+def node_of(draw: Any, mode: Any, args: tuple[Any, ...]) -> tuple[Any, torch.fx.Node]:
+    """The result of an operation for a graph that is being made, and its node there."""
+    drawn: Any = proxy_call(mode, draw, mode.pre_dispatch, args, {})
+    return drawn, get_proxy_slot(drawn, mode.tracer).proxy.node
+
+
+def budget_of(node: torch.fx.Node) -> float:
+    """The share of the activations that the partitioner may keep."""
+    of_region = _budget_of_region(node)
+    if of_region is not None:
+        return float(of_region)
+    config = sys.modules.get("torch._functorch.config")
+    if config is None:
+        return 1.0
+    try:
+        return float(config.activation_memory_budget)
+    except AttributeError as error:
+        raise RuntimeError(_lacks("a dropout in compiled code", error)) from error
+
+
+def let_compiled_checkpoints_count(allowed: bool) -> bool | None:
+    """Let checkpointed regions write to Python objects in compiled code, or forbid it; the setting before.
+
+    None where the compiler is not imported. Without the setting, Dynamo refuses such a region itself.
+    """
+    name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    config = getattr(sys.modules.get("torch._dynamo"), "config", None)
+    if not hasattr(config, name):
+        return None
+    before: bool = getattr(config, name)
+    setattr(config, name, allowed)
+    return before
+
+
+# Backward passes and recomputation.
+
+
+def graph_task_is_running() -> bool:
+    """Whether this thread is within a backward pass."""
+    return _graph_task_id() != -1
+
+
+def function_of(ctx: Any) -> Any:
+    """The autograd Function of a context, or None: recompute.py then tells its calls by the random state."""
+    return getattr(type(ctx), "_forward_cls", None)
+
+
+class _Called(BaseException):
+    pass
+
+
+def checkpoint_generator() -> str:
+    """The name by which ``torch.utils.checkpoint`` looks up its generator, found by one that goes no further.
+
+    Raises:
+        RuntimeError: it is by none that is known, so that recomputations would have other masks.
+    """
+    # The first from 2.14 on, the second before.
+    names = "_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator"
+    for name in names:
+        torchs = getattr(torch_checkpoint, name, None)
+        if torchs is None:
+            continue
+
+        def generator(*_: Any, **__: Any) -> Any:
+            raise _Called
+
+        setattr(torch_checkpoint, name, generator)
+        try:
+            # Unwrapped, since what it is wrapped in imports the compiler.
+            inspect.unwrap(torch_checkpoint.checkpoint)(lambda: None, use_reentrant=False)
+        except _Called:
+            return name
+        finally:
+            setattr(torch_checkpoint, name, torchs)
+    raise RuntimeError(
+        f"torch.utils.checkpoint of PyTorch {torch.__version__} calls none of {', '.join(names)}, so "
+        "what it recomputes would have other masks than the forward pass; thinned.address and "
+        "thinned.intercept need another version of PyTorch, or of thinned"
+    )
+
+
+# Function modes of this thread, the innermost last.
+modes_of_thread: Callable[[], list[Any]]
+modes_of_thread, pop_mode, push_mode = (
+    _guarded("thinned.intercept", torch.overrides, name)
+    for name in ("_get_current_function_mode_stack", "_pop_mode", "_push_mode")
+)
+
+# The parts of torch.nn.functional.multi_head_attention_forward.
+mha_shape_check, in_projection, in_projection_packed, canonical_mask = (
+    _guarded("thinned.intercept of nn.MultiheadAttention(dropout=)", nn.functional, name)
+    for name in ("_mha_shape_check", "_in_projection", "_in_projection_packed", "_canonical_mask")
+)
+# A softmax that is 0 where all logits are -inf.
+safe_softmax = _guarded(
+    "thinned.intercept of scaled_dot_product_attention(dropout_p=)", torch.ops.aten, "_safe_softmax"
+)
+
+
+# Modules.
+
+# The children that PyTorch puts around modules; they are no part of a site's path.
+COMPILED = "_orig_mod"  # of torch.compile(module)
+WRAPPERS = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# The methods of nn.Module that only print.
+REPRESENTATION = {"__repr__", "extra_repr", "_get_name"}
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dictionary of children itself."""
+    return module._modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, Parameter | None]:
+    """The dictionary of parameters itself."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary of buffers itself."""
+    return module._buffers
+
+
+def pre_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The hooks that run before ``module.forward``."""
+    return module._forward_pre_hooks
+
+
+def load_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The hooks that run before ``module.load_state_dict``."""
+    return module._load_state_dict_pre_hooks
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether :class:`torch.nn.DataParallel` made ``module`` for one of its threads."""
+    return getattr(module, "_is_replica", False)
+
+
+def arguments_of(operation: Any) -> Any:
+    """The arguments in the schema of an operation, each with ``name`` and ``default_value``."""
+    return operation._schema.arguments
+
+
+# Jagged tensors.
+
+
+def _of_jagged(x: Tensor, name: str) -> Any:
+    if not compiling() and not hasattr(x, name):
+        raise RuntimeError(_lacks("a dropout of a jagged tensor", f"{type(x).__name__}.{name}"))
+    return getattr(x, name)
+
+
+def ragged_dim(x: Tensor) -> int:
+    """The ragged dimension of a jagged tensor."""
+    return _of_jagged(x, "_ragged_idx")  # type: ignore[no-any-return]
+
+
+def seqlens(x: Tensor) -> tuple[int | None, int | None]:
+    """The shortest and the longest size along the ragged dimension, where they are known already."""
+    return _of_jagged(x, "_maybe_min_seqlen"), _of_jagged(x, "_maybe_max_seqlen")
