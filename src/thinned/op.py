@@ -88,7 +88,9 @@ def masked_affine(
         apply = _Transformed.apply if known else _traced
         strides, base = shared(x.shape) if geometry is None else geometry
         return apply(x, _key_tensor(key, x), strides, base, T, scale, shift, fill)
-    if not isinstance(key, int):
+    if key is None and x.is_cpu:
+        key = draw_int()
+    elif not isinstance(key, int):
         key = _eager_key(key, x)
     if x.requires_grad and torch.is_grad_enabled():
         return _apply_eager(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return]
@@ -205,8 +207,8 @@ def _run(
     fill: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    if x.is_neg() or x.is_conj():
-        x = x.resolve_conj().resolve_neg()
+    if x.is_neg():
+        x = x.resolve_neg()
     backend = backends.for_device_type("cpu" if x.is_cpu else x.device.type)
     return backend.masked_affine(x, key, geometry, T, scale, shift, fill, out)
 

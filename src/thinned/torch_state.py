@@ -151,7 +151,7 @@ try:
     _made_plainly = torch._C._autograd.CreationMeta.DEFAULT
     _modes = torch._C._len_torch_dispatch_stack
     _is_wrapped = torch._C._dispatch_isTensorSubclassLike
-    _tracing = torch._C._get_tracing_state
+    _tracing = torch._C._is_tracing
     MODULE_CALL = nn.Module._call_impl.__code__  # the code object of a frame that calls a module's forward
     # From 2.13 on; PyTorch 2.11 has no budgets of regions.
     _budget_of_region: Callable[[Any], Any]
@@ -202,16 +202,22 @@ def is_traced(x: Tensor) -> bool:
 
 def is_eager(x: Tensor) -> bool:
     """Whether nothing but autograd's backward mode has to know of the operation, and ``x`` is plain."""
-    return not (
+    if (
         compiling()
         or type(x) not in _PLAIN
         or transforming()
-        or _is_wrapped(x)  # sparse, meta, of the legacy vmap, or within a mode
-        or x.layout is not torch.strided
-        or x._is_zerotensor()
+        or _modes()
         or _tracing()
         or forward_ad._current_level >= 0
-    )
+    ):
+        return False
+    try:
+        # All that a plain tensor is asked: 58 ns, against 270 for its layout and what else is_traced asks.
+        if x.data_ptr():
+            return True
+    except RuntimeError:  # sparse, mkldnn, or of the legacy vmap
+        return False
+    return not (is_traced(x) or _is_wrapped(x))  # without elements, or freed
 
 
 def forward_mode() -> bool:

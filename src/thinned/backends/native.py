@@ -23,6 +23,7 @@ if wanted := os.environ.get("THINNED_ISA"):
 
 _MASK = _native.dtypes.index("bool")
 _CODES = {getattr(torch, name): code for code, name in enumerate(_native.dtypes) if code != _MASK}
+_COMPLEX = frozenset(code for dtype, code in _CODES.items() if dtype.is_complex)
 
 
 def masked_affine(
@@ -41,12 +42,19 @@ def masked_affine(
     except KeyError:
         check_dtype(x.dtype)
         raise
+    if code in _COMPLEX and x.is_conj():
+        x = x.resolve_conj()
     if out is None:
         target = torch.empty_like(x)
     else:
         check_out(x, out)
         target = out
-    if geometry is None and isinstance(key, int) and x.is_contiguous() and target.is_contiguous():
+    if (
+        geometry is None
+        and isinstance(key, int)
+        and x.is_contiguous()
+        and (out is None or out.is_contiguous())
+    ):
         # Positions in memory are mask indices: one dimension says it all.
         _native.flat(x.data_ptr(), target.data_ptr(), code, x.numel(), T, scale, shift, fill, key)
     else:
