@@ -50,6 +50,22 @@ def test_law_holds(entry: Entry, law: LayerLaw) -> None:
     assert found.verdict is Verdict.HOLDS, found.measured
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=entry.name, marks=() if entry.name == "DropBlock2d" else pytest.mark.slow)
+        for entry in ENTRIES
+        if any(law.name == "torch.compile" for law in entry.laws)
+    ],
+)
+def test_compiles_with_inductor(entry: Entry) -> None:
+    """Where the law above stops at the graph, unless it is asked for more."""
+    law = next(law for law in entry.laws if law.name == "torch.compile")
+    found = examine(law, entry.own, Settings(quick=False))
+    assert found.verdict is Verdict.HOLDS, found.measured
+
+
 @each_entry
 def test_names_of_laws_are_unique(entry: Entry) -> None:
     assert len({law.name for law in entry.laws}) == len(entry.laws)

@@ -28,7 +28,7 @@ def in_torch(outcome: Outcome, since: tuple[int, int] = OLDEST) -> Callable[[Tes
     models = {torch.cuda.get_device_name(index) for index in range(gpus)}
 
     def mark(test: Test) -> Test:
-        test.outcome = outcome  # type: ignore[attr-defined]
+        test.outcome, test.since = outcome, since  # type: ignore[attr-defined]
         before = f"the other way before torch {since[0]}.{since[1]}"
         test = pytest.mark.xfail(since > VERSION, reason=before, raises=AssertionError)(test)
         if outcome == "needs a GPU":

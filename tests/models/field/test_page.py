@@ -6,6 +6,9 @@ import importlib
 import re
 from pathlib import Path
 from types import FunctionType
+from typing import Any
+
+from models.field.halves import OLDEST
 
 TESTS = {
     name: test
@@ -49,6 +52,7 @@ def test_each_row_names_its_issue(repository: Path) -> None:
 
 def test_each_row_gives_the_recorded_outcome(repository: Path) -> None:
     for _, _, torch_today, thinned_today, name in rows(repository):
-        outcome = TESTS[f"{name.strip('`')}_torch"].outcome  # type: ignore[attr-defined]
-        assert re.match(rf"{outcome}(?!\w)", torch_today), name
+        test: Any = TESTS[f"{name.strip('`')}_torch"]
+        assert re.match(rf"{test.outcome}(?!\w)", torch_today), name
+        assert ("(it did in 2.11" in torch_today) == (test.since > OLDEST), name
         assert thinned_today
