@@ -38,8 +38,10 @@ doctor: setup
 test: setup
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-torch: .venv-torch-$(VERSION)/constraints.txt
-	$(MAKE) test VENV=$(<D) CONSTRAINTS=$<
+test-torch:
+	@test -n "$(VERSION)" || { echo "say which, as in: make test-torch VERSION=2.15.0"; exit 2; }
+	@$(MAKE) .venv-torch-$(VERSION)/constraints.txt
+	$(MAKE) test VENV=.venv-torch-$(VERSION) CONSTRAINTS=.venv-torch-$(VERSION)/constraints.txt
 
 .venv-torch-%/constraints.txt:
 	mkdir -p $(@D)
