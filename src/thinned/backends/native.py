@@ -47,7 +47,8 @@ def masked_affine(
     if out is None:
         target = torch.empty_like(x)
     else:
-        check_out(x, out)
+        if out is not x and (out.dtype is not x.dtype or out.shape != x.shape or not out.is_cpu):
+            check_out(x, out)  # which has the words, and takes twice as long
         target = out
     if (
         geometry is None
