@@ -115,13 +115,13 @@ class Address:
         self.sites = sites_of(model)
         self._model = model
         self._root = _seed(seed).fold(_step(step))
-        self._samples = None if samples is None else _ids(samples)
+        self.samples = None if samples is None else _ids(samples)
         self.sample_dim, self.sample_dims = _dims(sample_dim, self.sites)
         device = next((parameter.device for parameter in model.parameters()), None)
         self._device = device
-        self._there = self._root, self._samples
+        self._there = self._root, self.samples
         if device is not None and device.type != "cpu":
-            there = None if self._samples is None else self._samples.to(device)
+            there = None if self.samples is None else self.samples.to(device)
             self._there = self._root.to(device), there
 
     def __enter__(self) -> Address:
@@ -157,7 +157,7 @@ class Address:
         Eager code folds a name into a key faster on the CPU, and compiled code is a CUDA graph only if all of
         it is on one device.
         """
-        return self._there if device is not None and device == self._device else (self._root, self._samples)
+        return self._there if device is not None and device == self._device else (self._root, self.samples)
 
     def key_of(self, path: str, call: int = 0) -> Key:
         """The key of a site's call, or one for each of the samples.
@@ -173,7 +173,7 @@ class Address:
         if call < 0:
             raise ValueError(f"call has to be at least 0, but got {call}")
         key = self._root.fold(_site(path, call))
-        return key if self._samples is None else key.fold(self._samples)
+        return key if self.samples is None else key.fold(self.samples)
 
     def mask_of(
         self,
@@ -263,26 +263,27 @@ class _Running(Counting):
     def sample_dim(self, input: Tensor) -> int:  # noqa: A002
         """The dimension of the samples in an element-wise call; see :class:`thinned.sites.Source`."""
         address = self.address
-        _, samples = address.parts(None)
-        ndim = input.dim()
-        if samples is None or ndim < 2 or input.is_nested:
+        if address.samples is None or input.is_nested:
             return 0
-        path = self.stack[-1] if self.stack else ""
+        shape, path = input.shape, self.stack[-1] if self.stack else ""
+        ndim = len(shape)
+        if ndim < 2:
+            return 0
         dim = address.sample_dims.get(path, address.sample_dim)
         if dim is not None:
             if not -ndim <= dim < ndim:
                 raise IndexError(
-                    f"the site {path!r} has sample_dim={dim} and was given a tensor of shape "
-                    f"{tuple(input.shape)}; accepted: {-ndim} .. {ndim - 1}"
+                    f"the site {path!r} has sample_dim={dim} and was given a tensor of shape {tuple(shape)}; "
+                    f"accepted: {-ndim} .. {ndim - 1}"
                 )
             return dim % ndim
-        if ndim > 2 and path in self.address.sites.sample_dims:
-            return self.address.sites.sample_dims[path]
-        count = samples.shape[0]
-        if input.shape[0] != count and input.shape[0] != 1 and input.shape[1] == count:
+        if ndim > 2 and path in address.sites.sample_dims:
+            return address.sites.sample_dims[path]
+        count, size = address.samples.shape[0], shape[0]
+        if size != count and size != 1 and shape[1] == count:
             raise RuntimeError(
-                f"the site {path!r} was given a tensor of shape {tuple(input.shape)}, which may have its "
-                f"{count} samples along dimension 0 or 1; say which by thinned.address(sample_dim=)"
+                f"the site {path!r} was given a tensor of shape {tuple(shape)}, which may have its {count} "
+                "samples along dimension 0 or 1; say which by thinned.address(sample_dim=)"
             )
         return 0
 

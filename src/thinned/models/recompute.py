@@ -119,7 +119,8 @@ class Counting:
                     "give the dropout a key"
                 )
             number = self._count(path)
-        self.note(path, number)
+        if not torch.is_grad_enabled():
+            self.note(path, number)
         return number
 
     def _count(self, path: str) -> int:
