@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import pickle
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,6 +207,26 @@ class TestKeyed:
         _, second = call(keyed, image(4), 7, ids)
         keys = root.fold("dropout#1").fold(ids)
         assert (second != 0).equal(thinned.keep_mask(keys, (4, 3, 8, 8), 0.1))
+
+    @pytest.mark.slow
+    @pytest.mark.usefixtures("fresh_compiler")
+    @pytest.mark.filterwarnings("ignore")  # AOTInductor's own, of which each version has others
+    @pytest.mark.parametrize("decomposed", [False, True])
+    def test_compiled_ahead_of_time(self, decomposed: bool, tmp_path: Path) -> None:
+        """Its masks are the eager ones, for keys and ids with high bits set."""
+        model = Keyed(nn.Sequential(nn.Linear(8, 8), thinned.Dropout(0.5), nn.Tanh(), thinned.Dropout(0.3)))
+        x, numbers = torch.randn(6, 8), torch.Generator().manual_seed(0)
+        given = {"key": torch.tensor(7), "samples": torch.arange(6)}
+        program = torch.export.export(model, (x,), given, strict=False)
+        if decomposed:
+            program = program.run_decompositions(decompositions())
+        inductor = importlib.import_module("torch._inductor")
+        path = inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        compiled = inductor.aoti_load_package(path)
+        for _ in range(20):
+            key, samples = (torch.empty(n, dtype=torch.int64).random_(generator=numbers) for n in ((), 6))
+            given = {"key": key - 2**62, "samples": samples - 2**62}
+            assert compiled(x, **given).ne(0).equal(model(x, **given).ne(0))
 
     def test_it_is_address(self, keyed: Any) -> None:
         with torch.no_grad(), address(keyed.model, seed=Key(2**64 - 5), step=0):
