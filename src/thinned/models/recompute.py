@@ -1,9 +1,9 @@
 """Regions that are computed twice: in the backward pass their dropouts have the masks of the forward pass.
 
-There are three ways to recompute, and each context that counts calls is told of all of them here.
+There are three ways to recompute, and a context that counts calls handles each.
 
 - ``torch.utils.checkpoint`` without reentrance. Its generator is replaced while a context is active, so that
-  the recomputation counts on from where the region began.
+  the recomputation resumes counting where the region began.
 - An autograd Function that calls the region in ``forward`` and again in ``backward``: torch's reentrant
   checkpoint, those of Megatron, DeepSpeed and fairscale, reversible networks. Hooks on the Function's node
   let the recomputation have the numbers of the region's calls.
