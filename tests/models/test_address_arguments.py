@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -182,6 +184,15 @@ class TestSampleDim:
         assert self.run(Custom(), x, sample_dim=-2).equal(masks)
         assert self.run(Custom(), x, sample_dim={"drop*": 1}).equal(masks)
         assert self.run(Custom(batch_first=True), x, sample_dim={"dropout": 1, "*": 0}).equal(masks)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_a_copy_of_a_model_says_so_too(self, copied: Any) -> None:
+        x = torch.randn(LENGTH, N, WIDTH, dtype=torch.float64)
+        model = layer(False)
+        expected = self.run(model, x)
+        twin = copied(model)
+        assert self.run(twin, x).equal(expected)
+        assert self.run(twin, x, sample_dim={"dropout*": 1}).equal(expected)
 
     @pytest.mark.parametrize("inplace", [False, True])
     def test_memory_format_gradient_and_in_place(self, inplace: bool) -> None:

@@ -288,6 +288,34 @@ def test_a_recomputation_that_raises_leaves_nothing() -> None:
         assert model[0](x).equal(first)
 
 
+@pytest.mark.parametrize("context", ["address", "intercept"])
+def test_a_recomputation_that_raises_within_the_context_leaves_nothing(context: str) -> None:
+    model = blocks(Ours if context == "address" else Torchs, True)
+
+    def region(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise ValueError("no second time")
+        y: Tensor = model[0](x)
+        return y
+
+    def backward() -> None:
+        entered: AbstractContextManager[Any] = (
+            address(model, seed=3, step=1) if context == "address" else intercept(key=Key(5))
+        )
+        with entered:
+            Restoring.call(region)(x).sum().backward()
+
+    x = torch.ones(4, 8, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="no second time"):
+        backward()
+    assert thinned.sites.current.source is None
+    assert torch.overrides._get_current_function_mode_stack() == []
+    torch.manual_seed(0)
+    drawn = model[0](x)
+    torch.manual_seed(1)
+    assert not drawn.equal(model[0](x))
+
+
 def test_what_torch_calls_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A PyTorch whose checkpoint goes another way is refused, and not gone on with."""
 

@@ -146,6 +146,8 @@ class Address:
 
     def leave(self) -> None:
         """End what this thread entered last of it."""
+        if not compiling():
+            close_failed()
         running: Any = current.source
         while not compiling() and running.address is not self:
             running = running._outer

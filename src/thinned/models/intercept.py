@@ -101,6 +101,8 @@ class Intercept(Counting, TorchFunctionMode):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not compiling():
+            close_failed()
         # A backward pass that raised has put back the modes that there were before it.
         if compiling() or is_innermost(self):
             super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]

@@ -236,9 +236,9 @@ class _Thread(threading.local):
 def close_failed() -> None:
     """Leave the contexts of recomputations that raised, since torch does not run the hooks after those."""
     if _thread.recomputing and not graph_task_is_running():
-        for stack in reversed(_thread.recomputing):
+        failed, _thread.recomputing = _thread.recomputing, []
+        for stack in reversed(failed):
             stack.close()
-        _thread.recomputing.clear()
 
 
 class _Checkpoint:

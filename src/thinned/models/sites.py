@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -40,15 +41,15 @@ class Sites:
         context: what the replicas of :class:`torch.nn.DataParallel` join, which run in threads of their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, paths: Iterable[str] = (), sample_dims: Mapping[str, int] | None = None) -> None:
         self.name = str(next(_numbers))
-        self.paths: set[str] = set()
-        self.sample_dims: dict[str, int] = {}
+        self.paths = set(paths)
+        self.sample_dims = dict(sample_dims or {})
         self.addressed = False
         self.context: Joinable | None = None
 
-    def __reduce__(self) -> tuple[type[Sites], tuple[()]]:
-        return Sites, ()
+    def __reduce__(self) -> tuple[type[Sites], tuple[set[str], dict[str, int]]]:
+        return Sites, (self.paths, self.sample_dims)
 
 
 _numbers = itertools.count()
