@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 
 from benchmarks.case import Bound, Case
-from thinned.compare.catalogue import ENTRIES
-from thinned.compare.layer import BROADCAST, calls
+from thinned.compare.layers import ENTRIES
+from thinned.compare.run_layer import BROADCAST, calls
 
 __all__ = ["layer_cases"]
 

@@ -280,7 +280,7 @@ def test_an_address_that_is_refused_has_changed_nothing(monkeypatch: pytest.Monk
     def refuse() -> Any:
         raise RuntimeError("no such name")
 
-    model, recompute = nn.Sequential(thinned.Dropout(0.5)), sys.modules["thinned.models.recompute"]
+    model, recompute = nn.Sequential(thinned.Dropout(0.5)), sys.modules["thinned.models.checkpoint"]
     context = thinned.address(model, seed=1, step=0)
     with monkeypatch.context() as patch:
         patch.setattr(recompute, "checkpoint_generator", refuse)

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 import thinned
-from thinned.compare.catalogue import Implementation, entry_of
-from thinned.compare.catalogue.table import layers_table, to_markdown
-from thinned.compare.layer import run_layer
+from thinned.compare.layers import Implementation, entry_of
+from thinned.compare.layers.table import layers_table, to_markdown
 from thinned.compare.model import model_of
 from thinned.compare.page import to_html
 from thinned.compare.record import to_json
 from thinned.compare.run import run
+from thinned.compare.run_layer import run_layer
 from thinned.compare.settings import Settings, parse_dtype, parse_shape
 from thinned.compare.subjects import ALIASES, resolve_all
 from thinned.compare.terminal import Terminal

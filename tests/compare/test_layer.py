@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from thinned.cli import app
-from thinned.compare.catalogue import ENTRIES, entry_of
-from thinned.compare.catalogue.table import to_markdown
+from thinned.compare.layers import ENTRIES, entry_of
+from thinned.compare.layers.table import to_markdown
 
 BROKEN = """
 import torch

@@ -16,13 +16,12 @@ import chance
 import oracle
 import thinned
 from subject import Subject
-from thinned.compare.catalogue.alpha import ENTRIES, Affine
-from thinned.compare.catalogue.entry import Entry, Implementation
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers.alpha import ENTRIES, Affine
+from thinned.compare.layers.entry import Entry, Implementation
 from thinned.compare.settings import Settings
-from thinned.functional.alpha import alpha_dropout, feature_alpha_dropout
 from thinned.geometry import shared
-from thinned.layers.alpha import AlphaDropout, FeatureAlphaDropout
+from thinned.layers.alpha import AlphaDropout, FeatureAlphaDropout, alpha_dropout, feature_alpha_dropout
 
 KEY = thinned.Key(7)
 P = 0.3

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 import chance
 import oracle
 from thinned import Key, keep_mask
-from thinned.compare.catalogue.attention import ENTRIES, DropHeadFormula, DropKeyFormula
-from thinned.compare.catalogue.entry import Implementation
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers.attention import ENTRIES, DropHeadFormula, DropKeyFormula
+from thinned.compare.layers.entry import Implementation
 from thinned.compare.memory import saved_by_call
 from thinned.compare.settings import Settings
-from thinned.functional.attention import drop_head, drop_key
 from thinned.geometry import shared
-from thinned.layers.attention import DropHead, DropKey
+from thinned.layers.attention import DropHead, DropKey, drop_head, drop_key
 
 KEY = Key(7)
 KEYS = {"one key": KEY, "a key a row": KEY.fold(torch.arange(6))}

@@ -20,12 +20,19 @@ import chance
 import oracle
 from subject import Subject
 from thinned import Key, spec
-from thinned.compare.catalogue.block import ENTRIES, Blocks
-from thinned.compare.catalogue.entry import Implementation
 from thinned.compare.laws import Law, Verdict, examine
+from thinned.compare.layers.block import ENTRIES, Blocks
+from thinned.compare.layers.entry import Implementation
 from thinned.compare.settings import Settings
-from thinned.functional.block import _solve, drop_block1d, drop_block2d, drop_block3d
-from thinned.layers.block import DropBlock1d, DropBlock2d, DropBlock3d
+from thinned.layers.block import (
+    DropBlock1d,
+    DropBlock2d,
+    DropBlock3d,
+    _solve,
+    drop_block1d,
+    drop_block2d,
+    drop_block3d,
+)
 
 KEY = Key(7)
 FUNCTIONS = {1: drop_block1d, 2: drop_block2d, 3: drop_block3d}

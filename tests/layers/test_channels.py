@@ -17,13 +17,12 @@ import chance
 import oracle
 import thinned
 from subject import Subject
-from thinned.compare.catalogue.channels import ENTRIES
-from thinned.compare.catalogue.entry import Entry, Implementation
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers.channels import ENTRIES
+from thinned.compare.layers.entry import Entry, Implementation
 from thinned.compare.settings import Settings
-from thinned.functional.channels import dropout1d, dropout2d, dropout3d
 from thinned.geometry import shared
-from thinned.layers.channels import Dropout1d, Dropout2d, Dropout3d
+from thinned.layers.channels import Dropout1d, Dropout2d, Dropout3d, dropout1d, dropout2d, dropout3d
 
 KEY = thinned.Key(7)
 P = 0.3

@@ -19,13 +19,12 @@ import chance
 import thinned
 from subject import Subject
 from thinned import op
-from thinned.compare.catalogue.concrete import ENTRIES, ConcreteDropoutFormula
-from thinned.compare.catalogue.entry import Implementation
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers.concrete import ENTRIES, ConcreteDropoutFormula
+from thinned.compare.layers.entry import Implementation
 from thinned.compare.settings import Settings
-from thinned.functional.concrete import concrete_dropout, concrete_regularization
-from thinned.functional.noise import logistic
-from thinned.layers.concrete import ConcreteDropout
+from thinned.layers.concrete import ConcreteDropout, concrete_dropout, concrete_regularization
+from thinned.op.noise import logistic
 
 KEY = thinned.Key(7)
 QUICK = Settings(quick=True)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import chance
 import oracle
 import thinned
-from thinned.compare.catalogue import Implementation
-from thinned.compare.catalogue.recurrent import ENTRIES, EmbeddingDropoutFormula, make_embedding_formula
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers import Implementation
+from thinned.compare.layers.recurrent import ENTRIES, EmbeddingDropoutFormula, make_embedding_formula
 from thinned.compare.settings import Settings
 from thinned.functional import embedding_dropout
 

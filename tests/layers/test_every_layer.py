@@ -11,8 +11,8 @@ from torch import Tensor
 
 import oracle
 import thinned
-from thinned.compare.catalogue import ENTRIES, Entry, LayerLaw, first
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers import ENTRIES, Entry, LayerLaw, first
 from thinned.compare.settings import Settings
 
 QUICK = Settings(quick=True)

@@ -18,18 +18,23 @@ from torch import Tensor, nn
 import chance
 import thinned
 from subject import Subject
-from thinned.compare.catalogue.entry import Implementation
-from thinned.compare.catalogue.gaussian import (
+from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers.entry import Implementation
+from thinned.compare.layers.gaussian import (
     ENTRIES,
     GaussianDropoutFormula,
     VariationalDropoutFormula,
     true_divergence,
 )
-from thinned.compare.laws import Verdict, examine
 from thinned.compare.settings import Settings
-from thinned.functional.gaussian import gaussian_dropout, variational_dropout, variational_kl
-from thinned.functional.noise import normal
-from thinned.layers.gaussian import GaussianDropout, VariationalDropout
+from thinned.layers.gaussian import (
+    GaussianDropout,
+    VariationalDropout,
+    gaussian_dropout,
+    variational_dropout,
+    variational_kl,
+)
+from thinned.op.noise import normal
 
 KEY = thinned.Key(7)
 QUICK = Settings(quick=True)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 import thinned
 from compare.culprits import BreaksGraphs, LosesGradient, OwnRandomNumbers, SharesCopies, example
-from thinned.compare.catalogue import Example, Implementation, LayerLaw
-from thinned.compare.catalogue.general import general_laws
-from thinned.compare.catalogue.masked import Masked, masked_laws
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.laws.every_layer import general_laws
+from thinned.compare.laws.mask import Masked, masked_laws
+from thinned.compare.layers import Example, Implementation, LayerLaw
 from thinned.compare.settings import Settings
 from thinned.compare.textbook import TextbookDropout
 

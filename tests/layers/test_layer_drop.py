@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import chance
 import thinned
-from thinned.compare.catalogue import layer_drop
-from thinned.compare.catalogue.entry import Implementation
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers import layer_drop
+from thinned.compare.layers.entry import Implementation
 from thinned.compare.settings import Settings
 from thinned.layers.layer_drop import LayerDrop
 
@@ -210,13 +210,13 @@ class Wrong(LayerDrop):
 
     wrong = ""
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.wrong == "pairs" and self.training:
             keep = thinned.keep_mask(
                 thinned.Key(int(torch.empty((), dtype=torch.int64).random_())), (len(self),), self.p
             )
             for index, layer in enumerate(self):
-                input = layer(input) if keep[index // 2 * 2] else input  # noqa: A001
+                input = layer(input) if keep[index // 2 * 2] else input
             return input
         if self.wrong == "one key":
             return super().forward(input, *args, key=KEY, **kwargs)

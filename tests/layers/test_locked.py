@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import chance
 import oracle
 import thinned
-from thinned.compare.catalogue import Implementation
-from thinned.compare.catalogue.recurrent import ENTRIES, LockedDropoutFormula
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers import Implementation
+from thinned.compare.layers.recurrent import ENTRIES, LockedDropoutFormula
 from thinned.compare.settings import Settings
 from thinned.functional import locked_dropout
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 import chance
 import thinned
-from thinned.compare.catalogue import multi_sample
-from thinned.compare.catalogue.entry import Implementation
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers import multi_sample
+from thinned.compare.layers.entry import Implementation
 from thinned.compare.settings import Settings
 from thinned.functional import dropout
-from thinned.functional.multi_sample import multi_sample_dropout
-from thinned.layers.multi_sample import MultiSampleDropout
+from thinned.layers.multi_sample import MultiSampleDropout, multi_sample_dropout
 
 KEY = thinned.Key(7)
 LAWS = {law.name: law for law in multi_sample.ENTRIES[0].laws}
@@ -195,7 +194,7 @@ class Wrong(MultiSampleDropout):
         super().__init__(head, p, **arguments)
         self.wrong = wrong
 
-    def forward(self, input: Tensor, *, key: thinned.Key | None = None) -> Any:  # noqa: A002
+    def forward(self, input: Tensor, *, key: thinned.Key | None = None) -> Any:
         if self.wrong == "one mask" and self.training:
             y = self.head(dropout(input, self.p)).expand(self.samples, *input.shape)
             return y if self.reduction == "none" else y[0]

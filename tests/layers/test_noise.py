@@ -15,7 +15,7 @@ import chance
 import thinned
 from subject import Subject
 from thinned import op, spec
-from thinned.functional.noise import logistic, multiply, normal, uniform
+from thinned.op.noise import logistic, multiply, normal, uniform
 
 KEY = thinned.Key(7)
 N = 100_000

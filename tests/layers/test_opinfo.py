@@ -17,12 +17,9 @@ from torch.testing._internal.opinfo.core import SampleInput
 
 import oracle
 import thinned
-from thinned.functional.alpha import alpha_dropout, feature_alpha_dropout
-from thinned.functional.channels import dropout1d, dropout2d, dropout3d
-from thinned.functional.elementwise import dropout
-from thinned.layers.alpha import AlphaDropout, FeatureAlphaDropout
-from thinned.layers.channels import Dropout1d, Dropout2d, Dropout3d
-from thinned.layers.dropout import Dropout
+from thinned.layers.alpha import AlphaDropout, FeatureAlphaDropout, alpha_dropout, feature_alpha_dropout
+from thinned.layers.channels import Dropout1d, Dropout2d, Dropout3d, dropout1d, dropout2d, dropout3d
+from thinned.layers.dropout import Dropout, dropout
 
 settings.load_profile("thinned")  # PyTorch's module of samples has loaded a profile of its own
 

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thinned.compare.catalogue import rdrop
-from thinned.compare.catalogue.entry import Implementation
 from thinned.compare.laws import examine
+from thinned.compare.layers import rdrop
+from thinned.compare.layers.entry import Implementation
 from thinned.compare.settings import Settings
-from thinned.functional.rdrop import r_drop_loss
-from thinned.layers.rdrop import RDrop
+from thinned.layers.rdrop import RDrop, r_drop_loss
 
 LAWS = {law.name: law for law in rdrop.ENTRIES[0].laws}
 

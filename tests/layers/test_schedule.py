@@ -16,13 +16,13 @@ from torch import nn
 
 import thinned
 from thinned import schedules
-from thinned.compare.catalogue import Implementation, LayerLaw
-from thinned.compare.catalogue.peers import library_class
-from thinned.compare.catalogue.schedule import ENTRIES, Scheduled
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers import Implementation, LayerLaw
+from thinned.compare.layers.peers import library_class
+from thinned.compare.layers.schedule import ENTRIES, Scheduled
 from thinned.compare.settings import Settings
 from thinned.layers.layer_drop import LayerDrop
-from thinned.layers.schedule import DropoutSchedule
+from thinned.schedules import DropoutSchedule
 
 
 def model() -> nn.Module:

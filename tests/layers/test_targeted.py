@@ -15,12 +15,11 @@ from torch.nn.utils.parametrize import cached, register_parametrization
 
 import chance
 import thinned
-from thinned.compare.catalogue import targeted
-from thinned.compare.catalogue.entry import Implementation
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers import targeted
+from thinned.compare.layers.entry import Implementation
 from thinned.compare.settings import Settings
-from thinned.functional.targeted import targeted_dropout
-from thinned.layers.targeted import TargetedDropout
+from thinned.layers.targeted import TargetedDropout, targeted_dropout
 
 KEY = thinned.Key(7)
 LAWS = {law.name: law for law in targeted.ENTRIES[0].laws}

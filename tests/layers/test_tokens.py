@@ -19,14 +19,13 @@ from torch import Tensor, nn
 import chance
 import oracle
 from thinned import Key, keep_mask, spec
-from thinned.compare.catalogue.entry import Implementation
-from thinned.compare.catalogue.peers import library_class
-from thinned.compare.catalogue.tokens import ENTRIES, PatchDropoutFormula
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers.entry import Implementation
+from thinned.compare.layers.peers import library_class
+from thinned.compare.layers.tokens import ENTRIES, PatchDropoutFormula
 from thinned.compare.memory import saved_by_call
 from thinned.compare.settings import Settings
-from thinned.functional.tokens import patch_dropout, token_dropout
-from thinned.layers.tokens import PatchDropout, TokenDropout
+from thinned.layers.tokens import PatchDropout, TokenDropout, patch_dropout, token_dropout
 
 KEY = Key(7)
 LAWS, TOKEN_LAWS = ({law.name: law for law in entry.laws} for entry in ENTRIES)

@@ -18,9 +18,9 @@ from torch.nn.utils import parametrize
 import chance
 import oracle
 import thinned
-from thinned.compare.catalogue import Implementation
-from thinned.compare.catalogue.weights import ENTRIES, DropConnectFormula, WeightDropFormula
 from thinned.compare.laws import Verdict, examine
+from thinned.compare.layers import Implementation
+from thinned.compare.layers.weights import ENTRIES, DropConnectFormula, WeightDropFormula
 from thinned.compare.settings import Settings
 from thinned.functional import drop_connect
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import thinned
 from thinned import Key, address
-from thinned.sites import current
+from thinned.key_source import current
 
 WIDTH = 64
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import oracle
 import thinned
-from thinned.models.attention import scaled_dot_product_attention
 from thinned.models.intercept import intercept
+from thinned.models.intercept.attention import scaled_dot_product_attention
 
 KEY = thinned.Key(7)
 P = 0.3

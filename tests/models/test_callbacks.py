@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, dropout
 import thinned
 from models import zoo
 from thinned import Key
-from thinned.sites import current
+from thinned.key_source import current
 
 STEPS, HALF, BATCH, EPOCH = 8, 5, 4, 6
 WORDS = torch.randint(1, zoo.VOCABULARY, (BATCH * EPOCH, 6), generator=torch.Generator().manual_seed(1))

@@ -22,10 +22,10 @@ from torch.export import ExportedProgram
 import thinned
 from models import zoo
 from thinned import Key, address, spec
-from thinned.functional.arguments import threshold_and_scale
 from thinned.geometry import Geometry, shared
-from thinned.models.decompositions import decompositions
+from thinned.layers._arguments import threshold_and_scale
 from thinned.models.export import Keyed
+from thinned.models.export.decompositions import decompositions
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),

@@ -14,11 +14,11 @@ from thinned.layers.lstm import VariationalLSTM
 from thinned.layers.multi_sample import MultiSampleDropout
 from thinned.layers.path import DropPath, StochasticDepth
 from thinned.layers.rdrop import RDrop
-from thinned.layers.schedule import DropoutSchedule
 from thinned.layers.targeted import TargetedDropout
 from thinned.layers.tokens import PatchDropout, TokenDropout
 from thinned.layers.weights import DropConnect, WeightDrop
 from thinned.layers.zoneout import Zoneout
+from thinned.schedules import DropoutSchedule
 
 __all__ = [
     "AlphaDropout",

@@ -2,16 +2,176 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-from thinned.functional.arguments import threshold_and_scale
-from thinned.functional.attention import check_normalize, drop_head, drop_key
+from thinned import op
+from thinned.geometry import shared
 from thinned.keys import Key
+from thinned.layers._arguments import apply, check_input, key_for, threshold_and_scale
+from thinned.nested import shape_of
+from thinned.op.from_key import apply_linear
+from thinned.torch_state import is_eager
 
-__all__ = ["DropHead", "DropKey"]
+__all__ = ["DropHead", "DropKey", "check_normalize", "drop_head", "drop_key"]
+
+
+def drop_head(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    dim: int = 1,
+    normalize: Literal["kept", "expected"] = "kept",
+    key: Key | None = None,
+) -> Tensor:
+    r"""Zero each attention head's output with probability ``p``: one decision for each sample and head.
+
+    .. math:: y_{n,h} = \begin{cases} s_n\, x_{n,h} & u(nH + h) < T \\ 0 & \text{otherwise} \end{cases}
+        \qquad s_n = \frac{H}{\#\{h : u(nH + h) < T\}}
+        \quad\text{("kept"; "expected" has } 1/q \text{)}
+
+    Under ``"kept"`` the heads that are left share the weight of all ``H``, so that a sample's sum over equal
+    heads stays as it is; a sample that has lost all of its heads is zero, hence
+    :math:`E[y] = (1 - p^H)\, x`. Under ``"expected"`` :math:`E[y] = x`.
+
+    Args:
+        input: the heads' outputs before they are joined, a floating-point or complex tensor of shape
+            ``(N, H, L, D)``, or of any other whose dimension 0 is the sample's and ``dim`` the heads'.
+        p: the probability of dropping a head, in [0, 1].
+        training: False returns ``input`` itself, and so does ``p = 0``.
+        dim: the heads' dimension; 0 for the heads of a single sample.
+        normalize: ``"kept"``, by the share of heads that this sample has kept, as the paper does, or
+            ``"expected"``, by the probability of keeping, as dropout does.
+        key: as for :func:`~thinned.functional.dropout`.
+
+    Returns:
+        A tensor of ``input``'s shape, dtype and memory format.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1] or NaN, or another ``normalize``.
+        IndexError: ``input`` has no such dimension.
+        TypeError, RuntimeError: as :func:`~thinned.functional.dropout`.
+
+    Source: Zhou et al., "Scheduled DropHead: a regularization method for transformer models", Findings of
+    EMNLP 2020, section 3.
+
+    >>> import torch, thinned
+    >>> thinned.functional.drop_head(torch.ones(2, 3, 1, 2), 0.5, key=thinned.Key(3)).flatten(1)
+    tensor([[0., 0., 0., 0., 3., 3.],
+            [1., 1., 1., 1., 1., 1.]])
+    """
+    T, scale = threshold_and_scale(p)
+    check_normalize(normalize)
+    check_input("drop_head", input, key, dense=training and p != 0 and normalize == "kept")
+    ndim = input.dim()
+    if not -ndim <= dim < ndim:
+        raise IndexError(
+            f"drop_head got dim={dim} and a tensor of shape {shape_of(input)}; accepted: "
+            f"{f'{-ndim} .. {ndim - 1}' if ndim else 'a tensor with a dimension for the heads'}"
+        )
+    if not training or p == 0:
+        return input
+    dim %= ndim
+    shared_dims = [d for d in range(ndim) if d not in (0, dim)]
+    if normalize == "expected":
+        return apply(input, key, shared_dims, False, T, scale)
+
+    def by_kept(x: Tensor, key: Key) -> Tensor:
+        y = apply(x, key, shared_dims, False, T, 1.0)
+        decisions = [1 if d in shared_dims else size for d, size in enumerate(x.shape)]
+        keep = op.keep_mask(key.bits, decisions, shared(decisions, (), key.bits.dim()), T)
+        factor = x.shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1).to(_opmath(x))
+        if y.is_complex():
+            # Part by part, or an infinity makes NaN of the other part.
+            torch.view_as_real(y).mul_(factor.unsqueeze(-1))
+        else:
+            y.mul_(factor)
+        return y
+
+    return apply_linear(by_kept, input, key_for(input, key))
+
+
+def check_normalize(normalize: str) -> None:
+    """Raise if DropHead has no such normalisation."""
+    if normalize not in ("kept", "expected"):
+        raise ValueError(f"normalize has to be either 'kept' or 'expected', but got {normalize!r}")
+
+
+def _opmath(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def drop_key(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    broadcast_dims: Sequence[int] = (),
+    key: Key | None = None,
+) -> Tensor:
+    r"""Drop keys of attention with probability ``p``: their logits become the lowest finite number.
+
+    .. math:: y_i = \begin{cases} x_i & u(i) < T \\ \min(x_i, -m) & \text{otherwise} \end{cases}
+        \qquad m = \text{the dtype's largest finite number}
+
+    The softmax that follows gives a dropped key no weight and shares it among the others, so that nothing is
+    rescaled. The number is finite so that a query that has lost all of its keys attends to all of them
+    equally, and not to NaN, which the paper's ``-1e12`` gives in float16. A logit of ``-inf`` stays one: a
+    query never attends to what a causal or padding mask of ``-inf`` forbids, whether that was added before
+    or is added after. (A mask of the lowest finite number does not promise that.)
+
+    Args:
+        input: the logits right before the softmax, a floating-point tensor such as ``(N, H, L_q, L_k)``.
+        p: the probability of dropping, in [0, 1].
+        training: False returns ``input`` itself, and so does ``p = 0``.
+        broadcast_dims: dimensions along which all share one decision. Without any, each query of each head
+            has keys of its own, as in the paper; ``(1,)`` shares them between heads, ``(1, 2)`` drops a key
+            for a whole sample.
+        key: what the mask is a function of, as for :func:`~thinned.functional.dropout`.
+
+    Returns:
+        A tensor of ``input``'s shape, dtype and memory format. The gradient of a dropped logit is 0.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1] or NaN.
+        TypeError, RuntimeError, IndexError: as :func:`~thinned.functional.dropout`; ``input`` is complex.
+
+    Source: Li et al., "DropKey for vision transformer", CVPR 2023, section 3 and algorithm 1.
+
+    >>> import torch, thinned
+    >>> thinned.functional.drop_key(torch.zeros(2, 4), 0.5, key=thinned.Key(3)).softmax(-1)
+    tensor([[0.0000, 0.0000, 0.5000, 0.5000],
+            [0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    T, _ = threshold_and_scale(p)
+    check_input("drop_key", input, key, dense=training and p != 0)
+    if input.is_complex():
+        raise RuntimeError(f"drop_key needs real logits, got {input.dtype} of shape {tuple(input.shape)}")
+    if not training or p == 0:
+        return input
+    shared(input.shape, broadcast_dims)  # IndexError for a dimension that there is not
+    dims, lowest = tuple(broadcast_dims), torch.finfo(input.dtype).min
+
+    def derivative(x: Tensor, key: Key) -> Tensor:
+        return apply(x, key, dims, False, T, 1.0)
+
+    def value(x: Tensor, key: Key) -> Tensor:
+        if not dims:
+            # y is x or the lowest finite number, than which only x's -inf is less.
+            y = apply(x, key, (), False, T, 1.0, fill=lowest)
+            return torch.minimum(y, x, out=y if is_eager(y) else None)
+        # Rows with keys of their own share nothing with each other.
+        held = {dim % x.dim() for dim in dims} - set(range(key.bits.dim()))
+        decisions = [1 if dim in held else size for dim, size in enumerate(x.shape)]
+        no_limit = x.new_full((), math.inf).expand(decisions)
+        return torch.minimum(x, apply(no_limit, key, (), False, T, 1.0, fill=lowest))
+
+    return apply_linear(derivative, input, key_for(input, key), value)
 
 
 class DropHead(nn.Module):
@@ -47,7 +207,7 @@ class DropHead(nn.Module):
         self.dim = dim
         self.normalize = normalize
 
-    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         return drop_head(input, self.p, self.training, dim=self.dim, normalize=self.normalize, key=key)
 
     def extra_repr(self) -> str:
@@ -82,7 +242,7 @@ class DropKey(nn.Module):
         self.p = p
         self.broadcast_dims = tuple(broadcast_dims)
 
-    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         return drop_key(input, self.p, self.training, broadcast_dims=self.broadcast_dims, key=key)
 
     def extra_repr(self) -> str:

@@ -4,14 +4,184 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from thinned.functional.concrete import check_temperature, concrete_dropout, concrete_regularization
 from thinned.keys import Key
+from thinned.layers._arguments import check_input, key_for
+from thinned.nested import elementwise, refuse
+from thinned.op.learned import Noisy, apply_noisy, check_parameter
+from thinned.op.noise import logistic
 
-__all__ = ["ConcreteDropout"]
+__all__ = ["ConcreteDropout", "check_temperature", "concrete_dropout", "concrete_regularization"]
+
+# At this logit 1 - p is 2e-35; further up 1 / (1-p) would leave float32, and times a mask of 0 be NaN.
+_LARGEST_LOGIT = 80.0
+
+
+def concrete_dropout(
+    input: Tensor,
+    p_logit: Tensor,
+    temperature: float = 0.1,
+    training: bool = True,
+    *,
+    key: Key | None = None,
+    broadcast_dims: Sequence[int] = (),
+) -> Tensor:
+    r"""Multiply each element by a relaxed Bernoulli variable, through which ``p`` has a gradient.
+
+    .. math:: y_i = x_i\,\frac{1 - z_i}{1 - p}, \qquad
+        z_i = \operatorname{sigmoid}\Bigl(\frac1t\Bigl(\log\frac{p}{1-p} + \log\frac{u_i}{1-u_i}\Bigr)\Bigr),
+        \qquad p = \operatorname{sigmoid}(\text{p\_logit})
+
+    ``u`` is uniform; as the temperature ``t`` goes to 0, ``z`` becomes 1 with probability ``p``, else 0. The
+    noise is made again for the backward pass, which is exact in ``input`` and in ``p_logit``; what is saved
+    is these two.
+
+    Args:
+        input: a floating-point or complex tensor of any shape.
+        p_logit: the logit of the probability of dropping, in a shape that broadcasts to ``input``'s.
+        temperature: ``t``, above 0.
+        training: False returns ``input`` itself.
+        key: as for :func:`~thinned.functional.dropout`.
+        broadcast_dims: dimensions along which all elements share one ``z``: ``(2, 3)`` is the authors'
+            spatial concrete dropout, for which they take ``t = 2/3``.
+
+    Returns:
+        A tensor of ``input``'s shape and dtype.
+
+    Raises:
+        ValueError: ``temperature`` is not above 0 and finite.
+        TypeError: ``input`` or ``p_logit`` is no tensor, or ``key`` no :class:`~thinned.Key`.
+        RuntimeError: as :func:`~thinned.functional.dropout`; ``p_logit`` does not broadcast to ``input``.
+        IndexError: ``input`` has no such dimension.
+
+    Source: Gal, Hron and Kendall, "Concrete dropout", NeurIPS 2017, section 3, and the authors' code at
+    https://github.com/yaringal/ConcreteDropout.
+
+    >>> import torch, thinned
+    >>> p_logit = torch.tensor(0.5).logit()
+    >>> y = thinned.functional.concrete_dropout(torch.ones(2, 3), p_logit, key=thinned.Key(7))
+    >>> y.round(decimals=3)
+    tensor([[0., 0., 0.],
+            [2., 2., 2.]])
+    """
+    check_temperature(temperature)
+    check_input("concrete_dropout", input, key)
+    p_logit = check_parameter("concrete_dropout", "p_logit", p_logit, input)
+    if not training:
+        return input
+    if input.is_nested:
+        if p_logit.dim() or broadcast_dims:
+            refuse(
+                f"concrete_dropout with p_logit of shape {tuple(p_logit.shape)} and broadcast_dims "
+                f"{tuple(broadcast_dims)}",
+                input,
+                "one p_logit and no broadcast_dims",
+            )
+        relaxed = partial(concrete_dropout, p_logit=p_logit, temperature=temperature)
+        return elementwise("concrete_dropout", relaxed, input, key_for(input, key, elementwise=True))
+    noisy = Noisy(
+        noise=partial(_logistic, broadcast_dims=tuple(broadcast_dims)),
+        factor=partial(_factor, temperature=temperature),
+        both=partial(_factor_and_slope, temperature=temperature),
+    )
+    return apply_noisy(noisy, input, p_logit, key_for(input, key, elementwise=True))
+
+
+def check_temperature(temperature: float) -> None:
+    """ValueError unless the temperature is above 0 and finite."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature has to be above 0 and finite, but got {temperature}")
+
+
+def concrete_regularization(
+    p_logit: Tensor,
+    weights: Tensor | Iterable[Tensor],
+    num_features: int | None = None,
+    weight_regularizer: float = 1e-6,
+    dropout_regularizer: float = 1e-5,
+) -> Tensor:
+    r"""What to add to the loss for each layer of :func:`concrete_dropout`, so that ``p`` is learned.
+
+    .. math:: \lambda_w \frac{\sum W^2}{1 - p} + \lambda_d\, K\,\bigl(p\log p + (1-p)\log(1-p)\bigr)
+
+    ``W`` is what the layer after the dropout multiplies by, ``K`` how many inputs it has. The second term is
+    ``-K`` times the entropy of a mask: it draws ``p`` to 0.5, the first draws it to 0. The division by
+    ``1 - p`` is that of the inverted dropout: the paper's weights are ``W / (1 - p)``.
+
+    Args:
+        p_logit: the logit of the probability of dropping, a tensor of one element.
+        weights: the parameters of the layer after the dropout (the authors count its bias too).
+        num_features: ``K``; default: the size of the first weight's dimension 1, which a linear or
+            convolutional layer's inputs or channels have.
+        weight_regularizer: ``l**2 / (tau * N)`` for the prior length scale ``l``, the model precision ``tau``
+            and ``N`` examples, where the loss is the mean over examples.
+        dropout_regularizer: ``2 / (tau * N)``.
+
+    Returns:
+        A tensor without dimensions.
+
+    Raises:
+        ValueError: there is no weight, or ``num_features`` is not given and the first has no dimension 1.
+
+    Source: Gal, Hron and Kendall, "Concrete dropout", NeurIPS 2017, section 3, equations 3 and 4, and the
+    authors' code.
+
+    >>> import torch, thinned
+    >>> p_logit = torch.tensor([0.1]).logit()
+    >>> thinned.functional.concrete_regularization(p_logit, torch.ones(10, 100), dropout_regularizer=0.0)
+    tensor(0.0011)
+    """
+    weights = [weights] if isinstance(weights, Tensor) else list(weights)
+    if not weights:
+        raise ValueError("weights are empty; accepted: a tensor or several, such as layer.parameters()")
+    if num_features is None:
+        if weights[0].dim() < 2:
+            raise ValueError(
+                f"num_features has to be given where the first weight has no dimension 1, but its shape is "
+                f"{tuple(weights[0].shape)}"
+            )
+        num_features = weights[0].shape[1]
+    logit = p_logit.reshape(())
+    p = torch.sigmoid(logit)
+    squares = torch.stack([weight.square().sum() for weight in weights]).sum()
+    logsigmoid = torch.nn.functional.logsigmoid
+    # By the logit's logarithms nothing is NaN where p is 0 or 1 to rounding.
+    negative_entropy = p * logsigmoid(logit) + (1 - p) * logsigmoid(-logit)
+    odds = logit.clamp(max=_LARGEST_LOGIT).exp()
+    return weight_regularizer * squares * (1 + odds) + dropout_regularizer * num_features * negative_entropy
+
+
+def _logistic(key: Key, shape: Sequence[int], dtype: torch.dtype, broadcast_dims: Sequence[int]) -> Tensor:
+    return logistic(key, shape, dtype=dtype, broadcast_dims=broadcast_dims)
+
+
+def _factor(noise: Tensor, logit: Tensor, out: Tensor | None, temperature: float) -> Tensor:
+    """``(1 - z) / (1 - p)``."""
+    odds = logit.clamp(max=_LARGEST_LOGIT).exp()
+    kept = _kept(noise, logit, out, temperature)
+    return torch.mul(kept, 1 + odds, out=None if out is None else kept)
+
+
+def _factor_and_slope(
+    noise: Tensor, logit: Tensor, out: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    odds = logit.clamp(max=_LARGEST_LOGIT).exp()
+    kept = _kept(noise, logit, out, temperature)
+    steep = (1 + odds) / temperature
+    slope = (odds - steep + steep * kept) * kept
+    return torch.mul(kept, 1 + odds, out=None if out is None else kept), slope
+
+
+def _kept(noise: Tensor, logit: Tensor, out: Tensor | None, temperature: float) -> Tensor:
+    """``1 - z``, by exp: torch.sigmoid rounds another way in a vector's last lanes."""
+    scaled = torch.add(noise, logit, out=out).mul_(1 / temperature)
+    if out is None:
+        return (1 + scaled.exp()).reciprocal()
+    return scaled.exp_().add_(1).reciprocal_()
 
 
 class ConcreteDropout(nn.Module):
@@ -81,7 +251,7 @@ class ConcreteDropout(nn.Module):
         """The probability of dropping."""
         return torch.sigmoid(self.p_logit)
 
-    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         return concrete_dropout(
             input,
             self.p_logit,

@@ -1,16 +1,108 @@
-"""Element-wise dropout."""
+"""Dropout of single elements, or of whatever dimensions share a decision, and its mask."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from thinned import functional as F
+from thinned import op
+from thinned.geometry import shared
 from thinned.keys import Key
+from thinned.layers._arguments import apply, check_input, check_key, threshold_and_scale
 
-__all__ = ["Dropout"]
+__all__ = ["Dropout", "dropout", "keep_mask"]
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+    broadcast_dims: Sequence[int] = (),
+) -> Tensor:
+    r"""Inverted dropout: zero each element with probability ``p``, scale the others so that the mean stays.
+
+    .. math:: y_i = \begin{cases} x_i / q & u(i) < T \\ +0 & \text{otherwise} \end{cases}
+        \qquad T = \operatorname{round}((1-p)\,2^{32}), \quad q = T / 2^{32}
+
+    ``u(i)`` is a 32-bit number that depends on the key and on the position ``i`` alone, so nothing is saved
+    for the backward pass and every device, process and recomputation draws the same mask.
+
+    Args:
+        input: a float16, bfloat16, float32, float64, complex64 or complex128 tensor of any shape and strides,
+            or a nested one: under one key its components follow each other in the mask.
+        p: the probability of dropping an element, in [0, 1].
+        training: False returns ``input`` itself, and so does ``p = 0``.
+        inplace: write the result over ``input``.
+        key: what the mask is a function of: one :class:`~thinned.Key`, or a batch of ``len(input)`` keys, one
+            for each row, whose masks then do not depend on the row's place. Without one, a key is drawn from
+            torch's default generator of ``input``'s device.
+        broadcast_dims: dimensions along which all elements share one decision.
+
+    Returns:
+        A tensor of ``input``'s shape, dtype and memory format; ``input`` itself if ``inplace``. A dropped
+        element is ``+0``, NaN and infinity included, and so is its gradient.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1] or NaN.
+        TypeError: ``input`` is no tensor, or ``key`` no :class:`~thinned.Key`.
+        RuntimeError: ``input`` is of another dtype, the keys' shape or device does not fit, or ``input``
+            cannot be written in place.
+        IndexError: ``input`` has no such dimension.
+
+    Source: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 15
+    (2014), section 4 and, for the scaling during training, section 10.
+
+    >>> import thinned
+    >>> thinned.functional.dropout(torch.ones(2, 6), p=0.5, key=thinned.Key(7))
+    tensor([[0., 0., 0., 2., 2., 2.],
+            [0., 0., 0., 2., 0., 0.]])
+    """
+    T, scale = threshold_and_scale(p)
+    check_input("dropout", input, key)
+    if not training or p == 0:
+        return input
+    return apply(input, key, broadcast_dims, inplace, T, scale, elementwise=True)
+
+
+def keep_mask(
+    key: Key,
+    shape: Sequence[int],
+    p: float,
+    *,
+    device: torch.device | str | None = None,
+    broadcast_dims: Sequence[int] = (),
+) -> Tensor:
+    """The mask that :func:`dropout` applies to a tensor of ``shape`` under ``key``: True where it keeps.
+
+    Args:
+        key: one key, or a batch of ``shape[0]`` keys.
+        shape: the mask's.
+        p: the probability of dropping, in [0, 1].
+        device: where the mask is made; default: where the key is.
+        broadcast_dims: dimensions along which all elements share one decision.
+
+    Returns:
+        A bool tensor of ``shape``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, IndexError: as :func:`dropout`.
+
+    >>> import thinned
+    >>> thinned.keep_mask(thinned.Key(7), (2, 6), p=0.5).int()
+    tensor([[0, 0, 0, 1, 1, 1],
+            [0, 0, 0, 1, 0, 0]], dtype=torch.int32)
+    """
+    T, _ = threshold_and_scale(p)
+    shape = tuple(shape)
+    check_key(key, shape)
+    bits = key.bits if device is None else key.bits.to(device)
+    return op.keep_mask(bits, shape, shared(shape, broadcast_dims, bits.dim()), T)
 
 
 class Dropout(torch.nn.Dropout):
@@ -42,5 +134,5 @@ class Dropout(torch.nn.Dropout):
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
         super().__init__(p, inplace)
 
-    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:  # noqa: A002
-        return F.dropout(input, self.p, self.training, self.inplace, key=key)
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        return dropout(input, self.p, self.training, self.inplace, key=key)

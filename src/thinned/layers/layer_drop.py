@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thinned import functional as F
-from thinned.functional.arguments import key_for, threshold_and_scale
 from thinned.keys import Key
+from thinned.layers._arguments import key_for, threshold_and_scale
+from thinned.layers.dropout import keep_mask
 from thinned.torch_state import compiling, is_batched, is_eager
 
 __all__ = ["LayerDrop"]
@@ -85,7 +85,7 @@ class LayerDrop(nn.ModuleList):
             raise RuntimeError("each example has layers of its own under vmap; call the LayerDrop itself")
         return iter([layer for layer, kept in zip(self, keep.tolist(), strict=True) if kept])
 
-    def forward(self, input: Any, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:  # noqa: A002
+    def forward(self, input: Any, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
         """``input`` through the layers of one pass, each called with the other arguments too.
 
         Args:
@@ -96,7 +96,7 @@ class LayerDrop(nn.ModuleList):
         """
         if not self._drops():
             for layer in self:
-                input = layer(input, *args, **kwargs)  # noqa: A001
+                input = layer(input, *args, **kwargs)
             return input
         keep = self._keep(key)
         branches = is_eager(keep)
@@ -109,7 +109,7 @@ class LayerDrop(nn.ModuleList):
                     f"a layer that is left out hands on its input, so that each has to keep its shape; layer "
                     f"{index} turned {tuple(input.shape)} into {_described(output)}"
                 )
-            input = output if branches else torch.where(kept.to(input.device), output, input)  # noqa: A001
+            input = output if branches else torch.where(kept.to(input.device), output, input)
         return input
 
     def _drops(self) -> bool:
@@ -119,7 +119,7 @@ class LayerDrop(nn.ModuleList):
         if key is None:
             # Decided where Python can look at it without waiting for a device.
             key = key_for(torch.empty((), device="cpu"), None, rows=None)
-        return F.keep_mask(key, (len(self),), self.p)
+        return keep_mask(key, (len(self),), self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

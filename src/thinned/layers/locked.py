@@ -4,11 +4,79 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from thinned import functional as F
-from thinned.functional.arguments import threshold_and_scale
 from thinned.keys import Key
+from thinned.layers._arguments import apply, check_input, check_key, threshold_and_scale
+from thinned.nested import refuse, shape_of
 
-__all__ = ["LockedDropout"]
+__all__ = ["LockedDropout", "locked_dropout"]
+
+
+def locked_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    batch_first: bool = False,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+) -> Tensor:
+    r"""Zero features of a sequence with probability ``p``, the same ones at every time step.
+
+    .. math:: y_{t,n,c} = \begin{cases} x_{t,n,c} / q & u(n, c) < T \\ +0 & \text{otherwise} \end{cases}
+
+    Also known as variational dropout of recurrent networks.
+
+    Args:
+        input: a floating-point or complex tensor of shape ``(time, N, *)``, or ``(time, C)`` without a batch.
+        p: the probability of dropping a feature of a sample, in [0, 1].
+        training: False returns ``input`` itself, and so does ``p = 0``.
+        batch_first: ``input`` has shape ``(N, time, *)``; under one key both layouts have the same mask.
+        inplace: write the result over ``input``.
+        key: as for :func:`~thinned.functional.dropout`; a batch of keys has one for each sample, in either
+            layout.
+
+    Returns:
+        A tensor of ``input``'s shape, dtype and memory format; ``input`` itself if ``inplace``.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1] or NaN.
+        TypeError, RuntimeError: as :func:`~thinned.functional.dropout`; ``input`` has fewer than two
+            dimensions.
+
+    Source: Gal & Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks",
+    NeurIPS 2016, section 4; Merity et al., "Regularizing and optimizing LSTM language models", ICLR 2018,
+    section 4.2.
+
+    >>> import torch, thinned
+    >>> thinned.functional.locked_dropout(torch.ones(2, 6), p=0.5, key=thinned.Key(7))
+    tensor([[0., 0., 0., 2., 2., 2.],
+            [0., 0., 0., 2., 2., 2.]])
+    """
+    T, scale = threshold_and_scale(p)
+    check_input("locked_dropout", input, None)
+    if input.is_nested and not (batch_first and input.dim() > 2):
+        if not training or p == 0:
+            return input
+        refuse(
+            f"locked_dropout with batch_first={batch_first}",
+            input,
+            "one of shape (N, time, *) with batch_first=True",
+        )
+    if input.dim() < 2:
+        raise RuntimeError(
+            f"locked_dropout needs a time and a feature dimension, got a tensor of shape {tuple(input.shape)}"
+        )
+    unbatched = input.dim() == 2
+    # A sample's keys are counted along dimension 0, so that is where the samples go.
+    samples = input.unsqueeze(0) if unbatched else input if batch_first else input.transpose(0, 1)
+    if key is not None:
+        check_key(key, shape_of(samples))
+    if not training or p == 0:
+        return input
+    y = apply(samples, key, (1,), inplace, T, scale)
+    if inplace:
+        return input
+    return y.squeeze(0) if unbatched else y if batch_first else y.transpose(0, 1)
 
 
 class LockedDropout(nn.Module):
@@ -47,8 +115,8 @@ class LockedDropout(nn.Module):
         self.batch_first = batch_first
         self.inplace = inplace
 
-    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:  # noqa: A002
-        return F.locked_dropout(input, self.p, self.training, self.batch_first, self.inplace, key=key)
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        return locked_dropout(input, self.p, self.training, self.batch_first, self.inplace, key=key)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, batch_first={self.batch_first}, inplace={self.inplace}"

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional
 from torch import Tensor, nn
 
-from thinned import functional as F
 from thinned import op
-from thinned.functional.arguments import apply, check_input, check_key, key_for, threshold_and_scale
-from thinned.functional.weights import check_one_key
 from thinned.geometry import shared
 from thinned.keys import Key
+from thinned.layers._arguments import apply, check_input, check_key, key_for, threshold_and_scale
+from thinned.layers.locked import locked_dropout
+from thinned.layers.weights import check_one_key, drop_connect
+from thinned.layers.zoneout import zoneout
 from thinned.torch_state import compiling, transforming
 
 __all__ = ["VariationalLSTM"]
@@ -144,7 +145,7 @@ class VariationalLSTM(nn.RNNBase):
 
     def forward(
         self,
-        input: Tensor,  # noqa: A002
+        input: Tensor,
         hx: State | None = None,
         *,
         key: Key | None = None,
@@ -247,7 +248,7 @@ class VariationalLSTM(nn.RNNBase):
         kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
         weights: list[Tensor] = [getattr(self, f"{kind}_{name}") for kind in kinds]
         if key is not None and self.weight_p:
-            weights[1] = F.drop_connect(weights[1], self.weight_p, key=key.fold(f"weight_hh_{name}"))
+            weights[1] = drop_connect(weights[1], self.weight_p, key=key.fold(f"weight_hh_{name}"))
         return weights
 
     def _kernel(
@@ -288,7 +289,7 @@ class VariationalLSTM(nn.RNNBase):
 
 
 def _locked(x: Tensor, p: float, key: Key | None, name: str) -> Tensor:
-    return x if key is None or not p else F.locked_dropout(x, p, key=key.fold(name))
+    return x if key is None or not p else locked_dropout(x, p, key=key.fold(name))
 
 
 def _same_each_step(p: float, key: Key | None, name: str) -> Callable[[Tensor], Tensor]:
@@ -306,7 +307,7 @@ def _zoneout(
     if not p:
         return lambda _, candidate, __: candidate
     if key is None:
-        return lambda _, candidate, previous: F.zoneout(candidate, previous, p, training=False)
+        return lambda _, candidate, previous: zoneout(candidate, previous, p, training=False)
     T, _ = threshold_and_scale(p)
     bits = key.fold(name).bits
     samples, units = like.shape

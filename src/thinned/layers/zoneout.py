@@ -2,13 +2,87 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 
-from thinned import functional as F
-from thinned.functional.arguments import threshold_and_scale
+from thinned import op
+from thinned.geometry import shared
 from thinned.keys import Key
+from thinned.layers._arguments import check_input, key_for, threshold_and_scale
+from thinned.nested import alike, elementwise, shape_of
 
-__all__ = ["Zoneout"]
+__all__ = ["Zoneout", "zoneout"]
+
+
+def zoneout(
+    input: Tensor,
+    previous: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    key: Key | None = None,
+) -> Tensor:
+    r"""Let each unit of a recurrent state keep its previous value with probability ``p``.
+
+    .. math:: h_i = \begin{cases} \tilde h_i & u(i) < T \\ h'_i & \text{otherwise} \end{cases}
+        \qquad\text{in training,}\qquad h = q\,\tilde h + (1 - q)\,h' \qquad\text{in evaluation}
+
+    for the candidate :math:`\tilde h` and the previous state :math:`h'`. In training each value is exactly
+    one of the two, so that what is not taken, NaN included, leaves no trace.
+
+    Args:
+        input: the candidate, a floating-point or complex tensor of any shape.
+        previous: the state before, of ``input``'s shape and dtype.
+        p: the probability of keeping the previous value, in [0, 1].
+        training: False returns the expectation; ``p = 0`` returns ``input`` itself.
+        key: as for :func:`~thinned.functional.dropout`.
+
+    Returns:
+        A tensor of ``input``'s shape and dtype.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1] or NaN.
+        TypeError, RuntimeError: as :func:`~thinned.functional.dropout`; ``previous`` is of another type,
+            shape or dtype.
+
+    Source: Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations", ICLR 2017,
+    section 3.
+
+    >>> import torch, thinned
+    >>> candidate, previous = torch.full((6,), 4.0), torch.full((6,), 2.0)
+    >>> thinned.layers.zoneout(candidate, previous, p=0.5, key=thinned.Key(7))
+    tensor([2., 2., 2., 4., 4., 4.])
+    >>> thinned.layers.zoneout(candidate, previous, p=0.5, training=False)
+    tensor([3., 3., 3., 3., 3., 3.])
+    """
+    T, _ = threshold_and_scale(p)
+    check_input("zoneout", input, key)
+    if not isinstance(previous, Tensor):
+        raise TypeError(f"zoneout(): argument 'previous' must be Tensor, not {type(previous).__name__}")
+    if not alike(previous, input) or previous.dtype != input.dtype:
+        raise RuntimeError(
+            f"zoneout needs a previous state like its input, of shape {shape_of(input)} and "
+            f"{input.dtype}; got shape {shape_of(previous)} and {previous.dtype}"
+        )
+    if T == 2**32:
+        return input
+    if not training and T:
+        return _expectation(input, previous, T / 2**32)
+    if input.is_nested:
+        return elementwise(
+            "zoneout", partial(zoneout, p=p), input, key_for(input, key, elementwise=True), previous
+        )
+    bits = key_for(input, key, elementwise=True).bits
+    keep = op.keep_mask(bits, input.shape, shared(input.shape, (), bits.dim()), T)
+    return torch.where(keep, input, previous)
+
+
+def _expectation(candidate: Tensor, previous: Tensor, q: float) -> Tensor:
+    if candidate.dtype in (torch.float16, torch.bfloat16):
+        return _expectation(candidate.float(), previous.float(), q).to(candidate.dtype)
+    return torch.add(candidate * q, previous, alpha=1 - q)
 
 
 class Zoneout(nn.Module):
@@ -40,8 +114,8 @@ class Zoneout(nn.Module):
         threshold_and_scale(p)
         self.p = p
 
-    def forward(self, input: Tensor, previous: Tensor, *, key: Key | None = None) -> Tensor:  # noqa: A002
-        return F.zoneout(input, previous, self.p, self.training, key=key)
+    def forward(self, input: Tensor, previous: Tensor, *, key: Key | None = None) -> Tensor:
+        return zoneout(input, previous, self.p, self.training, key=key)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

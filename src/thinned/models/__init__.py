@@ -2,11 +2,11 @@
 
 from thinned.models.address import Address, address
 from thinned.models.convert import Conversion, Swap, convert, revert
-from thinned.models.decompositions import decompositions
+from thinned.models.convert.rules import register
 from thinned.models.export import Keyed
-from thinned.models.inspection import Inspection, Site, inspect
+from thinned.models.export.decompositions import decompositions
+from thinned.models.inspect import Inspection, Site, inspect
 from thinned.models.intercept import Intercept, Intercepted, intercept
-from thinned.models.registry import register
 
 __all__ = [
     "Address",

@@ -1,0 +1,224 @@
+"""Dropout inside attention: DropHead, DropKey."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from thinned.compare.laws import Finding
+from thinned.compare.laws.chance import binomial_bounds
+from thinned.compare.laws.every_layer import general_laws
+from thinned.compare.laws.law import holds_if, nothing_wrong
+from thinned.compare.laws.mask import Masked, masked_laws
+from thinned.compare.laws.values import departure
+from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.settings import DTYPES, Settings
+from thinned.layers.attention import DropHead, DropKey
+
+__all__ = ["ENTRIES"]
+
+
+class DropHeadFormula(nn.Module):
+    def __init__(self, p: float = 0.5, dim: int = 1, normalize: str = "kept") -> None:
+        super().__init__()
+        self.p, self.dim, self.normalize = p, dim, normalize
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        shape = [size if d in (0, self.dim % x.dim()) else 1 for d, size in enumerate(x.shape)]
+        mask = (torch.rand(shape) < 1 - self.p).to(x.dtype)
+        if self.normalize == "expected":
+            return x * (mask / (1 - self.p) if self.p < 1 else mask)
+        return x * mask * x.shape[self.dim] / mask.sum(self.dim, keepdim=True)
+
+
+class DropKeyFormula(nn.Module):
+    """Algorithm 1 of the paper."""
+
+    def __init__(self, p: float = 0.5, broadcast_dims: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.p, self.broadcast_dims = p, broadcast_dims
+
+    def forward(self, logits: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return logits
+        shared = {d % logits.dim() for d in self.broadcast_dims}
+        shape = [1 if d in shared else size for d, size in enumerate(logits.shape)]
+        dropped = torch.bernoulli(torch.full(shape, self.p, dtype=logits.dtype))
+        return logits + dropped * -1e12
+
+
+SAMPLES, HEADS = 50_000, 4
+
+
+def share_of_kept(layer: Implementation, settings: Settings) -> Finding:
+    """Forward and backward, for each number of heads that a sample may have kept."""
+    x = settings.normal(1000, HEADS, 2, 3, dtype=torch.float32).requires_grad_()
+    upstream = settings.normal(*x.shape, dtype=torch.float32).flip(0)
+    y = layer.make(p=0.5)(x)
+    if y.isnan().any():
+        return holds_if(False, "NaN with no head kept")
+    (gradient,) = torch.autograd.grad(y, x, upstream)
+    kept = (y != 0).any(-1).any(-1)
+    for count in range(HEADS + 1):
+        rows = kept.sum(1) == count
+        scale = HEADS / max(1, count)
+        mask = kept[rows][..., None, None].expand(-1, -1, 2, 3)
+        complaint = departure(y.detach()[rows], x.detach()[rows], mask, scale)
+        complaint = complaint or departure(gradient[rows], upstream[rows], mask, scale)
+        if complaint:
+            return holds_if(False, f"{complaint} with {count} of {HEADS} kept")
+    return holds_if(True, "H / kept")
+
+
+def mean_of_kept(layer: Implementation, settings: Settings) -> Finding:
+    """Of ones, a sample's mean is 1, or 0 where all of its heads are dropped, which is binomial."""
+    p = 0.4
+    y = layer.make(p=p)(settings.ones(SAMPLES, HEADS, 1, 1, dtype=torch.float32)).double()
+    mean = y.mean((1, 2, 3))
+    lost = int((mean == 0).sum())
+    if not torch.allclose(mean[mean != 0], torch.ones((), dtype=mean.dtype), rtol=1e-6):
+        return holds_if(False, "NaN" if mean.isnan().any() else "heads' sum changed")
+    low, high = binomial_bounds(SAMPLES, p**HEADS)
+    return holds_if(low <= lost <= high, f"{float(mean.mean()):.4f} x")
+
+
+CAUSAL = torch.full((6, 6), -math.inf).triu(1)
+
+
+def _logits(settings: Settings) -> Tensor:
+    return settings.normal(2000, 2, 6, 6, dtype=torch.float32)
+
+
+def weights(layer: Implementation, settings: Settings) -> Finding:
+    """Against a softmax over the kept keys alone, for queries that have any."""
+    x = _logits(settings)
+    y = layer.make(p=0.5)(x)
+    kept = y > -1e10
+    some = kept.any(-1)
+    wanted = x.masked_fill(~kept, -math.inf).softmax(-1)
+    close = torch.allclose(y.softmax(-1)[some], wanted[some], rtol=1e-5, atol=1e-7)
+    return holds_if(close and bool((~kept).any()), "of the kept keys" if close else "others")
+
+
+def no_keys(layer: Implementation, settings: Settings) -> Finding:
+    for name, dtype in DTYPES.items():
+        weight = layer.make(p=1.0)(_logits(settings)[:10].to(dtype)).softmax(-1)
+        if weight.isnan().any():
+            return holds_if(False, f"NaN in {name}")
+        if not torch.allclose(weight, torch.full_like(weight, 1 / 6), rtol=2**-7):
+            return holds_if(False, f"unequal in {name}")
+    return holds_if(True, "equal weights")
+
+
+def forbidden_keys(layer: Implementation, settings: Settings) -> Finding:
+    """A causal mask of -inf, whose first query has a single key."""
+    module, x, causal = layer.make(p=0.5), _logits(settings), CAUSAL.to(settings.device)
+    for where, y in {"before": module(x + causal), "after": module(x) + causal}.items():
+        weight = y.softmax(-1)
+        if weight.isnan().any():
+            return holds_if(False, f"NaN, added {where}")
+        if weight.triu(1).any():
+            return holds_if(False, f"attended to, added {where}")
+    return holds_if(True, "no weight")
+
+
+def gradient_of_dropped(layer: Implementation, settings: Settings) -> Finding:
+    x = _logits(settings).requires_grad_()
+    y = layer.make(p=0.5)(x)
+    upstream = settings.normal(*x.shape, dtype=torch.float32).flip(0)
+    (gradient,) = torch.autograd.grad(y, x, upstream)
+    kept = y > -1e10
+    return nothing_wrong(departure(gradient, upstream, kept, 1.0), "that of kept logits")
+
+
+class _ZerosForDropped(nn.Module):
+    """Says "dropped" the way that the laws of a mask understand."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return torch.where(y < -1e10, 0, y)
+
+
+def _of_logits(law: LayerLaw) -> LayerLaw:
+    def check(layer: Implementation, settings: Settings) -> Finding:
+        return law.check(Implementation(layer.name, partial(_zeros, layer.make)), settings)
+
+    return LayerLaw(law.family, law.name, law.statement, check)
+
+
+def _zeros(make: Callable[..., nn.Module], **arguments: object) -> nn.Module:
+    return _ZerosForDropped(make(**arguments))
+
+
+def _named(laws: Sequence[LayerLaw], *names: str) -> list[LayerLaw]:
+    return [law for law in laws if law.name in names]
+
+
+def _unscaled(p: float) -> float:  # noqa: ARG001
+    return 1.0
+
+
+_by_kept = masked_laws(Masked((4000, 8, 2, 3), shared=(2, 3)))
+_by_expected = masked_laws(Masked((4000, 8, 2, 3), shared=(2, 3), arguments={"normalize": "expected"}))
+_each_key = masked_laws(Masked((2000, 8, 3, 3), scale=_unscaled))
+_whole_keys = masked_laws(Masked((2000, 8, 3, 3), shared=(1, 2), arguments={"broadcast_dims": (1, 2)}))
+
+HEADS_FAMILY = "heads"
+HEAD_LAWS = (
+    *_named(_by_kept, "rate", "sharing", "independence", "p = 1", "dropped NaN"),
+    *_named(_by_expected, "kept values", "mean, variance", "mask of gradient"),
+    LayerLaw(HEADS_FAMILY, "share of kept", "kept heads and their gradients count H / kept", share_of_kept),
+    LayerLaw(HEADS_FAMILY, "mean of kept", "E[y] = (1 - p^H) x, and a sample's mean is kept", mean_of_kept),
+)
+KEYS_FAMILY = "keys"
+KEY_LAWS = (
+    *map(_of_logits, _named(_each_key, "rate", "independence", "kept values", "mean, variance")),
+    *map(_of_logits, _named(_whole_keys, "sharing")),
+    LayerLaw(KEYS_FAMILY, "weights", "the softmax is that of the kept keys alone", weights),
+    LayerLaw(KEYS_FAMILY, "no keys", "at p = 1 all weights are equal, in each dtype", no_keys),
+    LayerLaw(KEYS_FAMILY, "forbidden keys", "what -inf forbids has no weight", forbidden_keys),
+    LayerLaw(KEYS_FAMILY, "gradient of dropped", "a dropped logit has no gradient", gradient_of_dropped),
+)
+
+
+def _heads(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (torch.randn(3, 4, 5, 6, dtype=dtype),)
+
+
+_example = Example(_heads, {"p": 0.5})
+_workload_arguments = {"p": 0.2}
+
+ENTRIES = [
+    Entry(
+        DropHead,
+        functional="drop_head",
+        mask="(N, H, 1, 1)",
+        source="Zhou et al. 2020, section 3",
+        peer=Implementation("formula", DropHeadFormula),
+        laws=(*general_laws(_example), *HEAD_LAWS),
+        example=_example,
+        workload=Workload(
+            lambda: (torch.ones(16, 16, 64, 64),), _workload_arguments, broadcast=(16, 16, 1, 1)
+        ),
+    ),
+    Entry(
+        DropKey,
+        functional="drop_key",
+        mask="(N, H, L_q, L_k), or 1 along broadcast_dims",
+        source="Li et al. 2023, section 3",
+        peer=Implementation("formula", DropKeyFormula),
+        laws=(*general_laws(_example), *KEY_LAWS),
+        example=_example,
+        workload=Workload(lambda: (torch.ones(16, 4, 128, 128),), _workload_arguments),
+    ),
+]

@@ -1,0 +1,298 @@
+"""Dropout of blocks: DropBlock1d, DropBlock2d, DropBlock3d."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from scipy import optimize, stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from thinned.compare.laws import Finding
+from thinned.compare.laws.chance import (
+    DEVIATIONS,
+    FALSE_ALARM,
+    associate,
+    elements_to_show,
+    strongest,
+)
+from thinned.compare.laws.every_layer import general_laws
+from thinned.compare.laws.law import holds_if, nothing_wrong
+from thinned.compare.laws.mask import Masked, masked_laws
+from thinned.compare.laws.values import TOLERANCE_ULP, departure, scale_of, ulps_off
+from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.layers.peers import from_library
+from thinned.compare.settings import Settings
+from thinned.layers.block import DropBlock1d, DropBlock2d, DropBlock3d
+
+__all__ = ["ENTRIES", "Blocks"]
+
+P = 0.3
+RATE_BIAS = 0.02
+CHANNELS = 64
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+class DropBlockFormula(nn.Module):
+    """Algorithm 1 of the paper, with its approximate probability of a seed."""
+
+    dims: int
+
+    def __init__(
+        self, p: float, block_size: int, inplace: bool = False, couple_channels: bool = False
+    ) -> None:
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"p has to be between 0 and 1, but got {p}")
+        self.p, self.block_size, self.inplace, self.coupled = p, block_size, inplace, couple_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        sizes = x.shape[-self.dims :]
+        block = min(self.block_size, *sizes)
+        places = [size - block + 1 for size in sizes]
+        gamma = self.p * math.prod(sizes) / (block**self.dims * math.prod(places))
+        masks = (len(x), 1 if self.coupled else x.shape[1])
+        seeds = (torch.rand(*masks, *places, device=x.device) < gamma).to(x.dtype)
+        mask = 1 - MAX_POOL[self.dims](F.pad(seeds, [block - 1] * 2 * self.dims), block, stride=1)
+        mask = mask * (mask.numel() / mask.float().sum().clamp(min=1)).to(x.dtype)
+        return x.mul_(mask) if self.inplace else x * mask
+
+
+class DropBlock1dFormula(DropBlockFormula):
+    dims = 1
+
+
+class DropBlock2dFormula(DropBlockFormula):
+    dims = 2
+
+
+class DropBlock3dFormula(DropBlockFormula):
+    dims = 3
+
+
+def _torchvision(layer: Any) -> Callable[..., nn.Module]:
+    def make(p: float, block_size: int, inplace: bool = False, couple_channels: bool = False) -> nn.Module:
+        if block_size % 2 == 0:
+            raise NotImplementedError("block size should be odd")
+        if couple_channels:
+            raise NotImplementedError("one mask for all channels")
+        made: nn.Module = layer(p, block_size, inplace)
+        return made
+
+    return make
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The law of one mask, from which seeds lie under which blocks: none of the layer's own arithmetic.
+
+    Attributes:
+        sizes: of the map.
+        block: the size of a block in each dimension.
+        p: the expected share of dropped positions.
+    """
+
+    sizes: tuple[int, ...]
+    block: int
+    p: float = P
+
+    @cached_property
+    def cover(self) -> Tensor:
+        """Which seeds' blocks cover a position: 1 or 0 for each position and each seed."""
+        cover = torch.ones(1, 1, dtype=torch.float64)
+        for size in self.sizes:
+            block = min(self.block, size)
+            behind = torch.arange(size)[:, None] - torch.arange(size - block + 1)
+            cover = torch.kron(cover, ((behind >= 0) & (behind < block)).double())
+        return cover
+
+    @cached_property
+    def seedless(self) -> float:
+        """The probability 1 - gamma that a place holds no seed."""
+        n = self.cover.sum(1)
+        return float(optimize.brentq(lambda r: float((r**n).mean()) - (1 - self.p), 0, 1, xtol=1e-14))
+
+    @cached_property
+    def dropped(self) -> Tensor:
+        """The probability that each position is dropped."""
+        return (1 - self.seedless ** self.cover.sum(1)).reshape(self.sizes)
+
+    @cached_property
+    def variance(self) -> float:
+        """Of the dropped share of one mask: two positions are both kept if no seed of either's is set."""
+        n = self.cover.sum(1)
+        either = n[:, None] + n - self.cover @ self.cover.T
+        return float((self.seedless**either).mean()) - (1 - self.p) ** 2
+
+    def drops(self, layer: Implementation, masks: int, settings: Settings, **arguments: Any) -> Tensor:
+        """True where dropped, for at least so many masks: of shape ``(samples, channels, *sizes)``."""
+        module = layer.make(p=self.p, block_size=self.block, **arguments)
+        rows = max(2, 2**20 // (CHANNELS * math.prod(self.sizes)))
+        x = settings.ones(rows, CHANNELS, *self.sizes, dtype=torch.float32)
+        y = torch.cat([module(x) for _ in range(math.ceil(masks / (rows * CHANNELS)))])
+        if y.shape[1:] != x.shape[1:]:
+            raise ValueError(f"shape {tuple(x.shape)} became {tuple(y.shape)}")
+        return y == 0
+
+
+def rate(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+    """The mean over masks of the dropped share, whose variance is that of the law, so that 2 % off shows."""
+    masks = elements_to_show(RATE_BIAS, math.sqrt(blocks.variance) / blocks.p)
+    share = blocks.drops(layer, masks, settings).flatten(2).double().mean(2)
+    mean, bound = float(share.mean()), DEVIATIONS * math.sqrt(blocks.variance / share.numel())
+    holds = abs(mean - blocks.p) <= bound
+    measured = f"{mean:#.4g}"
+    beyond = f"{measured}, beyond {blocks.p} ± {bound:.2g}"
+    return holds_if(holds, measured if holds else beyond, masks=share.numel(), rate=mean, bound=bound)
+
+
+def positions(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+    """At each position, the number of masks that drop it is binomial."""
+    drops = blocks.drops(layer, 50_000, settings).flatten(0, 1)
+    counts = drops.sum(0).flatten().tolist()
+    expected = blocks.dropped.flatten().tolist()
+    unlikely = [stats.binomtest(n, len(drops), p).pvalue for n, p in zip(counts, expected, strict=True)]
+    worst = min(range(len(counts)), key=lambda i: unlikely[i])
+    measured = f"{counts[worst] / len(drops):.4f} of {expected[worst]:.4f}"
+    return holds_if(unlikely[worst] * len(counts) >= FALSE_ALARM, measured, pvalue=unlikely[worst])
+
+
+def union(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+    """Every dropped position lies in a whole dropped block: exact, for each mask."""
+    dropped = blocks.drops(layer, 1000, settings).flatten(0, 1)[:, None].float()
+    dims = len(blocks.sizes)
+    block = [min(blocks.block, size) for size in blocks.sizes]
+    whole = -MAX_POOL[dims](-dropped, block, stride=1)
+    around = [n - 1 for n in reversed(block) for _ in range(2)]
+    covered = MAX_POOL[dims](F.pad(whole, around), block, stride=1)
+    outside = int((dropped > covered).sum())
+    return holds_if(outside == 0 and bool(dropped.any()), f"{outside} of {int(dropped.sum())} outside")
+
+
+def independence(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+    """One position of each mask: channels, samples and calls; and two positions a block apart."""
+    one, two = (blocks.drops(layer, 30_000, settings).flatten(2) for _ in range(2))
+    middle = one[..., one.shape[2] // 2]
+    found = [associate(middle.flatten(), two[..., one.shape[2] // 2].flatten(), "two calls")]
+    for dim, where in enumerate(("samples", "channels")):
+        pairs = middle.movedim(dim, 0)[: middle.shape[dim] // 2 * 2]
+        found.append(associate(pairs[::2].flatten(), pairs[1::2].flatten(), where))
+    for dim, size in enumerate(blocks.sizes):
+        if size > blocks.block:
+            apart = blocks.block * math.prod(blocks.sizes[dim + 1 :])
+            found.append(associate(one[..., 0].flatten(), one[..., apart].flatten(), f"dimension {dim}"))
+    return strongest(found)
+
+
+def coupled(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+    drops = blocks.drops(layer, 1000, settings, couple_channels=True)
+    same = bool((drops == drops[:, :1]).all())
+    return holds_if(same and not bool((drops == drops[:1]).all()), "one mask" if same else "masks differ")
+
+
+def own_scale(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+    """The scale of each sample is 1/(1-p), or 1 over the share that is kept of that sample."""
+    x = settings.normal(16, 8, *blocks.sizes, dtype=torch.float32)
+    y = layer.make(p=blocks.p, block_size=blocks.block)(x)
+    for i in range(len(x)):
+        kept = float((y[i] != 0).double().mean())
+        if kept and all(
+            ulps_off(y[i], x[i], scale) > TOLERANCE_ULP for scale in (1 / (1 - blocks.p), 1 / kept)
+        ):
+            found = f"{scale_of(y[i], x[i]):.4f}, where {kept:.0%} of the sample are kept"
+            return holds_if(False, found)
+    return holds_if(True, f"{scale_of(y, x):.4f}")
+
+
+def own_mask(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+    """dL/dx = dL/dy * mask * scale."""
+    x = settings.normal(16, 8, *blocks.sizes, dtype=torch.float32).requires_grad_()
+    upstream = x.detach().flip(0)
+    y = layer.make(p=blocks.p, block_size=blocks.block)(x)
+    (downstream,) = torch.autograd.grad(y, x, upstream)
+    scale = scale_of(y.detach(), x.detach())
+    return nothing_wrong(departure(downstream, upstream, y != 0, scale), "forward's mask")
+
+
+FAMILY = "blocks"
+
+
+def _laws(sizes: tuple[int, ...], example: Example) -> tuple[LayerLaw, ...]:
+    odd, even = Blocks(sizes, 3), Blocks(sizes, 4)
+    wide = Blocks(tuple(range(3, 3 + len(sizes))), 7)
+    plain = masked_laws(Masked((8, 16, *sizes), arguments={"block_size": 3}))
+    exact = f"the expected share of dropped positions is p = {P}"
+    statements: list[tuple[str, str, Callable[..., Finding], Blocks]] = [
+        ("rate", exact, rate, odd),
+        ("rate, even blocks", f"{exact}, for a block of 4", rate, even),
+        ("rate, wide blocks", f"{exact}, for a block wider than the map", rate, wide),
+        ("positions", "each is dropped as often as the number of places says", positions, odd),
+        ("positions, even blocks", "the same, for a block of 4", positions, even),
+        ("union of blocks", "what is dropped is a union of whole blocks", union, odd),
+        ("union, even blocks", "the same, for a block of 4", union, even),
+        ("independence", "of channels, samples, calls and positions a block apart", independence, odd),
+        ("coupled channels", "couple_channels gives each sample one mask", coupled, odd),
+        ("scale", "a sample's scale depends on no other sample", own_scale, odd),
+        ("mask of gradient", "backward has the forward's mask and scale", own_mask, odd),
+    ]
+    return (
+        *general_laws(example),
+        *(
+            LayerLaw(FAMILY, name, statement, partial(check, blocks=blocks))
+            for name, statement, check, blocks in statements
+        ),
+        *(law for law in plain if law.name in ("p = 1", "dropped NaN")),
+    )
+
+
+def _example(*sizes: int) -> Example:
+    return Example(lambda dtype: (torch.randn(3, 4, *sizes, dtype=dtype),), {"p": 0.5, "block_size": 3})
+
+
+def _entry(
+    layer: type[nn.Module],
+    shape: str,
+    sizes: tuple[int, ...],
+    peer: Implementation,
+    workload: tuple[int, ...],
+    source: str = "",
+) -> Entry:
+    example = _example(*sizes)
+    return Entry(
+        layer,
+        functional=f"drop_block{len(sizes)}d",
+        mask=f"(N, C, {shape}), or (N, 1, {shape})",
+        source=f"Ghiasi et al. 2018, sections 3 and 3.1{source}",
+        peer=peer,
+        laws=_laws(sizes, example),
+        example=example,
+        workload=Workload(lambda: (torch.ones(workload),), {"p": 0.1, "block_size": 7}),
+    )
+
+
+ENTRIES = [
+    _entry(DropBlock1d, "L", (11,), Implementation("formula", DropBlock1dFormula), (16, 64, 1024)),
+    _entry(
+        DropBlock2d,
+        "H, W",
+        (7, 9),
+        from_library("torchvision.ops.drop_block:DropBlock2d", DropBlock2dFormula, _torchvision),
+        (16, 64, 32, 32),
+        "; torchvision",
+    ),
+    _entry(
+        DropBlock3d,
+        "D, H, W",
+        (5, 6, 7),
+        from_library("torchvision.ops.drop_block:DropBlock3d", DropBlock3dFormula, _torchvision),
+        (4, 16, 16, 32, 32),
+        "; torchvision",
+    ),
+]

@@ -1,0 +1,227 @@
+"""Dropout by Gaussian noise: GaussianDropout, VariationalDropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from scipy import integrate, stats
+from torch import Tensor, nn
+
+from thinned.compare.laws import Finding
+from thinned.compare.laws.chance import DEVIATIONS, FALSE_ALARM, associate, disjoint_pairs, strongest
+from thinned.compare.laws.every_layer import general_laws
+from thinned.compare.laws.law import holds_if, nothing_wrong
+from thinned.compare.laws.learned import parameter_gradient
+from thinned.compare.laws.values import departure
+from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload, first
+from thinned.compare.settings import Settings
+from thinned.compare.subjects import NotOfferedError
+from thinned.layers.gaussian import GaussianDropout, VariationalDropout
+
+__all__ = ["ENTRIES"]
+
+ROWS, COLUMNS = 1_000, 300
+
+
+class GaussianDropoutFormula(nn.Module):
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * (1 + math.sqrt(self.p / (1 - self.p)) * torch.randn_like(x))
+
+
+class VariationalDropoutFormula(nn.Module):
+    def __init__(self, p: float = 0.5, num_features: int | None = None) -> None:
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.full((num_features or 1,), math.log(p / (1 - p))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * (1 + (0.5 * self.log_alpha.clamp(max=0)).exp() * torch.randn_like(x))
+
+    def kl(self) -> Tensor:
+        log_alpha = self.log_alpha.clamp(max=0)
+        alpha = log_alpha.exp()
+        return -(0.5 * log_alpha + 1.16145124 * alpha - 1.50204118 * alpha**2 + 0.58629921 * alpha**3)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """A layer whose factor is normal with mean 1 and variance ``p / (1 - p)``."""
+
+    arguments: Mapping[str, Any]
+
+    @property
+    def sigma(self) -> float:
+        p: float = self.arguments["p"]
+        return math.sqrt(p / (1 - p))
+
+    def factors(self, layer: Implementation, settings: Settings) -> Tensor:
+        ones = settings.ones(ROWS, COLUMNS, dtype=torch.float32)
+        return first(layer.make(**self.arguments).to(settings.device)(ones)).detach()
+
+
+def moments(layer: Implementation, settings: Settings, normal: Normal) -> Finding:
+    """A normal sample's mean and variance have the variances s²/N and 2 s⁴/N."""
+    y, variance = normal.factors(layer, settings).double(), normal.sigma**2
+    mean, spread = float(y.mean()), float(y.var())
+    holds = abs(mean - 1) <= DEVIATIONS * math.sqrt(variance / y.numel()) and abs(
+        spread - variance
+    ) <= DEVIATIONS * variance * math.sqrt(2 / y.numel())
+    measured = f"{mean:.4f}, {spread:.4f}"
+    return holds_if(
+        holds, measured if holds else f"{measured}, not 1, {variance:.4f}", mean=mean, variance=spread
+    )
+
+
+def distribution(layer: Implementation, settings: Settings, normal: Normal) -> Finding:
+    """Kolmogorov and Smirnov's test of all of it."""
+    y = normal.factors(layer, settings).double().flatten().cpu().numpy()
+    found = stats.kstest(y, stats.norm(1, normal.sigma).cdf)
+    measured = f"D = {found.statistic:.4f}"
+    return holds_if(bool(found.pvalue >= FALSE_ALARM), measured, statistic=float(found.statistic))
+
+
+def independence(layer: Implementation, settings: Settings, normal: Normal) -> Finding:
+    """Which side of 1 neighbours are on, and the noise of two calls."""
+    one, other = (normal.factors(layer, settings) < 1 for _ in range(2))
+    found = [associate(one.flatten(), other.flatten(), "two calls")]
+    for dim in range(one.dim()):
+        found += [associate(*pair, f"dimension {dim}") for pair in disjoint_pairs(one.movedim(dim, 0), lag=1)]
+    return strongest(found)
+
+
+def own_noise(layer: Implementation, settings: Settings, normal: Normal) -> Finding:
+    """At x = 1 the output is the factor, and so is dL/dx over dL/dy."""
+    x = settings.ones(ROWS, dtype=torch.float32).requires_grad_()
+    upstream = settings.normal(ROWS, dtype=torch.float32)
+    y = first(layer.make(**normal.arguments).to(settings.device)(x))
+    (downstream,) = torch.autograd.grad(y, x, upstream)
+    return nothing_wrong(departure(downstream, upstream * y.detach(), scale=1.0), "forward's noise")
+
+
+def infinite_variance(layer: Implementation, settings: Settings) -> Finding:
+    try:
+        y = first(layer.make(p=1.0)(settings.ones(10, dtype=torch.float32)))
+    except ValueError:
+        return holds_if(True, "ValueError")
+    except ZeroDivisionError as error:
+        return holds_if(False, type(error).__name__)
+    return holds_if(False, f"gives {float(y.flatten()[0])}")
+
+
+def gradient_of_alpha(layer: Implementation, settings: Settings, normal: Normal) -> Finding:
+    return parameter_gradient(layer, settings, name="log_alpha", arguments=normal.arguments, rows=ROWS)
+
+
+def bound_of_alpha(layer: Implementation, settings: Settings) -> Finding:
+    """A step too far: the noise keeps variance 1, and the loss can still bring alpha back."""
+    module = layer.make(p=0.4).to(settings.device)
+    parameter = module.get_parameter("log_alpha")
+    parameter.data.fill_(1.0)
+    y = first(module(settings.ones(ROWS, COLUMNS, dtype=torch.float32)))
+    (gradient,) = torch.autograd.grad(y.square().mean(), parameter)
+    variance = float(y.detach().double().var())
+    if abs(variance - 1) > DEVIATIONS * math.sqrt(2 / y.numel()):
+        return holds_if(False, f"variance {variance:.4f}")
+    back = float(gradient.sum()) > 0
+    return holds_if(back, "held, and goes back" if back else "held, and stays")
+
+
+def divergence(layer: Implementation, settings: Settings) -> Finding:
+    """Against the integral of the log-uniform prior; both are known up to a constant, hence the range."""
+    errors = []
+    for p in (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5):
+        module = layer.make(p=p).to(settings.device)
+        kl: Callable[[], Tensor] | None = getattr(module, "kl", None)
+        if kl is None:
+            raise NotOfferedError("no kl()")
+        errors.append(float(kl().detach()) - true_divergence(p / (1 - p)))
+    spread = max(errors) - min(errors)
+    return holds_if(spread < 0.04, f"within {spread:.3f} nats", error=spread)
+
+
+def true_divergence(alpha: float) -> float:
+    """``E log|e| - log(alpha) / 2`` for e ~ N(1, alpha), by quadrature."""
+    sigma = math.sqrt(alpha)
+    density = stats.norm(1, sigma).pdf
+    ends = sorted({1 - 12 * sigma, max(0.0, 1 - 12 * sigma), 1.0, 1 + 12 * sigma})
+    parts = (
+        integrate.quad(lambda e: math.log(abs(e)) * density(e) if e else 0.0, low, high, limit=200)[0]
+        for low, high in pairwise(ends)
+    )
+    return float(sum(parts)) - 0.5 * math.log(alpha)
+
+
+FAMILY = "noise"
+
+
+def normal_laws(normal: Normal) -> tuple[LayerLaw, ...]:
+    checks: dict[str, tuple[str, Callable[..., Finding]]] = {
+        "mean, variance": ("of ones: 1 and p/(1-p)", moments),
+        "distribution": ("of ones: normal, by Kolmogorov and Smirnov's test", distribution),
+        "independence": ("neighbours and calls are independent of each other", independence),
+        "noise of gradient": ("backward has the forward's noise", own_noise),
+    }
+    return tuple(
+        LayerLaw(FAMILY, name, statement, partial(check, normal=normal))
+        for name, (statement, check) in checks.items()
+    )
+
+
+def _rows(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (torch.randn(6, 20, dtype=dtype),)
+
+
+_gaussian = Example(_rows, {"p": 0.5})
+_variational = Example(_rows, {"p": 0.4, "num_features": 20}, p_name="")
+_workload = Workload(lambda: (torch.ones(1_000_000),), {"p": 0.2})
+
+ENTRIES = [
+    Entry(
+        GaussianDropout,
+        functional="gaussian_dropout",
+        mask="the input's, of normal numbers",
+        source="Srivastava et al. 2014, section 10; Keras",
+        peer=Implementation("formula", GaussianDropoutFormula),
+        laws=(
+            *general_laws(_gaussian),
+            *normal_laws(Normal({"p": 0.3})),
+            LayerLaw(FAMILY, "p = 1", "ValueError: the variance p/(1-p) is infinite", infinite_variance),
+        ),
+        example=_gaussian,
+        workload=_workload,
+    ),
+    Entry(
+        VariationalDropout,
+        functional="variational_dropout",
+        mask="the input's, of normal numbers",
+        source="Kingma, Salimans and Welling 2015, sections 3.1 to 3.3",
+        peer=Implementation("formula", VariationalDropoutFormula),
+        laws=(
+            *general_laws(_variational),
+            *normal_laws(Normal({"p": 0.3})),
+            LayerLaw(
+                FAMILY,
+                "gradient of alpha",
+                "that of log(alpha) is that of finite differences",
+                partial(gradient_of_alpha, normal=Normal({"p": 0.3})),
+            ),
+            LayerLaw(FAMILY, "bound of alpha", "alpha stays at 1, and can come back", bound_of_alpha),
+            LayerLaw(FAMILY, "divergence", "within 0.04 nats of the integral, for alpha up to 1", divergence),
+        ),
+        example=_variational,
+        workload=_workload,
+    ),
+]

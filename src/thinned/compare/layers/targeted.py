@@ -1,0 +1,176 @@
+"""Dropout of what is smallest in magnitude: TargetedDropout."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from thinned.compare.laws import Finding
+from thinned.compare.laws.chance import (
+    associate,
+    binomial_bounds,
+    disjoint_pairs,
+    elements_to_show,
+    strongest,
+)
+from thinned.compare.laws.every_layer import general_laws
+from thinned.compare.laws.law import holds_if
+from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.settings import Settings
+from thinned.layers.targeted import TargetedDropout
+
+__all__ = ["ENTRIES"]
+
+
+class TargetedDropoutFormula(nn.Module):
+    """The authors' way to the candidates: what is below the sorted magnitude at the fraction."""
+
+    def __init__(self, p: float = 0.5, target: float = 0.5, kind: str = "weight") -> None:
+        super().__init__()
+        self.p, self.target, self.kind = p, target, kind
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.training:
+            return weight
+        flat = weight.flatten(1)
+        size = flat.abs() if self.kind == "weight" else flat.norm(dim=1)
+        threshold = size.sort(-1)[0][..., int(self.target * size.shape[-1]), None]
+        candidates = size < threshold
+        dropped = candidates & (torch.rand_like(size) < self.p)
+        dropped = dropped.view(weight.shape if self.kind == "weight" else (-1, *(1,) * (weight.dim() - 1)))
+        return weight * (1 - dropped.to(weight.dtype))
+
+
+P, TARGET = 0.3, 0.4
+RATE_BIAS = 0.02
+SHAPES = {"weight": (1000, 200), "unit": (20_000, 10)}
+
+
+def _weight(settings: Settings, kind: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """A weight and its candidates, by sorting it."""
+    weight = settings.normal(*SHAPES[kind], dtype=dtype)
+    size = weight.abs() if kind == "weight" else weight.norm(dim=1)
+    order = size.argsort(dim=-1, stable=True)
+    count = round(TARGET * size.shape[-1])
+    candidates = torch.zeros_like(size, dtype=torch.bool).scatter(-1, order[..., :count], True)
+    return weight, candidates if kind == "weight" else candidates[:, None].expand(weight.shape)
+
+
+def candidates(layer: Implementation, settings: Settings, kind: str) -> Finding:
+    """At p = 1 exactly the candidates are dropped."""
+    weight, expected = _weight(settings, kind)
+    y = layer.make(p=1.0, target=TARGET, kind=kind)(weight)
+    wrong = int(((y == 0) != expected).sum())
+    return holds_if(not wrong, f"{wrong} weights differ" if wrong else "the smallest")
+
+
+def fraction(layer: Implementation, settings: Settings) -> Finding:
+    """A half-precision weight has many equal magnitudes at the boundary."""
+    weight, _ = _weight(settings, "weight", torch.bfloat16)
+    y = layer.make(p=1.0, target=TARGET)(weight)
+    counts = (y == 0).sum(1)
+    wanted = round(TARGET * weight.shape[1])
+    right = bool((counts == wanted).all())
+    return holds_if(right, f"{wanted}" if right else f"{int(counts.min())} to {int(counts.max())}")
+
+
+def all_targeted(layer: Implementation, settings: Settings) -> Finding:
+    weight, _ = _weight(settings, "weight")
+    none, every = (layer.make(p=1.0, target=target)(weight).count_nonzero() for target in (0.0, 1.0))
+    return holds_if(none == weight.numel() and every == 0, f"{none} and {every} stay")
+
+
+def rate(layer: Implementation, settings: Settings, kind: str) -> Finding:
+    weight, chosen = _weight(settings, kind)
+    if kind == "unit":
+        chosen = chosen[:, 0]
+    module = layer.make(p=P, target=TARGET, kind=kind)
+    calls = math.ceil(elements_to_show(RATE_BIAS, math.sqrt((1 - P) / P)) / int(chosen.sum()))
+    dropped = 0
+    for _ in range(calls):
+        zeros = module(weight) == 0
+        dropped += int((zeros if kind == "weight" else zeros[:, 0]).sum())
+    n = calls * int(chosen.sum())
+    low, high = binomial_bounds(n, P)
+    return holds_if(low <= dropped <= high, f"{dropped / n:#.4g} of {n:,}", rate=dropped / n)
+
+
+def independence(layer: Implementation, settings: Settings) -> Finding:
+    weight, chosen = _weight(settings, "weight")
+    module = layer.make(p=P, target=TARGET)
+    first, second = ((module(weight) == 0)[chosen] for _ in range(2))
+    found = [associate(first, second, "two calls")]
+    found += [associate(*pair, "neighbours") for pair in disjoint_pairs(first, lag=1)]
+    return strongest(found)
+
+
+def others(layer: Implementation, settings: Settings, kind: str) -> Finding:
+    weight, chosen = _weight(settings, kind)
+    y = layer.make(p=P, target=TARGET, kind=kind)(weight)
+    stays = torch.equal(y[~chosen], weight[~chosen])
+    unscaled = torch.equal(y[y != 0], weight[y != 0])
+    whole = kind == "weight" or bool(((y == 0) == (y[:, :1] == 0)).all())
+    return holds_if(stays and unscaled and whole, "as they were" if stays and unscaled else "changed")
+
+
+def own_mask(layer: Implementation, settings: Settings) -> Finding:
+    weight, _ = _weight(settings, "weight")
+    weight.requires_grad_()
+    y = layer.make(p=P, target=TARGET)(weight)
+    upstream = settings.normal(*weight.shape, dtype=torch.float64).flip(0)
+    (gradient,) = torch.autograd.grad(y, weight, upstream)
+    same = torch.equal(gradient, upstream * (y != 0))
+    return holds_if(same, "forward's mask" if same else "another")
+
+
+FAMILY = "targeted"
+_law = partial(LayerLaw, FAMILY)
+_example = Example(
+    # Magnitudes that every dtype tells apart.
+    lambda dtype: ((torch.randperm(120) - 59.75).view(8, 5, 3).to(dtype) / 16,),
+    {"p": 0.5, "target": 0.6},
+    saved_bytes=1.0,
+)
+
+ENTRIES = [
+    Entry(
+        TargetedDropout,
+        functional="targeted_dropout",
+        mask='(out, in, *) for "weight", (out, 1, *) for "unit"',
+        source="Gomez et al. 2019, section 3",
+        peer=Implementation("formula", TargetedDropoutFormula),
+        laws=(
+            *general_laws(_example),
+            *(
+                law
+                for kind in ("weight", "unit")
+                for law in (
+                    _law(
+                        f"candidates, {kind}",
+                        f"at p = 1 the {TARGET:.0%} of smallest magnitude are dropped, and nothing else",
+                        partial(candidates, kind=kind),
+                    ),
+                    _law(
+                        f"rate, {kind}",
+                        f"the number of dropped candidates is binomial with p = {P}",
+                        partial(rate, kind=kind),
+                    ),
+                    _law(
+                        f"others, {kind}",
+                        "what is no candidate stays, and so does a candidate that is kept, unscaled",
+                        partial(others, kind=kind),
+                    ),
+                )
+            ),
+            _law("equal magnitudes", "bfloat16 weights of equal size do not change the fraction", fraction),
+            _law("target = 0, 1", "no weight is a candidate, and every weight is", all_targeted),
+            _law("independence", "candidates and calls are independent of each other", independence),
+            _law("mask of gradient", "backward has the forward's mask", own_mask),
+        ),
+        example=_example,
+        workload=Workload(lambda: (torch.randn(1024, 1024),), {"p": 0.5, "target": 0.5}),
+    ),
+]

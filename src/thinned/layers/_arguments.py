@@ -1,0 +1,158 @@
+"""What the functions of every layer check, and the way from there to the operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from torch import Tensor
+
+from thinned import nested, op
+from thinned.backends.arguments import DTYPES
+from thinned.geometry import Geometry, shared, shared_cached
+from thinned.key_source import current
+from thinned.keys import Key
+from thinned.torch_state import compiling
+
+__all__ = ["apply", "bits_for", "check_input", "check_key", "check_p", "key_for", "threshold_and_scale"]
+
+
+def apply(
+    input: Tensor,
+    key: Key | None,
+    broadcast_dims: Sequence[int],
+    inplace: bool,
+    T: int,
+    scale: float,
+    shift: float = 0.0,
+    fill: float = 0.0,
+    *,
+    rows: int | None = 0,
+    elementwise: bool = False,
+) -> Tensor:
+    """``keep ? input * scale + shift : fill`` under a mask shared along ``broadcast_dims``.
+
+    ``rows`` is as for :func:`key_for`. An ``elementwise`` layer has no dimension of its own for the samples,
+    so that the source of keys says which one it is.
+    """
+    if key is None and current.source is not None:
+        if elementwise and (dim := current.source.sample_dim(input)):
+            ndim = input.dim()
+            order = [dim, *(each for each in range(ndim) if each != dim)]
+            held = [order.index(each % ndim) if -ndim <= each < ndim else each for each in broadcast_dims]
+            y = apply(input.movedim(dim, 0), None, held, inplace, T, scale, shift, fill)
+            return input if inplace else y.movedim(0, dim)
+        key = current.source.key_for(input, rows)
+    bits = None if key is None else bits_for(key, input)
+    if input.is_nested:
+        return nested.masked_affine(input, bits, broadcast_dims, inplace, T, scale, shift, fill)
+    geometry = None
+    if broadcast_dims or (bits is not None and bits.dim()):
+        geometry = _geometry(input.shape, tuple(broadcast_dims), 0 if bits is None else bits.dim())
+    if inplace:
+        return op.masked_affine_(input, bits, geometry, T, scale, shift, fill)
+    return op.masked_affine(input, bits, geometry, T, scale, shift, fill)
+
+
+def check_p(p: float) -> None:
+    """Raise ValueError for a probability outside [0, 1], or NaN."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+
+
+def _compute(p: float) -> tuple[int, float]:
+    check_p(p)
+    T = round((1 - p) * 2**32)
+    return T, 2**32 / T if T else 0.0
+
+
+_compute_cached = lru_cache(maxsize=1024)(_compute)
+
+
+def threshold_and_scale(p: float) -> tuple[int, float]:
+    """``T`` and ``1/q`` of the mask's specification; ValueError for a ``p`` outside [0, 1]."""
+    if type(p) is not float:
+        p = float(p)
+    # Dynamo traces through a cache and says so in a warning.
+    return _compute(p) if compiling() else _compute_cached(p)
+
+
+def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
+    if compiling():
+        return shared(shape, broadcast_dims, key_dims)
+    try:
+        return shared_cached(shape, broadcast_dims, key_dims)
+    except TypeError:  # sizes that torch.export keeps symbolic have no hash
+        return shared(shape, broadcast_dims, key_dims)
+
+
+def check_input(name: str, input: Tensor, key: Key | None, *, dense: bool = False) -> None:
+    """Raise what torch would for an ``input`` that ``name`` cannot drop from, or a key that does not fit.
+
+    ``dense`` says that a nested tensor is such an ``input``.
+    """
+    if getattr(input, "dtype", None) not in DTYPES:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
+        raise RuntimeError(
+            f"{name} needs a floating-point or complex tensor, got {input.dtype} of shape "
+            f"{nested.shape_of(input)}; accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
+        )
+    if dense and input.is_nested:
+        nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
+    if key is not None:
+        check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
+
+
+def check_key(key: Key, shape: Sequence[int]) -> None:
+    """Raise if ``key`` is no key, or a batch of keys that does not fit a tensor of ``shape``."""
+    if not isinstance(key, Key):
+        hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
+        raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}{hint}")
+    if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1])):
+        rows = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
+        raise RuntimeError(
+            f"keys of shape {tuple(key.shape)} do not fit a tensor of shape {tuple(shape)}; "
+            f"accepted: one key of shape (){rows}"
+        )
+
+
+def bits_for(key: Key, input: Tensor) -> Tensor:
+    """The key's bits where ``input`` is."""
+    bits = key.bits
+    if bits.device != input.device:
+        if bits.dim():
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but the keys are on {bits.device} and the "
+                f"tensor is on {input.device}; move them with key.to({str(input.device)!r})"
+            )
+        bits = bits.to(input.device)
+    return bits
+
+
+def key_for(
+    input: Tensor,
+    key: Key | None,
+    *,
+    rows: int | None = 0,
+    elementwise: bool = False,
+) -> Key:
+    """The given key where ``input`` is, or one drawn from the default generator of ``input``'s device.
+
+    Compiled code draws what eager code draws, and under :func:`torch.vmap` the draw follows its
+    ``randomness``. Within :func:`thinned.address` it is the site's key, or one for each of the samples, which
+    lie along the dimension ``rows``; None for an ``input`` that is the same for all samples.
+
+    Raises:
+        NotImplementedError: ``input`` is sparse, or of another layout without strides; or the samples of an
+            ``elementwise`` layer lie along another dimension than 0.
+    """
+    op.refuse_layout(input)
+    if key is None and current.source is not None:
+        if elementwise and (dim := current.source.sample_dim(input)):
+            raise NotImplementedError(
+                f"this layer has its samples in dimension 0, got dimension {dim} of shape "
+                f"{tuple(input.shape)}; transpose its input, or give it a key"
+            )
+        key = current.source.key_for(input, rows)
+    return Key.from_bits(op.draw_for(input) if key is None else bits_for(key, input))
