@@ -43,7 +43,7 @@ def test_a_build_without_the_kernel_asks_for_no_compiler(tmp_path: Path) -> None
     cmake = shutil.which("cmake")
     if cmake is None:
         pytest.skip("cmake is not installed")
-    source = Path(__file__).parents[1]
+    source = Path(__file__).parents[2]
     broken = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
     done = subprocess.run(
         [cmake, "-S", source, "-B", tmp_path, "-DTHINNED_NATIVE=OFF"],

@@ -1,0 +1,57 @@
+"""The public names and their signatures are those of a committed list.
+
+A change of one is a change for every user: `python tests/test_public.py` writes the list again, and its diff
+belongs in the message of the commit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from torch import nn
+
+import thinned
+
+LIST = Path(__file__).parent / "data" / "public.txt"
+MODULES = {
+    "thinned": thinned,
+    "thinned.functional": thinned.functional,
+    "thinned.schedules": thinned.schedules,
+    "thinned.spec": thinned.spec,
+}
+
+
+def signatures() -> list[str]:
+    return [line for path, module in MODULES.items() for line in _of_module(path, module)]
+
+
+def _of_module(path: str, module: ModuleType) -> Iterator[str]:
+    for name in sorted(module.__all__):
+        value = getattr(module, name)
+        yield from _of_value(f"{path}.{name}", value)
+        if inspect.isclass(value):
+            for method in sorted({"forward"} | vars(value).keys()):
+                inherited = method != "forward" and hasattr(nn.Module, method)
+                if not method.startswith("_") and hasattr(value, method) and not inherited:
+                    yield from _of_value(f"{path}.{name}.{method}", getattr(value, method))
+
+
+def _of_value(path: str, value: object) -> Iterator[str]:
+    if not (inspect.isclass(value) or inspect.isroutine(value)):
+        yield path
+        return
+    parameters = inspect.signature(value).parameters.values()
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    yield path + re.sub(r" at 0x\w+", "", str(inspect.Signature(plain)))
+
+
+def test_signatures() -> None:
+    assert signatures() == LIST.read_text(encoding="utf-8").splitlines()
+
+
+if __name__ == "__main__":
+    LIST.write_text("\n".join(signatures()) + "\n", encoding="utf-8")
