@@ -17,9 +17,9 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.case import Bound, Result
 from benchmarks.cases import cases
+from thinned.compare.loading import resolve
 from thinned.compare.memory import bytes_saved
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import resolve
 
 # As many threads as any case asks for, whatever the machine has.
 os.environ.setdefault("OMP_NUM_THREADS", "2")

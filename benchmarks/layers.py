@@ -7,7 +7,7 @@ from functools import partial
 
 from benchmarks.case import Bound, Case
 from thinned.compare.layers import ENTRIES
-from thinned.compare.run_layer import BROADCAST, calls
+from thinned.compare.run import BROADCAST, calls
 
 __all__ = ["layer_cases"]
 
@@ -27,7 +27,7 @@ def layer_cases(threads: int) -> Iterator[Case]:
             partial(calls, entry, [entry.own, entry.peer]),
             (Bound(entry.peer.name, 1),),
         )
-        if entry.workload.broadcast is not None:
+        if entry.broadcast is not None:
             yield case(
                 "layer, its mask",
                 setting,

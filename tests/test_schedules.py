@@ -17,9 +17,10 @@ from torch import nn
 import thinned
 from thinned import schedules
 from thinned.compare.laws import Verdict, examine
-from thinned.compare.layers import Implementation, LayerLaw
-from thinned.compare.layers.peers import library_class
-from thinned.compare.layers.schedule import ENTRIES, Scheduled
+from thinned.compare.implementation import Implementation
+from thinned.compare.laws import Law
+from thinned.compare.layers._peers import library_class
+from thinned.compare.layers.schedules import ENTRIES, Scheduled
 from thinned.compare.settings import Settings
 from thinned.layers.layer_drop import LayerDrop
 from thinned.schedules import DropoutSchedule
@@ -304,7 +305,7 @@ class ForgetsItsStep(Scheduled):
 @pytest.mark.parametrize(
     "law", [law for law in ENTRIES[0].laws if law.family == "schedule"], ids=lambda law: law.name
 )
-def test_each_law_catches_what_breaks_it(law: LayerLaw) -> None:
+def test_each_law_catches_what_breaks_it(law: Law) -> None:
     culprit = ForgetsItsStep if law.name == "state_dict" else OneStepLate
     assert examine(law, ENTRIES[0].own, Settings(quick=True)).verdict is Verdict.HOLDS
     assert examine(law, Implementation("culprit", culprit), Settings(quick=True)).verdict is Verdict.BROKEN

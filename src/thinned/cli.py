@@ -15,15 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 import thinned
-from thinned.compare.layers import Implementation, entry_of
-from thinned.compare.layers.table import layers_table, to_markdown
-from thinned.compare.model import model_of
+from thinned.compare import tables
+from thinned.compare.layers import entry_of
+from thinned.compare.loading import ALIASES, model_of, resolve_all
 from thinned.compare.page import to_html
 from thinned.compare.record import to_json
-from thinned.compare.run import run
-from thinned.compare.run_layer import run_layer
+from thinned.compare.run import run, run_layer
 from thinned.compare.settings import Settings, parse_dtype, parse_shape
-from thinned.compare.subjects import ALIASES, resolve_all
 from thinned.compare.terminal import Terminal
 
 __all__ = ["app", "main"]
@@ -87,7 +85,7 @@ def compare(
         entry = entry_of(layer) if layer else None
         if entry and html:
             raise ValueError("--html is for the comparison of Dropout, and not for --layer")
-        subjects = resolve_all(implementations or ([] if entry else ALIASES))
+        named = resolve_all(implementations or ([] if entry else ALIASES))
         files = [file for file in (html, json) if file]
         for file in files:
             if not file.parent.is_dir():
@@ -96,16 +94,12 @@ def compare(
         typer.echo(f"thinned compare: {error}", err=True)
         raise typer.Exit(2) from None
 
-    if entry:
-        others = [Implementation(subject.name, subject.layer) for subject in subjects]
-        report = run_layer(entry, others, settings, Terminal())
-    else:
-        report = run(subjects, settings, Terminal())
+    report = run_layer(entry, named, settings, Terminal()) if entry else run(named, settings, Terminal())
     if html:
         html.write_text(to_html(report), encoding="utf-8")
     if json:
         json.write_text(to_json(report), encoding="utf-8")
-    checked = [subject.name for subject in subjects] if implementations else ["thinned"]
+    checked = [each.name for each in named] if implementations else ["thinned"]
     if check and any(report.breaches(name) for name in checked):
         raise typer.Exit(1)
 
@@ -116,10 +110,9 @@ def layers(
 ) -> None:
     """The table of layers: function, shape of the mask, source, peer."""
     if markdown:
-        sys.stdout.write(to_markdown())
+        sys.stdout.write(tables.layers_page())
         return
-    terminal = Terminal()
-    terminal.show(layers_table())
+    Terminal().show(tables.layers())
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""For each law, a layer that breaks it; a right one with one thing changed, or one of the examples."""
+"""For each law, a layer that breaks it: a right one with one thing changed, or one of the examples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import thinned
-from thinned.compare.subjects import Subject, resolve
+from thinned.compare.implementation import Implementation
+from thinned.compare.loading import resolve
 
 
 class KeepsAll(nn.Dropout):
@@ -103,6 +104,23 @@ class LosesGradient(thinned.Dropout):
         return y.detach() + 0 * x if torch.compiler.is_compiling() else y
 
 
+class LosesGradientOfParameter(nn.Dropout):
+    """Compiled, its values and its input's gradient are right, and its parameter's gradient is zero."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = self.gain.detach() + 0 * self.gain if torch.compiler.is_compiling() else self.gain
+        return super().forward(x) * gain
+
+
+class AnotherMaskUnderAutocast(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flip(0)).flip(0) if torch.is_autocast_enabled("cpu") else super().forward(x)
+
+
 class SharesCopies(nn.Dropout):
     def __deepcopy__(self, memo: object) -> SharesCopies:
         return self
@@ -123,12 +141,12 @@ class SavesState(nn.Dropout):
 EXAMPLES = Path(__file__).parents[2] / "examples" / "broken_dropout.py"
 
 
-def example(name: str) -> Subject:
+def example(name: str) -> Implementation:
     return resolve(f"{EXAMPLES}:{name}")
 
 
-def changed(layer: type[nn.Module]) -> Subject:
-    return Subject(layer.__name__, layer)
+def changed(layer: type[nn.Module]) -> Implementation:
+    return Implementation(layer.__name__, layer)
 
 
 CULPRITS = {
@@ -142,6 +160,8 @@ CULPRITS = {
     "mean in bfloat16": resolve("torch"),
     "mean in float32": example("DropsTooOften"),
     "mean in float64": example("DropsTooOften"),
+    "mean, variance": example("DropsTooOften"),
+    "sharing": resolve("torch"),
     "neighbours": example("CorrelatesNeighbours"),
     "lags": example("CorrelatesNeighbours"),
     "rows": changed(OneMaskForAllRows),
@@ -156,6 +176,7 @@ CULPRITS = {
     "integer input": changed(TakesIntegers),
     "dropped NaN or inf": resolve("textbook"),
     "dtype": resolve("textbook"),
+    "autocast": changed(AnotherMaskUnderAutocast),
     "complex": changed(SplitsComplexNumbers),
     "channels_last": changed(ForgetsStrides),
     "permuted input": changed(ForgetsStrides),
@@ -164,11 +185,13 @@ CULPRITS = {
     "expanded input": changed(DecidesOnceForViews),
     "sliced input": changed(WritesItsInput),
     "gradient": example("WrongGradient"),
+    "mask of gradient": example("WrongGradient"),
     "second derivative": example("WrongGradient"),
     "in place": changed(NeverInPlace),
     "in place on a leaf": changed(WritesLeaves),
     "same seed": changed(OwnRandomNumbers),
     "checkpoint": changed(OwnRandomNumbers),
+    "saved": resolve("torch"),
     "torch.compile": changed(BreaksGraphs),
     "vmap": example("ReusesMask"),
     "deepcopy": changed(SharesCopies),

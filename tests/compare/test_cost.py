@@ -10,7 +10,7 @@ from compare.culprits import changed
 from thinned.compare import timing
 from thinned.compare.memory import bytes_saved
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import resolve
+from thinned.compare.loading import resolve
 from thinned.compare.timing import MULTIPLY, planned, time_all
 
 SETTINGS = Settings()

@@ -8,33 +8,50 @@ import pytest
 import torch
 from torch import nn
 
-from compare.culprits import CULPRITS, FailsOnEmpty, LosesGradient, changed, example
-from thinned.compare.laws import LAWS, Finding, Law, Verdict, examine
+from compare.culprits import (
+    CULPRITS,
+    FailsOnEmpty,
+    LosesGradient,
+    LosesGradientOfParameter,
+    changed,
+    example,
+)
+from thinned.compare.implementation import Implementation
+from thinned.compare.laws import LAWS, Finding, Verdict, examine
+from thinned.compare.layers import ENTRIES, entry_of
+from thinned.compare.loading import resolve
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import Subject, resolve
 
 QUICK = Settings(quick=True)
-NAMES = [law.name for law in LAWS]
+DROPOUT = {law.name: law for law in entry_of("Dropout").laws}
+# Two that are none of Dropout, as laws of a layer that takes Dropout's arguments.
+ALL = {law.name: law for law in entry_of("LockedDropout").laws} | DROPOUT
 MEANS = {f"mean in {dtype}" for dtype in ("float16", "bfloat16", "float32", "float64")}
 
 
-def findings(subject: Subject, names: Container[str] = NAMES) -> dict[str, Finding]:
-    return {law.name: examine(law, subject, QUICK) for law in LAWS if law.name in names}
+def findings(subject: Implementation, names: Container[str] = DROPOUT) -> dict[str, Finding]:
+    return {name: examine(law, subject, QUICK) for name, law in DROPOUT.items() if name in names}
 
 
-def breaches(subject: Subject) -> set[str]:
+def breaches(subject: Implementation) -> set[str]:
     return {name for name, finding in findings(subject).items() if finding.verdict.is_breach}
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-def test_law_holds_for_thinned_and_not_for_its_culprit(law: Law) -> None:
-    kept = examine(law, resolve("thinned"), QUICK)
-    assert kept.verdict is Verdict.HOLDS, kept.measured
-    assert examine(law, CULPRITS[law.name], QUICK).verdict.is_breach
+def test_each_law_has_its_culprit_and_a_layer() -> None:
+    assert list(CULPRITS) == [law.name for law in LAWS]
+    assert set(ALL) == set(CULPRITS)
 
 
-def test_names_of_laws_are_unique() -> None:
-    assert len(set(NAMES)) == len(LAWS)
+@pytest.mark.parametrize("name", CULPRITS)
+def test_law_catches_its_culprit(name: str) -> None:
+    """That it holds for each layer of thinned is tested with all layers."""
+    assert examine(ALL[name], CULPRITS[name], QUICK).verdict.is_breach
+
+
+def test_a_law_that_a_layer_is_exempt_from_has_a_name_and_a_reason() -> None:
+    for entry in ENTRIES:
+        assert set(entry.exempt) <= set(CULPRITS), entry.name
+        assert all(entry.exempt.values())
 
 
 def test_a_correct_layer_breaks_nothing() -> None:
@@ -53,22 +70,24 @@ def test_a_correct_layer_breaks_nothing() -> None:
     ids=str,
 )
 def test_any_shape_dtype_and_p_will_do(settings: Settings) -> None:
-    subject = resolve("thinned")
-    for law in LAWS:
+    for law in DROPOUT.values():
         if law.family != "rate and mean":  # which brings its own p and shapes
-            assert examine(law, subject, settings).verdict is Verdict.HOLDS, law.name
+            assert examine(law, resolve("thinned"), settings).verdict is Verdict.HOLDS, law.name
+
+
+RATES = {f"drop rate at p = {p}" for p in (0.1, 0.3, 0.5, 0.9)}
 
 
 @pytest.mark.parametrize(
     ("name", "broken"),
     [
-        ("ForgetsToScale", {"kept values", *MEANS}),
+        ("ForgetsToScale", {"kept values", "mean, variance", *MEANS}),
         ("ScalesInEvaluation", {"evaluation"}),
         ("ReusesMask", {"calls", "0-d input", "same seed", "torch.compile", "vmap"}),
         ("CorrelatesNeighbours", {"neighbours", "lags"}),
-        ("LooksAtValues", {"contents", "vmap"}),
-        ("DropsTooOften", {*(f"drop rate at p = {p}" for p in (0.1, 0.3, 0.5, 0.9)), *MEANS}),
-        ("WrongGradient", {"gradient", "second derivative", "torch.compile"}),
+        ("LooksAtValues", {"contents"}),
+        ("DropsTooOften", {"mean, variance", *RATES, *MEANS}),
+        ("WrongGradient", {"gradient", "mask of gradient", "second derivative"}),
     ],
 )
 def test_broken_example_breaks_these_laws_only(name: str, broken: set[str]) -> None:
@@ -77,6 +96,12 @@ def test_broken_example_breaks_these_laws_only(name: str, broken: set[str]) -> N
 
 def test_a_gradient_that_is_lost_in_compiled_code_breaks_this_law_only() -> None:
     assert breaches(changed(LosesGradient)) == {"torch.compile"}
+
+
+@pytest.mark.parametrize("culprit", [LosesGradient, LosesGradientOfParameter])
+def test_which_gradient_is_lost_in_compiled_code(culprit: type[nn.Module]) -> None:
+    found = examine(DROPOUT["torch.compile"], changed(culprit), QUICK)
+    assert found.measured == "another gradient than eager"
 
 
 def test_faults_of_the_textbook() -> None:
@@ -97,8 +122,8 @@ def test_bias_of_torch_in_bfloat16() -> None:
 
 
 def test_a_crash_is_a_finding_of_one_line() -> None:
-    law = next(law for law in LAWS if law.name == "empty input")
-    assert examine(law, changed(FailsOnEmpty), QUICK) == Finding(Verdict.CRASHED, "IndexError: no elements")
+    found = examine(DROPOUT["empty input"], changed(FailsOnEmpty), QUICK)
+    assert found == Finding(Verdict.CRASHED, "IndexError: no elements")
 
 
 class WithoutInplace(nn.Module):
@@ -108,5 +133,5 @@ class WithoutInplace(nn.Module):
 
 
 def test_a_missing_argument_is_no_breach() -> None:
-    law = next(law for law in LAWS if law.name == "in place")
-    assert examine(law, changed(WithoutInplace), QUICK).verdict is Verdict.NOT_OFFERED
+    found = examine(DROPOUT["in place"], changed(WithoutInplace), QUICK)
+    assert found == Finding(Verdict.NOT_OFFERED, "NotOfferedError: no inplace argument")

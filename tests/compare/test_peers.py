@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 from torch import nn
 
-from thinned.compare.layers.peers import from_library, from_torch, library_class
+from thinned.compare.layers._peers import from_library, from_torch, library_class
 
 PATHS = ("timm.layers.drop:DropPath", "torchvision.ops.stochastic_depth:StochasticDepth")
 

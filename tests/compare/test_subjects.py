@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import thinned
-from thinned.compare.subjects import NotOfferedError, resolve, resolve_all
+from thinned.compare.loading import NotOfferedError, resolve, resolve_all
 from thinned.compare.textbook import TextbookDropout
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "broken_dropout.py"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compare.culprits import changed
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import Subject, resolve
+from thinned.compare.loading import Subject, resolve
 from thinned.compare.training import WITHOUT, Run, train_all
 
 

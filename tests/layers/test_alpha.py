@@ -18,7 +18,8 @@ import thinned
 from subject import Subject
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers.alpha import ENTRIES, Affine
-from thinned.compare.layers.entry import Entry, Implementation
+from thinned.compare.implementation import Implementation
+from thinned.compare.layers import Entry
 from thinned.compare.settings import Settings
 from thinned.geometry import shared
 from thinned.layers.alpha import AlphaDropout, FeatureAlphaDropout, alpha_dropout, feature_alpha_dropout

@@ -19,7 +19,7 @@ import oracle
 from thinned import Key, keep_mask
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers.attention import ENTRIES, DropHeadFormula, DropKeyFormula
-from thinned.compare.layers.entry import Implementation
+from thinned.compare.implementation import Implementation
 from thinned.compare.memory import saved_by_call
 from thinned.compare.settings import Settings
 from thinned.geometry import shared

@@ -22,7 +22,7 @@ from subject import Subject
 from thinned import Key, spec
 from thinned.compare.laws import Law, Verdict, examine
 from thinned.compare.layers.block import ENTRIES, Blocks
-from thinned.compare.layers.entry import Implementation
+from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 from thinned.layers.block import (
     DropBlock1d,

@@ -19,7 +19,8 @@ import thinned
 from subject import Subject
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers.channels import ENTRIES
-from thinned.compare.layers.entry import Entry, Implementation
+from thinned.compare.implementation import Implementation
+from thinned.compare.layers import Entry
 from thinned.compare.settings import Settings
 from thinned.geometry import shared
 from thinned.layers.channels import Dropout1d, Dropout2d, Dropout3d, dropout1d, dropout2d, dropout3d

@@ -12,7 +12,7 @@ from torch import Tensor
 import oracle
 import thinned
 from thinned.compare.laws import Verdict, examine
-from thinned.compare.layers import ENTRIES, Entry, LayerLaw, first
+from thinned.compare.layers import ENTRIES, Entry, Law, first
 from thinned.compare.settings import Settings
 
 QUICK = Settings(quick=True)
@@ -45,7 +45,7 @@ def references() -> dict[str, Tensor]:
     ("entry", "law"),
     [pytest.param(entry, law, id=f"{entry.name}: {law.name}") for entry in ENTRIES for law in entry.laws],
 )
-def test_law_holds(entry: Entry, law: LayerLaw) -> None:
+def test_law_holds(entry: Entry, law: Law) -> None:
     found = examine(law, entry.own, QUICK)
     assert found.verdict is Verdict.HOLDS, found.measured
 

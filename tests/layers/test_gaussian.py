@@ -19,7 +19,7 @@ import chance
 import thinned
 from subject import Subject
 from thinned.compare.laws import Verdict, examine
-from thinned.compare.layers.entry import Implementation
+from thinned.compare.implementation import Implementation
 from thinned.compare.layers.gaussian import (
     ENTRIES,
     GaussianDropoutFormula,

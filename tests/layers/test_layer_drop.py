@@ -19,7 +19,7 @@ import chance
 import thinned
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers import layer_drop
-from thinned.compare.layers.entry import Implementation
+from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 from thinned.layers.layer_drop import LayerDrop
 

@@ -16,8 +16,8 @@ import chance
 import oracle
 import thinned
 from thinned.compare.laws import Verdict, examine
-from thinned.compare.layers import Implementation
-from thinned.compare.layers.recurrent import ENTRIES, LockedDropoutFormula
+from thinned.compare.implementation import Implementation
+from thinned.compare.layers.locked import ENTRIES, LockedDropoutFormula
 from thinned.compare.settings import Settings
 from thinned.functional import locked_dropout
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import thinned
 from thinned.compare.laws import Verdict, examine
-from thinned.compare.layers import Implementation
+from thinned.compare.implementation import Implementation
 from thinned.compare.layers.lstm import ENTRIES, VariationalLSTMFormula
 from thinned.compare.settings import Settings
 from thinned.functional import locked_dropout

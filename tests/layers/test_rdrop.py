@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from thinned.compare.laws import examine
 from thinned.compare.layers import rdrop
-from thinned.compare.layers.entry import Implementation
+from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 from thinned.layers.rdrop import RDrop, r_drop_loss
 

@@ -17,7 +17,7 @@ import chance
 import thinned
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers import targeted
-from thinned.compare.layers.entry import Implementation
+from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 from thinned.layers.targeted import TargetedDropout, targeted_dropout
 

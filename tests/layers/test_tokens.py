@@ -20,8 +20,8 @@ import chance
 import oracle
 from thinned import Key, keep_mask, spec
 from thinned.compare.laws import Verdict, examine
-from thinned.compare.layers.entry import Implementation
-from thinned.compare.layers.peers import library_class
+from thinned.compare.implementation import Implementation
+from thinned.compare.layers._peers import library_class
 from thinned.compare.layers.tokens import ENTRIES, PatchDropoutFormula
 from thinned.compare.memory import saved_by_call
 from thinned.compare.settings import Settings

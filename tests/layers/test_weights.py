@@ -19,7 +19,7 @@ import chance
 import oracle
 import thinned
 from thinned.compare.laws import Verdict, examine
-from thinned.compare.layers import Implementation
+from thinned.compare.implementation import Implementation
 from thinned.compare.layers.weights import ENTRIES, DropConnectFormula, WeightDropFormula
 from thinned.compare.settings import Settings
 from thinned.functional import drop_connect

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thinned.compare.layers import peers
+from thinned.compare.layers import _peers as peers
 
 WIDTH, LAYERS, HEADS, VOCABULARY, LENGTH = 32, 2, 2, 50, 12
 P = 0.1

@@ -11,7 +11,7 @@ import torch
 
 from thinned import backends
 
-__all__ = ["NEWEST_TESTED", "describe"]
+__all__ = ["NEWEST_TESTED", "describe", "processor"]
 
 NEWEST_TESTED = "2.15"  # the newest PyTorch on which the tests pass; docs/versions.md has their counts
 
@@ -27,7 +27,7 @@ def describe() -> dict[str, dict[str, str]]:
         | {"python": platform.python_version()},
         "machine": {
             "platform": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
             "cores": str(os.cpu_count()),
             "torch threads": str(torch.get_num_threads()),
         },
@@ -72,7 +72,8 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name: in a file on Linux, else what `platform` answers."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,16 +1,14 @@
-"""How implementations of dropout hold against the law of dropout, how fast they are, and how they train.
+"""Holds implementations of dropout against its laws, and measures their speed, memory and training.
 
-The pieces, in the order in which a comparison uses them:
+The files, each of which imports only those above it:
 
-    settings    what a comparison is run with
-    subjects    names on the command line -> implementations
-    errors      an exception in a few words
-    laws/       one small function for each law, a file for each family of laws
-    timing      nanoseconds an element, beside a plain multiply
-    memory      bytes kept for the backward pass
-    training    a network on real digits
-    report      everything that was found
-    tables      the report in words
-    run         all parts in turn
-    terminal, record, page    what a person, a program and a browser read
+    errors, settings    an exception in a few words; the choices of a user
+    implementation      an implementation, and what a layer's entry says of inputs, arguments and mask
+    loading             names on the command line -> implementations, models
+    timing, memory, training    nanoseconds an element, bytes kept for backward, a network on real digits
+    laws/               one library of laws: a small function each, a file a family, for every layer
+    layers/             an entry for each layer, a file a family as in `thinned.layers`
+    report, tables      everything that was found, and the same in words
+    plots, terminal, record, page    what a person, a program and a browser read
+    run                 all parts of a comparison in turn
 """

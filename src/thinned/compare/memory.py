@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import Subject
 
 __all__ = ["bytes_saved", "saved_by_call"]
 
 ELEMENTS = 100_000
 
 
-def bytes_saved(subject: Subject, settings: Settings) -> float | None:
+def bytes_saved(implementation: Implementation, settings: Settings) -> float | None:
     """Bytes an element, apart from input and output, that a forward call leaves for its backward call.
 
     Counts each storage once, of tensors that autograd saves (its hooks see them) and of tensors that came to
@@ -24,7 +24,7 @@ def bytes_saved(subject: Subject, settings: Settings) -> float | None:
     that a C++ extension holds without telling autograd stays unseen. None if the layer cannot be run.
     """
     try:
-        return saved_by_call(subject.make(settings.p), settings.ones(ELEMENTS).requires_grad_())
+        return saved_by_call(implementation.make(p=settings.p), settings.ones(ELEMENTS).requires_grad_())
     except Exception:  # the table of laws says what a layer cannot do
         return None
 

@@ -6,14 +6,13 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import thinned
-from thinned.compare.laws import LAWS, Finding, Law, Verdict
+from thinned.backends.describe import processor
+from thinned.compare.laws import Finding, Law, Verdict
 from thinned.compare.settings import Settings
 from thinned.compare.timing import Timing
 from thinned.compare.training import Run
@@ -46,7 +45,7 @@ class Report:
 
     names: list[str]
     settings: Settings
-    laws: Sequence[Law[Any]] = field(default_factory=lambda: LAWS)
+    laws: Sequence[Law]
     subject: str = "dropout"
     tutorial: dict[str, Sample | str] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -77,16 +76,6 @@ def machine() -> dict[str, str]:
         **{package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _processor() -> str:
-    """The processor's name; Linux has it in a file, other systems answer `platform`."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -1,58 +1,57 @@
-"""The parts of a comparison in turn, each shown as soon as it is there."""
+"""A comparison of Dropout, or of another layer: its parts in turn, each shown as soon as it is there."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from thinned.compare import tables, timing, training
 from thinned.compare.errors import one_line
-from thinned.compare.laws import LAWS, examine
+from thinned.compare.implementation import Implementation
+from thinned.compare.laws import examine
+from thinned.compare.layers import Entry, entry_of
 from thinned.compare.memory import bytes_saved
 from thinned.compare.report import Report, Sample
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import Subject
+from thinned.compare.tables import Cell, Row, Table
 from thinned.compare.terminal import Terminal
 
-__all__ = ["examine_all", "run"]
+__all__ = ["BROADCAST", "calls", "run", "run_layer"]
 
 PICTURE = (64, 64)
+BROADCAST = "x * mask"
+ROUNDS = 15
 
 
-class Named(Protocol):
-    """Whatever is examined under a name."""
-
-    @property
-    def name(self) -> str: ...
-
-
-def run(subjects: Sequence[Subject], settings: Settings, terminal: Terminal) -> Report:
+def run(implementations: Sequence[Implementation], settings: Settings, terminal: Terminal) -> Report:
     """Compare implementations; what one of them raises becomes part of the report."""
     start = time.perf_counter()
-    report = Report([subject.name for subject in subjects], settings, LAWS)
+    report = Report([each.name for each in implementations], settings, entry_of("Dropout").laws)
 
-    report.tutorial = {subject.name: _tutorial(subject, settings) for subject in subjects}
+    report.tutorial = {each.name: _tutorial(each, settings) for each in implementations}
     terminal.show(tables.tutorial(report))
 
-    examine_all(report, subjects, terminal)
-    report.masks = {s.name: mask for s in subjects if (mask := _mask(s, settings)) is not None}
+    _examine_all(report, implementations, terminal)
+    report.masks = {
+        each.name: mask for each in implementations if (mask := _mask(each, settings)) is not None
+    }
     terminal.show(tables.laws(report))
 
     plan = timing.planned(settings)
     with terminal.progress("speed", len(plan)) as tick:
         for elements, direction in plan:
             tick(f"{elements:,} elements, {direction}")
-            report.timings += timing.time_all(subjects, settings, elements, direction)
-    report.bytes_saved = {subject.name: bytes_saved(subject, settings) for subject in subjects}
+            report.timings += timing.time_all(implementations, settings, elements, direction)
+    report.bytes_saved = {each.name: bytes_saved(each, settings) for each in implementations}
     terminal.show(tables.speed(report))
 
     if not settings.quick:
         with terminal.progress("training", training.EPOCHS) as tick:
-            report.training = training.train_all(subjects, settings, tick)
+            report.training = training.train_all(implementations, settings, tick)
         terminal.show(tables.training_runs(report))
 
     report.seconds = time.perf_counter() - start
@@ -60,29 +59,93 @@ def run(subjects: Sequence[Subject], settings: Settings, terminal: Terminal) -> 
     return report
 
 
-def examine_all(report: Report, subjects: Sequence[Named], terminal: Terminal) -> None:
+def run_layer(
+    entry: Entry, others: Sequence[Implementation], settings: Settings, terminal: Terminal
+) -> Report:
+    """Hold thinned's layer, its peer and whatever else takes the same arguments to the layer's laws."""
+    start = time.perf_counter()
+    implementations = [entry.own, entry.peer, *others]
+    names = [each.name for each in implementations]
+    report = Report(names, settings, entry.laws, f"{entry.name}, mask {entry.mask}; {entry.source}")
+    _examine_all(report, implementations, terminal)
+    terminal.show(tables.laws(report), with_notes=True)
+    terminal.show(_speed(entry, implementations, settings))
+    report.seconds = time.perf_counter() - start
+    terminal.show_verdicts(report)
+    return report
+
+
+def _examine_all(report: Report, implementations: Sequence[Implementation], terminal: Terminal) -> None:
     """Fill the report's findings."""
-    with terminal.progress("laws", len(report.laws) * len(subjects)) as tick:
+    with terminal.progress("laws", len(report.laws) * len(implementations)) as tick:
         for law in report.laws:
             report.findings[law.name] = {}
-            for subject in subjects:
-                tick(f"{law.name}, {subject.name}")
-                report.findings[law.name][subject.name] = examine(law, subject, report.settings)
+            for each in implementations:
+                tick(f"{law.name}, {each.name}")
+                report.findings[law.name][each.name] = examine(law, each, report.settings)
 
 
-def _tutorial(subject: Subject, settings: Settings) -> Sample | str:
+def calls(
+    entry: Entry, implementations: Sequence[Implementation], *, broadcast: bool = False
+) -> dict[str, Callable[[], object]]:
+    """A call of each on the entry's workload, and the multiply that a mask of its shape costs at least."""
+    inputs = entry.workload.inputs()
+    work: dict[str, Callable[[], object]] = {}
+    if broadcast and entry.broadcast is not None:
+        x, mask = inputs[0], torch.ones(entry.broadcast, dtype=inputs[0].dtype)
+        work[BROADCAST] = lambda: x * mask
+    for each in implementations:
+        work[each.name] = _call(each.make(**entry.workload.arguments), inputs)
+    return work
+
+
+def _call(layer: Callable[..., object], inputs: Sequence[Tensor]) -> Callable[[], object]:
+    def call() -> object:
+        with torch.no_grad():
+            return layer(*inputs)
+
+    return call
+
+
+def _speed(entry: Entry, implementations: Sequence[Implementation], settings: Settings) -> Table:
+    work = calls(entry, [each for each in implementations if _runs(entry, each)], broadcast=True)
+    seconds = timing.by_turns(work, ROUNDS, settings.device)
+    own = seconds[entry.own.name]
+    cells = {
+        name: f"{median(each) * 1e6:.3g} μs"
+        + (
+            ""
+            if name == entry.own.name
+            else f" ({median(a / b for a, b in zip(each, own, strict=True)):.3g}x)"
+        )
+        for name, each in seconds.items()
+    }
+    elements = sum(x.numel() for x in entry.workload.inputs())
+    row = Row(f"{elements:,} elements", [Cell(text) for text in cells.values()])
+    return Table("A call, and in brackets how many times thinned's", list(cells), {"": [row]})
+
+
+def _runs(entry: Entry, implementation: Implementation) -> bool:
+    try:
+        _call(implementation.make(**entry.workload.arguments), entry.workload.inputs())()
+    except Exception:  # the table of laws says what a layer cannot do
+        return False
+    return True
+
+
+def _tutorial(implementation: Implementation, settings: Settings) -> Sample | str:
     torch.manual_seed(settings.seed)
     try:
-        y = subject.make(0.5)(torch.ones(1000, 100, device=settings.device))
+        y = implementation.make(p=0.5)(torch.ones(1000, 100, device=settings.device))
         return Sample(float(y.mean()), float(y.std()))
     except Exception as error:
         return one_line(error)
 
 
-def _mask(subject: Subject, settings: Settings) -> Tensor | None:
+def _mask(implementation: Implementation, settings: Settings) -> Tensor | None:
     torch.manual_seed(settings.seed)
     try:
-        mask: Tensor = subject.make(settings.p)(settings.ones(*PICTURE)) != 0
+        mask: Tensor = implementation.make(p=settings.p)(settings.ones(*PICTURE)) != 0
     except Exception:  # the table of laws says what a layer cannot do
         return None
     return mask.cpu()

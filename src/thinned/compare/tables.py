@@ -8,11 +8,12 @@ from itertools import groupby
 
 from thinned.compare import timing, training
 from thinned.compare.laws import Finding, Verdict
+from thinned.compare.layers import ENTRIES, Entry
 from thinned.compare.report import Report, Sample
 from thinned.compare.timing import MULTIPLY, Timing
 from thinned.compare.training import Run
 
-__all__ = ["Cell", "Row", "Table", "laws", "speed", "training_runs", "tutorial"]
+__all__ = ["Cell", "Row", "Table", "laws", "layers", "layers_page", "speed", "training_runs", "tutorial"]
 
 MARKS = {
     Verdict.HOLDS: "✓ ",
@@ -20,6 +21,7 @@ MARKS = {
     Verdict.CRASHED: "✗ crashed: ",
 }
 NOTHING = "–"
+COLUMNS_OF_LAYERS = ("functional", "mask", "source", "peer")
 
 
 @dataclass(frozen=True)
@@ -127,3 +129,36 @@ def _run(run: Run) -> Iterable[Cell]:
     yield Cell(f"{run.training_loss[-1]:.4f}")
     yield Cell(f"{run.step_ms:.2f}")
     yield Cell(NOTHING if run.name == training.WITHOUT else f"{run.added_percent:+.1f}%")
+
+
+def layers() -> Table:
+    rows = [Row(entry.name, [Cell(text) for text in _cells(entry)]) for entry in ENTRIES]
+    return Table(f"{len(rows)} layers", list(COLUMNS_OF_LAYERS), {"": rows})
+
+
+def layers_page() -> str:
+    """The page docs/layers.md.
+
+    >>> layers_page().splitlines()[0]
+    '# Layers'
+    """
+    lines = [
+        "# Layers",
+        "",
+        "Every layer of `thinned`, its function in `thinned.functional`, the shape of its mask, where it",
+        "comes from, and what `thinned compare --layer NAME` shows beside it. `thinned layers --markdown`",
+        "writes this page.",
+        "",
+        f"| layer | {' | '.join(COLUMNS_OF_LAYERS)} |",
+        f"| --- {'| --- ' * len(COLUMNS_OF_LAYERS)}|",
+    ]
+    for entry in ENTRIES:
+        functional, *rest = _cells(entry)
+        functions = ", ".join(f"`{name}`" for name in functional.split(", "))
+        cells = (f"`{entry.name}`", functions, *rest)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(entry: Entry) -> tuple[str, str, str, str]:
+    return entry.functional, entry.mask, entry.source, entry.peer.origin

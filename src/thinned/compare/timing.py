@@ -11,8 +11,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import Subject
 
 __all__ = ["MULTIPLY", "Timing", "by_turns", "planned", "time_all"]
 
@@ -45,12 +45,14 @@ def planned(settings: Settings) -> list[tuple[int, str]]:
     return [(elements, direction) for elements in sizes for direction in DIRECTIONS]
 
 
-def time_all(subjects: Sequence[Subject], settings: Settings, elements: int, direction: str) -> list[Timing]:
+def time_all(
+    implementations: Sequence[Implementation], settings: Settings, elements: int, direction: str
+) -> list[Timing]:
     """Time every implementation and the multiply by turns; one that raises is left out."""
     work = {MULTIPLY: _work(lambda x: x * 2, settings, elements, direction)}
-    for subject in subjects:
+    for each in implementations:
         try:
-            work[subject.name] = _work(subject.make(settings.p), settings, elements, direction)
+            work[each.name] = _work(each.make(p=settings.p), settings, elements, direction)
         except Exception:  # the table of laws says what a layer cannot do
             continue
     seconds = by_turns(work, ROUNDS[elements], settings.device)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thinned.compare.errors import one_line
+from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import Subject
 
 __all__ = ["EPOCHS", "WITHOUT", "Run", "train_all"]
 
@@ -58,9 +58,9 @@ class Digits:
 class Trainee:
     """A network in training; a stage that raises ends it, and says so in its run."""
 
-    def __init__(self, subject: Subject | None, settings: Settings) -> None:
-        self.run = Run(subject.name if subject else WITHOUT)
-        self.subject = subject
+    def __init__(self, implementation: Implementation | None, settings: Settings) -> None:
+        self.run = Run(implementation.name if implementation else WITHOUT)
+        self.implementation = implementation
         self.settings = settings
         self.seconds: list[float] = []
         self.losses: list[float] = []
@@ -75,7 +75,7 @@ class Trainee:
 
     def prepare(self, steps: int) -> None:
         torch.manual_seed(self.settings.seed)
-        self.model = _network(self.subject).to(self.settings.device)
+        self.model = _network(self.implementation).to(self.settings.device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), LEARNING_RATE, MOMENTUM)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=steps)
 
@@ -90,7 +90,7 @@ class Trainee:
         self.losses.append(loss.item())  # waits for a device that only queues its work
         self.seconds.append(time.perf_counter() - start)
         self.schedule.step()
-        if self.subject:
+        if self.implementation:
             with torch.no_grad():
                 for layer in self.model:
                     if isinstance(layer, nn.Linear):
@@ -115,7 +115,10 @@ class Trainee:
 
 
 def train_all(
-    subjects: Sequence[Subject], settings: Settings, tick: Callable[[str], None], epochs: int = EPOCHS
+    implementations: Sequence[Implementation],
+    settings: Settings,
+    tick: Callable[[str], None],
+    epochs: int = EPOCHS,
 ) -> list[Run]:
     """Train a network without dropout and one with each implementation, telling ``tick`` each epoch.
 
@@ -126,7 +129,7 @@ def train_all(
     training, test = _digits(settings)
     steps = epochs * TRAINING_DIGITS // BATCH
     plain = Trainee(None, settings)
-    trainees = [plain, *(Trainee(subject, settings) for subject in subjects)]
+    trainees = [plain, *(Trainee(implementation, settings) for implementation in implementations)]
     for trainee in trainees:
         trainee.attempt(trainee.prepare, steps)
     shuffle = torch.Generator().manual_seed(settings.seed)
@@ -150,9 +153,9 @@ def _is_tested(epoch: int, epochs: int) -> bool:
     return epoch % TEST_EVERY == 0 or epoch == epochs
 
 
-def _network(subject: Subject | None) -> nn.Sequential:
+def _network(implementation: Implementation | None) -> nn.Sequential:
     def dropout(p: float) -> list[nn.Module]:
-        return [subject.make(p)] if subject else []
+        return [implementation.make(p=p)] if implementation else []
 
     return nn.Sequential(
         *dropout(INPUT_P),

@@ -1,12 +1,11 @@
-"""The law of dropout, as a list of small functions that each measure one consequence of it."""
+"""The laws of dropout: small functions that each measure one consequence of what a layer promises."""
 
 from thinned.compare.laws import backward, dtype_layout, edges, independence, rate, transforms
 from thinned.compare.laws.law import Finding, Law, Verdict, examine
-from thinned.compare.subjects import Subject
 
 __all__ = ["LAWS", "Finding", "Law", "Verdict", "examine"]
 
-LAWS: list[Law[Subject]] = [
+LAWS: list[Law] = [
     *rate.LAWS,
     *independence.LAWS,
     *edges.LAWS,

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from thinned.compare.laws.law import Finding, holds_if
 
-__all__ = ["DEVIATIONS", "Association", "associate", "binomial_bounds", "elements_to_show", "strongest"]
+__all__ = [
+    "DEVIATIONS",
+    "Association",
+    "associate",
+    "binomial_bounds",
+    "disjoint_pairs",
+    "elements_to_show",
+    "neighbouring",
+    "strongest",
+    "within_binomial",
+]
 
 FALSE_ALARM = 1e-7
 MISS = 1e-4
@@ -37,6 +47,21 @@ def binomial_bounds(n: int, p: float) -> tuple[int, int]:
     """The smallest and largest count that Binomial(n, p) may show, each tail below ``FALSE_ALARM / 2``."""
     low, high = stats.binom.interval(1 - FALSE_ALARM, n, p)
     return int(low), int(high)
+
+
+def within_binomial(count: int, n: int, p: float) -> Finding:
+    """Holds if so many of ``n`` are what Binomial(n, p) may show."""
+    low, high = binomial_bounds(n, p)
+    measured, holds = f"{count / n:#.4g}", low <= count <= high
+    return holds_if(
+        holds,
+        measured if holds else f"{measured}, beyond {low / n:#.4g} to {high / n:#.4g}",
+        p=p,
+        elements=n,
+        rate=count / n,
+        low=low / n,
+        high=high / n,
+    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +102,15 @@ def strongest(associations: Sequence[Association], tests: int | None = None) -> 
         correlation=worst.correlation,
         pvalue=worst.pvalue,
     )
+
+
+def neighbouring(values: Tensor) -> list[Association]:
+    """Booleans next to each other along each axis."""
+    return [
+        associate(a, b, f"neighbours along axis {axis}")
+        for axis in range(values.ndim)
+        for a, b in disjoint_pairs(values.movedim(axis, 0), lag=1)
+    ]
 
 
 def disjoint_pairs(values: Tensor, lag: int) -> list[tuple[Tensor, Tensor]]:

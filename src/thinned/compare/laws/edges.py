@@ -6,26 +6,26 @@ import math
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.implementation import Case, first
+from thinned.compare.laws.law import Finding, Law, has_mask, holds_if
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import Subject
 
 __all__ = ["LAWS"]
 
 
-def evaluation(subject: Subject, settings: Settings) -> Finding:
-    return _returns_input(subject.make(settings.p).eval(), settings)
+def evaluation(layer: Case, settings: Settings) -> Finding:
+    module, inputs = layer.called(settings)
+    return _returns_input(first(module.eval()(*inputs)), inputs[0])
 
 
-def p_zero(subject: Subject, settings: Settings) -> Finding:
-    return _returns_input(subject.make(0.0), settings)
+def p_zero(layer: Case, settings: Settings) -> Finding:
+    module, inputs = layer.called(settings, **{layer.example.p_name: 0.0})
+    return _returns_input(first(module(*inputs)), inputs[0])
 
 
-def _returns_input(layer: nn.Module, settings: Settings) -> Finding:
-    x = settings.normal()
-    y = layer(x)
+def _returns_input(y: Tensor, x: Tensor) -> Finding:
     if y is x:
         return holds_if(True, "the input")
     if torch.equal(y, x):
@@ -33,13 +33,12 @@ def _returns_input(layer: nn.Module, settings: Settings) -> Finding:
     return holds_if(False, f"other values, {(y.double() / x.double()).median():.4g} x")
 
 
-def p_one(subject: Subject, settings: Settings) -> Finding:
-    """All y = 0 and all dy/dx = 0, without 0 * (1/0) on the way."""
+def p_one(layer: Case, settings: Settings) -> Finding:
+    """All y = 0 and all dy/dx = 0, without 0 * (1/0) in between."""
     x = settings.normal().requires_grad_()
-    y = subject.make(1.0)(x)
+    y = layer.module(1.0)(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
-    found = {"zeros": y.count_nonzero() == 0, "zero gradients": gradient.count_nonzero() == 0}
-    if all(found.values()):
+    if not y.count_nonzero() and not gradient.count_nonzero():
         return holds_if(True, "zeros")
     return holds_if(False, f"{_kinds(y.detach())}; gradients {_kinds(gradient)}")
 
@@ -55,36 +54,39 @@ def _kinds(values: Tensor) -> str:
     return ", ".join(name for name, where in kinds.items() if where.any())
 
 
-def refuses_p(subject: Subject, settings: Settings, *, outside: tuple[float, ...]) -> Finding:
-    """ValueError, from the constructor or at the latest from the first call."""
-    answers = {p: _answer_to_p(subject, settings, p) for p in outside}
+def refuses_p(layer: Case, settings: Settings, *, outside: tuple[float, ...]) -> Finding:
+    """ValueError that names the value, from the constructor or at the latest from the first call."""
+    answers = {p: _answer_to_p(layer, settings, p) for p in outside}
     wrong = {p: answer for p, answer in answers.items() if answer != "ValueError"}
     return holds_if(not wrong, ", ".join(f"{a} for {p}" for p, a in wrong.items()) or "ValueError")
 
 
-def _answer_to_p(subject: Subject, settings: Settings, p: float) -> str:
+def _answer_to_p(layer: Case, settings: Settings, p: float) -> str:
     try:
-        subject.make(p)(settings.ones(4))
+        module, inputs = layer.called(settings, **{layer.example.p_name: p})
+        module(*inputs)
+    except ValueError as error:
+        return "ValueError" if str(p) in str(error) else "a message without the value"
     except Exception as error:
         return type(error).__name__
     return "accepted"
 
 
-def integers(subject: Subject, settings: Settings) -> Finding:
+def integers(layer: Case, settings: Settings) -> Finding:
     """An integer cannot hold x/(1-p); any exception counts as a refusal."""
-    x = torch.ones(64, dtype=torch.int64, device=settings.device)
+    x = torch.ones(layer.sized(64), dtype=torch.int64, device=settings.device)
     try:
-        y = subject.make(0.3)(x)
+        y = layer.module(0.3)(x)
     except Exception as error:
         return holds_if(True, type(error).__name__)
     return holds_if(False, f"accepted, gives {y.dtype}".replace("torch.", ""))
 
 
-def not_finite(subject: Subject, settings: Settings) -> Finding:
+def not_finite(layer: Case, settings: Settings) -> Finding:
     """A dropped element is 0, whatever it was; of 256 at p = 0.9 at least one is dropped."""
     became = {}
     for value in (math.nan, math.inf, -math.inf):
-        y = subject.make(0.9)(settings.ones(256) * value)
+        y = layer.module(0.9)(settings.ones(*layer.sized(256)) * value)
         zeros = y[y == 0]
         became[value] = "NaN" if not len(zeros) else "-0" if zeros.signbit().any() else "+0"
     holds = "NaN" not in became.values()
@@ -93,18 +95,36 @@ def not_finite(subject: Subject, settings: Settings) -> Finding:
     return holds_if(holds, ", ".join(f"{value} → {zero}" for value, zero in became.items()))
 
 
+def has_p(case: Case) -> bool:
+    return bool(case.example.p_name)
+
+
+def is_identity(case: Case) -> bool:
+    return case.example.identity_in_evaluation
+
+
+def keeps_at_zero(case: Case) -> bool:
+    return has_p(case) and is_identity(case)
+
+
 FAMILY = "edge cases"
+law = partial(Law, FAMILY)
 LAWS = [
-    Law(FAMILY, "evaluation", "in evaluation the input itself comes back", evaluation),
-    Law(FAMILY, "p = 0", "at p = 0 the input itself comes back", p_zero),
-    Law(FAMILY, "p = 1", "at p = 1 all values and all gradients are zero", p_one),
-    Law(
-        FAMILY,
-        "p outside [0, 1]",
-        "p below 0 or above 1 raises ValueError",
-        partial(refuses_p, outside=(-0.1, 1.5)),
+    law("evaluation", "in evaluation the input itself comes back", evaluation, is_identity),
+    law(
+        "p = 0",
+        "at p = 0 the input itself comes back",
+        p_zero,
+        keeps_at_zero,
     ),
-    Law(FAMILY, "p = NaN", "p = NaN raises ValueError", partial(refuses_p, outside=(math.nan,))),
-    Law(FAMILY, "integer input", "an integer tensor is refused", integers),
-    Law(FAMILY, "dropped NaN or inf", "a dropped element is 0, NaN and infinity included", not_finite),
+    law("p = 1", "at p = 1 all values and all gradients are zero", p_one, has_mask),
+    law(
+        "p outside [0, 1]",
+        "p below 0 or above 1 raises ValueError that names it",
+        partial(refuses_p, outside=(-0.1, 1.5)),
+        has_p,
+    ),
+    law("p = NaN", "p = NaN raises ValueError", partial(refuses_p, outside=(math.nan,)), has_p),
+    law("integer input", "an integer tensor is refused", integers, has_mask),
+    law("dropped NaN or inf", "a dropped element is 0, NaN and infinity included", not_finite, has_mask),
 ]

@@ -1,21 +1,22 @@
-"""Elements are dropped independently: of each other, of earlier calls and of what they hold.
+"""Decisions are independent: of each other, of earlier calls and of what elements hold.
 
-Every law here is Fisher's exact test on disjoint pairs; see `chance.associate`. At the default shape of a
-million elements a correlation of 1 % shows.
+Each law here is Fisher's exact test on disjoint pairs of decisions, one for each group of elements that share
+one; see `chance.associate`. At the default shape of a million elements a correlation of 1 % shows.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from thinned.compare.laws.chance import associate, disjoint_pairs, strongest
-from thinned.compare.laws.law import Finding, Law
+from thinned.compare.implementation import Case
+from thinned.compare.laws.chance import associate, disjoint_pairs, neighbouring, strongest
+from thinned.compare.laws.law import Finding, Law, has_mask
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import Subject
 
 __all__ = ["LAWS"]
 
@@ -24,31 +25,25 @@ ROWS = 256
 CALLS = 4
 
 
-def neighbours(subject: Subject, settings: Settings) -> Finding:
-    """Elements next to each other along each axis, in pairs that start at even and at odd positions."""
-    dropped = _dropped(subject, settings)
-    return strongest(
-        [
-            associate(a, b, f"neighbours along axis {axis}")
-            for axis in range(dropped.ndim)
-            for a, b in disjoint_pairs(dropped.movedim(axis, 0), lag=1)
-        ]
-    )
+def neighbours(layer: Case, settings: Settings) -> Finding:
+    """Next to each other along each axis, in pairs that start at even and at odd positions."""
+    return strongest(neighbouring(_dropped(layer, settings)))
 
 
-def lags(subject: Subject, settings: Settings) -> Finding:
-    """Elements a fixed distance apart in memory: the periods that vectors, words and blocks would leave."""
-    dropped = _dropped(subject, settings).flatten()
+def lags(layer: Case, settings: Settings) -> Finding:
+    """A fixed distance apart in memory: the periods that vectors, words and blocks would leave."""
+    dropped = _dropped(layer, settings).flatten()
     return strongest(
         [associate(a, b, f"elements {lag} apart") for lag in LAGS for a, b in disjoint_pairs(dropped, lag)]
     )
 
 
-def rows(subject: Subject, settings: Settings) -> Finding:
+def rows(layer: Case, settings: Settings) -> Finding:
     """Any two of the first 256 rows."""
-    if len(settings.shape) == 1 or settings.shape[0] == 1:
+    dropped = _dropped(layer, settings)
+    if dropped.ndim == 1 or len(dropped) == 1:
         return strongest([])
-    rows = _dropped(subject, settings).flatten(1)[:ROWS]
+    rows = dropped.flatten(1)[:ROWS]
     centred = rows.double() - rows.double().mean(1, keepdim=True)
     spread = centred.square().sum(1).sqrt().clamp(min=1e-9)
     correlations = (centred @ centred.T / spread / spread[:, None]).fill_diagonal_(0).abs()
@@ -56,9 +51,9 @@ def rows(subject: Subject, settings: Settings) -> Finding:
     return strongest([associate(rows[i], rows[j], f"rows {i} and {j}")], tests=math.comb(len(rows), 2))
 
 
-def counts(subject: Subject, settings: Settings) -> Finding:
-    """How many elements each slice loses, along each axis: hypergeometric, given how many all lose."""
-    dropped = _dropped(subject, settings)
+def counts(layer: Case, settings: Settings) -> Finding:
+    """How many decisions of each slice drop, along each axis: hypergeometric, given how many all lose."""
+    dropped = _dropped(layer, settings)
     found = []
     for axis in range(dropped.ndim):
         slices = dropped.movedim(axis, 0)
@@ -70,17 +65,17 @@ def counts(subject: Subject, settings: Settings) -> Finding:
     return strongest(found, tests=sum(dropped.shape))
 
 
-def calls(subject: Subject, settings: Settings) -> Finding:
+def calls(layer: Case, settings: Settings) -> Finding:
     """Any two of four calls of one layer with one input."""
-    layer, x = subject.make(settings.p), settings.ones()
-    masks = {call: layer(x) == 0 for call in range(1, CALLS + 1)}
+    module, x = layer.module(settings.p), settings.ones()
+    masks = {call: layer.once(module(x)) == 0 for call in range(1, CALLS + 1)}
     return strongest([associate(masks[i], masks[j], f"calls {i} and {j}") for i, j in combinations(masks, 2)])
 
 
-def contents(subject: Subject, settings: Settings) -> Finding:
-    """Dropped elements against the sign of the input, and against its size."""
+def contents(layer: Case, settings: Settings) -> Finding:
+    """Against the sign of the input, and against its size."""
     x = settings.normal()
-    dropped = subject.make(settings.p)(x) == 0
+    dropped, x = layer.once(layer.module(settings.p)(x)) == 0, layer.once(x)
     return strongest(
         [
             associate(dropped, x < 0, "with the input's sign"),
@@ -89,17 +84,17 @@ def contents(subject: Subject, settings: Settings) -> Finding:
     )
 
 
-def _dropped(subject: Subject, settings: Settings) -> Tensor:
-    mask: Tensor = subject.make(settings.p)(settings.ones()) == 0
-    return mask
+def _dropped(layer: Case, settings: Settings) -> Tensor:
+    return layer.once(layer.module(settings.p)(settings.ones())) == 0
 
 
 FAMILY = "independence"
+law = partial(Law, FAMILY, applies=has_mask)
 LAWS = [
-    Law(FAMILY, "neighbours", "elements side by side along any axis are dropped independently", neighbours),
-    Law(FAMILY, "lags", f"elements {LAGS[0]} to {LAGS[-1]} apart are dropped independently", lags),
-    Law(FAMILY, "rows", "any two rows are dropped independently", rows),
-    Law(FAMILY, "counts", "no slice loses more than its share", counts),
-    Law(FAMILY, "calls", "every call draws a new mask", calls),
-    Law(FAMILY, "contents", "the mask does not depend on the input's values", contents),
+    law("neighbours", "elements side by side along any axis are dropped independently", neighbours),
+    law("lags", f"elements {LAGS[0]} to {LAGS[-1]} apart are dropped independently", lags),
+    law("rows", "any two rows are dropped independently", rows),
+    law("counts", "no slice loses more than its share", counts),
+    law("calls", "every call draws a new mask", calls),
+    law("contents", "the mask does not depend on the input's values", contents),
 ]

@@ -5,19 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Generic, TypeVar
+from typing import Protocol
 
 import torch
 
 from thinned.compare.errors import one_line
+from thinned.compare.implementation import Case, Example, Implementation, Masked, NotOfferedError
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import NotOfferedError
 
-__all__ = ["HALF", "Finding", "Law", "Verdict", "examine", "holds_if", "nothing_wrong"]
+__all__ = [
+    "P_FOR_EQUALITY",
+    "Finding",
+    "Law",
+    "Layer",
+    "Verdict",
+    "examine",
+    "has_mask",
+    "holds_if",
+    "is_random",
+    "nothing_wrong",
+]
 
-S = TypeVar("S")  # what is examined: an implementation of Dropout, or of another layer
-
-HALF = 0.5  # at which two independent masks of 1,000 elements are never equal, whatever p a user chooses
+P_FOR_EQUALITY = 0.5  # two independent masks of 1,000 elements agree with probability 2**-1000
 
 
 class Verdict(str, Enum):
@@ -42,14 +51,39 @@ class Finding:
     figures: dict[str, float] = field(default_factory=dict)
 
 
+class Layer(Protocol):
+    """What an entry says of the layer that an implementation is examined as."""
+
+    @property
+    def example(self) -> Example: ...
+    @property
+    def masked(self) -> Masked | None: ...
+
+
+def has_mask(case: Case) -> bool:
+    return case.masked is not None
+
+
+def is_random(case: Case) -> bool:
+    return case.example.is_random
+
+
 @dataclass(frozen=True)
-class Law(Generic[S]):
-    """One law: ``name`` heads a row, ``statement`` says in a line what has to hold."""
+class Law:
+    """One law: ``name`` heads a row, ``statement`` says in a line what has to hold.
+
+    Attributes:
+        check: measures an implementation, from the settings' seed.
+        applies: whether it is a law of a layer, which thinned's own implementation stands for.
+        layer: the layer that an implementation is examined as.
+    """
 
     family: str
     name: str
     statement: str
-    check: Callable[[S, Settings], Finding]
+    check: Callable[[Case, Settings], Finding]
+    applies: Callable[[Case], bool] = field(default=lambda _: True)
+    layer: Layer | None = None
 
 
 def holds_if(condition: bool, measured: str, **figures: float) -> Finding:
@@ -61,11 +95,13 @@ def nothing_wrong(complaint: str | None, measured: str) -> Finding:
     return holds_if(complaint is None, complaint or measured)
 
 
-def examine(law: Law[S], subject: S, settings: Settings) -> Finding:
+def examine(law: Law, implementation: Implementation, settings: Settings) -> Finding:
     """Check one law from the settings' seed; whatever the implementation raises becomes the finding."""
+    assert law.layer is not None, f"{law.name} is the law of no layer: take it from an entry"
+    case = Case(implementation, law.layer.example, law.layer.masked)
     torch.manual_seed(settings.seed)
     try:
-        return law.check(subject, settings)
+        return law.check(case, case.settled(settings))
     except (NotOfferedError, NotImplementedError) as error:
         return Finding(Verdict.NOT_OFFERED, one_line(error))
     except Exception as error:

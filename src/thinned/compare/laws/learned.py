@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinned.compare.laws import Finding
-from thinned.compare.laws.law import holds_if
-from thinned.compare.layers.entry import Implementation, first
+from thinned.compare.implementation import Case, first
+from thinned.compare.laws.law import Finding, holds_if
 from thinned.compare.settings import Settings
 
 __all__ = ["parameter_gradient"]
@@ -19,7 +18,7 @@ STEP = 1e-5
 
 
 def parameter_gradient(
-    layer: Implementation, settings: Settings, *, name: str, arguments: Mapping[str, Any], rows: int
+    layer: Case, settings: Settings, *, name: str, arguments: Mapping[str, Any], rows: int
 ) -> Finding:
     """Against a finite difference in float64, under one noise."""
     module = layer.make(**arguments).double().to(settings.device)

@@ -1,4 +1,4 @@
-"""The first moment: how often an element is dropped, what a kept one becomes, and their mean."""
+"""How often elements are dropped, which of them together, what a kept one becomes, mean and variance."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from functools import partial
 
 import torch
 
-from thinned.compare.laws.chance import DEVIATIONS, binomial_bounds, elements_to_show
-from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.implementation import Case, P
+from thinned.compare.laws.chance import DEVIATIONS, elements_to_show, within_binomial
+from thinned.compare.laws.law import Finding, Law, has_mask, holds_if
 from thinned.compare.laws.values import departure, ulps_off
 from thinned.compare.settings import DTYPES, Settings
-from thinned.compare.subjects import Subject
 
-__all__ = ["LAWS", "PROBABILITIES"]
+__all__ = ["LAWS", "PROBABILITIES", "RATE_BIAS"]
 
-PROBABILITIES = (0.001, 0.1, 0.3, 0.5, 0.9)
+PROBABILITIES = (0.001, 0.1, P, 0.5, 0.9)
 RATE_BIAS = 0.02
 MEAN_BIAS = 0.001
 MEAN_P = 0.1  # 1/(1-p) has no short binary expansion there, so that a rounded scale shows
@@ -23,40 +23,30 @@ SQUARE = (1024, 1024)
 QUICK_ELEMENTS = 10 * 2**20
 
 
-def drop_rate(subject: Subject, settings: Settings, *, p: float) -> Finding:
-    """Dropped elements are Binomial(N, p); N is such that a rate 2 % off shows (--quick: at most 10 M)."""
+def drop_rate(layer: Case, settings: Settings, *, p: float) -> Finding:
+    """Dropped decisions are Binomial(N, p); N is such that a rate 2 % off shows (--quick: at most 10 M)."""
     n = elements_to_show(RATE_BIAS, math.sqrt((1 - p) / p))
-    calls = math.ceil((min(n, QUICK_ELEMENTS) if settings.quick else n) / math.prod(SQUARE))
-    layer, x = subject.make(p), settings.ones(*SQUARE)
-    n = calls * x.numel()
-    dropped = n - sum(int(torch.count_nonzero(layer(x))) for _ in range(calls))
-    low, high = binomial_bounds(n, p)
-    holds = low <= dropped <= high
-    measured = f"{dropped / n:#.4g}"
-    return holds_if(
-        holds,
-        measured if holds else f"{measured}, beyond {low / n:#.4g} to {high / n:#.4g}",
-        p=p,
-        elements=n,
-        rate=dropped / n,
-        low=low / n,
-        high=high / n,
-    )
+    module, x = layer.module(p), settings.ones(*layer.sized(*SQUARE))
+    decisions = layer.once(x).numel()
+    calls = math.ceil((min(n, QUICK_ELEMENTS) if settings.quick else n) / decisions)
+    kept = sum(int(torch.count_nonzero(layer.once(module(x)))) for _ in range(calls))
+    return within_binomial(calls * decisions - kept, calls * decisions, p)
 
 
-def kept_values(subject: Subject, settings: Settings) -> Finding:
-    """A kept x becomes x/(1-p), for every p: rounding a scale and a product costs below 2 ulp."""
+def kept_values(layer: Case, settings: Settings) -> Finding:
+    """For every p: rounding a scale and a product costs below 2 ulp."""
     worst = 0.0
     for p in PROBABILITIES:
-        x = settings.normal(100_000)
-        y = subject.make(p)(x)
-        if complaint := departure(y, x, scale=1 / (1 - p)):
+        x = settings.normal(*layer.sized(100_000))
+        y = layer.module(p)(x)
+        scale = layer.mask.scale(p)
+        if complaint := departure(y, x, scale=scale):
             return holds_if(False, f"{complaint} at p = {p}")
-        worst = max(worst, ulps_off(y, x, scale=1 / (1 - p)))
+        worst = max(worst, ulps_off(y, x, scale=scale))
     return holds_if(True, f"{worst:.2f} ulp", ulp=worst)
 
 
-def mean(subject: Subject, settings: Settings, *, dtype: torch.dtype) -> Finding:
+def mean(layer: Case, settings: Settings, *, dtype: torch.dtype) -> Finding:
     """E[y] = x, measured as sum(y)/sum(x) for x from 1 to 2 at p = 0.1.
 
     An element's variance is x² p/(1-p). The bound is that of the normal law, plus what rounding the exact
@@ -66,8 +56,8 @@ def mean(subject: Subject, settings: Settings, *, dtype: torch.dtype) -> Finding
     x = settings.uniform(*SQUARE, dtype=dtype)
     exact = x.double()
     calls = math.ceil(elements_to_show(MEAN_BIAS, math.sqrt(p / (1 - p))) / x.numel())
-    layer = subject.make(p)
-    ratio = sum(float(layer(x).double().sum()) for _ in range(calls)) / (calls * float(exact.sum()))
+    module = layer.module(p)
+    ratio = sum(float(module(x).double().sum()) for _ in range(calls)) / (calls * float(exact.sum()))
     deviation = math.sqrt(p / (1 - p) * float(exact.square().sum()) / calls) / float(exact.sum())
     rounded = (exact / (1 - p)).to(dtype).double() * (1 - p)
     bound = DEVIATIONS * deviation + abs(float(rounded.sum() / exact.sum()) - 1)
@@ -78,25 +68,66 @@ def mean(subject: Subject, settings: Settings, *, dtype: torch.dtype) -> Finding
     )
 
 
+def moments(layer: Case, settings: Settings) -> Finding:
+    """Within the bounds of the normal law, of so many decisions that a rate 2 % off shows in the mean."""
+    p, q, scale = P, 1 - P, layer.mask.scale(P)
+    module, x = layer.module(p), settings.ones(*layer.sized(*SQUARE), dtype=torch.float32)
+    calls = math.ceil(elements_to_show(RATE_BIAS, math.sqrt(q / p)) / layer.once(x).numel())
+    y = torch.cat([layer.once(module(x)).double().flatten() for _ in range(calls)])
+    mean, variance = float(y.mean()), float(y.var())
+    # The variance of a sample variance, from the fourth central moment of a Bernoulli variable.
+    fourth = scale**4 * p * q * (p**3 + q**3)
+    spread = math.sqrt((fourth - (scale**2 * p * q) ** 2) / y.numel())
+    holds = (
+        abs(mean - scale * q) <= DEVIATIONS * scale * math.sqrt(p * q / y.numel())
+        and abs(variance - scale**2 * p * q) <= DEVIATIONS * spread + 4 * scale**2 / y.numel()
+    )
+    measured = f"{mean:.4f}, {variance:.4f}"
+    wanted = f"{scale * q:.4f}, {scale**2 * p * q:.4f}"
+    return holds_if(holds, measured if holds else f"{measured}, not {wanted}", mean=mean, variance=variance)
+
+
+def sharing(layer: Case, settings: Settings) -> Finding:
+    """All elements of a group are kept or all dropped."""
+    y = layer.module(settings.p)(settings.ones())
+    kept = layer.once(y) != 0
+    for dim in sorted(layer.mask.shared):
+        kept = kept.unsqueeze(dim)
+    same = bool(((y != 0) == kept).all())
+    return holds_if(same, "one decision" if same else "decisions differ")
+
+
+def takes_any_shape(case: Case) -> bool:
+    return case.takes_any_shape
+
+
+def shares(case: Case) -> bool:
+    return case.masked is not None and bool(case.masked.shared)
+
+
 FAMILY = "rate and mean"
 LAWS = [
     *(
         Law(
             FAMILY,
             f"drop rate at p = {p}",
-            f"the number of dropped elements is binomial with p = {p}",
+            f"the number of dropped decisions is binomial with p = {p}",
             partial(drop_rate, p=p),
+            has_mask if p == P else takes_any_shape,
         )
         for p in PROBABILITIES
     ),
-    Law(FAMILY, "kept values", "a kept x becomes x/(1-p), within 2 ulp", kept_values),
+    Law(FAMILY, "kept values", "a kept x becomes x times the scale, within 2 ulp", kept_values, has_mask),
     *(
         Law(
             FAMILY,
             f"mean in {name}",
             f"E[y] = x at p = {MEAN_P}; a bias of 0.1 % shows",
             partial(mean, dtype=dtype),
+            takes_any_shape,
         )
         for name, dtype in DTYPES.items()
     ),
+    Law(FAMILY, "mean, variance", "of ones: s(1-p) and s² p(1-p) for the scale s", moments, has_mask),
+    Law(FAMILY, "sharing", "along shared dimensions all are kept or all dropped", sharing, shares),
 ]

@@ -4,88 +4,106 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from thinned.compare.laws.law import HALF, Finding, Law, holds_if, nothing_wrong
-from thinned.compare.laws.values import departure
+from thinned.compare.implementation import Case, first
+from thinned.compare.laws.law import Finding, Law, holds_if, is_random
+from thinned.compare.laws.seed import same, under_seed
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import Subject
 
 __all__ = ["LAWS"]
 
 
-def compiled(subject: Subject, settings: Settings) -> Finding:
-    """No graph break, a valid result, a new mask each call, and the forward's mask in backward.
+def compiled(layer: Case, settings: Settings) -> Finding:
+    """One graph, and what the layer gives without it, to the rounding of other kernels.
 
-    The default compiler takes seconds a layer; --quick stops at the graphs that it would be given.
+    Two seeds, so that a mask which is part of the graph shows. The gradients are those of the first input and
+    of every parameter. Inductor takes seconds a layer, so that --quick stops at the graphs it would be given.
+    Its own random numbers are not eager's unless it is asked for those.
     """
     torch.compiler.reset()
-    layer = torch.compile(
-        subject.make(HALF), fullgraph=True, backend="aot_eager" if settings.quick else "inductor"
-    )
-    x = settings.normal(20, 50).requires_grad_()
-    y, another = layer(x), layer(x)
-    (downstream,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    module, inputs = layer.called(settings)
+    backend = "aot_eager" if settings.quick else "inductor"
+    options = None if settings.quick else {"fallback_random": True}
+    in_one = torch.compile(module, fullgraph=True, backend=backend, options=options)
+    results = [_run(settings, each, inputs, offset) for offset in range(2) for each in (module, in_one)]
     torch.compiler.reset()
-    complaint = departure(y.detach(), x.detach()) or departure(downstream, torch.ones_like(x), kept=y != 0)
-    if complaint is None and torch.equal(y, another):
-        complaint = "one mask for all calls"
-    return nothing_wrong(complaint, "one graph")
+    for (y, gradients), (other, other_gradients) in (results[:2], results[2:]):
+        if y.shape != other.shape:
+            return holds_if(False, "another shape")
+        if not torch.allclose(y, other, rtol=1e-5, atol=1e-6):
+            return holds_if(False, "another mask than eager")
+        if not all(map(partial(torch.allclose, rtol=1e-4, atol=1e-5), gradients, other_gradients)):
+            return holds_if(False, "another gradient than eager")
+    if layer.example.is_random and same(results[1][0], results[3][0]):
+        return holds_if(False, "one mask for all calls")
+    return holds_if(True, "one graph")
 
 
-def vmapped(subject: Subject, settings: Settings) -> Finding:
-    """randomness="different" gives every example a mask of its own, "same" one mask to all."""
-    layer, x = subject.make(HALF), settings.normal(16, 1000)
+def _run(
+    settings: Settings, module: nn.Module, inputs: tuple[Tensor, ...], offset: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A call's output, and the gradients of what has one."""
+    x = inputs[0].clone()
+    leaves = [x.requires_grad_()] if x.is_floating_point() else []
+    leaves += module.parameters()
+    y = under_seed(settings, module, x, *inputs[1:], offset=offset)
+    gradients = tuple(torch.zeros_like(leaf) for leaf in leaves)
+    if leaves and y.requires_grad:
+        gradients = torch.autograd.grad(y.square().sum(), leaves, materialize_grads=True)
+    return y.detach(), gradients
 
-    def masks(randomness: str) -> Tensor:
-        y = torch.func.vmap(layer, randomness=randomness)(x)
-        if complaint := departure(y, x):
-            raise ValueError(complaint)
-        kept: Tensor = y != 0
-        return kept
 
-    shared, own = masks("same"), masks("different")
-    if not (shared == shared[:1]).all():
+def vmapped(layer: Case, settings: Settings) -> Finding:
+    """The same inputs for 8 examples: under "same" they stay the same, under "different" they do not."""
+    module, inputs = layer.called(settings)
+    inputs = tuple(x.expand(8, *x.shape) for x in inputs)
+
+    def run(randomness: str) -> Tensor:
+        return first(torch.func.vmap(lambda *each: first(module(*each)), randomness=randomness)(*inputs))
+
+    shared, own = run("same"), run("different")
+    if not all(same(each, shared[0]) for each in shared):
         return holds_if(False, 'masks differ under "same"')
-    if torch.equal(own, own[:1].expand_as(own)):
+    if all(same(each, own[0]) for each in own):
         return holds_if(False, 'one mask under "different"')
     return holds_if(True, "same, different")
 
 
-def deepcopied(subject: Subject, settings: Settings) -> Finding:
-    layer = subject.make(settings.p)
-    return _behave_alike(layer, copy.deepcopy(layer), settings)
-
-
-def pickled(subject: Subject, settings: Settings) -> Finding:
-    layer = subject.make(settings.p)
-    return _behave_alike(layer, pickle.loads(pickle.dumps(layer)), settings)
-
-
-def _behave_alike(layer: nn.Module, twin: nn.Module, settings: Settings) -> Finding:
-    x = settings.normal()
-    torch.manual_seed(settings.seed)
-    y = layer(x)
-    torch.manual_seed(settings.seed)
-    if not torch.equal(y, twin(x)):
+def copied(layer: Case, settings: Settings, *, make: Callable[[nn.Module], nn.Module]) -> Finding:
+    module, inputs = layer.called(settings)
+    twin = make(module)
+    if not same(*(under_seed(settings, each, *inputs) for each in (module, twin))):
         return holds_if(False, "another mask for the same seed")
     twin.eval()
-    return holds_if(layer.training, "alike" if layer.training else "shares the original's mode")
+    return holds_if(module.training, "alike" if module.training else "shares the original's mode")
 
 
-def state(subject: Subject, settings: Settings) -> Finding:
-    """A layer has nothing to save: a model's checkpoint loads whether or not it had dropout in that place."""
-    names = list(subject.make(settings.p).state_dict())
+def _pickled(module: nn.Module) -> nn.Module:
+    twin: nn.Module = pickle.loads(pickle.dumps(module))
+    return twin
+
+
+def state(layer: Case, settings: Settings) -> Finding:
+    """A model's checkpoint loads whether or not it had dropout in that place."""
+    names = list(layer.called(settings)[0].state_dict())
     return holds_if(not names, f"holds {', '.join(names)}" if names else "empty")
 
 
+def has_no_parameters(case: Case) -> bool:
+    return not list(case.make(**case.example.arguments).parameters())
+
+
 FAMILY = "transforms"
+law = partial(Law, FAMILY)
 LAWS = [
-    Law(FAMILY, "torch.compile", "compiles without a graph break and keeps the law", compiled),
-    Law(FAMILY, "vmap", "one mask for all examples or one for each, as asked", vmapped),
-    Law(FAMILY, "deepcopy", "a copy has the original's masks and mode", deepcopied),
-    Law(FAMILY, "pickle", "a layer survives pickling with its masks and mode", pickled),
-    Law(FAMILY, "state_dict", "there is nothing in it", state),
+    law("torch.compile", "compiles without a graph break, to what eager code gives", compiled),
+    law("vmap", "one mask for all examples or one for each, as asked", vmapped, is_random),
+    law("deepcopy", "a copy has the original's masks and mode", partial(copied, make=copy.deepcopy)),
+    law("pickle", "a layer survives pickling with its masks and mode", partial(copied, make=_pickled)),
+    law("state_dict", "there is nothing in it", state, has_no_parameters),
 ]

@@ -8,42 +8,30 @@ from thinned.compare.layers import (
     block,
     channels,
     concrete,
-    elementwise,
+    dropout,
+    embedding,
     gaussian,
     layer_drop,
+    locked,
     lstm,
     multi_sample,
     path,
     rdrop,
-    recurrent,
-    schedule,
+    schedules,
     targeted,
     tokens,
     weights,
+    zoneout,
 )
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload, first
+from thinned.compare.layers._entry import Entry
 
-__all__ = ["ENTRIES", "Entry", "Example", "Implementation", "LayerLaw", "Workload", "entry_of", "first"]
+__all__ = ["ENTRIES", "Entry", "entry_of"]
 
-ENTRIES: list[Entry] = [
-    *elementwise.ENTRIES,
-    *channels.ENTRIES,
-    *alpha.ENTRIES,
-    *path.ENTRIES,
-    *tokens.ENTRIES,
-    *attention.ENTRIES,
-    *block.ENTRIES,
-    *recurrent.ENTRIES,
-    *weights.ENTRIES,
-    *lstm.ENTRIES,
-    *gaussian.ENTRIES,
-    *concrete.ENTRIES,
-    *targeted.ENTRIES,
-    *layer_drop.ENTRIES,
-    *multi_sample.ENTRIES,
-    *rdrop.ENTRIES,
-    *schedule.ENTRIES,
-]
+FAMILIES = (
+    *(dropout, channels, alpha, path, tokens, attention, block, locked, embedding, zoneout, weights, lstm),
+    *(gaussian, concrete, targeted, layer_drop, multi_sample, rdrop, schedules),
+)
+ENTRIES: list[Entry] = [entry for family in FAMILIES for entry in family.ENTRIES]
 
 
 def entry_of(name: str) -> Entry:

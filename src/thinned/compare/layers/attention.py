@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from thinned.compare.laws import Finding
+from thinned.compare.implementation import Case, Example, Implementation, Masked, P, normal, ones
 from thinned.compare.laws.chance import binomial_bounds
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if, nothing_wrong
-from thinned.compare.laws.mask import Masked, masked_laws
+from thinned.compare.laws.law import Finding, Law, holds_if, nothing_wrong
 from thinned.compare.laws.values import departure
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.layers._entry import Entry, Workload, for_mask
 from thinned.compare.settings import DTYPES, Settings
 from thinned.layers.attention import DropHead, DropKey
 
@@ -56,7 +53,7 @@ class DropKeyFormula(nn.Module):
 SAMPLES, HEADS = 50_000, 4
 
 
-def share_of_kept(layer: Implementation, settings: Settings) -> Finding:
+def share_of_kept(layer: Case, settings: Settings) -> Finding:
     """Forward and backward, for each number of heads that a sample may have kept."""
     x = settings.normal(1000, HEADS, 2, 3, dtype=torch.float32).requires_grad_()
     upstream = settings.normal(*x.shape, dtype=torch.float32).flip(0)
@@ -76,7 +73,7 @@ def share_of_kept(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(True, "H / kept")
 
 
-def mean_of_kept(layer: Implementation, settings: Settings) -> Finding:
+def mean_of_kept(layer: Case, settings: Settings) -> Finding:
     """Of ones, a sample's mean is 1, or 0 where all of its heads are dropped, which is binomial."""
     p = 0.4
     y = layer.make(p=p)(settings.ones(SAMPLES, HEADS, 1, 1, dtype=torch.float32)).double()
@@ -95,7 +92,7 @@ def _logits(settings: Settings) -> Tensor:
     return settings.normal(2000, 2, 6, 6, dtype=torch.float32)
 
 
-def weights(layer: Implementation, settings: Settings) -> Finding:
+def weights(layer: Case, settings: Settings) -> Finding:
     """Against a softmax over the kept keys alone, for queries that have any."""
     x = _logits(settings)
     y = layer.make(p=0.5)(x)
@@ -106,7 +103,7 @@ def weights(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(close and bool((~kept).any()), "of the kept keys" if close else "others")
 
 
-def no_keys(layer: Implementation, settings: Settings) -> Finding:
+def no_keys(layer: Case, settings: Settings) -> Finding:
     for name, dtype in DTYPES.items():
         weight = layer.make(p=1.0)(_logits(settings)[:10].to(dtype)).softmax(-1)
         if weight.isnan().any():
@@ -116,7 +113,7 @@ def no_keys(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(True, "equal weights")
 
 
-def forbidden_keys(layer: Implementation, settings: Settings) -> Finding:
+def forbidden_keys(layer: Case, settings: Settings) -> Finding:
     """A causal mask of -inf, whose first query has a single key."""
     module, x, causal = layer.make(p=0.5), _logits(settings), CAUSAL.to(settings.device)
     for where, y in {"before": module(x + causal), "after": module(x) + causal}.items():
@@ -128,7 +125,7 @@ def forbidden_keys(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(True, "no weight")
 
 
-def gradient_of_dropped(layer: Implementation, settings: Settings) -> Finding:
+def gradient_of_dropped(layer: Case, settings: Settings) -> Finding:
     x = _logits(settings).requires_grad_()
     y = layer.make(p=0.5)(x)
     upstream = settings.normal(*x.shape, dtype=torch.float32).flip(0)
@@ -137,88 +134,69 @@ def gradient_of_dropped(layer: Implementation, settings: Settings) -> Finding:
     return nothing_wrong(departure(gradient, upstream, kept, 1.0), "that of kept logits")
 
 
-class _ZerosForDropped(nn.Module):
-    """Says "dropped" the way that the laws of a mask understand."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return torch.where(y < -1e10, 0, y)
+def zeros_for_dropped(layer: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = layer(x)
+    return torch.where(y < -1e10, 0, y)
 
 
-def _of_logits(law: LayerLaw) -> LayerLaw:
-    def check(layer: Implementation, settings: Settings) -> Finding:
-        return law.check(Implementation(layer.name, partial(_zeros, layer.make)), settings)
-
-    return LayerLaw(law.family, law.name, law.statement, check)
+def _heads(name: str, statement: str, check: Callable[[Case, Settings], Finding]) -> Law:
+    return Law("heads", name, statement, check)
 
 
-def _zeros(make: Callable[..., nn.Module], **arguments: object) -> nn.Module:
-    return _ZerosForDropped(make(**arguments))
+def _keys(name: str, statement: str, check: Callable[[Case, Settings], Finding]) -> Law:
+    return Law("keys", name, statement, check)
 
 
-def _named(laws: Sequence[LayerLaw], *names: str) -> list[LayerLaw]:
-    return [law for law in laws if law.name in names]
-
-
-def _unscaled(p: float) -> float:  # noqa: ARG001
-    return 1.0
-
-
-_by_kept = masked_laws(Masked((4000, 8, 2, 3), shared=(2, 3)))
-_by_expected = masked_laws(Masked((4000, 8, 2, 3), shared=(2, 3), arguments={"normalize": "expected"}))
-_each_key = masked_laws(Masked((2000, 8, 3, 3), scale=_unscaled))
-_whole_keys = masked_laws(Masked((2000, 8, 3, 3), shared=(1, 2), arguments={"broadcast_dims": (1, 2)}))
-
-HEADS_FAMILY = "heads"
-HEAD_LAWS = (
-    *_named(_by_kept, "rate", "sharing", "independence", "p = 1", "dropped NaN"),
-    *_named(_by_expected, "kept values", "mean, variance", "mask of gradient"),
-    LayerLaw(HEADS_FAMILY, "share of kept", "kept heads and their gradients count H / kept", share_of_kept),
-    LayerLaw(HEADS_FAMILY, "mean of kept", "E[y] = (1 - p^H) x, and a sample's mean is kept", mean_of_kept),
-)
-KEYS_FAMILY = "keys"
-KEY_LAWS = (
-    *map(_of_logits, _named(_each_key, "rate", "independence", "kept values", "mean, variance")),
-    *map(_of_logits, _named(_whole_keys, "sharing")),
-    LayerLaw(KEYS_FAMILY, "weights", "the softmax is that of the kept keys alone", weights),
-    LayerLaw(KEYS_FAMILY, "no keys", "at p = 1 all weights are equal, in each dtype", no_keys),
-    LayerLaw(KEYS_FAMILY, "forbidden keys", "what -inf forbids has no weight", forbidden_keys),
-    LayerLaw(KEYS_FAMILY, "gradient of dropped", "a dropped logit has no gradient", gradient_of_dropped),
-)
-
-
-def _heads(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.randn(3, 4, 5, 6, dtype=dtype),)
-
-
-_example = Example(_heads, {"p": 0.5})
-_workload_arguments = {"p": 0.2}
+_example = Example(normal(3, 4, 5, 6))
 
 ENTRIES = [
     Entry(
         DropHead,
-        functional="drop_head",
         mask="(N, H, 1, 1)",
         source="Zhou et al. 2020, section 3",
         peer=Implementation("formula", DropHeadFormula),
-        laws=(*general_laws(_example), *HEAD_LAWS),
         example=_example,
-        workload=Workload(
-            lambda: (torch.ones(16, 16, 64, 64),), _workload_arguments, broadcast=(16, 16, 1, 1)
-        ),
+        workload=Workload(ones(16, 16, 64, 64)),
+        masked=Masked((4000, 8, 2, 3), shared=(2, 3), arguments={"normalize": "expected"}),
+        special=[
+            *for_mask(
+                _example,
+                Masked((4000, 8, 2, 3), shared=(2, 3)),
+                "by kept",
+                *(f"drop rate at p = {P}", "sharing", "neighbours", "calls", "p = 1", "dropped NaN or inf"),
+            ),
+            _heads("share of kept", "kept heads and their gradients count H / kept", share_of_kept),
+            _heads("mean of kept", "E[y] = (1 - p^H) x, and a sample's mean is kept", mean_of_kept),
+        ],
     ),
     Entry(
         DropKey,
-        functional="drop_key",
         mask="(N, H, L_q, L_k), or 1 along broadcast_dims",
         source="Li et al. 2023, section 3",
         peer=Implementation("formula", DropKeyFormula),
-        laws=(*general_laws(_example), *KEY_LAWS),
         example=_example,
-        workload=Workload(lambda: (torch.ones(16, 4, 128, 128),), _workload_arguments),
+        workload=Workload(ones(16, 4, 128, 128)),
+        masked=Masked((2000, 8, 3, 3), scale=lambda _: 1.0, through=zeros_for_dropped),
+        exempt={
+            "complex": "logits are real",
+            "dropped NaN or inf": "the softmax of a query with a NaN is NaN, whatever is dropped",
+        },
+        special=[
+            *for_mask(
+                _example,
+                Masked(
+                    (2000, 8, 3, 3),
+                    shared=(1, 2),
+                    arguments={"broadcast_dims": (1, 2)},
+                    through=zeros_for_dropped,
+                ),
+                "whole keys",
+                "sharing",
+            ),
+            _keys("weights", "the softmax is that of the kept keys alone", weights),
+            _keys("no keys", "at p = 1 all weights are equal, in each dtype", no_keys),
+            _keys("forbidden keys", "what -inf forbids has no weight", forbidden_keys),
+            _keys("gradient of dropped", "a dropped logit has no gradient", gradient_of_dropped),
+        ],
     ),
 ]

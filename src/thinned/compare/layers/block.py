@@ -13,7 +13,7 @@ from scipy import optimize, stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thinned.compare.laws import Finding
+from thinned.compare.implementation import Case, Example, Implementation, Masked, P, normal, ones
 from thinned.compare.laws.chance import (
     DEVIATIONS,
     FALSE_ALARM,
@@ -21,18 +21,15 @@ from thinned.compare.laws.chance import (
     elements_to_show,
     strongest,
 )
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if, nothing_wrong
-from thinned.compare.laws.mask import Masked, masked_laws
-from thinned.compare.laws.values import TOLERANCE_ULP, departure, scale_of, ulps_off
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
-from thinned.compare.layers.peers import from_library
+from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.laws.values import TOLERANCE_ULP, scale_of, ulps_off
+from thinned.compare.layers._entry import Entry, Workload
+from thinned.compare.layers._peers import from_library
 from thinned.compare.settings import Settings
 from thinned.layers.block import DropBlock1d, DropBlock2d, DropBlock3d
 
 __all__ = ["ENTRIES", "Blocks"]
 
-P = 0.3
 RATE_BIAS = 0.02
 CHANNELS = 64
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -91,7 +88,7 @@ def _torchvision(layer: Any) -> Callable[..., nn.Module]:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The law of one mask, from which seeds lie under which blocks: none of the layer's own arithmetic.
+    """The law of one mask, computed from which seeds lie under which blocks.
 
     Attributes:
         sizes: of the map.
@@ -126,12 +123,12 @@ class Blocks:
 
     @cached_property
     def variance(self) -> float:
-        """Of the dropped share of one mask: two positions are both kept if no seed of either's is set."""
+        """That of the dropped share of one mask: two positions are kept if no seed of either is set."""
         n = self.cover.sum(1)
         either = n[:, None] + n - self.cover @ self.cover.T
         return float((self.seedless**either).mean()) - (1 - self.p) ** 2
 
-    def drops(self, layer: Implementation, masks: int, settings: Settings, **arguments: Any) -> Tensor:
+    def drops(self, layer: Case, masks: int, settings: Settings, **arguments: Any) -> Tensor:
         """True where dropped, for at least so many masks: of shape ``(samples, channels, *sizes)``."""
         module = layer.make(p=self.p, block_size=self.block, **arguments)
         rows = max(2, 2**20 // (CHANNELS * math.prod(self.sizes)))
@@ -142,7 +139,7 @@ class Blocks:
         return y == 0
 
 
-def rate(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+def rate(layer: Case, settings: Settings, *, blocks: Blocks) -> Finding:
     """The mean over masks of the dropped share, whose variance is that of the law, so that 2 % off shows."""
     masks = elements_to_show(RATE_BIAS, math.sqrt(blocks.variance) / blocks.p)
     share = blocks.drops(layer, masks, settings).flatten(2).double().mean(2)
@@ -153,7 +150,7 @@ def rate(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Findin
     return holds_if(holds, measured if holds else beyond, masks=share.numel(), rate=mean, bound=bound)
 
 
-def positions(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+def positions(layer: Case, settings: Settings, *, blocks: Blocks) -> Finding:
     """At each position, the number of masks that drop it is binomial."""
     drops = blocks.drops(layer, 50_000, settings).flatten(0, 1)
     counts = drops.sum(0).flatten().tolist()
@@ -164,7 +161,7 @@ def positions(layer: Implementation, settings: Settings, *, blocks: Blocks) -> F
     return holds_if(unlikely[worst] * len(counts) >= FALSE_ALARM, measured, pvalue=unlikely[worst])
 
 
-def union(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+def union(layer: Case, settings: Settings, *, blocks: Blocks) -> Finding:
     """Every dropped position lies in a whole dropped block: exact, for each mask."""
     dropped = blocks.drops(layer, 1000, settings).flatten(0, 1)[:, None].float()
     dims = len(blocks.sizes)
@@ -176,7 +173,7 @@ def union(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Findi
     return holds_if(outside == 0 and bool(dropped.any()), f"{outside} of {int(dropped.sum())} outside")
 
 
-def independence(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+def independence(layer: Case, settings: Settings, *, blocks: Blocks) -> Finding:
     """One position of each mask: channels, samples and calls; and two positions a block apart."""
     one, two = (blocks.drops(layer, 30_000, settings).flatten(2) for _ in range(2))
     middle = one[..., one.shape[2] // 2]
@@ -191,13 +188,13 @@ def independence(layer: Implementation, settings: Settings, *, blocks: Blocks) -
     return strongest(found)
 
 
-def coupled(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+def coupled(layer: Case, settings: Settings, *, blocks: Blocks) -> Finding:
     drops = blocks.drops(layer, 1000, settings, couple_channels=True)
     same = bool((drops == drops[:, :1]).all())
     return holds_if(same and not bool((drops == drops[:1]).all()), "one mask" if same else "masks differ")
 
 
-def own_scale(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
+def own_scale(layer: Case, settings: Settings, *, blocks: Blocks) -> Finding:
     """The scale of each sample is 1/(1-p), or 1 over the share that is kept of that sample."""
     x = settings.normal(16, 8, *blocks.sizes, dtype=torch.float32)
     y = layer.make(p=blocks.p, block_size=blocks.block)(x)
@@ -211,23 +208,12 @@ def own_scale(layer: Implementation, settings: Settings, *, blocks: Blocks) -> F
     return holds_if(True, f"{scale_of(y, x):.4f}")
 
 
-def own_mask(layer: Implementation, settings: Settings, *, blocks: Blocks) -> Finding:
-    """dL/dx = dL/dy * mask * scale."""
-    x = settings.normal(16, 8, *blocks.sizes, dtype=torch.float32).requires_grad_()
-    upstream = x.detach().flip(0)
-    y = layer.make(p=blocks.p, block_size=blocks.block)(x)
-    (downstream,) = torch.autograd.grad(y, x, upstream)
-    scale = scale_of(y.detach(), x.detach())
-    return nothing_wrong(departure(downstream, upstream, y != 0, scale), "forward's mask")
-
-
 FAMILY = "blocks"
 
 
-def _laws(sizes: tuple[int, ...], example: Example) -> tuple[LayerLaw, ...]:
+def _laws(sizes: tuple[int, ...]) -> list[Law]:
     odd, even = Blocks(sizes, 3), Blocks(sizes, 4)
     wide = Blocks(tuple(range(3, 3 + len(sizes))), 7)
-    plain = masked_laws(Masked((8, 16, *sizes), arguments={"block_size": 3}))
     exact = f"the expected share of dropped positions is p = {P}"
     statements: list[tuple[str, str, Callable[..., Finding], Blocks]] = [
         ("rate", exact, rate, odd),
@@ -240,20 +226,17 @@ def _laws(sizes: tuple[int, ...], example: Example) -> tuple[LayerLaw, ...]:
         ("independence", "of channels, samples, calls and positions a block apart", independence, odd),
         ("coupled channels", "couple_channels gives each sample one mask", coupled, odd),
         ("scale", "a sample's scale depends on no other sample", own_scale, odd),
-        ("mask of gradient", "backward has the forward's mask and scale", own_mask, odd),
     ]
-    return (
-        *general_laws(example),
-        *(
-            LayerLaw(FAMILY, name, statement, partial(check, blocks=blocks))
-            for name, statement, check, blocks in statements
-        ),
-        *(law for law in plain if law.name in ("p = 1", "dropped NaN")),
-    )
+    return [
+        Law(FAMILY, name, statement, partial(check, blocks=blocks))
+        for name, statement, check, blocks in statements
+    ]
 
 
-def _example(*sizes: int) -> Example:
-    return Example(lambda dtype: (torch.randn(3, 4, *sizes, dtype=dtype),), {"p": 0.5, "block_size": 3})
+IN_BLOCKS = (
+    *(f"drop rate at p = {P}", "mean, variance", "neighbours", "lags", "rows", "counts", "calls"),
+    "contents",
+)
 
 
 def _entry(
@@ -264,16 +247,16 @@ def _entry(
     workload: tuple[int, ...],
     source: str = "",
 ) -> Entry:
-    example = _example(*sizes)
     return Entry(
         layer,
-        functional=f"drop_block{len(sizes)}d",
         mask=f"(N, C, {shape}), or (N, 1, {shape})",
         source=f"Ghiasi et al. 2018, sections 3 and 3.1{source}",
         peer=peer,
-        laws=_laws(sizes, example),
-        example=example,
-        workload=Workload(lambda: (torch.ones(workload),), {"p": 0.1, "block_size": 7}),
+        example=Example(normal(3, 4, *sizes), {"p": 0.5, "block_size": 3}),
+        workload=Workload(ones(*workload), {"p": 0.1, "block_size": 7}),
+        masked=Masked((8, 16, *sizes), arguments={"block_size": 3}),
+        special=_laws(sizes),
+        exempt=dict.fromkeys(IN_BLOCKS, "a block drops neighbours together, as the laws of blocks say"),
     )
 
 

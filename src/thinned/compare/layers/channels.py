@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from thinned.compare.laws import Finding
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if
-from thinned.compare.laws.mask import Masked, masked_laws
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
-from thinned.compare.layers.peers import from_torch
+from thinned.compare.implementation import Case, Example, Masked, normal, ones
+from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.laws.seed import under_seed
+from thinned.compare.layers._entry import Entry, Workload
+from thinned.compare.layers._peers import from_torch
 from thinned.compare.settings import Settings
 from thinned.layers.channels import Dropout1d, Dropout2d, Dropout3d
 
@@ -24,17 +23,17 @@ FAMILY = "channels"
 SPATIAL = ("L", "H, W", "D, H, W")
 
 
-def batch_of_one(layer: Implementation, settings: Settings, shape: tuple[int, ...]) -> Finding:
-    """What a sample without a batch dimension becomes, against the same sample as a batch."""
+def batch_of_one(layer: Case, settings: Settings, shape: tuple[int, ...]) -> Finding:
+    """A sample without a batch dimension, against the same sample as a batch."""
     module, x = layer.make(p=0.5), settings.normal(*shape, dtype=torch.float32)
-    alone = _under_seed(module, x, settings)
-    batched = _under_seed(module, x.unsqueeze(0), settings)
+    alone = under_seed(settings, module, x)
+    batched = under_seed(settings, module, x.unsqueeze(0))
     same = alone.shape == x.shape and torch.equal(alone, batched.squeeze(0))
     return holds_if(same, "the same mask" if same else "another mask")
 
 
-def three_dimensions(layer: Implementation, settings: Settings) -> Finding:
-    """Of Dropout2d: ``(N, C, L)`` for now, with a warning, as in PyTorch."""
+def three_dimensions(layer: Case, settings: Settings) -> Finding:
+    """Dropout2d reads ``(N, C, L)`` for now, with a warning, as PyTorch does."""
     x = torch.ones(50, 40, 3, device=settings.device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -50,22 +49,16 @@ def three_dimensions(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(not wrong, ", ".join(wrong) or "(N, C, L)")
 
 
-def channels_last(layer: Implementation, settings: Settings, shape: tuple[int, ...]) -> Finding:
-    """The memory format changes neither the mask nor itself, in the output and in the gradient."""
+def same_in_channels_last(layer: Case, settings: Settings, shape: tuple[int, ...]) -> Finding:
+    """As for a contiguous tensor."""
     memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     module, x = layer.make(p=0.5), settings.normal(*shape, dtype=torch.float32)
-    last = x.to(memory_format=memory_format).requires_grad_()
-    y = _under_seed(module, last, settings)
-    (gradient,) = torch.autograd.grad(y, last, torch.ones_like(y))
-    wrong = [
-        *([] if torch.equal(y, _under_seed(module, x, settings)) else ["another mask"]),
-        *([] if y.is_contiguous(memory_format=memory_format) else ["output in another format"]),
-        *([] if gradient.is_contiguous(memory_format=memory_format) else ["gradient in another format"]),
-    ]
-    return holds_if(not wrong, ", ".join(wrong) or "kept")
+    y = under_seed(settings, module, x.to(memory_format=memory_format))
+    same = torch.equal(y, under_seed(settings, module, x))
+    return holds_if(same, "the same mask" if same else "another mask")
 
 
-def ranks(layer: Implementation, settings: Settings, wrong: Sequence[int], word: str) -> Finding:
+def ranks(layer: Case, settings: Settings, wrong: Sequence[int], word: str) -> Finding:
     """Another number of dimensions is refused or, where it was allowed before, deprecated."""
     module, quiet = layer.make(p=0.5), []
     for dims in wrong:
@@ -80,14 +73,8 @@ def ranks(layer: Implementation, settings: Settings, wrong: Sequence[int], word:
     return holds_if(not quiet, f"accepts {quiet} dimensions" if quiet else f"says {word!r}")
 
 
-def _under_seed(module: nn.Module, x: Tensor, settings: Settings) -> Tensor:
-    torch.manual_seed(settings.seed)
-    y: Tensor = module(x)
-    return y
-
-
-def _laws(spatial: int) -> list[LayerLaw]:
-    law = partial(LayerLaw, FAMILY)
+def _laws(spatial: int) -> list[Law]:
+    law = partial(Law, FAMILY)
     if spatial == 1:
         fate, word, wrong = "refused", "Expected 2D or 3D input", (1, 4)
     else:
@@ -106,32 +93,22 @@ def _laws(spatial: int) -> list[LayerLaw]:
         statement = "a sample without a batch dimension has the mask of a batch of one"
         laws.append(law("batch of one", statement, partial(batch_of_one, shape=shape)))
     if spatial > 1:
-        statement = "the mask is that of a contiguous tensor; output and gradient keep the format"
-        laws.append(law("channels_last", statement, partial(channels_last, shape=(8, 25, *(3,) * spatial))))
+        statement = "the mask is that of a contiguous tensor"
+        check = partial(same_in_channels_last, shape=(8, 25, *(3,) * spatial))
+        laws.append(law("mask of channels_last", statement, check))
     return laws
 
 
 def _entry(layer: type[nn.Module], peer: type[nn.Module], spatial: int, pixels: tuple[int, ...]) -> Entry:
-    def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (torch.randn(4, 5, *(3,) * (spatial - 1), 8, dtype=dtype),)
-
-    example = Example(inputs, {"p": 0.5})
-    shared = tuple(range(2, 2 + spatial))
     return Entry(
         layer,
-        functional=layer.__name__.lower(),
         mask=f"(N, C, {', '.join('1' * spatial)}) for (N, C, {SPATIAL[spatial - 1]})",
         source="Tompson et al. 2015, section 3.2; PyTorch",
         peer=from_torch(peer),
-        laws=(
-            *general_laws(example),
-            *masked_laws(Masked((200, 100, *(2,) * spatial), shared=shared)),
-            *_laws(spatial),
-        ),
-        example=example,
-        workload=Workload(
-            lambda: (torch.ones(16, 64, *pixels),), {"p": 0.2}, broadcast=(16, 64, *(1,) * spatial)
-        ),
+        example=Example(normal(4, 5, *(3,) * (spatial - 1), 8)),
+        workload=Workload(ones(16, 64, *pixels)),
+        masked=Masked((200, 100, *(2,) * spatial), shared=tuple(range(2, 2 + spatial))),
+        special=_laws(spatial),
     )
 
 

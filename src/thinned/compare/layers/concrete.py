@@ -7,12 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from thinned.compare.laws import Finding
-from thinned.compare.laws.chance import associate, binomial_bounds, disjoint_pairs, strongest
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if
+from thinned.compare.implementation import Case, Example, Implementation, first, normal, ones
+from thinned.compare.laws.chance import associate, binomial_bounds, neighbouring, strongest
+from thinned.compare.laws.law import Finding, Law, holds_if
 from thinned.compare.laws.learned import parameter_gradient
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload, first
+from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import DTYPES, Settings
 from thinned.layers.concrete import ConcreteDropout
 
@@ -40,7 +39,7 @@ class ConcreteDropoutFormula(nn.Module):
         return x * (1 - torch.sigmoid(logit / self.temperature)) / (1 - p)
 
 
-def distribution(layer: Implementation, settings: Settings) -> Finding:
+def distribution(layer: Case, settings: Settings) -> Finding:
     """P(z <= c) = sigmoid(t logit(c) - logit(p)), each count within its binomial bounds.
 
     At c = 1/2 that is 1 - p, whatever the temperature.
@@ -55,7 +54,7 @@ def distribution(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(True, "the Concrete law")
 
 
-def cold(layer: Implementation, settings: Settings) -> Finding:
+def cold(layer: Case, settings: Settings) -> Finding:
     """At t = 0.001 the mask is binary but for 1 in 100, and drops Binomial(N, p) elements."""
     z = _masks(layer, settings, temperature=0.001)
     dropped, between = int((z > 0.5).sum()), int(((z > 0.01) & (z < 0.99)).sum())
@@ -64,22 +63,19 @@ def cold(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(holds, f"{dropped / z.numel():.4f} dropped", rate=dropped / z.numel())
 
 
-def independence(layer: Implementation, settings: Settings) -> Finding:
-    """What neighbours and two calls drop."""
+def independence(layer: Case, settings: Settings) -> Finding:
+    """The decisions of neighbours and of two calls."""
     one, other = (_masks(layer, settings) > 0.5 for _ in range(2))
-    found = [associate(one.flatten(), other.flatten(), "two calls")]
-    for dim in range(one.dim()):
-        found += [associate(*pair, f"dimension {dim}") for pair in disjoint_pairs(one.movedim(dim, 0), lag=1)]
-    return strongest(found)
+    return strongest([associate(one, other, "two calls"), *neighbouring(one)])
 
 
-def gradient_of_p(layer: Implementation, settings: Settings) -> Finding:
+def gradient_of_p(layer: Case, settings: Settings) -> Finding:
     return parameter_gradient(
         layer, settings, name="p_logit", arguments={"p": P, "temperature": 0.5}, rows=ROWS
     )
 
 
-def extremes(layer: Implementation, settings: Settings) -> Finding:
+def extremes(layer: Case, settings: Settings) -> Finding:
     """Values and gradients are finite in every dtype, with p as near to 0 and 1 as training may bring it."""
     wrong = []
     for name, dtype in DTYPES.items():
@@ -94,7 +90,7 @@ def extremes(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(not wrong, ", ".join(wrong) or "finite")
 
 
-def _masks(layer: Implementation, settings: Settings, temperature: float = TEMPERATURE) -> Tensor:
+def _masks(layer: Case, settings: Settings, temperature: float = TEMPERATURE) -> Tensor:
     """``z``, of ones."""
     module = layer.make(p=P, temperature=temperature).to(settings.device)
     y = first(module(settings.ones(ROWS, COLUMNS, dtype=torch.float32))).detach()
@@ -109,31 +105,22 @@ def _logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def _rows(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.randn(6, 20, dtype=dtype),)
-
-
 FAMILY = "noise"
-_example = Example(_rows, {"p": 0.5}, p_name="")
 
 ENTRIES = [
     Entry(
         ConcreteDropout,
-        functional="concrete_dropout",
         mask="the input's, almost binary",
         source="Gal, Hron and Kendall 2017, section 3",
         peer=Implementation("formula", ConcreteDropoutFormula),
-        laws=(
-            *general_laws(_example),
-            LayerLaw(FAMILY, "distribution", "P(z <= c) = sigmoid(t logit(c) - logit(p))", distribution),
-            LayerLaw(FAMILY, "t near 0", "the mask is binary, and p of it dropped", cold),
-            LayerLaw(FAMILY, "independence", "neighbours and calls are independent", independence),
-            LayerLaw(
-                FAMILY, "gradient of p", "that of logit(p) is that of finite differences", gradient_of_p
-            ),
-            LayerLaw(FAMILY, "extremes", "finite for p near 0 and 1, in every dtype", extremes),
-        ),
-        example=_example,
-        workload=Workload(lambda: (torch.ones(1_000_000),), {"p": 0.2}),
+        example=Example(normal(6, 20), p_name=""),
+        workload=Workload(ones(1_000_000)),
+        special=[
+            Law(FAMILY, "distribution", "P(z <= c) = sigmoid(t logit(c) - logit(p))", distribution),
+            Law(FAMILY, "t near 0", "the mask is binary, and p of it dropped", cold),
+            Law(FAMILY, "independence", "neighbours and calls are independent", independence),
+            Law(FAMILY, "gradient of p", "that of logit(p) is that of finite differences", gradient_of_p),
+            Law(FAMILY, "extremes", "finite for p near 0 and 1, in every dtype", extremes),
+        ],
     ),
 ]

@@ -13,15 +13,13 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor, nn
 
-from thinned.compare.laws import Finding
-from thinned.compare.laws.chance import DEVIATIONS, FALSE_ALARM, associate, disjoint_pairs, strongest
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if, nothing_wrong
+from thinned.compare.implementation import Case, Example, Implementation, NotOfferedError, first, normal, ones
+from thinned.compare.laws.chance import DEVIATIONS, FALSE_ALARM, associate, neighbouring, strongest
+from thinned.compare.laws.law import Finding, Law, holds_if, nothing_wrong
 from thinned.compare.laws.learned import parameter_gradient
 from thinned.compare.laws.values import departure
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload, first
+from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import NotOfferedError
 from thinned.layers.gaussian import GaussianDropout, VariationalDropout
 
 __all__ = ["ENTRIES"]
@@ -67,14 +65,14 @@ class Normal:
         p: float = self.arguments["p"]
         return math.sqrt(p / (1 - p))
 
-    def factors(self, layer: Implementation, settings: Settings) -> Tensor:
+    def factors(self, layer: Case, settings: Settings) -> Tensor:
         ones = settings.ones(ROWS, COLUMNS, dtype=torch.float32)
         return first(layer.make(**self.arguments).to(settings.device)(ones)).detach()
 
 
-def moments(layer: Implementation, settings: Settings, normal: Normal) -> Finding:
+def moments(layer: Case, settings: Settings, noise: Normal) -> Finding:
     """A normal sample's mean and variance have the variances s²/N and 2 s⁴/N."""
-    y, variance = normal.factors(layer, settings).double(), normal.sigma**2
+    y, variance = noise.factors(layer, settings).double(), noise.sigma**2
     mean, spread = float(y.mean()), float(y.var())
     holds = abs(mean - 1) <= DEVIATIONS * math.sqrt(variance / y.numel()) and abs(
         spread - variance
@@ -85,33 +83,30 @@ def moments(layer: Implementation, settings: Settings, normal: Normal) -> Findin
     )
 
 
-def distribution(layer: Implementation, settings: Settings, normal: Normal) -> Finding:
+def distribution(layer: Case, settings: Settings, noise: Normal) -> Finding:
     """Kolmogorov and Smirnov's test of all of it."""
-    y = normal.factors(layer, settings).double().flatten().cpu().numpy()
-    found = stats.kstest(y, stats.norm(1, normal.sigma).cdf)
+    y = noise.factors(layer, settings).double().flatten().cpu().numpy()
+    found = stats.kstest(y, stats.norm(1, noise.sigma).cdf)
     measured = f"D = {found.statistic:.4f}"
     return holds_if(bool(found.pvalue >= FALSE_ALARM), measured, statistic=float(found.statistic))
 
 
-def independence(layer: Implementation, settings: Settings, normal: Normal) -> Finding:
-    """Which side of 1 neighbours are on, and the noise of two calls."""
-    one, other = (normal.factors(layer, settings) < 1 for _ in range(2))
-    found = [associate(one.flatten(), other.flatten(), "two calls")]
-    for dim in range(one.dim()):
-        found += [associate(*pair, f"dimension {dim}") for pair in disjoint_pairs(one.movedim(dim, 0), lag=1)]
-    return strongest(found)
+def independence(layer: Case, settings: Settings, noise: Normal) -> Finding:
+    """The sides of 1 on which neighbours and two calls are."""
+    one, other = (noise.factors(layer, settings) < 1 for _ in range(2))
+    return strongest([associate(one, other, "two calls"), *neighbouring(one)])
 
 
-def own_noise(layer: Implementation, settings: Settings, normal: Normal) -> Finding:
+def own_noise(layer: Case, settings: Settings, noise: Normal) -> Finding:
     """At x = 1 the output is the factor, and so is dL/dx over dL/dy."""
     x = settings.ones(ROWS, dtype=torch.float32).requires_grad_()
     upstream = settings.normal(ROWS, dtype=torch.float32)
-    y = first(layer.make(**normal.arguments).to(settings.device)(x))
+    y = first(layer.make(**noise.arguments).to(settings.device)(x))
     (downstream,) = torch.autograd.grad(y, x, upstream)
     return nothing_wrong(departure(downstream, upstream * y.detach(), scale=1.0), "forward's noise")
 
 
-def infinite_variance(layer: Implementation, settings: Settings) -> Finding:
+def infinite_variance(layer: Case, settings: Settings) -> Finding:
     try:
         y = first(layer.make(p=1.0)(settings.ones(10, dtype=torch.float32)))
     except ValueError:
@@ -121,11 +116,11 @@ def infinite_variance(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(False, f"gives {float(y.flatten()[0])}")
 
 
-def gradient_of_alpha(layer: Implementation, settings: Settings, normal: Normal) -> Finding:
-    return parameter_gradient(layer, settings, name="log_alpha", arguments=normal.arguments, rows=ROWS)
+def gradient_of_alpha(layer: Case, settings: Settings, noise: Normal) -> Finding:
+    return parameter_gradient(layer, settings, name="log_alpha", arguments=noise.arguments, rows=ROWS)
 
 
-def bound_of_alpha(layer: Implementation, settings: Settings) -> Finding:
+def bound_of_alpha(layer: Case, settings: Settings) -> Finding:
     """A step too far: the noise keeps variance 1, and the loss can still bring alpha back."""
     module = layer.make(p=0.4).to(settings.device)
     parameter = module.get_parameter("log_alpha")
@@ -139,7 +134,7 @@ def bound_of_alpha(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(back, "held, and goes back" if back else "held, and stays")
 
 
-def divergence(layer: Implementation, settings: Settings) -> Finding:
+def divergence(layer: Case, settings: Settings) -> Finding:
     """Against the integral of the log-uniform prior; both are known up to a constant, hence the range."""
     errors = []
     for p in (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5):
@@ -167,7 +162,7 @@ def true_divergence(alpha: float) -> float:
 FAMILY = "noise"
 
 
-def normal_laws(normal: Normal) -> tuple[LayerLaw, ...]:
+def normal_laws(noise: Normal) -> tuple[Law, ...]:
     checks: dict[str, tuple[str, Callable[..., Finding]]] = {
         "mean, variance": ("of ones: 1 and p/(1-p)", moments),
         "distribution": ("of ones: normal, by Kolmogorov and Smirnov's test", distribution),
@@ -175,53 +170,41 @@ def normal_laws(normal: Normal) -> tuple[LayerLaw, ...]:
         "noise of gradient": ("backward has the forward's noise", own_noise),
     }
     return tuple(
-        LayerLaw(FAMILY, name, statement, partial(check, normal=normal))
+        Law(FAMILY, name, statement, partial(check, noise=noise))
         for name, (statement, check) in checks.items()
     )
 
 
-def _rows(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.randn(6, 20, dtype=dtype),)
-
-
-_gaussian = Example(_rows, {"p": 0.5})
-_variational = Example(_rows, {"p": 0.4, "num_features": 20}, p_name="")
-_workload = Workload(lambda: (torch.ones(1_000_000),), {"p": 0.2})
-
 ENTRIES = [
     Entry(
         GaussianDropout,
-        functional="gaussian_dropout",
         mask="the input's, of normal numbers",
         source="Srivastava et al. 2014, section 10; Keras",
         peer=Implementation("formula", GaussianDropoutFormula),
-        laws=(
-            *general_laws(_gaussian),
+        example=Example(normal(6, 20)),
+        workload=Workload(ones(1_000_000)),
+        special=[
             *normal_laws(Normal({"p": 0.3})),
-            LayerLaw(FAMILY, "p = 1", "ValueError: the variance p/(1-p) is infinite", infinite_variance),
-        ),
-        example=_gaussian,
-        workload=_workload,
+            Law(FAMILY, "p = 1", "ValueError: the variance p/(1-p) is infinite", infinite_variance),
+        ],
     ),
     Entry(
         VariationalDropout,
-        functional="variational_dropout",
         mask="the input's, of normal numbers",
         source="Kingma, Salimans and Welling 2015, sections 3.1 to 3.3",
         peer=Implementation("formula", VariationalDropoutFormula),
-        laws=(
-            *general_laws(_variational),
+        example=Example(normal(6, 20), {"p": 0.4, "num_features": 20}, p_name=""),
+        workload=Workload(ones(1_000_000)),
+        special=[
             *normal_laws(Normal({"p": 0.3})),
-            LayerLaw(
+            Law(
                 FAMILY,
                 "gradient of alpha",
                 "that of log(alpha) is that of finite differences",
-                partial(gradient_of_alpha, normal=Normal({"p": 0.3})),
+                partial(gradient_of_alpha, noise=Normal({"p": 0.3})),
             ),
-            LayerLaw(FAMILY, "bound of alpha", "alpha stays at 1, and can come back", bound_of_alpha),
-            LayerLaw(FAMILY, "divergence", "within 0.04 nats of the integral, for alpha up to 1", divergence),
-        ),
-        example=_variational,
-        workload=_workload,
+            Law(FAMILY, "bound of alpha", "alpha stays at 1, and can come back", bound_of_alpha),
+            Law(FAMILY, "divergence", "within 0.04 nats of the integral, for alpha up to 1", divergence),
+        ],
     ),
 ]

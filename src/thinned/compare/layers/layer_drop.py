@@ -10,11 +10,10 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from thinned.compare.laws import Finding
-from thinned.compare.laws.chance import associate, binomial_bounds, elements_to_show, strongest
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.implementation import Case, Example, Implementation, P, normal, ones
+from thinned.compare.laws.chance import associate, elements_to_show, strongest, within_binomial
+from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
 from thinned.layers.layer_drop import LayerDrop
 
@@ -65,11 +64,11 @@ def _make(stack: type[nn.ModuleList], p: float, plus: int = 0, bent: int = 0) ->
     return stack(layers, p=p)  # type: ignore[call-arg]
 
 
-P, DEPTH = 0.3, 40
+DEPTH = 40
 RATE_BIAS = 0.05
 
 
-def _passes(layer: Implementation, settings: Settings, p: float, passes: int) -> Tensor:
+def _passes(layer: Case, settings: Settings, p: float, passes: int) -> Tensor:
     """True where a layer ran, of shape (passes, DEPTH); raises if an output is no sum of some layers."""
     module = layer.make(p=p, plus=DEPTH)
     x = torch.zeros((), dtype=torch.float64, device=settings.device)
@@ -80,15 +79,13 @@ def _passes(layer: Implementation, settings: Settings, p: float, passes: int) ->
     return bits == 1
 
 
-def rate(layer: Implementation, settings: Settings) -> Finding:
+def rate(layer: Case, settings: Settings) -> Finding:
     n = elements_to_show(RATE_BIAS, math.sqrt((1 - P) / P))
     ran = _passes(layer, settings, P, math.ceil(n / DEPTH))
-    skipped, n = int((~ran).sum()), ran.numel()
-    low, high = binomial_bounds(n, P)
-    return holds_if(low <= skipped <= high, f"{skipped / n:#.4g}", rate=skipped / n)
+    return within_binomial(int((~ran).sum()), ran.numel(), P)
 
 
-def independence(layer: Implementation, settings: Settings) -> Finding:
+def independence(layer: Case, settings: Settings) -> Finding:
     ran = _passes(layer, settings, P, 2000)
     found = [associate(ran[::2].flatten(), ran[1::2].flatten(), "two passes")]
     found += [
@@ -98,21 +95,21 @@ def independence(layer: Implementation, settings: Settings) -> Finding:
     return strongest(found)
 
 
-def evaluation(layer: Implementation, settings: Settings) -> Finding:
+def evaluation(layer: Case, settings: Settings) -> Finding:
     x = torch.zeros((), dtype=torch.float64, device=settings.device)
     module = layer.make(p=P, plus=DEPTH).eval()
     y = float(module(x))
     return holds_if(y == 2**DEPTH - 1, "all layers" if y == 2**DEPTH - 1 else f"sum {y}")
 
 
-def all_left_out(layer: Implementation, settings: Settings) -> Finding:
+def all_left_out(layer: Case, settings: Settings) -> Finding:
     x = torch.zeros(3, device=settings.device)
     same = layer.make(p=1.0, plus=5)(x) is x
     return holds_if(same, "the input" if same else "another")
 
 
-def container(layer: Implementation, settings: Settings) -> Finding:
-    """Of 40 layers at p = 0.3 an iteration that leaves out some shows in all but 6e-7 of cases."""
+def container(layer: Case, settings: Settings) -> Finding:
+    """With 40 layers at p = 0.3 an iteration that leaves out some shows in all but 6e-7 of cases."""
     torch.manual_seed(settings.seed)
     module = layer.make(p=P, plus=DEPTH)
     seen = len(list(module.children())), len(list(iter(module)))  # type: ignore[call-overload]
@@ -120,34 +117,32 @@ def container(layer: Implementation, settings: Settings) -> Finding:
 
 
 FAMILY = "layers"
-_law = partial(LayerLaw, FAMILY)
-_example = Example(
-    lambda dtype: (torch.randn(6, 5, dtype=dtype),),
-    {"p": 0.5, "bent": 5},
-    identity_in_evaluation=False,
-    saved_bytes=2 * 5 * 4,  # what five layers keep themselves
-)
+_law = partial(Law, FAMILY)
 
 ENTRIES = [
     Entry(
         LayerDrop,
-        functional="keep_mask",
         mask="(layers,)",
         source="Fan et al. 2020, section 3; fairseq",
         peer=Implementation(
             "formula", partial(_make, LayerDropFormula), "the loop over LayerDropModuleList of fairseq"
         ),
-        laws=(
-            *general_laws(_example),
+        example=Example(
+            normal(6, 5),
+            {"p": 0.5, "bent": 5},
+            identity_in_evaluation=False,
+            saved_bytes=2 * 5 * 4,  # what five layers keep themselves
+        ),
+        # At such a p both run the same layers, so that only the deciding differs.
+        workload=Workload(ones(64, 128), {"p": 1e-6, "plus": 64}),
+        special=[
             _law("rate", f"the number of layers left out is binomial with p = {P}; nothing is scaled", rate),
             _law("independence", "layers and passes are independent of each other", independence),
             _law("evaluation", "all layers run", evaluation),
             _law("p = 1", "the input itself comes back", all_left_out),
             _law("iteration", "as a ModuleList, iteration sees all layers", container),
-        ),
-        example=_example,
-        # At such a p both run the same layers, so that what is compared is the deciding.
-        workload=Workload(lambda: (torch.ones(64, 128),), {"p": 1e-6, "plus": 64}),
+        ],
         make=partial(_make, LayerDrop),
+        functional="keep_mask",
     ),
 ]

@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinned.compare.laws import Finding
+from thinned.compare.implementation import Case, Example, Implementation, normal, ones
 from thinned.compare.laws.chance import binomial_bounds
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
 from thinned.layers.lstm import VariationalLSTM
 
@@ -59,7 +58,7 @@ class VariationalLSTMFormula(nn.LSTM):
         return output * self._mask(output[:1], "output"), (h[None], c[None])
 
 
-def _make(layer: Implementation, **probabilities: float) -> nn.Module:
+def _make(layer: Case, **probabilities: float) -> nn.Module:
     return layer.make(input_size=INPUTS, hidden_size=UNITS, **probabilities)
 
 
@@ -73,7 +72,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def evaluation(layer: Implementation, settings: Settings) -> Finding:
+def evaluation(layer: Case, settings: Settings) -> Finding:
     module = _make(layer, input_p=0.5, recurrent_p=0.5, weight_p=0.5, output_p=0.5).eval()
     x = settings.normal(5, 4, INPUTS, dtype=torch.float32)
     (y, (h, c)), (z, (plain_h, plain_c)) = module(x), _plain(module)(x)
@@ -81,7 +80,7 @@ def evaluation(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(same, "torch.nn.LSTM's" if same else "other values")
 
 
-def input_mask(layer: Implementation, settings: Settings) -> Finding:
+def input_mask(layer: Case, settings: Settings) -> Finding:
     """Seen in the gradient, which is exactly 0 for what was dropped."""
     p, samples = 0.3, 500
     x = settings.normal(3, samples, INPUTS, dtype=torch.float32).requires_grad_()
@@ -93,7 +92,7 @@ def input_mask(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(holds, f"{dropped[0].double().mean():.3f}, {'one mask' if locked else 'masks differ'}")
 
 
-def recurrent_mask(layer: Implementation, settings: Settings) -> Finding:
+def recurrent_mask(layer: Case, settings: Settings) -> Finding:
     """One sample's mask of the state is one of the columns of its weight, at every step."""
     p = 0.3
     module = _make(layer, recurrent_p=p)
@@ -105,7 +104,7 @@ def recurrent_mask(layer: Implementation, settings: Settings) -> Finding:
     return _as_if(module, (gradient.flatten() != 0).to(x.dtype) / (1 - p), x, (h, c), y)
 
 
-def weight_mask(layer: Implementation, settings: Settings) -> Finding:
+def weight_mask(layer: Case, settings: Settings) -> Finding:
     """Seen in the gradient of the weight."""
     p = 0.3
     module = _make(layer, weight_p=p)
@@ -129,7 +128,7 @@ def _as_if(
     return holds_if(same, "one mask" if same else "other values")
 
 
-def all_zoned(layer: Implementation, settings: Settings) -> Finding:
+def all_zoned(layer: Case, settings: Settings) -> Finding:
     h, c = settings.normal(2, 1, 4, UNITS, dtype=torch.float32).unbind()
     x = settings.normal(3, 4, INPUTS, dtype=torch.float32)
     y, (h_n, c_n) = _make(layer, hidden_zoneout_p=1.0, cell_zoneout_p=1.0)(x, (h, c))
@@ -137,7 +136,7 @@ def all_zoned(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(stays, "stays" if stays else "changes")
 
 
-def zoned(layer: Implementation, settings: Settings) -> Finding:
+def zoned(layer: Case, settings: Settings) -> Finding:
     """A state that an LSTM has computed is nowhere what it was before."""
     p, samples = 0.3, 500
     h, c = settings.normal(2, 1, samples, UNITS, dtype=torch.float32).unbind()
@@ -150,12 +149,12 @@ def zoned(layer: Implementation, settings: Settings) -> Finding:
 
 
 LAWS = (
-    LayerLaw("recurrence", "evaluation", "in evaluation torch.nn.LSTM's output and states", evaluation),
-    LayerLaw("recurrence", "input mask", "one mask of the input for all steps, binomial", input_mask),
-    LayerLaw("recurrence", "recurrent mask", "one mask of the state for all steps", recurrent_mask),
-    LayerLaw("recurrence", "weight mask", "one mask of the weight for all steps, binomial", weight_mask),
-    LayerLaw("recurrence", "zoneout", "units of h and c keep their previous value, binomially", zoned),
-    LayerLaw("recurrence", "zoneout at p = 1", "the state stays what it was", all_zoned),
+    Law("recurrence", "evaluation", "in evaluation torch.nn.LSTM's output and states", evaluation),
+    Law("recurrence", "input mask", "one mask of the input for all steps, binomial", input_mask),
+    Law("recurrence", "recurrent mask", "one mask of the state for all steps", recurrent_mask),
+    Law("recurrence", "weight mask", "one mask of the weight for all steps, binomial", weight_mask),
+    Law("recurrence", "zoneout", "units of h and c keep their previous value, binomially", zoned),
+    Law("recurrence", "zoneout at p = 1", "the state stays what it was", all_zoned),
 )
 
 EVERYWHERE = {
@@ -168,29 +167,21 @@ EVERYWHERE = {
 }
 
 
-def _sequence(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.randn(3, 6, 8, dtype=dtype),)
-
-
-_example = Example(
-    _sequence,
-    {"input_size": 8, "hidden_size": 8, **EVERYWHERE},
-    p_name="recurrent_p",
-    identity_in_evaluation=False,
-    saved_bytes=41.0,
-)
-
 ENTRIES = [
     Entry(
         VariationalLSTM,
-        functional="locked_dropout, drop_connect, zoneout",
         mask="(1, N, C), (N, H), the weight's, (N, H) each step",
         source="Gal & Ghahramani 2016, section 4; Merity et al. 2018; Krueger et al. 2017, section 3",
         peer=Implementation("formula", VariationalLSTMFormula),
-        laws=(*general_laws(_example), *LAWS),
-        example=_example,
-        workload=Workload(
-            lambda: (torch.ones(64, 32, 512),), {"input_size": 512, "hidden_size": 128, **EVERYWHERE}
+        example=Example(
+            normal(3, 6, 8),
+            {"input_size": 8, "hidden_size": 8, **EVERYWHERE},
+            p_name="recurrent_p",
+            identity_in_evaluation=False,
+            saved_bytes=41.0,
         ),
+        workload=Workload(ones(64, 32, 512), {"input_size": 512, "hidden_size": 128, **EVERYWHERE}),
+        special=LAWS,
+        functional="locked_dropout, drop_connect, zoneout",
     ),
 ]

@@ -9,12 +9,10 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from thinned.compare.laws import Finding
+from thinned.compare.implementation import Case, Example, Implementation, Masked, P, normal, ones
 from thinned.compare.laws.chance import DEVIATIONS, associate, strongest
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if
-from thinned.compare.laws.mask import Masked, masked_laws
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
 from thinned.layers.multi_sample import MultiSampleDropout
 
@@ -56,17 +54,17 @@ def _formula(inputs: int = 0, outputs: int = 0, **arguments: object) -> nn.Modul
     return MultiSampleDropoutFormula(_head(inputs, outputs), **arguments)  # type: ignore[arg-type]
 
 
-P, SAMPLES = 0.3, 5
+SAMPLES = 5
 
 
-def evaluation(layer: Implementation, settings: Settings) -> Finding:
+def evaluation(layer: Case, settings: Settings) -> Finding:
     x = settings.normal(20, 6, dtype=torch.float32)
     module = layer.make(inputs=6, outputs=3, p=P, samples=SAMPLES).eval().to(x)
     same = torch.equal(module(x), _head(6, 3).to(x)(x))
     return holds_if(same, "head(x)" if same else "another")
 
 
-def independence(layer: Implementation, settings: Settings) -> Finding:
+def independence(layer: Case, settings: Settings) -> Finding:
     x = torch.ones(100, 1000, device=settings.device)
     dropped = layer.make(p=P, samples=SAMPLES, reduction="none")(x) == 0
     return strongest(
@@ -77,7 +75,7 @@ def independence(layer: Implementation, settings: Settings) -> Finding:
     )
 
 
-def mean_of_samples(layer: Implementation, settings: Settings) -> Finding:
+def mean_of_samples(layer: Case, settings: Settings) -> Finding:
     """Under one seed, with all outputs or their mean, and with the head behind the mean of the features."""
     x = settings.normal(30, 6, dtype=torch.float64)
 
@@ -96,7 +94,7 @@ def mean_of_samples(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(same and linear, "equal" if same and linear else "differs")
 
 
-def expectation(layer: Implementation, settings: Settings) -> Finding:
+def expectation(layer: Case, settings: Settings) -> Finding:
     """Of a linear head on N equal rows: its variance is sum((w x)²) p / (1-p) / samples / N."""
     n = 20_000
     x = settings.normal(1, 6, dtype=torch.float64)
@@ -111,25 +109,24 @@ def expectation(layer: Implementation, settings: Settings) -> Finding:
 
 
 FAMILY = "samples"
-_law = partial(LayerLaw, FAMILY)
-_arguments = {"p": 0.5, "samples": 4, "inputs": 5, "outputs": 3}
-_example = Example(
-    lambda dtype: (torch.randn(40, 5, dtype=dtype),),
-    _arguments,
-    identity_in_evaluation=False,
-    saved_bytes=4 * 4,  # the head's own inputs
-)
+_law = partial(Law, FAMILY)
 
 ENTRIES = [
     Entry(
         MultiSampleDropout,
-        functional="multi_sample_dropout",
         mask="(samples, N, *)",
         source="Inoue 2019, section 3",
         peer=Implementation("formula", _formula, "a dropout and a head a sample in plain torch"),
-        laws=(
-            *general_laws(_example),
-            *masked_laws(Masked((400, 500), arguments={"samples": 1})),
+        example=Example(
+            normal(40, 5),
+            {"p": 0.5, "samples": 4, "inputs": 5, "outputs": 3},
+            identity_in_evaluation=False,
+            saved_bytes=4 * 4,  # the head's own inputs
+        ),
+        workload=Workload(ones(256, 512), {"p": 0.5, "samples": 8, "inputs": 512, "outputs": 10}),
+        masked=Masked((400, 500), arguments={"samples": 1}),
+        exempt={"permuted input": "the output is contiguous"},
+        special=[
             _law("evaluation", "the head of the input itself", evaluation),
             _law("independent samples", "the masks of samples are independent of each other", independence),
             _law(
@@ -138,11 +135,7 @@ ENTRIES = [
                 mean_of_samples,
             ),
             _law("expectation", "of a linear head: its value in evaluation", expectation),
-        ),
-        example=_example,
-        workload=Workload(
-            lambda: (torch.ones(256, 512),), {"p": 0.5, "samples": 8, "inputs": 512, "outputs": 10}
-        ),
+        ],
         make=_own,
     ),
 ]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.mask import Masked, masked_laws
-from thinned.compare.layers.entry import Entry, Example, Workload
-from thinned.compare.layers.peers import from_library
+from thinned.compare.implementation import Example, Masked, normal, ones
+from thinned.compare.layers._entry import Entry, Workload, for_mask
+from thinned.compare.layers._peers import from_library
 from thinned.layers.path import DropPath, StochasticDepth
 
 __all__ = ["ENTRIES"]
@@ -39,39 +38,32 @@ class StochasticDepthFormula(nn.Module):
         return x * (torch.rand(rows, *(1,) * (x.dim() - 1)) < 1 - self.p) / (1 - self.p)
 
 
-def _branch(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.randn(6, 5, 4, dtype=dtype),)
-
-
-_drop_path = Example(_branch, {"drop_prob": 0.5}, p_name="drop_prob")
-_stochastic_depth = Example(_branch, {"p": 0.5, "mode": "row"})
-_workload = Workload(lambda: (torch.ones(64, 64, 256),), {"drop_prob": 0.2}, broadcast=(64, 1, 1))
+_stochastic_depth = Example(normal(6, 5, 4), {"p": 0.5, "mode": "row"})
 
 ENTRIES = [
     Entry(
         DropPath,
-        functional="drop_path",
         mask="(N, 1, ...)",
         source="Huang et al. 2016, section 3; timm",
         peer=from_library("timm.layers.drop:DropPath", DropPathFormula),
-        laws=(
-            *general_laws(_drop_path),
-            *masked_laws(Masked((20_000, 2, 3), shared=(1, 2), p_name="drop_prob")),
-        ),
-        example=_drop_path,
-        workload=_workload,
+        example=Example(normal(6, 5, 4), {"drop_prob": 0.5}, p_name="drop_prob"),
+        workload=Workload(ones(64, 64, 256), {"drop_prob": 0.2}),
+        masked=Masked((20_000, 2, 3), shared=(1, 2)),
     ),
     Entry(
         StochasticDepth,
-        functional="stochastic_depth",
         mask='(N, 1, ...) for "row", (1, 1, ...) for "batch"',
         source="Huang et al. 2016, section 3; torchvision",
         peer=from_library("torchvision.ops.stochastic_depth:StochasticDepth", StochasticDepthFormula),
-        laws=(
-            *general_laws(_stochastic_depth),
-            *masked_laws(Masked((20_000, 2, 3), shared=(1, 2), arguments={"mode": "row"})),
-        ),
         example=_stochastic_depth,
-        workload=Workload(_workload.inputs, {"p": 0.2, "mode": "row"}, _workload.broadcast),
+        workload=Workload(ones(64, 64, 256), {"p": 0.2, "mode": "row"}),
+        masked=Masked((20_000, 2, 3), shared=(1, 2), arguments={"mode": "row"}),
+        special=for_mask(
+            _stochastic_depth,
+            Masked((20, 2, 3), shared=(0, 1, 2), arguments={"mode": "batch"}),
+            "batch",
+            "sharing",
+            "kept values",
+        ),
     ),
 ]

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thinned.compare.laws import Finding
-from thinned.compare.laws.every_layer import autocast, compiled, copied, dtypes, gradient, saved
-from thinned.compare.laws.law import holds_if
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.implementation import Case, Example, Implementation
+from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
 from thinned.layers.rdrop import RDrop
 
@@ -44,7 +43,7 @@ def _on(settings: Settings, dtype: torch.dtype, rows: int = 7, classes: int = 5)
     return tuple(x.to(settings.device) for x in _logits(dtype, rows, classes))
 
 
-def formula(layer: Implementation, settings: Settings) -> Finding:
+def formula(layer: Case, settings: Settings) -> Finding:
     """Value and both gradients against the paper's terms, from softmax and log in float64."""
     first, second, target = _on(settings, torch.float64)
     alpha = 0.7
@@ -65,7 +64,7 @@ def formula(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(off < 1e-12, f"{off:.1g} off", off=off)
 
 
-def equal_logits(layer: Implementation, settings: Settings) -> Finding:
+def equal_logits(layer: Case, settings: Settings) -> Finding:
     first, _, target = _on(settings, torch.float32)
     first.requires_grad_()
     loss = layer.make(alpha=1e6)(first, first.detach(), target)
@@ -76,14 +75,14 @@ def equal_logits(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(same, "0" if same else f"{float((loss - expected).detach()):.2g}")
 
 
-def symmetry(layer: Implementation, settings: Settings) -> Finding:
+def symmetry(layer: Case, settings: Settings) -> Finding:
     first, second, target = _on(settings, torch.float32, 1000)
     module = layer.make(alpha=2.0)
     a, b = module(first, second, target), module(second, first, target)
     return holds_if(torch.allclose(a, b, rtol=1e-6), f"{float(abs(a - b)):.1g} apart")
 
 
-def close_logits(layer: Implementation, settings: Settings) -> Finding:
+def close_logits(layer: Case, settings: Settings) -> Finding:
     """In float32, for logits 1e-4 apart: KL is about 5e-9, far below the rounding of its terms."""
     first, second, target = _on(settings, torch.float32, 200, 50)
     second = first + second * 1e-4
@@ -95,7 +94,7 @@ def close_logits(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(abs(ratio - 1) < 0.01, f"{ratio:.4f} of it", ratio=ratio)
 
 
-def ruled_out(layer: Implementation, settings: Settings) -> Finding:
+def ruled_out(layer: Case, settings: Settings) -> Finding:
     """A class with a logit of -inf in both passes, as a mask leaves it."""
     first, second, target = _on(settings, torch.float32)
     masked = [
@@ -111,36 +110,30 @@ def ruled_out(layer: Implementation, settings: Settings) -> Finding:
 
 
 FAMILY = "loss"
-_law = partial(LayerLaw, FAMILY)
-_example = Example(_logits, {"alpha": 2.0}, p_name="", identity_in_evaluation=False, saved_bytes=25)
-_general = {
-    "gradient": ("the gradient is that of finite differences", gradient),
-    "dtype": ("float16, bfloat16, float32 and float64 stay what they are", dtypes),
-    "autocast": ("the same loss under autocast", autocast),
-    "torch.compile": ("compiles without a graph break, to what eager code gives", compiled),
-    "copies": ("a deepcopy and a pickled copy give the same loss", copied),
-    "saved": ("keeps 25 bytes an element: six tensors for two passes, and a mask", saved),
-}
+_law = partial(Law, FAMILY)
 
 ENTRIES = [
     Entry(
         RDrop,
-        functional="r_drop_loss",
         mask="none",
         source="Liang et al. 2021, section 2",
         peer=Implementation("formula", RDropFormula, "the authors' code in plain torch"),
-        laws=(
-            *(
-                LayerLaw("layer", name, statement, partial(check, example=_example))
-                for name, (statement, check) in _general.items()
-            ),
+        example=Example(
+            _logits,
+            {"alpha": 2.0},
+            p_name="",
+            identity_in_evaluation=False,
+            is_random=False,
+            saved_bytes=25,  # six tensors for two passes, and a mask
+        ),
+        workload=Workload(lambda: _logits(torch.float32, 500, 1000), {"alpha": 1.0}),
+        special=[
             _law("formula", "value and gradients are the formula's in float64", formula),
             _law("equal logits", "the divergence and its gradient are 0", equal_logits),
             _law("symmetry", "the order of the passes does not matter", symmetry),
             _law("close logits", "a small divergence is right to 1 % in float32", close_logits),
             _law("ruled-out class", "a logit of -inf in both passes changes nothing", ruled_out),
-        ),
-        example=_example,
-        workload=Workload(lambda: _logits(torch.float32, 500, 1000), {"alpha": 1.0}),
+        ],
+        functional="r_drop_loss",
     ),
 ]

@@ -8,17 +8,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from thinned.compare.laws import Finding
+from thinned.compare.implementation import Case, Example, Implementation, Masked, P
 from thinned.compare.laws.chance import (
     associate,
-    binomial_bounds,
     disjoint_pairs,
     elements_to_show,
     strongest,
+    within_binomial,
 )
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
 from thinned.layers.targeted import TargetedDropout
 
@@ -44,7 +43,7 @@ class TargetedDropoutFormula(nn.Module):
         return weight * (1 - dropped.to(weight.dtype))
 
 
-P, TARGET = 0.3, 0.4
+TARGET = 0.4
 RATE_BIAS = 0.02
 SHAPES = {"weight": (1000, 200), "unit": (20_000, 10)}
 
@@ -59,7 +58,7 @@ def _weight(settings: Settings, kind: str, dtype: torch.dtype = torch.float64) -
     return weight, candidates if kind == "weight" else candidates[:, None].expand(weight.shape)
 
 
-def candidates(layer: Implementation, settings: Settings, kind: str) -> Finding:
+def candidates(layer: Case, settings: Settings, kind: str) -> Finding:
     """At p = 1 exactly the candidates are dropped."""
     weight, expected = _weight(settings, kind)
     y = layer.make(p=1.0, target=TARGET, kind=kind)(weight)
@@ -67,7 +66,7 @@ def candidates(layer: Implementation, settings: Settings, kind: str) -> Finding:
     return holds_if(not wrong, f"{wrong} weights differ" if wrong else "the smallest")
 
 
-def fraction(layer: Implementation, settings: Settings) -> Finding:
+def fraction(layer: Case, settings: Settings) -> Finding:
     """A half-precision weight has many equal magnitudes at the boundary."""
     weight, _ = _weight(settings, "weight", torch.bfloat16)
     y = layer.make(p=1.0, target=TARGET)(weight)
@@ -77,13 +76,13 @@ def fraction(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(right, f"{wanted}" if right else f"{int(counts.min())} to {int(counts.max())}")
 
 
-def all_targeted(layer: Implementation, settings: Settings) -> Finding:
+def all_targeted(layer: Case, settings: Settings) -> Finding:
     weight, _ = _weight(settings, "weight")
     none, every = (layer.make(p=1.0, target=target)(weight).count_nonzero() for target in (0.0, 1.0))
     return holds_if(none == weight.numel() and every == 0, f"{none} and {every} stay")
 
 
-def rate(layer: Implementation, settings: Settings, kind: str) -> Finding:
+def rate(layer: Case, settings: Settings, kind: str) -> Finding:
     weight, chosen = _weight(settings, kind)
     if kind == "unit":
         chosen = chosen[:, 0]
@@ -94,11 +93,10 @@ def rate(layer: Implementation, settings: Settings, kind: str) -> Finding:
         zeros = module(weight) == 0
         dropped += int((zeros if kind == "weight" else zeros[:, 0]).sum())
     n = calls * int(chosen.sum())
-    low, high = binomial_bounds(n, P)
-    return holds_if(low <= dropped <= high, f"{dropped / n:#.4g} of {n:,}", rate=dropped / n)
+    return within_binomial(dropped, n, P)
 
 
-def independence(layer: Implementation, settings: Settings) -> Finding:
+def independence(layer: Case, settings: Settings) -> Finding:
     weight, chosen = _weight(settings, "weight")
     module = layer.make(p=P, target=TARGET)
     first, second = ((module(weight) == 0)[chosen] for _ in range(2))
@@ -107,7 +105,7 @@ def independence(layer: Implementation, settings: Settings) -> Finding:
     return strongest(found)
 
 
-def others(layer: Implementation, settings: Settings, kind: str) -> Finding:
+def others(layer: Case, settings: Settings, kind: str) -> Finding:
     weight, chosen = _weight(settings, kind)
     y = layer.make(p=P, target=TARGET, kind=kind)(weight)
     stays = torch.equal(y[~chosen], weight[~chosen])
@@ -116,34 +114,25 @@ def others(layer: Implementation, settings: Settings, kind: str) -> Finding:
     return holds_if(stays and unscaled and whole, "as they were" if stays and unscaled else "changed")
 
 
-def own_mask(layer: Implementation, settings: Settings) -> Finding:
-    weight, _ = _weight(settings, "weight")
-    weight.requires_grad_()
-    y = layer.make(p=P, target=TARGET)(weight)
-    upstream = settings.normal(*weight.shape, dtype=torch.float64).flip(0)
-    (gradient,) = torch.autograd.grad(y, weight, upstream)
-    same = torch.equal(gradient, upstream * (y != 0))
-    return holds_if(same, "forward's mask" if same else "another")
-
-
 FAMILY = "targeted"
-_law = partial(LayerLaw, FAMILY)
-_example = Example(
-    # Magnitudes that every dtype tells apart.
-    lambda dtype: ((torch.randperm(120) - 59.75).view(8, 5, 3).to(dtype) / 16,),
-    {"p": 0.5, "target": 0.6},
-    saved_bytes=1.0,
-)
+_law = partial(Law, FAMILY)
 
 ENTRIES = [
     Entry(
         TargetedDropout,
-        functional="targeted_dropout",
         mask='(out, in, *) for "weight", (out, 1, *) for "unit"',
         source="Gomez et al. 2019, section 3",
         peer=Implementation("formula", TargetedDropoutFormula),
-        laws=(
-            *general_laws(_example),
+        example=Example(
+            # Magnitudes that every dtype tells apart.
+            lambda dtype: ((torch.randperm(120) - 59.75).view(8, 5, 3).to(dtype) / 16,),
+            {"p": 0.5, "target": 0.6},
+            saved_bytes=1.0,
+        ),
+        workload=Workload(lambda: (torch.randn(1024, 1024),), {"p": 0.5, "target": 0.5}),
+        masked=Masked((1000, 200), arguments={"target": 1.0}, scale=lambda _: 1.0),
+        exempt={"permuted input": "the output is contiguous"},
+        special=[
             *(
                 law
                 for kind in ("weight", "unit")
@@ -168,9 +157,6 @@ ENTRIES = [
             _law("equal magnitudes", "bfloat16 weights of equal size do not change the fraction", fraction),
             _law("target = 0, 1", "no weight is a candidate, and every weight is", all_targeted),
             _law("independence", "candidates and calls are independent of each other", independence),
-            _law("mask of gradient", "backward has the forward's mask", own_mask),
-        ),
-        example=_example,
-        workload=Workload(lambda: (torch.randn(1024, 1024),), {"p": 0.5, "target": 0.5}),
+        ],
     ),
 ]

@@ -9,13 +9,11 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from thinned.compare.laws import Finding
+from thinned.compare.implementation import Case, Example, Implementation, Masked, first, normal, ones
 from thinned.compare.laws.chance import FALSE_ALARM
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if, nothing_wrong
-from thinned.compare.laws.mask import Masked, masked_laws
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload, first
-from thinned.compare.layers.peers import from_library, library_class
+from thinned.compare.laws.law import Finding, Law, holds_if, nothing_wrong
+from thinned.compare.layers._entry import Entry, Workload
+from thinned.compare.layers._peers import from_library, library_class
 from thinned.compare.settings import Settings
 from thinned.layers.tokens import PatchDropout, TokenDropout
 
@@ -84,14 +82,14 @@ def _positions(samples: int, tokens: int, settings: Settings) -> Tensor:
     return torch.stack((sample, position), dim=-1).float().to(settings.device)
 
 
-def _kept(layer: Implementation, settings: Settings) -> Tensor:
+def _kept(layer: Case, settings: Settings) -> Tensor:
     """Which of the tokens behind the prefix each sample keeps: ``(SAMPLES, TOKENS)`` bools."""
     y = first(layer.make(p=0.5)(_positions(SAMPLES, 1 + TOKENS, settings)))
     places = y[:, 1:, 1].long() - 1
     return torch.zeros(SAMPLES, TOKENS, dtype=torch.bool, device=places.device).scatter(1, places, True)
 
 
-def number_kept(layer: Implementation, settings: Settings) -> Finding:
+def number_kept(layer: Case, settings: Settings) -> Finding:
     for tokens, p in ((9, 0.5), (50, 0.25), (17, 0.75), (3, 0.9), (64, 0.01)):
         for prefix in (0, 1, 3):
             x = settings.ones(2, prefix + tokens, 4, dtype=torch.float32)
@@ -102,7 +100,7 @@ def number_kept(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(True, "exact")
 
 
-def whole_tokens(layer: Implementation, settings: Settings) -> Finding:
+def whole_tokens(layer: Case, settings: Settings) -> Finding:
     x = _positions(100, 50, settings)
     for prefix in (0, 1, 3):
         y = first(layer.make(p=0.5, num_prefix_tokens=prefix)(x))
@@ -116,12 +114,12 @@ def whole_tokens(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(True, "as they were")
 
 
-def share_of_a_token(layer: Implementation, settings: Settings) -> Finding:
+def share_of_a_token(layer: Case, settings: Settings) -> Finding:
     counts = _kept(layer, settings).sum(0)
     return _binomial(counts.tolist(), KEPT / TOKENS, "a token")
 
 
-def share_of_a_pair(layer: Implementation, settings: Settings) -> Finding:
+def share_of_a_pair(layer: Case, settings: Settings) -> Finding:
     """Without replacement, the second of a pair stays with probability (k-1)/(L-1)."""
     kept = _kept(layer, settings).double()
     first_of_pair, second = torch.triu_indices(TOKENS, TOKENS, offset=1)
@@ -129,7 +127,7 @@ def share_of_a_pair(layer: Implementation, settings: Settings) -> Finding:
     return _binomial(counts.tolist(), KEPT * (KEPT - 1) / (TOKENS * (TOKENS - 1)), "a pair")
 
 
-def subsets(layer: Implementation, settings: Settings) -> Finding:
+def subsets(layer: Case, settings: Settings) -> Finding:
     kept = _kept(layer, settings).long()
     number = (kept << torch.arange(TOKENS, device=kept.device)).sum(1)
     possible = [mask for mask in range(2**TOKENS) if mask.bit_count() == KEPT]
@@ -137,7 +135,7 @@ def subsets(layer: Implementation, settings: Settings) -> Finding:
     return _chi_squared(counts, [SAMPLES / len(possible)] * len(possible))
 
 
-def independence(layer: Implementation, settings: Settings) -> Finding:
+def independence(layer: Case, settings: Settings) -> Finding:
     """How many tokens two independent subsets share is hypergeometric."""
     one, two = _kept(layer, settings), _kept(layer, settings)
     law = stats.hypergeom(TOKENS, KEPT, KEPT)
@@ -149,14 +147,14 @@ def independence(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(True, "independent")
 
 
-def order(layer: Implementation, settings: Settings) -> Finding:
+def order(layer: Case, settings: Settings) -> Finding:
     y = first(layer.make(p=0.5, ordered=True)(_positions(100, 50, settings)))
     places = y[..., 1]
     kept = bool((places.diff(dim=1) > 0).all())
     return holds_if(kept, "kept" if kept else "changed")
 
 
-def indices(layer: Implementation, settings: Settings) -> Finding:
+def indices(layer: Case, settings: Settings) -> Finding:
     x = _positions(100, 50, settings)
     for ordered in (False, True):
         module = layer.make(p=0.5, return_indices=True, ordered=ordered)
@@ -168,7 +166,7 @@ def indices(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(True, "of the kept tokens")
 
 
-def gradient_of_kept(layer: Implementation, settings: Settings) -> Finding:
+def gradient_of_kept(layer: Case, settings: Settings) -> Finding:
     x = _positions(100, 50, settings).requires_grad_()
     y = first(layer.make(p=0.5)(x))
     upstream = settings.normal(*y.shape, dtype=torch.float32)
@@ -178,7 +176,7 @@ def gradient_of_kept(layer: Implementation, settings: Settings) -> Finding:
     return nothing_wrong(None if torch.equal(gradient, wanted) else "another", "that of kept tokens")
 
 
-def prefix_untouched(layer: Implementation, settings: Settings) -> Finding:
+def prefix_untouched(layer: Case, settings: Settings) -> Finding:
     x = settings.normal(1000, 5, 3, dtype=torch.float32).requires_grad_()
     y = layer.make(p=0.5, num_prefix_tokens=2)(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
@@ -187,7 +185,7 @@ def prefix_untouched(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(bool((y[:, 2:] == 0).any()), "untouched")
 
 
-def without_scale(layer: Implementation, settings: Settings) -> Finding:
+def without_scale(layer: Case, settings: Settings) -> Finding:
     x = settings.normal(1000, 5, 3, dtype=torch.float32)
     y = layer.make(p=0.5, scale=False)(x)
     return holds_if(torch.equal(y, x * (y != 0)), "as they are")
@@ -212,60 +210,43 @@ def _chi_squared(counts: Sequence[float], expected: Sequence[float]) -> Finding:
     return holds_if(pvalue >= FALSE_ALARM, f"χ² = {statistic:.3g} of {len(counts) - 1}", pvalue=pvalue)
 
 
-PATCHES = "patches"
-PATCH_LAWS = (
-    LayerLaw(PATCHES, "number kept", "prefix and max(1, int(L (1-p))) of L others stay", number_kept),
-    LayerLaw(
-        PATCHES, "whole tokens", "what stays are a sample's own tokens, unscaled, none twice", whole_tokens
-    ),
-    LayerLaw(PATCHES, "share of a token", "each of L stays with probability k/L", share_of_a_token),
-    LayerLaw(PATCHES, "share of a pair", "both stay with probability k(k-1)/(L(L-1))", share_of_a_pair),
-    LayerLaw(PATCHES, "subsets", "each of the C(L, k) subsets comes equally often", subsets),
-    LayerLaw(PATCHES, "independence", "samples and calls have independent subsets", independence),
-    LayerLaw(PATCHES, "order", "ordered=True keeps the order", order),
-    LayerLaw(PATCHES, "indices", "return_indices gives those of the kept, None in evaluation", indices),
-    LayerLaw(
-        PATCHES, "gradient of kept", "kept tokens have the gradient, removed ones none", gradient_of_kept
-    ),
-)
-TOKEN_LAWS = (
-    LayerLaw("tokens", "prefix", "the prefix is neither dropped nor scaled", prefix_untouched),
-    LayerLaw("tokens", "scale=False", "a kept token stays as it is", without_scale),
-)
+def _patches(name: str, statement: str, check: Callable[[Case, Settings], Finding]) -> Law:
+    return Law("patches", name, statement, check)
 
-
-def _tokens(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.randn(4, 9, 16, dtype=dtype),)
-
-
-_patches = Example(_tokens, {"p": 0.5}, saved_bytes=0.5)
-_dropped = Example(_tokens, {"p": 0.5, "num_prefix_tokens": 1})
 
 ENTRIES = [
     Entry(
         PatchDropout,
-        functional="patch_dropout",
         mask="a subset of L for each of N",
         source="Liu et al. 2023, section 3; timm",
         peer=from_library("timm.layers.patch_dropout:PatchDropout", PatchDropoutFormula, _from_timm),
-        laws=(*general_laws(_patches), *PATCH_LAWS),
-        example=_patches,
-        workload=Workload(lambda: (torch.ones(16, 257, 256),), {"p": 0.5}),
+        example=Example(normal(4, 9, 16), saved_bytes=0.5),
+        workload=Workload(ones(16, 257, 256), {"p": 0.5}),
+        special=[
+            _patches("number kept", "prefix and max(1, int(L (1-p))) of L others stay", number_kept),
+            _patches("whole tokens", "a sample's own tokens stay, unscaled, none twice", whole_tokens),
+            _patches("share of a token", "each of L stays with probability k/L", share_of_a_token),
+            _patches("share of a pair", "both stay with probability k(k-1)/(L(L-1))", share_of_a_pair),
+            _patches("subsets", "each of the C(L, k) subsets comes equally often", subsets),
+            _patches("independence", "samples and calls have independent subsets", independence),
+            _patches("order", "ordered=True keeps the order", order),
+            _patches("indices", "return_indices gives those of the kept, None in evaluation", indices),
+            _patches(
+                "gradient of kept", "kept tokens have the gradient, removed ones none", gradient_of_kept
+            ),
+        ],
     ),
     Entry(
         TokenDropout,
-        functional="token_dropout",
         mask="(N, L, 1)",
         source="Gal and Ghahramani 2016, section 4.2, for words",
         peer=Implementation("formula", TokenDropoutFormula),
-        laws=(
-            *general_laws(_dropped),
-            *masked_laws(Masked((5000, 4, 3), shared=(2,))),
-            *TOKEN_LAWS,
-        ),
-        example=_dropped,
-        workload=Workload(
-            lambda: (torch.ones(16, 257, 256),), {"p": 0.2, "num_prefix_tokens": 1}, broadcast=(16, 257, 1)
-        ),
+        example=Example(normal(4, 9, 16), {"p": 0.5, "num_prefix_tokens": 1}),
+        workload=Workload(ones(16, 257, 256), {"p": 0.2, "num_prefix_tokens": 1}),
+        masked=Masked((5000, 4, 3), shared=(2,)),
+        special=[
+            Law("tokens", "prefix", "the prefix is neither dropped nor scaled", prefix_untouched),
+            Law("tokens", "scale=False", "a kept token stays as it is", without_scale),
+        ],
     ),
 ]

@@ -8,19 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinned.compare.laws import Finding
-from thinned.compare.laws.adapt import seen_through
+from thinned.compare.implementation import Case, Example, Implementation, Masked, P, normal, ones
 from thinned.compare.laws.chance import DEVIATIONS
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if
-from thinned.compare.laws.mask import Masked, masked_laws
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
 from thinned.layers.weights import DropConnect, WeightDrop
 
 __all__ = ["ENTRIES"]
 
-P = 0.3
 INPUTS, OUTPUTS, MASKS = 500, 400, 5
 
 
@@ -60,11 +56,11 @@ def multiply(weight: nn.Module, w: Tensor) -> Tensor:
     return y.t()
 
 
-def mean_product(layer: Implementation, settings: Settings) -> Finding:
+def mean_product(layer: Case, settings: Settings) -> Finding:
     """The products of all rows and masks, as one sum of independent Bernoulli variables of known variance."""
     w = settings.uniform(OUTPUTS, INPUTS, dtype=torch.float32)
     x = settings.uniform(INPUTS, dtype=torch.float32)
-    drop = layer.make(p=P)
+    drop = layer.module(P)
     total = sum(float((drop(w) @ x).double().sum()) for _ in range(MASKS))
     terms = w.double() * x.double()
     expected = MASKS * float(terms.sum())
@@ -76,26 +72,16 @@ def mean_product(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(holds, measured if holds else f"{measured}, beyond {bound / expected:.3%}", bias=bias)
 
 
-def plain_product(layer: Implementation, settings: Settings) -> Finding:
+def plain_product(layer: Case, settings: Settings) -> Finding:
     w, x = settings.normal(30, 20, dtype=torch.float32), settings.normal(20, dtype=torch.float32)
-    same = torch.allclose(layer.make(p=0.5).eval()(w) @ x, w @ x, rtol=1e-5, atol=1e-6)
+    same = torch.allclose(layer.module(0.5).eval()(w) @ x, w @ x, rtol=1e-5, atol=1e-6)
     return holds_if(same, "W x" if same else "other values")
 
 
-OWN_LAWS = (
-    LayerLaw(
-        "weight", "mean of products", "the mean of outputs over masks is the plain output", mean_product
-    ),
-    LayerLaw("weight", "plain product", "evaluation multiplies by the weight itself", plain_product),
-)
-
-
-def _weight(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.randn(12, 10, dtype=dtype),)
-
-
-def _batch(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.randn(64, 6, dtype=dtype),)
+OWN_LAWS = [
+    Law("weight", "mean of products", "the mean of outputs over masks is the plain output", mean_product),
+    Law("weight", "plain product", "evaluation multiplies by the weight itself", plain_product),
+]
 
 
 def make(p: float = 0.5, inputs: int = 6, outputs: int = 5) -> nn.Module:
@@ -106,31 +92,31 @@ def make_formula(p: float = 0.5, inputs: int = 6, outputs: int = 5) -> nn.Module
     return WeightDropFormula(nn.Linear(inputs, outputs, bias=False), ["weight"], p)
 
 
-_connect = Example(_weight, {"p": 0.5})
-_drop = Example(_batch, {"p": 0.5}, identity_in_evaluation=False)
-# A product with a unit matrix spreads a NaN over its row.
-_of_weight = [law for law in masked_laws(Masked((400, 300))) if law.name != "dropped NaN"]
-
 ENTRIES = [
     Entry(
         DropConnect,
-        functional="drop_connect",
         mask="the weight's",
         source="Wan et al. 2013, section 3",
         peer=Implementation("formula", DropConnectFormula),
-        laws=(*general_laws(_connect), *masked_laws(Masked((400, 300))), *OWN_LAWS),
-        example=_connect,
-        workload=Workload(lambda: (torch.ones(1024, 1024),), {"p": 0.5}),
+        example=Example(normal(12, 10)),
+        workload=Workload(ones(1024, 1024), {"p": 0.5}),
+        masked=Masked((400, 300)),
+        special=OWN_LAWS,
     ),
     Entry(
         WeightDrop,
-        functional="drop_connect",
         mask="the weight's, one a call",
         source="Wan et al. 2013, section 3; Merity et al. 2018, section 3; AWD-LSTM",
         peer=Implementation("formula", make_formula),
-        laws=(*general_laws(_drop), *seen_through(multiply, (*_of_weight, *OWN_LAWS))),
-        example=_drop,
-        workload=Workload(lambda: (torch.ones(64, 1024),), {"p": 0.5, "inputs": 1024, "outputs": 1024}),
+        example=Example(normal(64, 6), identity_in_evaluation=False),
+        workload=Workload(ones(64, 1024), {"p": 0.5, "inputs": 1024, "outputs": 1024}),
+        masked=Masked((400, 300), through=multiply),
+        special=OWN_LAWS,
+        exempt={
+            "dropped NaN or inf": "a product with a unit matrix spreads a NaN over its row",
+            "0-d input": "its weight is a matrix",
+        },
         make=make,
+        functional="drop_connect",
     ),
 ]

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from thinned import schedules
-from thinned.compare.laws import Finding
+from thinned.compare.implementation import Case, Example, Implementation, NotOfferedError, normal, ones
 from thinned.compare.laws.chance import binomial_bounds
-from thinned.compare.laws.every_layer import general_laws
-from thinned.compare.laws.law import holds_if
-from thinned.compare.layers.entry import Entry, Example, Implementation, LayerLaw, Workload
+from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
-from thinned.compare.subjects import NotOfferedError
 from thinned.layers.dropout import Dropout
 from thinned.schedules import DropoutSchedule, Schedule
 
@@ -29,6 +27,7 @@ SCHEDULES: dict[str, Schedule] = {
     "early": schedules.early(4),
     "late": schedules.late(4),
     "curriculum": schedules.curriculum(STEPS),
+    "v_shape": schedules.v_shape(3, STEPS),
 }
 
 
@@ -63,7 +62,7 @@ class ScheduledFormula(nn.Module):
         self.dropout.p = self.p * self.factor(self.last_step)
 
 
-def rates(layer: Implementation, settings: Settings, name: str) -> Finding:
+def rates(layer: Case, settings: Settings, name: str) -> Finding:
     """Dropped elements of each step are binomial with the scheduled probability."""
     schedule = SCHEDULES[name]
     model: Any = layer.make(p=0.4, schedule=schedule)
@@ -78,7 +77,7 @@ def rates(layer: Implementation, settings: Settings, name: str) -> Finding:
     return holds_if(True, f"{STEPS + 2} steps")
 
 
-def resumes(layer: Implementation, settings: Settings) -> Finding:
+def resumes(layer: Case, settings: Settings) -> Finding:
     """The state of step 3, loaded into a new model, goes on with the probabilities of the first."""
     del settings
     first, second = (layer.make(p=p, schedule=SCHEDULES["cosine"]) for p in (0.4, 0.9))
@@ -97,20 +96,19 @@ def resumes(layer: Implementation, settings: Settings) -> Finding:
     return holds_if(True, "the same")
 
 
-_example = Example(lambda dtype: (torch.randn(6, 20, dtype=dtype),), {"p": 0.5}, saved_bytes=0)
 FAMILY = "schedule"
 
 ENTRIES = [
     Entry(
         DropoutSchedule,
-        functional=", ".join(f"schedules.{name}" for name in SCHEDULES),
         mask="that of each module",
         source="Morerio et al. 2017, section 3; Liu et al. 2023, section 4",
         peer=Implementation("formula", ScheduledFormula),
-        laws=(
-            *(law for law in general_laws(_example) if law.name in ("evaluation", "dtype", "copies")),
+        example=Example(normal(6, 20), {"p": 0.5, "schedule": SCHEDULES["early"]}),
+        workload=Workload(ones(1_000_000), {"p": 0.4, "schedule": schedules.linear(1.0, 0.0, STEPS)}),
+        special=[
             *(
-                LayerLaw(
+                Law(
                     FAMILY,
                     name,
                     f"{name}: the drop rate of each step is p times its factor",
@@ -118,12 +116,9 @@ ENTRIES = [
                 )
                 for name in SCHEDULES
             ),
-            LayerLaw(FAMILY, "state_dict", "a resumed schedule has the first one's probabilities", resumes),
-        ),
-        example=_example,
-        workload=Workload(
-            lambda: (torch.ones(1_000_000),), {"p": 0.4, "schedule": schedules.linear(1.0, 0.0, STEPS)}
-        ),
+            Law(FAMILY, "resumed", "a resumed schedule has the first one's probabilities", resumes),
+        ],
         make=Scheduled,
+        functional=", ".join(f"schedules.{name}" for name in SCHEDULES),
     ),
 ]

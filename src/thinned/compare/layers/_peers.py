@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from thinned.compare.layers.entry import Implementation
+from thinned.compare.implementation import Implementation
 
 __all__ = ["from_library", "from_torch", "library_class"]
 

@@ -1,0 +1,94 @@
+"""What the catalogue says of a layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from thinned.compare.implementation import Case, Example, Implementation, Masked
+from thinned.compare.laws import LAWS, Law
+
+__all__ = ["Entry", "Workload", "for_mask"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A call that `make bench` times, of about a million elements."""
+
+    inputs: Callable[[], tuple[Tensor, ...]]
+    arguments: Mapping[str, Any] = field(default_factory=lambda: {"p": 0.2})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layer: where it comes from, how to call it, and what else than the laws of every layer it obeys.
+
+    Attributes:
+        layer: the class, and ``make`` what builds one from arguments by name, if not the class itself.
+        mask: the shape of the mask, for inputs of the shape that users of the layer have.
+        source: who made it known, and where its formula is.
+        peer: the implementation beside which it is examined, with the same arguments.
+        masked: its mask, where it multiplies by one.
+        special: laws of this layer alone.
+        exempt: the laws of every layer that are none of this one, with the reason.
+        functional: the functions it is made of, if not the one of the same name.
+    """
+
+    layer: type[Any]
+    mask: str
+    source: str
+    peer: Implementation
+    example: Example
+    workload: Workload
+    masked: Masked | None = None
+    special: Sequence[Law] = ()
+    exempt: Mapping[str, str] = field(default_factory=dict)
+    make: Callable[..., nn.Module] | None = None
+    functional: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.functional:
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.name).lower()
+            object.__setattr__(self, "functional", name)
+
+    @property
+    def name(self) -> str:
+        return self.layer.__name__
+
+    @property
+    def own(self) -> Implementation:
+        return Implementation("thinned", self.make or self.layer, f"thinned.{self.name}")
+
+    @property
+    def laws(self) -> list[Law]:
+        """Those of every layer that apply to this one, and its own."""
+        case = Case(self.own, self.example, self.masked)
+        shared = [law for law in LAWS if law.name not in self.exempt and law.applies(case)]
+        return [law if law.layer else replace(law, layer=self) for law in (*shared, *self.special)]
+
+    @property
+    def broadcast(self) -> tuple[int, ...] | None:
+        """The shape of the mask of the workload, where a plain multiply by one does the same work."""
+        x = self.workload.inputs()[0]
+        if self.masked is None or not self.masked.shared or not x.is_floating_point():
+            return None
+        return tuple(1 if dim in self.masked.shared else size for dim, size in enumerate(x.shape))
+
+
+@dataclass(frozen=True)
+class _AnotherMask:
+    example: Example
+    masked: Masked
+
+
+def for_mask(example: Example, masked: Masked, words: str, *names: str) -> list[Law]:
+    """Some of the laws of every layer, for another mask of the same layer, that ``words`` tell apart."""
+    return [
+        replace(law, name=f"{law.name}, {words}", layer=_AnotherMask(example, masked))
+        for law in LAWS
+        if law.name in names
+    ]
