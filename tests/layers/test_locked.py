@@ -171,8 +171,8 @@ def test_nothing_to_do_returns_the_input_itself() -> None:
 def test_derivatives() -> None:
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     for batch_first in (False, True):
-        torch.autograd.gradcheck(lambda x: locked_dropout(x, 0.5, True, batch_first, key=KEY), x)  # noqa: B023
-        torch.autograd.gradgradcheck(lambda x: locked_dropout(x, 0.5, True, batch_first, key=KEY), x)  # noqa: B023
+        torch.autograd.gradcheck(lambda x: locked_dropout(x, 0.5, batch_first=batch_first, key=KEY), x)  # noqa: B023
+        torch.autograd.gradgradcheck(lambda x: locked_dropout(x, 0.5, batch_first=batch_first, key=KEY), x)  # noqa: B023
 
 
 def test_module() -> None:

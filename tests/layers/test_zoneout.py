@@ -42,7 +42,7 @@ def test_values_are_exact(dtype: torch.dtype) -> None:
     assert zoneout(candidate, previous, 0.0) is candidate
     assert zoneout(candidate, previous, 0.0, training=False) is candidate
     for training in (True, False):
-        oracle.assert_same(zoneout(candidate, previous, 1.0, training), previous)
+        oracle.assert_same(zoneout(candidate, previous, 1.0, training=training), previous)
 
 
 def test_a_key_for_each_sample() -> None:
@@ -139,7 +139,7 @@ def test_gradient_goes_to_what_was_taken() -> None:
         [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)],
     )
     for training in (True, False):  # of p = 1, which has a gradient for both
-        y = zoneout(candidate, previous, 1.0, training)
+        y = zoneout(candidate, previous, 1.0, training=training)
         assert not torch.autograd.grad(y.sum(), candidate)[0].any()
 
 
@@ -172,12 +172,12 @@ def test_p_outside_0_to_1(p: float) -> None:
 def test_refused(training: bool) -> None:
     x = torch.ones(3, 4)
     with pytest.raises(RuntimeError, match=r"shape \(3, 4\) and torch.float32; got shape \(4,\)"):
-        zoneout(x, x[0], 0.5, training)
+        zoneout(x, x[0], 0.5, training=training)
     with pytest.raises(RuntimeError, match=r"got shape \(3, 4\) and torch.float64"):
-        zoneout(x, x.double(), 0.5, training)
+        zoneout(x, x.double(), 0.5, training=training)
     with pytest.raises(TypeError, match="'previous' must be Tensor, not float"):
-        zoneout(x, 0.0, 0.5, training)  # type: ignore[arg-type]
+        zoneout(x, 0.0, 0.5, training=training)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"got torch\.int64 of shape \(3, 4\)"):
-        zoneout(x.long(), x.long(), 0.5, training)
+        zoneout(x.long(), x.long(), 0.5, training=training)
     with pytest.raises(RuntimeError, match=r"keys of shape \(5,\) do not fit"):
-        zoneout(x, x, 0.5, training, key=KEY.fold(torch.arange(5)))
+        zoneout(x, x, 0.5, training=training, key=KEY.fold(torch.arange(5)))
