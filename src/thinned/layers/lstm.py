@@ -28,8 +28,8 @@ Result = tuple[Tensor, Tensor, Tensor]  # output, h_n and c_n
 class VariationalLSTM(nn.RNNBase):
     r"""A :class:`torch.nn.LSTM` with locked masks, dropped recurrent weights and zoneout.
 
-    For each layer and direction, with :math:`W, U, b` the weights and the sum of the biases that
-    :class:`torch.nn.LSTM` has,
+    With the weights :math:`W, U` of a layer and direction of :class:`torch.nn.LSTM`, and :math:`b` the sum of
+    its biases,
 
     .. math::
         (i, f, g, o)_t &= W (m^x \odot x_t) + (m^U \odot U) (m^h \odot h_{t-1}) + b \\
@@ -58,20 +58,20 @@ class VariationalLSTM(nn.RNNBase):
         dropout: refused unless 0; ``layer_p`` is the probability between layers.
         proj_size: refused unless 0.
         input_p: the probability of dropping a feature of the first layer's input.
-        layer_p: of dropping a feature of the input of each other layer.
-        output_p: of dropping a feature of the output; the final states are not dropped from.
-        recurrent_p: of dropping a unit of the hidden state that enters the next step.
-        weight_p: of dropping a connection of each recurrent weight.
-        hidden_zoneout_p: of keeping the previous value of a unit of the hidden state.
-        cell_zoneout_p: of keeping the previous value of a cell.
+        layer_p: the probability of dropping a feature of another layer's input.
+        output_p: the probability of dropping a feature of the output; the final states keep all features.
+        recurrent_p: the probability of dropping a unit of the hidden state that enters the next step.
+        weight_p: the probability of dropping a connection of a recurrent weight.
+        hidden_zoneout_p: the probability that a unit of the hidden state keeps its previous value.
+        cell_zoneout_p: the probability that a cell keeps its previous value.
 
     Shape:
         as :class:`torch.nn.LSTM`'s: ``(time, N, C)``, or ``(N, time, C)`` with ``batch_first``, or
         ``(time, C)``, and optionally ``hx = (h_0, c_0)`` give ``(output, (h_n, c_n))``. The ``key`` of a call
-        is one key, or one for each sample, which does not go with ``weight_p``. Masks are those of
-        ``key.fold(name)`` for the names ``"input_l0"`` and so on for each layer, ``"output"``, and, for each
-        layer, with ``"_reverse"`` after it for the second direction, ``"recurrent_l0"``, ``"weight_hh_l0"``,
-        ``"hidden_zoneout_l0"`` and ``"cell_zoneout_l0"``; the zoneout masks have shape ``(N, time, H)``.
+        is one key, or without ``weight_p`` a key for each sample. A mask is that of ``key.fold(name)``, with
+        the names ``"input_l0"``, ``"recurrent_l0"``, ``"weight_hh_l0"``, ``"hidden_zoneout_l0"`` and
+        ``"cell_zoneout_l0"`` for layer 0, and ``"output"``. All but the input's end in ``"_reverse"`` for the
+        second direction. The zoneout masks have shape ``(N, time, H)``.
 
     Raises:
         ValueError: a probability outside [0, 1] or NaN; ``dropout`` or ``proj_size`` other than 0; what
@@ -161,7 +161,7 @@ class VariationalLSTM(nn.RNNBase):
             raise RuntimeError(f"VariationalLSTM needs at least one time step, got shape {shape}")
         samples = (x.shape[1],) if batched else ()
         expected = (self.num_layers * (1 + self.bidirectional), *samples, self.hidden_size)
-        h, c = x.new_zeros(2, *expected) if hx is None else hx
+        h, c = (x.new_zeros(expected), x.new_zeros(expected)) if hx is None else hx
         for i, state in enumerate((h, c)):
             if tuple(state.shape) != expected:
                 raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {tuple(state.shape)}")
@@ -180,8 +180,11 @@ class VariationalLSTM(nn.RNNBase):
             first = layers[0]
             x = _dropped(locked_dropout, x, self.layer_p if first else self.input_p, key, f"input_l{first}")
             names = [f"l{layer}{suffix}" for layer in layers for suffix in suffixes]
-            weights = [self._weights(name, key) for name in names]
             states = slice(first * len(suffixes), first * len(suffixes) + len(names))
+            weights = [
+                [w_ih, _dropped(drop_connect, w_hh, self.weight_p, key, f"weight_hh_{name}"), *biases]
+                for (w_ih, w_hh, *biases), name in zip(self.all_weights[states], names, strict=True)
+            ]
             if looped:
                 x, h_n, c_n = self._loop(x, h[states], c[states], weights, names, key)
             else:
@@ -190,13 +193,6 @@ class VariationalLSTM(nn.RNNBase):
             cells.append(c_n)
         x = _dropped(locked_dropout, x, self.output_p, key, "output")
         return x, torch.cat(hidden), torch.cat(cells)
-
-    def _weights(self, name: str, key: Key | None) -> list[Tensor]:
-        """``weight_ih``, ``weight_hh`` and, if any, the two biases of one layer and direction."""
-        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
-        weights: list[Tensor] = [getattr(self, f"{kind}_{name}") for kind in kinds]
-        weights[1] = _dropped(drop_connect, weights[1], self.weight_p, key, f"weight_hh_{name}")
-        return weights
 
     def _kernel(self, x: Tensor, h: Tensor, c: Tensor, weights: list[list[Tensor]], layers: int) -> Result:
         flat = [weight for direction in weights for weight in direction]
