@@ -70,8 +70,8 @@ class VariationalLSTM(nn.RNNBase):
         ``(time, C)``, and optionally ``hx = (h_0, c_0)`` give ``(output, (h_n, c_n))``. The ``key`` of a call
         is one key, or without ``weight_p`` a key for each sample. A mask is that of ``key.fold(name)``, with
         the names ``"input_l0"``, ``"recurrent_l0"``, ``"weight_hh_l0"``, ``"hidden_zoneout_l0"`` and
-        ``"cell_zoneout_l0"`` for layer 0, and ``"output"``. All but the input's end in ``"_reverse"`` for the
-        second direction. The zoneout masks have shape ``(N, time, H)``.
+        ``"cell_zoneout_l0"`` for layer 0, and ``"output"``. In the second direction, names of the recurrent,
+        weight and zoneout masks end in ``"_reverse"``. The zoneout masks have shape ``(N, time, H)``.
 
     Raises:
         ValueError: a probability outside [0, 1] or NaN; ``dropout`` or ``proj_size`` other than 0; what
