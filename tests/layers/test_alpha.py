@@ -308,9 +308,9 @@ CULPRITS = {
     "values": lambda p: Mixed(p, saturation=SELU_ALPHA),
     "mean, variance at p = 0.5": lambda p: Mixed(p, affine=False),
     "mean, variance at p = 0.8": lambda p: nn.Dropout(p),
-    "rate": biased,
+    "drop rate at p = 0.3": biased,
     "mask of gradient": lambda p: nn.Dropout(p),
-    "sharing": nn.FeatureAlphaDropout,
+    "neighbours": nn.FeatureAlphaDropout,
 }
 
 

@@ -347,12 +347,12 @@ class _WrongKeys(nn.Module):
 @pytest.mark.parametrize(
     ("law", "make", "wrong"),
     [
-        (HEAD_LAWS["rate"], wrong_heads, "2 % more"),
+        (HEAD_LAWS["drop rate at p = 0.3"], wrong_heads, "2 % more"),
         (HEAD_LAWS["share of kept"], wrong_heads, "scaled by 1/q"),
         (HEAD_LAWS["mean of kept"], wrong_heads, "scaled by 1/q"),
-        (HEAD_LAWS["independence"], wrong_heads, "one mask for two samples"),
-        (KEY_LAWS["rate"], _WrongKeys, "2 % more"),
-        (KEY_LAWS["sharing"], _WrongKeys, "not shared"),
+        (HEAD_LAWS["neighbours"], wrong_heads, "one mask for two samples"),
+        (KEY_LAWS["drop rate at p = 0.3"], _WrongKeys, "2 % more"),
+        (KEY_LAWS["sharing, whole keys"], _WrongKeys, "not shared"),
         (KEY_LAWS["kept values"], _WrongKeys, "scaled"),
         (KEY_LAWS["weights"], _WrongKeys, "scaled"),
         (KEY_LAWS["no keys"], _WrongKeys, "-inf"),

@@ -357,10 +357,10 @@ class Shared(nn.Module):
 
 
 CULPRITS = {
-    "rate": lambda p: nn.Dropout2d(p * 1.02),
+    "drop rate at p = 0.3": lambda p: nn.Dropout2d(p * 1.02),
     "sharing": lambda p: Shared(p, dims=(3,)),
-    "independence": lambda p: Shared(p, dims=(1, 2, 3)),
-    "independence ": lambda p: Shared(p, dims=(0, 2, 3)),
+    "neighbours": lambda p: Shared(p, dims=(1, 2, 3)),
+    "neighbours ": lambda p: Shared(p, dims=(0, 2, 3)),
     "3 dimensions": lambda p: Shared(p, dims=(1, 2, 3)),
     "other ranks": lambda p: Shared(p, dims=()),
     "kept values": lambda p: nn.Sequential(nn.Dropout2d(p), nn.Hardtanh(-2.0, 2.0)),

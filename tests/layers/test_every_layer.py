@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
+import re
 from operator import attrgetter
+from typing import Any
 
 import pytest
 import torch
@@ -11,34 +14,37 @@ from torch import Tensor
 
 import oracle
 import thinned
-from thinned.compare.laws import Verdict, examine
-from thinned.compare.layers import ENTRIES, Entry, Law, first
+from thinned.compare.implementation import first
+from thinned.compare.laws import Law, Verdict, examine
+from thinned.compare.layers import ENTRIES, Entry
 from thinned.compare.settings import Settings
 
 QUICK = Settings(quick=True)
 KEY = thinned.Key(7)
-WITHOUT_RANDOMNESS = {"RDrop", "DropoutSchedule"}
+KEYED = [entry for entry in ENTRIES if entry.name not in ("RDrop", "DropoutSchedule")]
+SAMPLE_DIM = {"LockedDropout": 1}
+OF_WEIGHTS = ("WeightDrop", "VariationalLSTM", "TargetedDropout", "LayerDrop")  # one key for all samples
 
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-each_random_entry = pytest.mark.parametrize(
-    "entry",
-    [entry for entry in ENTRIES if entry.name not in WITHOUT_RANDOMNESS],
-    ids=lambda entry: entry.name,
-)
+each_keyed_entry = pytest.mark.parametrize("entry", KEYED, ids=lambda entry: entry.name)
 
 
-def result(entry: Entry, key: thinned.Key, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the layer makes of its example under a key, with the same inputs and parameters each time."""
+def example(entry: Entry, dtype: torch.dtype = torch.float32) -> tuple[Any, list[Tensor]]:
+    """The layer and the inputs of its example, with the same numbers each time."""
     torch.manual_seed(0)
     layer = entry.own.make(**entry.example.arguments).to(dtype)
     # Not drawn in the dtype: the numbers would differ, and in PyTorch 2.11 some of 16 bits are zero.
-    inputs = [x.to(dtype) if x.is_floating_point() else x for x in entry.example.inputs(torch.float32)]
+    return layer, [x.to(dtype) if x.is_floating_point() else x for x in entry.example.inputs(torch.float32)]
+
+
+def result(entry: Entry, key: thinned.Key, dtype: torch.dtype = torch.float32) -> Tensor:
+    layer, inputs = example(entry, dtype)
     return first(layer(*inputs, key=key)).detach()
 
 
 @pytest.fixture(scope="module")
 def references() -> dict[str, Tensor]:
-    return {entry.name: result(entry, KEY) for entry in ENTRIES if entry.name not in WITHOUT_RANDOMNESS}
+    return {entry.name: result(entry, KEY) for entry in KEYED}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,7 @@ def test_is_public_and_documented(entry: Entry) -> None:
         assert ">>> " in (inspect.getdoc(attrgetter(name)(place)) or "")
 
 
-@each_random_entry
+@each_keyed_entry
 def test_a_key_decides(entry: Entry, references: dict[str, Tensor]) -> None:
     state = torch.get_rng_state()
     oracle.assert_same(result(entry, KEY), references[entry.name])
@@ -95,13 +101,13 @@ def test_a_key_decides(entry: Entry, references: dict[str, Tensor]) -> None:
     torch.set_rng_state(state)
 
 
-@each_random_entry
+@each_keyed_entry
 @pytest.mark.usefixtures("subject")
 def test_backends_agree(references: dict[str, Tensor], entry: Entry) -> None:
     oracle.assert_same(result(entry, KEY), references[entry.name])
 
 
-@each_random_entry
+@each_keyed_entry
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_every_floating_dtype_has_the_same_mask(
     entry: Entry, dtype: torch.dtype, references: dict[str, Tensor]
@@ -113,11 +119,10 @@ def test_every_floating_dtype_has_the_same_mask(
     assert not (reference[y == 0].abs() > 1e-3).any()
 
 
-@each_random_entry
+@each_keyed_entry
 def test_a_call_draws_one_number_however_it_is_made(entry: Entry) -> None:
     """So that swapping a layer shifts what follows it by one draw, and evaluation by none."""
-    torch.manual_seed(0)
-    layer, inputs = entry.own.make(**entry.example.arguments), entry.example.inputs(torch.float32)
+    layer, inputs = example(entry)
     torch.manual_seed(1)
     layer(*inputs)
     after = torch.get_rng_state()
@@ -130,21 +135,56 @@ def test_a_call_draws_one_number_however_it_is_made(entry: Entry) -> None:
     assert before.equal(torch.get_rng_state())
 
 
-@each_entry
-def test_second_derivatives(entry: Entry) -> None:
-    torch.manual_seed(0)
-    layer = entry.own.make(**entry.example.arguments).double()
-    x, *rest = entry.example.inputs(torch.float64)
-    if not x.is_floating_point():
-        pytest.skip("no gradient in the first input")
-
-    def call(x: Tensor) -> Tensor:
-        torch.manual_seed(1)
-        return first(layer(x, *rest)).tanh()
-
-    assert torch.autograd.gradgradcheck(call, x.requires_grad_(), fast_mode=True)
+@each_keyed_entry
+def test_repr_names_the_layer_and_its_arguments(entry: Entry) -> None:
+    text = repr(example(entry)[0])
+    assert text.startswith(f"{entry.name}(")
+    for name, value in entry.example.arguments.items():
+        if name in inspect.signature(entry.layer).parameters and (name != "p" or entry.example.p_name):
+            assert f"{name}={value!r}" in text or f"{entry.name}({value!r}, {value!r}" in text
 
 
-@each_random_entry
-def test_repr_names_the_layer(entry: Entry) -> None:
-    assert entry.name in repr(entry.own.make(**entry.example.arguments))
+@each_keyed_entry
+def test_what_is_no_key_or_does_not_fit_is_refused(entry: Entry) -> None:
+    layer, inputs = example(entry)
+    for wrong, hint in ((7, "7 of type int; write thinned.Key(7)"), ("7", "'7' of type str")):
+        with pytest.raises(TypeError, match=re.escape(f"key must be a thinned.Key, got {hint}")):
+            layer(*inputs, key=wrong)
+    for wrong in (KEY.fold(torch.arange(99)), KEY.fold(torch.arange(4).view(2, 2))):
+        with pytest.raises(RuntimeError, match=rf"keys of shape {re.escape(str(tuple(wrong.shape)))}"):
+            layer(*inputs, key=wrong)
+
+
+@each_keyed_entry
+def test_what_is_no_tensor_is_refused(entry: Entry) -> None:
+    if entry.name == "LayerDrop":
+        pytest.skip("takes what its layers take")
+    layer, inputs = example(entry)
+    with pytest.raises(TypeError, match="must be Tensor, not list"):
+        layer([1.0], *inputs[1:])
+
+
+@pytest.mark.parametrize("entry", [each for each in KEYED if each.name not in OF_WEIGHTS], ids=lambda each: each.name)
+def test_a_sample_depends_on_its_key_and_not_on_its_place(entry: Entry) -> None:
+    layer, inputs = example(entry)
+    dim = SAMPLE_DIM.get(entry.name, 0)
+    order = torch.arange(inputs[0].shape[dim]).roll(1)
+    y = first(layer(*inputs, key=KEY.fold(order.sort().values)))
+    other = first(layer(*(x.index_select(dim, order) for x in inputs), key=KEY.fold(order)))
+    oracle.assert_same(other, y.index_select(dim, order))
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5, math.nan])
+@each_keyed_entry
+def test_p_that_is_set_later_is_checked_and_used(entry: Entry, p: float) -> None:
+    layer, inputs = example(entry)
+    name = entry.example.p_name
+    if not hasattr(layer, name):
+        pytest.skip("p is a parameter to learn")
+    setattr(layer, name, p)
+    with pytest.raises(ValueError, match=f"but got {p}"):
+        layer(*inputs)
+    setattr(layer, name, 0.0)
+    expected = entry.own.make(**{**entry.example.arguments, name: 0.0})
+    expected.load_state_dict(layer.state_dict())
+    oracle.assert_same(first(layer(*inputs, key=KEY)), first(expected(*inputs, key=KEY)))

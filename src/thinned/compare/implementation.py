@@ -65,15 +65,15 @@ class Masked:
         shared: the dimensions along which elements share one decision.
         arguments: the constructor's, apart from the probability.
         scale: the factor of a kept element, as a function of ``p``.
-        through: ``call(layer, x)`` is a tensor in which dropped elements of ``x`` are 0; for layers of which
-            ``layer(x)`` is none.
+        through: for a ``p``, a function of layer and ``x`` that returns a tensor in which dropped elements of
+            ``x`` are 0; for layers that do not.
     """
 
     shape: tuple[int, ...] = ()
     shared: tuple[int, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     scale: Callable[[float], float] = field(default=lambda p: 1 / (1 - p))
-    through: Callable[[Any, Tensor], Tensor] | None = None
+    through: Callable[[float], Callable[[Any, Tensor], Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Case:
     def module(self, p: float, **arguments: Any) -> Any:
         """The layer as a module of one tensor that sets what it drops to 0."""
         layer = self.make(**{self.example.p_name: p, **self.mask.arguments, **arguments})
-        return layer if self.mask.through is None else _Through(layer, self.mask.through)
+        return layer if self.mask.through is None else _Through(layer, self.mask.through(p))
 
     def once(self, y: Tensor) -> Tensor:
         """One element for each decision."""

@@ -94,12 +94,12 @@ def values(layer: Case, settings: Settings) -> Finding:
     return holds_if(True, f"{Affine(P).fill:.4f} at p = {P}")
 
 
-def as_dropout(layer: Any, x: Tensor) -> Tensor:
+def as_dropout(layer: nn.Module, x: Tensor, p: float) -> Tensor:
     """With 0 for what was dropped, and ``scale * x`` with the gradient of y where y is the kept value."""
     y: Tensor = layer(x)
-    if layer.p == 1:  # zeros
+    if p == 1:  # zeros
         return y
-    law = Affine(layer.p)
+    law = Affine(p)
     scaled = x.detach() * law.scale
     kept = (y - scaled - law.shift).abs() <= law.allowed(scaled)
     return torch.where(law.dropped(y), 0, torch.where(kept, y - y.detach() + scaled, y))
@@ -110,7 +110,7 @@ LAWS = [
     *(
         Law(
             FAMILY,
-            f"moments at p = {p}",
+            f"mean, variance at p = {p}",
             "the mean 0 and variance 1 of standard normal inputs are kept",
             partial(moments, p=p),
         )
@@ -131,7 +131,7 @@ def _entry(layer: type[nn.Module], peer: type[nn.Module], channels: bool) -> Ent
             (100, 100, 3, 2),
             shared=(2, 3) if channels else (),
             scale=lambda p: Affine(p).scale,
-            through=as_dropout,
+            through=lambda p: partial(as_dropout, p=p),
         ),
         special=LAWS,
         exempt={"complex": "SELU is for real numbers"},
