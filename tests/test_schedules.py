@@ -16,9 +16,8 @@ from torch import nn
 
 import thinned
 from thinned import schedules
-from thinned.compare.laws import Verdict, examine
 from thinned.compare.implementation import Implementation
-from thinned.compare.laws import Law
+from thinned.compare.laws import Law, Verdict, examine
 from thinned.compare.layers._peers import library_class
 from thinned.compare.layers.schedules import ENTRIES, Scheduled
 from thinned.compare.settings import Settings

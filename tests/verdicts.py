@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from thinned.compare.laws import Verdict, examine
 from thinned.compare.implementation import Implementation
+from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers import Entry
 from thinned.compare.settings import Settings
 

@@ -16,7 +16,9 @@ from thinned import cli
 from thinned.cli import app
 from thinned.compare import run
 from thinned.compare.laws import LAWS
+from thinned.compare.layers import _entry, entry_of
 
+DROPOUT = entry_of("Dropout").laws
 EXAMPLES = Path(__file__).parents[2] / "examples" / "broken_dropout.py"
 
 
@@ -34,7 +36,7 @@ def test_doctor_names_the_backend_of_the_cpu() -> None:
 def two_laws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only two laws, of which nn.Dropout breaks the second, are examined, and nothing is timed."""
     names = "evaluation", "dropped NaN or inf"
-    monkeypatch.setattr(run, "LAWS", [law for law in LAWS if law.name in names])
+    monkeypatch.setattr(_entry, "LAWS", [law for law in LAWS if law.name in names])
     monkeypatch.setattr(run.timing, "planned", lambda _: [])
 
 
@@ -100,10 +102,10 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
 def test_terminal(compared: tuple[str, str, str]) -> None:
     printed = compared[0]
     assert printed.startswith("The tutorial's comparison: torch.ones(1000, 100), p = 0.5")
-    for law in LAWS:
+    for law in DROPOUT:
         assert law.name in printed
     assert "✗ NaN; gradients NaN" in printed
-    assert "ForgetsToScale: breaks 5 of 42 laws, 2 not offered: kept values, mean in float16" in printed
+    assert "ForgetsToScale: breaks 6 of 45 laws, 2 not offered: kept values, mean in float16" in printed
     assert max(len(line) for line in printed.splitlines()) <= 100
 
 
@@ -112,7 +114,7 @@ def test_record(compared: tuple[str, str, str]) -> None:
     assert record["settings"]["dtype"] == "float32"
     assert record["machine"]["thinned"] == thinned.__version__
     assert record["verdicts"]["ForgetsToScale"]["breaks"][0] == "kept values"
-    assert [law["name"] for law in record["laws"]] == [law.name for law in LAWS]
+    assert [law["name"] for law in record["laws"]] == [law.name for law in DROPOUT]
     rate = record["laws"][3]["findings"]["textbook"]
     assert rate["verdict"] == "holds"
     assert rate["figures"]["low"] < rate["figures"]["rate"] < rate["figures"]["high"]
@@ -122,7 +124,7 @@ def test_record(compared: tuple[str, str, str]) -> None:
 
 def test_page_is_complete_and_stands_alone(compared: tuple[str, str, str]) -> None:
     page = compared[1]
-    for law in LAWS:
+    for law in DROPOUT:
         assert escape(law.statement) in page
     assert page.index("ForgetsToScale</h3>") < page.index("The law of dropout")
     assert page.count("<svg") == 2

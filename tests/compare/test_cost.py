@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from compare.culprits import changed
 from thinned.compare import timing
+from thinned.compare.loading import resolve
 from thinned.compare.memory import bytes_saved
 from thinned.compare.settings import Settings
-from thinned.compare.loading import resolve
 from thinned.compare.timing import MULTIPLY, planned, time_all
 
 SETTINGS = Settings()

@@ -9,8 +9,9 @@ import pytest
 from torch import Tensor, nn
 
 from compare.culprits import changed
+from thinned.compare.implementation import Implementation
+from thinned.compare.loading import resolve
 from thinned.compare.settings import Settings
-from thinned.compare.loading import Subject, resolve
 from thinned.compare.training import WITHOUT, Run, train_all
 
 
@@ -24,8 +25,8 @@ class FailsAfterTenSteps(nn.Dropout):
         return super().forward(x)
 
 
-def train(*subjects: Subject) -> dict[str, Run]:
-    return {run.name: run for run in train_all(subjects, Settings(), tick=lambda _: None, epochs=2)}
+def train(*implementations: Implementation) -> dict[str, Run]:
+    return {run.name: run for run in train_all(implementations, Settings(), tick=lambda _: None, epochs=2)}
 
 
 def test_networks_learn_and_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,10 @@ import chance
 import oracle
 import thinned
 from subject import Subject
-from thinned.compare.laws import Verdict, examine
-from thinned.compare.layers.alpha import ENTRIES, Affine
 from thinned.compare.implementation import Implementation
+from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers import Entry
+from thinned.compare.layers.alpha import ENTRIES, Affine
 from thinned.compare.settings import Settings
 from thinned.geometry import shared
 from thinned.layers.alpha import AlphaDropout, FeatureAlphaDropout, alpha_dropout, feature_alpha_dropout

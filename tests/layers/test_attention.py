@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import chance
 import oracle
 from thinned import Key, keep_mask
+from thinned.compare.implementation import Implementation
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers.attention import ENTRIES, DropHeadFormula, DropKeyFormula
-from thinned.compare.implementation import Implementation
 from thinned.compare.memory import saved_by_call
 from thinned.compare.settings import Settings
 from thinned.geometry import shared

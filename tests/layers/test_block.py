@@ -20,9 +20,9 @@ import chance
 import oracle
 from subject import Subject
 from thinned import Key, spec
+from thinned.compare.implementation import Implementation
 from thinned.compare.laws import Law, Verdict, examine
 from thinned.compare.layers.block import ENTRIES, Blocks
-from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 from thinned.layers.block import (
     DropBlock1d,

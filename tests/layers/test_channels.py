@@ -17,10 +17,10 @@ import chance
 import oracle
 import thinned
 from subject import Subject
-from thinned.compare.laws import Verdict, examine
-from thinned.compare.layers.channels import ENTRIES
 from thinned.compare.implementation import Implementation
+from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers import Entry
+from thinned.compare.layers.channels import ENTRIES
 from thinned.compare.settings import Settings
 from thinned.geometry import shared
 from thinned.layers.channels import Dropout1d, Dropout2d, Dropout3d, dropout1d, dropout2d, dropout3d

@@ -19,9 +19,9 @@ import chance
 import thinned
 from subject import Subject
 from thinned import op
+from thinned.compare.implementation import Implementation
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers.concrete import ENTRIES, ConcreteDropoutFormula
-from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 from thinned.layers.concrete import ConcreteDropout, concrete_dropout, concrete_regularization
 from thinned.op.noise import logistic

@@ -58,7 +58,12 @@ def too_often(p: float = 0.1, words: int = 40, size: int = 8) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("law", "wrong"),
-    [("word", elementwise), ("sharing", elementwise), ("drop rate at p = 0.3", too_often), ("kept values", too_often)],
+    [
+        ("word", elementwise),
+        ("sharing", elementwise),
+        ("drop rate at p = 0.3", too_often),
+        ("kept values", too_often),
+    ],
 )
 def test_wrong_laws_are_seen(law: str, wrong: Callable[..., nn.Module]) -> None:
     assert verdict(ENTRIES[0], law, wrong) is Verdict.BROKEN

@@ -164,7 +164,9 @@ def test_what_is_no_tensor_is_refused(entry: Entry) -> None:
         layer([1.0], *inputs[1:])
 
 
-@pytest.mark.parametrize("entry", [each for each in KEYED if each.name not in OF_WEIGHTS], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "entry", [each for each in KEYED if each.name not in OF_WEIGHTS], ids=lambda each: each.name
+)
 def test_a_sample_depends_on_its_key_and_not_on_its_place(entry: Entry) -> None:
     layer, inputs = example(entry)
     dim = SAMPLE_DIM.get(entry.name, 0)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import chance
 import thinned
 from subject import Subject
-from thinned.compare.laws import Verdict, examine
 from thinned.compare.implementation import Implementation
+from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers.gaussian import (
     ENTRIES,
     GaussianDropoutFormula,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import chance
 import thinned
+from thinned.compare.implementation import Implementation
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers import layer_drop
-from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 from thinned.layers.layer_drop import LayerDrop
 

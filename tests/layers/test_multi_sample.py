@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import chance
 import thinned
+from thinned.compare.implementation import Implementation
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers import multi_sample
-from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 from thinned.functional import dropout
 from thinned.layers.multi_sample import MultiSampleDropout, multi_sample_dropout

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from thinned.compare.implementation import Implementation
 from thinned.compare.laws import examine
 from thinned.compare.layers import rdrop
-from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 from thinned.layers.rdrop import RDrop, r_drop_loss
 

@@ -15,9 +15,9 @@ from torch.nn.utils.parametrize import cached, register_parametrization
 
 import chance
 import thinned
+from thinned.compare.implementation import Implementation
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers import targeted
-from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 from thinned.layers.targeted import TargetedDropout, targeted_dropout
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import chance
 import oracle
 from thinned import Key, keep_mask, spec
-from thinned.compare.laws import Verdict, examine
 from thinned.compare.implementation import Implementation
+from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers._peers import library_class
 from thinned.compare.layers.tokens import ENTRIES, PatchDropoutFormula
 from thinned.compare.memory import saved_by_call

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from thinned.compare.model import model_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import dropout as imported
@@ -22,7 +23,6 @@ from typer.testing import CliRunner
 import thinned
 from models import zoo
 from thinned.cli import app
-from thinned.compare.model import model_of
 from thinned.models.convert import convert
 from thinned.models.inspect import IN_EVALUATION, UNCONDITIONAL, UNKNOWN, Inspection, inspect
 

@@ -90,6 +90,8 @@ def embedding_dropout(
         keep = keep.gather(1, words.flatten(1).long()).reshape(words.shape) if key.shape else keep[words]
         return torch.where(keep.unsqueeze(-1), y * scale, 0)
 
+    if not isinstance(input, Tensor):
+        raise TypeError(f"embedding_dropout(): argument 'input' must be Tensor, not {type(input).__name__}")
     if not training or p == 0:
         return look_up(input)
     if input.is_nested:

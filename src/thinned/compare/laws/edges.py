@@ -21,7 +21,7 @@ def evaluation(layer: Case, settings: Settings) -> Finding:
 
 
 def p_zero(layer: Case, settings: Settings) -> Finding:
-    module, inputs = layer.called(settings, **{layer.example.p_name: 0.0})
+    module, inputs = layer.called(settings, torch.float32, **{layer.example.p_name: 0.0})
     return _returns_input(first(module(*inputs)), inputs[0])
 
 
@@ -63,7 +63,7 @@ def refuses_p(layer: Case, settings: Settings, *, outside: tuple[float, ...]) ->
 
 def _answer_to_p(layer: Case, settings: Settings, p: float) -> str:
     try:
-        module, inputs = layer.called(settings, **{layer.example.p_name: p})
+        module, inputs = layer.called(settings, torch.float32, **{layer.example.p_name: p})
         module(*inputs)
     except ValueError as error:
         return "ValueError" if str(p) in str(error) else "a message without the value"

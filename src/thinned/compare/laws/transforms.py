@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,11 @@ def compiled(layer: Case, settings: Settings) -> Finding:
     """
     torch.compiler.reset()
     module, inputs = layer.called(settings)
-    backend = "aot_eager" if settings.quick else "inductor"
-    options = None if settings.quick else {"fallback_random": True}
-    in_one = torch.compile(module, fullgraph=True, backend=backend, options=options)
+    in_one: Any = partial(torch.compile, module, fullgraph=True)
+    if settings.quick:
+        in_one = in_one(backend="aot_eager")
+    else:
+        in_one = in_one(backend="inductor", options={"fallback_random": True})
     results = [_run(settings, each, inputs, offset) for offset in range(2) for each in (module, in_one)]
     torch.compiler.reset()
     for (y, gradients), (other, other_gradients) in (results[:2], results[2:]):

@@ -59,7 +59,8 @@ class VariationalLSTMFormula(nn.LSTM):
 
 
 def _make(layer: Case, **probabilities: float) -> nn.Module:
-    return layer.make(input_size=INPUTS, hidden_size=UNITS, **probabilities)
+    module: nn.Module = layer.make(input_size=INPUTS, hidden_size=UNITS, **probabilities)
+    return module
 
 
 def _plain(module: nn.Module) -> nn.LSTM:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from thinned.cli import app
 from thinned.compare.layers import ENTRIES, entry_of
-from thinned.compare.layers.table import to_markdown
+from thinned.compare.tables import layers_page
 
 BROKEN = """
 import torch
@@ -73,6 +73,6 @@ def test_table_of_layers() -> None:
 
 
 def test_docs_have_the_table(repository: Path) -> None:
-    """`thinned layers --markdown > docs/layers.md` writes it anew."""
-    assert thinned_command("layers", "--markdown").stdout == to_markdown()
-    assert (repository / "docs" / "layers.md").read_text(encoding="utf-8") == to_markdown()
+    """`thinned layers --markdown > docs/layers.md` writes it."""
+    assert thinned_command("layers", "--markdown").stdout == layers_page()
+    assert (repository / "docs" / "layers.md").read_text(encoding="utf-8") == layers_page()
