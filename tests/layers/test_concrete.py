@@ -55,7 +55,7 @@ class Wrong(nn.Module):
         ("t near 0", torch.rand_like, 0.03),
         ("distribution", lambda x: torch.rand_like(x) ** 1.02, 0.0),
         ("independence", lambda x: torch.rand(len(x), 1).expand_as(x), 0.0),
-        ("gradient of p", torch.rand_like, 0.0),
+        ("gradient", torch.rand_like, 0.0),
         ("extremes", torch.rand_like, 0.0),
     ],
 )

@@ -22,9 +22,15 @@ __all__ = ["LAWS"]
 
 
 def gradient(layer: Case, settings: Settings) -> Finding:
-    """In float64, each call under one mask."""
-    _, call, x = layer.differentiable(settings, torch.float64)
-    return _checked(partial(gradcheck, check_undefined_grad=False), partial(under_seed, settings, call), x)
+    """That of the first input and of every parameter, in float64."""
+    module, call, x = layer.differentiable(settings, torch.float64)
+    # gradcheck changes its inputs in place: the parameters are among them, and reach the call by themselves.
+    return _checked(
+        partial(gradcheck, check_undefined_grad=False),
+        lambda x, *_: under_seed(settings, call, x),
+        x,
+        *module.parameters(),
+    )
 
 
 def second_derivative(layer: Case, settings: Settings) -> Finding:
@@ -33,9 +39,9 @@ def second_derivative(layer: Case, settings: Settings) -> Finding:
     return _checked(gradgradcheck, lambda x: under_seed(settings, call, x).exp(), x)
 
 
-def _checked(check: Callable[..., bool], call: Callable[[Tensor], Tensor], x: Tensor) -> Finding:
+def _checked(check: Callable[..., bool], call: Callable[..., Tensor], *inputs: Tensor) -> Finding:
     try:
-        check(call, x, fast_mode=True)
+        check(call, inputs, fast_mode=True)
     except GradcheckError as error:
         return holds_if(False, str(error).splitlines()[0])
     return holds_if(True, "finite differences")

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Protocol
 
 import torch
 
 from thinned.compare.errors import one_line
-from thinned.compare.implementation import Case, Example, Implementation, Masked, NotOfferedError
+from thinned.compare.implementation import Case, Implementation, NotOfferedError
 from thinned.compare.settings import Settings
 
 __all__ = [
     "P_FOR_EQUALITY",
     "Finding",
     "Law",
-    "Layer",
     "Verdict",
     "examine",
     "has_mask",
@@ -51,15 +49,6 @@ class Finding:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-class Layer(Protocol):
-    """What an entry says of the layer that an implementation is examined as."""
-
-    @property
-    def example(self) -> Example: ...
-    @property
-    def masked(self) -> Masked | None: ...
-
-
 def has_mask(case: Case) -> bool:
     return case.masked is not None
 
@@ -74,8 +63,8 @@ class Law:
 
     Attributes:
         check: measures an implementation, from the settings' seed.
-        applies: whether it is a law of a layer, which thinned's own implementation stands for.
-        layer: the layer that an implementation is examined as.
+        applies: whether it is a law of thinned's own layer.
+        case: thinned's own layer, in the place of which an implementation is examined.
     """
 
     family: str
@@ -83,7 +72,7 @@ class Law:
     statement: str
     check: Callable[[Case, Settings], Finding]
     applies: Callable[[Case], bool] = field(default=lambda _: True)
-    layer: Layer | None = None
+    case: Case | None = None
 
 
 def holds_if(condition: bool, measured: str, **figures: float) -> Finding:
@@ -97,8 +86,8 @@ def nothing_wrong(complaint: str | None, measured: str) -> Finding:
 
 def examine(law: Law, implementation: Implementation, settings: Settings) -> Finding:
     """Check one law from the settings' seed; whatever the implementation raises becomes the finding."""
-    assert law.layer is not None, f"{law.name} is the law of no layer: take it from an entry"
-    case = Case(implementation, law.layer.example, law.layer.masked)
+    assert law.case is not None, f"{law.name} is the law of no layer: take it from an entry"
+    case = replace(law.case, implementation=implementation)
     torch.manual_seed(settings.seed)
     try:
         return law.check(case, case.settled(settings))

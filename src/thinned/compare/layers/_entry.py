@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from thinned.compare.implementation import Case, Example, Implementation, Masked
-from thinned.compare.laws import LAWS, Law
+from thinned.compare.laws import LAWS, Finding, Law
+from thinned.compare.settings import Settings
 
 __all__ = ["Entry", "Workload", "for_mask"]
 
@@ -68,7 +70,7 @@ class Entry:
         """Those of every layer that apply to this one, and its own."""
         case = Case(self.own, self.example, self.masked)
         shared = [law for law in LAWS if law.name not in self.exempt and law.applies(case)]
-        return [law if law.layer else replace(law, layer=self) for law in (*shared, *self.special)]
+        return [replace(law, case=case) for law in (*shared, *self.special)]
 
     @property
     def broadcast(self) -> tuple[int, ...] | None:
@@ -79,16 +81,15 @@ class Entry:
         return tuple(1 if dim in self.masked.shared else size for dim, size in enumerate(x.shape))
 
 
-@dataclass(frozen=True)
-class _AnotherMask:
-    example: Example
-    masked: Masked
-
-
-def for_mask(example: Example, masked: Masked, words: str, *names: str) -> list[Law]:
+def for_mask(masked: Masked, words: str, *names: str) -> list[Law]:
     """Some of the laws of every layer, for another mask of the same layer, that ``words`` tell apart."""
+
+    def check(layer: Case, settings: Settings, law: Law) -> Finding:
+        layer = replace(layer, masked=masked)
+        return law.check(layer, layer.settled(settings))
+
     return [
-        replace(law, name=f"{law.name}, {words}", layer=_AnotherMask(example, masked))
+        replace(law, name=f"{law.name}, {words}", check=partial(check, law=law))
         for law in LAWS
         if law.name in names
     ]

@@ -147,20 +147,17 @@ def _keys(name: str, statement: str, check: Callable[[Case, Settings], Finding])
     return Law("keys", name, statement, check)
 
 
-_example = Example(normal(3, 4, 5, 6))
-
 ENTRIES = [
     Entry(
         DropHead,
         mask="(N, H, 1, 1)",
         source="Zhou et al. 2020, section 3",
         peer=Implementation("formula", DropHeadFormula),
-        example=_example,
+        example=Example(normal(3, 4, 5, 6)),
         workload=Workload(ones(16, 16, 64, 64)),
         masked=Masked((4000, 8, 2, 3), shared=(2, 3), arguments={"normalize": "expected"}),
         special=[
             *for_mask(
-                _example,
                 Masked((4000, 8, 2, 3), shared=(2, 3)),
                 "by kept",
                 *(f"drop rate at p = {P}", "sharing", "neighbours", "calls", "p = 1", "dropped NaN or inf"),
@@ -174,7 +171,7 @@ ENTRIES = [
         mask="(N, H, L_q, L_k), or 1 along broadcast_dims",
         source="Li et al. 2023, section 3",
         peer=Implementation("formula", DropKeyFormula),
-        example=_example,
+        example=Example(normal(3, 4, 5, 6)),
         workload=Workload(ones(16, 4, 128, 128)),
         masked=Masked((2000, 8, 3, 3), scale=lambda _: 1.0, through=lambda _: zeros_for_dropped),
         exempt={
@@ -183,7 +180,6 @@ ENTRIES = [
         },
         special=[
             *for_mask(
-                _example,
                 Masked(
                     (2000, 8, 3, 3),
                     shared=(1, 2),

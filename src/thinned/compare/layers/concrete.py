@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from thinned.compare.implementation import Case, Example, Implementation, first, normal, ones
 from thinned.compare.laws.chance import associate, binomial_bounds, neighbouring, strongest
 from thinned.compare.laws.law import Finding, Law, holds_if
-from thinned.compare.laws.learned import parameter_gradient
 from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import DTYPES, Settings
 from thinned.layers.concrete import ConcreteDropout
@@ -69,12 +68,6 @@ def independence(layer: Case, settings: Settings) -> Finding:
     return strongest([associate(one, other, "two calls"), *neighbouring(one)])
 
 
-def gradient_of_p(layer: Case, settings: Settings) -> Finding:
-    return parameter_gradient(
-        layer, settings, name="p_logit", arguments={"p": P, "temperature": 0.5}, rows=ROWS
-    )
-
-
 def extremes(layer: Case, settings: Settings) -> Finding:
     """Values and gradients are finite in every dtype, with p as near to 0 and 1 as training may bring it."""
     wrong = []
@@ -113,13 +106,12 @@ ENTRIES = [
         mask="the input's, almost binary",
         source="Gal, Hron and Kendall 2017, section 3",
         peer=Implementation("formula", ConcreteDropoutFormula),
-        example=Example(normal(6, 20), p_name=""),
+        example=Example(normal(6, 20), {"p": 0.5, "temperature": 0.5}, p_name=""),
         workload=Workload(ones(1_000_000)),
         special=[
             Law(FAMILY, "distribution", "P(z <= c) = sigmoid(t logit(c) - logit(p))", distribution),
             Law(FAMILY, "t near 0", "the mask is binary, and p of it dropped", cold),
             Law(FAMILY, "independence", "neighbours and calls are independent", independence),
-            Law(FAMILY, "gradient of p", "that of logit(p) is that of finite differences", gradient_of_p),
             Law(FAMILY, "extremes", "finite for p near 0 and 1, in every dtype", extremes),
         ],
     ),

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from scipy import integrate, stats
 from torch import Tensor, nn
 
-from thinned.compare.implementation import Case, Example, Implementation, NotOfferedError, first, normal, ones
+from thinned.compare.implementation import (
+    Case,
+    Example,
+    Implementation,
+    NotOfferedError,
+    P,
+    first,
+    normal,
+    ones,
+)
 from thinned.compare.laws.chance import DEVIATIONS, FALSE_ALARM, associate, neighbouring, strongest
 from thinned.compare.laws.law import Finding, Law, holds_if, nothing_wrong
-from thinned.compare.laws.learned import parameter_gradient
 from thinned.compare.laws.values import departure
 from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
@@ -25,6 +30,7 @@ from thinned.layers.gaussian import GaussianDropout, VariationalDropout
 __all__ = ["ENTRIES"]
 
 ROWS, COLUMNS = 1_000, 300
+SIGMA = math.sqrt(P / (1 - P))
 
 
 class GaussianDropoutFormula(nn.Module):
@@ -54,25 +60,15 @@ class VariationalDropoutFormula(nn.Module):
         return -(0.5 * log_alpha + 1.16145124 * alpha - 1.50204118 * alpha**2 + 0.58629921 * alpha**3)
 
 
-@dataclass(frozen=True)
-class Normal:
-    """A layer whose factor is normal with mean 1 and variance ``p / (1 - p)``."""
-
-    arguments: Mapping[str, Any]
-
-    @property
-    def sigma(self) -> float:
-        p: float = self.arguments["p"]
-        return math.sqrt(p / (1 - p))
-
-    def factors(self, layer: Case, settings: Settings) -> Tensor:
-        ones = settings.ones(ROWS, COLUMNS, dtype=torch.float32)
-        return first(layer.make(**self.arguments).to(settings.device)(ones)).detach()
+def factors(layer: Case, settings: Settings) -> Tensor:
+    """Normal, with mean 1 and variance ``p / (1 - p)``."""
+    ones = settings.ones(ROWS, COLUMNS, dtype=torch.float32)
+    return first(layer.make(p=P).to(settings.device)(ones)).detach()
 
 
-def moments(layer: Case, settings: Settings, noise: Normal) -> Finding:
+def moments(layer: Case, settings: Settings) -> Finding:
     """A normal sample's mean and variance have the variances s²/N and 2 s⁴/N."""
-    y, variance = noise.factors(layer, settings).double(), noise.sigma**2
+    y, variance = factors(layer, settings).double(), SIGMA**2
     mean, spread = float(y.mean()), float(y.var())
     holds = abs(mean - 1) <= DEVIATIONS * math.sqrt(variance / y.numel()) and abs(
         spread - variance
@@ -83,25 +79,25 @@ def moments(layer: Case, settings: Settings, noise: Normal) -> Finding:
     )
 
 
-def distribution(layer: Case, settings: Settings, noise: Normal) -> Finding:
+def distribution(layer: Case, settings: Settings) -> Finding:
     """Kolmogorov and Smirnov's test of all of it."""
-    y = noise.factors(layer, settings).double().flatten().cpu().numpy()
-    found = stats.kstest(y, stats.norm(1, noise.sigma).cdf)
+    y = factors(layer, settings).double().flatten().cpu().numpy()
+    found = stats.kstest(y, stats.norm(1, SIGMA).cdf)
     measured = f"D = {found.statistic:.4f}"
     return holds_if(bool(found.pvalue >= FALSE_ALARM), measured, statistic=float(found.statistic))
 
 
-def independence(layer: Case, settings: Settings, noise: Normal) -> Finding:
+def independence(layer: Case, settings: Settings) -> Finding:
     """The sides of 1 on which neighbours and two calls are."""
-    one, other = (noise.factors(layer, settings) < 1 for _ in range(2))
+    one, other = (factors(layer, settings) < 1 for _ in range(2))
     return strongest([associate(one, other, "two calls"), *neighbouring(one)])
 
 
-def own_noise(layer: Case, settings: Settings, noise: Normal) -> Finding:
+def own_noise(layer: Case, settings: Settings) -> Finding:
     """At x = 1 the output is the factor, and so is dL/dx over dL/dy."""
     x = settings.ones(ROWS, dtype=torch.float32).requires_grad_()
     upstream = settings.normal(ROWS, dtype=torch.float32)
-    y = first(layer.make(**noise.arguments).to(settings.device)(x))
+    y = first(layer.make(p=P).to(settings.device)(x))
     (downstream,) = torch.autograd.grad(y, x, upstream)
     return nothing_wrong(departure(downstream, upstream * y.detach(), scale=1.0), "forward's noise")
 
@@ -114,10 +110,6 @@ def infinite_variance(layer: Case, settings: Settings) -> Finding:
     except ZeroDivisionError as error:
         return holds_if(False, type(error).__name__)
     return holds_if(False, f"gives {float(y.flatten()[0])}")
-
-
-def gradient_of_alpha(layer: Case, settings: Settings, noise: Normal) -> Finding:
-    return parameter_gradient(layer, settings, name="log_alpha", arguments=noise.arguments, rows=ROWS)
 
 
 def bound_of_alpha(layer: Case, settings: Settings) -> Finding:
@@ -162,18 +154,12 @@ def true_divergence(alpha: float) -> float:
 FAMILY = "noise"
 
 
-def normal_laws(noise: Normal) -> tuple[Law, ...]:
-    checks: dict[str, tuple[str, Callable[..., Finding]]] = {
-        "mean, variance": ("of ones: 1 and p/(1-p)", moments),
-        "distribution": ("of ones: normal, by Kolmogorov and Smirnov's test", distribution),
-        "independence": ("neighbours and calls are independent of each other", independence),
-        "noise of gradient": ("backward has the forward's noise", own_noise),
-    }
-    return tuple(
-        Law(FAMILY, name, statement, partial(check, noise=noise))
-        for name, (statement, check) in checks.items()
-    )
-
+NORMAL_LAWS = [
+    Law(FAMILY, "mean, variance", "of ones: 1 and p/(1-p)", moments),
+    Law(FAMILY, "distribution", "of ones: normal, by Kolmogorov and Smirnov's test", distribution),
+    Law(FAMILY, "independence", "neighbours and calls are independent of each other", independence),
+    Law(FAMILY, "noise of gradient", "backward has the forward's noise", own_noise),
+]
 
 ENTRIES = [
     Entry(
@@ -184,7 +170,7 @@ ENTRIES = [
         example=Example(normal(6, 20)),
         workload=Workload(ones(1_000_000)),
         special=[
-            *normal_laws(Normal({"p": 0.3})),
+            *NORMAL_LAWS,
             Law(FAMILY, "p = 1", "ValueError: the variance p/(1-p) is infinite", infinite_variance),
         ],
     ),
@@ -196,13 +182,7 @@ ENTRIES = [
         example=Example(normal(6, 20), {"p": 0.4, "num_features": 20}, p_name=""),
         workload=Workload(ones(1_000_000)),
         special=[
-            *normal_laws(Normal({"p": 0.3})),
-            Law(
-                FAMILY,
-                "gradient of alpha",
-                "that of log(alpha) is that of finite differences",
-                partial(gradient_of_alpha, noise=Normal({"p": 0.3})),
-            ),
+            *NORMAL_LAWS,
             Law(FAMILY, "bound of alpha", "alpha stays at 1, and can come back", bound_of_alpha),
             Law(FAMILY, "divergence", "within 0.04 nats of the integral, for alpha up to 1", divergence),
         ],

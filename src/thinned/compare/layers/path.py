@@ -38,8 +38,6 @@ class StochasticDepthFormula(nn.Module):
         return x * (torch.rand(rows, *(1,) * (x.dim() - 1)) < 1 - self.p) / (1 - self.p)
 
 
-_stochastic_depth = Example(normal(6, 5, 4), {"p": 0.5, "mode": "row"})
-
 ENTRIES = [
     Entry(
         DropPath,
@@ -55,11 +53,10 @@ ENTRIES = [
         mask='(N, 1, ...) for "row", (1, 1, ...) for "batch"',
         source="Huang et al. 2016, section 3; torchvision",
         peer=from_library("torchvision.ops.stochastic_depth:StochasticDepth", StochasticDepthFormula),
-        example=_stochastic_depth,
+        example=Example(normal(6, 5, 4), {"p": 0.5, "mode": "row"}),
         workload=Workload(ones(64, 64, 256), {"p": 0.2, "mode": "row"}),
         masked=Masked((20_000, 2, 3), shared=(1, 2), arguments={"mode": "row"}),
         special=for_mask(
-            _stochastic_depth,
             Masked((20, 2, 3), shared=(0, 1, 2), arguments={"mode": "batch"}),
             "batch",
             "sharing",
