@@ -144,12 +144,7 @@ def _small() -> Iterator[Case]:
     }
     for group, make in both.items():
         yield Case(
-            group,
-            "float32, 256 elements, p = 0.5",
-            make,
-            (Bound("nn.Dropout", 1),),
-            rounds=41,
-            elements=256,
+            group, "float32, 256 elements, p = 0.5", make, (Bound("nn.Dropout", 1),), rounds=41, elements=256
         )
 
 
@@ -224,11 +219,7 @@ def _addressed() -> Iterator[Case]:
     yield Case(
         "address",
         f"{sites} sites; ns a site",
-        lambda: {
-            "without": partial(model, x),
-            "thinned": call(),
-            "thinned, samples": call(ids),
-        },
+        lambda: {"without": partial(model, x), "thinned": call(), "thinned, samples": call(ids)},
         (),
         elements=sites,
     )

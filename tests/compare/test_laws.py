@@ -8,14 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from compare.culprits import (
-    CULPRITS,
-    FailsOnEmpty,
-    LosesGradient,
-    LosesGradientOfParameter,
-    changed,
-    example,
-)
+from compare.culprits import CULPRITS, FailsOnEmpty, LosesGradient, LosesGradientOfParameter, changed, example
 from thinned.compare.implementation import Implementation
 from thinned.compare.laws import LAWS, Finding, Verdict, examine
 from thinned.compare.layers import ENTRIES, entry_of

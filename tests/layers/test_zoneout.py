@@ -82,7 +82,7 @@ class Zeroed(ZoneoutFormula):
         ("neighbours", OneDecisionForAllSamples),
         ("kept values", Zeroed),
         ("values", Zeroed),
-        ("gradient of both", Zeroed),
+        ("gradient", Zeroed),
         ("values", ZoneoutFormula),
     ],
 )

@@ -113,13 +113,15 @@ class Case:
 
     def differentiable(
         self, settings: Settings, dtype: torch.dtype = torch.float32
-    ) -> tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]:
-        """A layer, a function of one tensor that calls it, and the tensor; gradients flow to all."""
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor, list[Tensor]]:
+        """A call of the layer as a function of one tensor, the tensor, and what else has a gradient."""
         layer, (x, *rest) = self.called(settings, dtype)
         if x.is_floating_point():
-            return layer, lambda x: first(layer(x, *rest)), x.requires_grad_()
+            others = [each.requires_grad_() for each in rest if each.is_floating_point()]
+            return lambda x: first(layer(x, *rest)), x.requires_grad_(), [*others, *layer.parameters()]
         layer = self.module(0.5).to(dtype)
-        return layer, layer, settings.normal(*self.mask.shape, dtype=dtype).requires_grad_()
+        x = settings.normal(*self.mask.shape, dtype=dtype)
+        return layer, x.requires_grad_(), list(layer.parameters())
 
     def settled(self, settings: Settings) -> Settings:
         """The settings, with what the layer's mask fixes."""

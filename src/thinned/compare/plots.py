@@ -6,7 +6,6 @@ import base64
 import io
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -25,24 +24,20 @@ GREY = "#8a8f98"
 PALETTE = ("#0c9a74", "#e0662f", "#6f73d2", "#c2417c", "#b8922b", "#3b8fc4")
 
 
-def page_style() -> AbstractContextManager[None]:
-    """Within it, figures are drawn in the page's style."""
-    return matplotlib.rc_context(
-        {
-            "axes.edgecolor": INK,
-            "axes.labelcolor": INK,
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlesize": 11,
-            "figure.constrained_layout.use": True,
-            "font.size": 10,
-            "legend.frameon": False,
-            "svg.hashsalt": "thinned",
-            "text.color": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-        }
-    )
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "legend.frameon": False,
+    "svg.hashsalt": "thinned",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
@@ -60,7 +55,7 @@ def mask_picture(mask: Tensor) -> str:
 
 def drop_rates(report: Report) -> str:
     """Measured drop rates relative to p, on the band that the binomial law allows."""
-    with page_style():
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.2))
         axes = figure.subplots()
         points = defaultdict(list)
@@ -86,7 +81,7 @@ def drop_rates(report: Report) -> str:
 
 def speed(report: Report) -> str:
     """Nanoseconds an element against the number of elements, both on log axes."""
-    with page_style():
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.6))
         for axes, direction in zip(figure.subplots(1, 2, sharey=True), DIRECTIONS, strict=True):
             for name, colour in colours(report.names).items():
@@ -104,7 +99,7 @@ def speed(report: Report) -> str:
 
 def losses(report: Report) -> str:
     """Cross-entropy over epochs, on the digits trained on and on the others."""
-    with page_style():
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.6))
         left, right = figure.subplots(1, 2)
         for run in report.training:

@@ -15,11 +15,7 @@ from thinned.compare.training import Run
 
 __all__ = ["Cell", "Row", "Table", "laws", "layers", "layers_page", "speed", "training_runs", "tutorial"]
 
-MARKS = {
-    Verdict.HOLDS: "✓ ",
-    Verdict.BROKEN: "✗ ",
-    Verdict.CRASHED: "✗ crashed: ",
-}
+MARKS = {Verdict.HOLDS: "✓ ", Verdict.BROKEN: "✗ ", Verdict.CRASHED: "✗ crashed: "}
 NOTHING = "–"
 COLUMNS_OF_LAYERS = ("functional", "mask", "source", "peer")
 

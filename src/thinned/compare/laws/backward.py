@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -22,20 +22,20 @@ __all__ = ["LAWS"]
 
 
 def gradient(layer: Case, settings: Settings) -> Finding:
-    """That of the first input and of every parameter, in float64."""
-    module, call, x = layer.differentiable(settings, torch.float64)
-    # gradcheck changes its inputs in place: the parameters are among them, and reach the call by themselves.
+    """That of every input and parameter, in float64."""
+    call, x, others = layer.differentiable(settings, torch.float64)
+    # gradcheck changes its inputs in place, so that the others reach the call by themselves.
     return _checked(
         partial(gradcheck, check_undefined_grad=False),
         lambda x, *_: under_seed(settings, call, x),
         x,
-        *module.parameters(),
+        *others,
     )
 
 
 def second_derivative(layer: Case, settings: Settings) -> Finding:
     """Through exp, as a mask alone has none; its derivatives at 0 show a mask that differs from forward's."""
-    _, call, x = layer.differentiable(settings, torch.float64)
+    call, x, _ = layer.differentiable(settings, torch.float64)
     return _checked(gradgradcheck, lambda x: under_seed(settings, call, x).exp(), x)
 
 
@@ -107,7 +107,7 @@ def same_seed(layer: Case, settings: Settings) -> Finding:
 
 def checkpointed(layer: Case, settings: Settings) -> Finding:
     """Two calls in a region that is recomputed in backward, from a restored random state."""
-    _, call, given = layer.differentiable(settings)
+    call, given, _ = layer.differentiable(settings)
 
     def region(x: Tensor) -> Tensor:
         return torch.sin(call(x)) * call(x)
@@ -124,9 +124,11 @@ def checkpointed(layer: Case, settings: Settings) -> Finding:
 
 
 def saved(layer: Case, settings: Settings) -> Finding:
-    """Bytes for each element of the input, beside input, output and parameters."""
-    module, call, x = layer.differentiable(settings)
-    kept = saved_by_call(call, x, module.parameters())
+    """Bytes for each element of the only input with a gradient, beside inputs, output and parameters."""
+    call, x, others = layer.differentiable(settings)
+    for other in others:
+        other.requires_grad_(isinstance(other, nn.Parameter))
+    kept = saved_by_call(call, x, others)
     allowed = layer.example.saved_bytes
     return holds_if(kept < allowed + 1, f"{kept:.3g} bytes, allowed {allowed:.3g}", bytes=kept)
 

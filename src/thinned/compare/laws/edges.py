@@ -111,12 +111,7 @@ FAMILY = "edge cases"
 law = partial(Law, FAMILY)
 LAWS = [
     law("evaluation", "in evaluation the input itself comes back", evaluation, is_identity),
-    law(
-        "p = 0",
-        "at p = 0 the input itself comes back",
-        p_zero,
-        keeps_at_zero,
-    ),
+    law("p = 0", "at p = 0 the input itself comes back", p_zero, keeps_at_zero),
     law("p = 1", "at p = 1 all values and all gradients are zero", p_one, has_mask),
     law(
         "p outside [0, 1]",

@@ -12,11 +12,25 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from thinned.compare.implementation import Implementation
 
-__all__ = ["from_library", "from_torch", "library_class"]
+__all__ = ["Formula", "from_library", "from_torch", "library_class"]
+
+
+class Formula(nn.Module):
+    """A layer in plain torch: ``drop`` in training, the input in evaluation and at p = 0."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Any:
+        return self.drop(x) if self.training and self.p else x
+
+    def drop(self, x: Tensor) -> Any:
+        raise NotImplementedError
 
 
 def from_library(

@@ -13,20 +13,19 @@ from thinned.compare.laws.chance import binomial_bounds
 from thinned.compare.laws.law import Finding, Law, holds_if, nothing_wrong
 from thinned.compare.laws.values import departure
 from thinned.compare.layers._entry import Entry, Workload, for_mask
+from thinned.compare.layers._peers import Formula
 from thinned.compare.settings import DTYPES, Settings
 from thinned.layers.attention import DropHead, DropKey
 
 __all__ = ["ENTRIES"]
 
 
-class DropHeadFormula(nn.Module):
+class DropHeadFormula(Formula):
     def __init__(self, p: float = 0.5, dim: int = 1, normalize: str = "kept") -> None:
-        super().__init__()
-        self.p, self.dim, self.normalize = p, dim, normalize
+        super().__init__(p)
+        self.dim, self.normalize = dim, normalize
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
+    def drop(self, x: Tensor) -> Tensor:
         shape = [size if d in (0, self.dim % x.dim()) else 1 for d, size in enumerate(x.shape)]
         mask = (torch.rand(shape) < 1 - self.p).to(x.dtype)
         if self.normalize == "expected":
@@ -34,16 +33,14 @@ class DropHeadFormula(nn.Module):
         return x * mask * x.shape[self.dim] / mask.sum(self.dim, keepdim=True)
 
 
-class DropKeyFormula(nn.Module):
+class DropKeyFormula(Formula):
     """Algorithm 1 of the paper."""
 
     def __init__(self, p: float = 0.5, broadcast_dims: Sequence[int] = ()) -> None:
-        super().__init__()
-        self.p, self.broadcast_dims = p, broadcast_dims
+        super().__init__(p)
+        self.broadcast_dims = broadcast_dims
 
-    def forward(self, logits: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return logits
+    def drop(self, logits: Tensor) -> Tensor:
         shared = {d % logits.dim() for d in self.broadcast_dims}
         shape = [1 if d in shared else size for d, size in enumerate(logits.shape)]
         dropped = torch.bernoulli(torch.full(shape, self.p, dtype=logits.dtype))

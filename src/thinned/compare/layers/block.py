@@ -14,17 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thinned.compare.implementation import Case, Example, Implementation, Masked, P, normal, ones
-from thinned.compare.laws.chance import (
-    DEVIATIONS,
-    FALSE_ALARM,
-    associate,
-    elements_to_show,
-    strongest,
-)
+from thinned.compare.laws.chance import DEVIATIONS, FALSE_ALARM, associate, elements_to_show, strongest
 from thinned.compare.laws.law import Finding, Law, holds_if
 from thinned.compare.laws.values import TOLERANCE_ULP, scale_of, ulps_off
 from thinned.compare.layers._entry import Entry, Workload
-from thinned.compare.layers._peers import from_library
+from thinned.compare.layers._peers import Formula, from_library
 from thinned.compare.settings import Settings
 from thinned.layers.block import DropBlock1d, DropBlock2d, DropBlock3d
 
@@ -35,43 +29,27 @@ CHANNELS = 64
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-class DropBlockFormula(nn.Module):
+class DropBlockFormula(Formula):
     """Algorithm 1 of the paper, with its approximate probability of a seed."""
-
-    dims: int
 
     def __init__(
         self, p: float, block_size: int, inplace: bool = False, couple_channels: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(p)
         if not 0 <= p <= 1:
             raise ValueError(f"p has to be between 0 and 1, but got {p}")
-        self.p, self.block_size, self.inplace, self.coupled = p, block_size, inplace, couple_channels
+        self.block_size, self.inplace, self.coupled = block_size, inplace, couple_channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        sizes = x.shape[-self.dims :]
+    def drop(self, x: Tensor) -> Tensor:
+        dims, sizes = x.dim() - 2, x.shape[2:]
         block = min(self.block_size, *sizes)
         places = [size - block + 1 for size in sizes]
-        gamma = self.p * math.prod(sizes) / (block**self.dims * math.prod(places))
+        gamma = self.p * math.prod(sizes) / (block**dims * math.prod(places))
         masks = (len(x), 1 if self.coupled else x.shape[1])
         seeds = (torch.rand(*masks, *places, device=x.device) < gamma).to(x.dtype)
-        mask = 1 - MAX_POOL[self.dims](F.pad(seeds, [block - 1] * 2 * self.dims), block, stride=1)
+        mask = 1 - MAX_POOL[dims](F.pad(seeds, [block - 1] * 2 * dims), block, stride=1)
         mask = mask * (mask.numel() / mask.float().sum().clamp(min=1)).to(x.dtype)
         return x.mul_(mask) if self.inplace else x * mask
-
-
-class DropBlock1dFormula(DropBlockFormula):
-    dims = 1
-
-
-class DropBlock2dFormula(DropBlockFormula):
-    dims = 2
-
-
-class DropBlock3dFormula(DropBlockFormula):
-    dims = 3
 
 
 def _torchvision(layer: Any) -> Callable[..., nn.Module]:
@@ -261,12 +239,12 @@ def _entry(
 
 
 ENTRIES = [
-    _entry(DropBlock1d, "L", (11,), Implementation("formula", DropBlock1dFormula), (16, 64, 1024)),
+    _entry(DropBlock1d, "L", (11,), Implementation("formula", DropBlockFormula), (16, 64, 1024)),
     _entry(
         DropBlock2d,
         "H, W",
         (7, 9),
-        from_library("torchvision.ops.drop_block:DropBlock2d", DropBlock2dFormula, _torchvision),
+        from_library("torchvision.ops.drop_block:DropBlock2d", DropBlockFormula, _torchvision),
         (16, 64, 32, 32),
         "; torchvision",
     ),
@@ -274,7 +252,7 @@ ENTRIES = [
         DropBlock3d,
         "D, H, W",
         (5, 6, 7),
-        from_library("torchvision.ops.drop_block:DropBlock3d", DropBlock3dFormula, _torchvision),
+        from_library("torchvision.ops.drop_block:DropBlock3d", DropBlockFormula, _torchvision),
         (4, 16, 16, 32, 32),
         "; torchvision",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -41,11 +41,12 @@ def three_dimensions(layer: Case, settings: Settings) -> Finding:
     warned = any("interpreted as shape (N, C, L)" in str(each.message) for each in caught)
     rows_alike = bool((kept == kept[..., :1]).all())
     samples_differ = not bool((kept == kept[:, :1]).all())
-    wrong = [
-        *([] if warned else ["no warning"]),
-        *([] if rows_alike else ["a channel is split"]),
-        *([] if samples_differ else ["channels of a sample share a decision"]),
-    ]
+    found = {
+        "no warning": warned,
+        "a channel is split": rows_alike,
+        "channels of a sample share a decision": samples_differ,
+    }
+    wrong = [complaint for complaint, right in found.items() if not right]
     return holds_if(not wrong, ", ".join(wrong) or "(N, C, L)")
 
 
@@ -73,30 +74,22 @@ def ranks(layer: Case, settings: Settings, wrong: Sequence[int], word: str) -> F
     return holds_if(not quiet, f"accepts {quiet} dimensions" if quiet else f"says {word!r}")
 
 
-def _laws(spatial: int) -> list[Law]:
+def _laws(spatial: int) -> Iterator[Law]:
     law = partial(Law, FAMILY)
     if spatial == 1:
-        fate, word, wrong = "refused", "Expected 2D or 3D input", (1, 4)
+        wrong, fate, word = (1, 4), "refused", "Expected 2D or 3D input"
     else:
-        fate, word, wrong = "deprecated", "deprecated", (2, spatial + 3)
-    laws = [
-        law(
-            "other ranks",
-            f"an input of {' or '.join(map(str, wrong))} dimensions is {fate}",
-            partial(ranks, wrong=wrong, word=word),
-        )
-    ]
+        wrong, fate, word = (2, spatial + 3), "deprecated", "deprecated"
+    statement = f"an input of {' or '.join(map(str, wrong))} dimensions is {fate}"
+    yield law("other ranks", statement, partial(ranks, wrong=wrong, word=word))
     if spatial == 2:
-        laws.append(law("3 dimensions", "count as (N, C, L), with a warning", three_dimensions))
+        yield law("3 dimensions", "count as (N, C, L), with a warning", three_dimensions)
     else:
-        shape = (200, *(2,) * spatial)
         statement = "a sample without a batch dimension has the mask of a batch of one"
-        laws.append(law("batch of one", statement, partial(batch_of_one, shape=shape)))
+        yield law("batch of one", statement, partial(batch_of_one, shape=(200, *(2,) * spatial)))
     if spatial > 1:
-        statement = "the mask is that of a contiguous tensor"
         check = partial(same_in_channels_last, shape=(8, 25, *(3,) * spatial))
-        laws.append(law("mask of channels_last", statement, check))
-    return laws
+        yield law("mask of channels_last", "the mask is that of a contiguous tensor", check)
 
 
 def _entry(layer: type[nn.Module], peer: type[nn.Module], spatial: int, pixels: tuple[int, ...]) -> Entry:
@@ -108,7 +101,7 @@ def _entry(layer: type[nn.Module], peer: type[nn.Module], spatial: int, pixels: 
         example=Example(normal(4, 5, *(3,) * (spatial - 1), 8)),
         workload=Workload(ones(16, 64, *pixels)),
         masked=Masked((200, 100, *(2,) * spatial), shared=tuple(range(2, 2 + spatial))),
-        special=_laws(spatial),
+        special=tuple(_laws(spatial)),
     )
 
 

@@ -114,5 +114,5 @@ ENTRIES = [
             Law(FAMILY, "independence", "neighbours and calls are independent", independence),
             Law(FAMILY, "extremes", "finite for p near 0 and 1, in every dtype", extremes),
         ],
-    ),
+    )
 ]

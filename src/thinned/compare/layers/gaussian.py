@@ -24,6 +24,7 @@ from thinned.compare.laws.chance import DEVIATIONS, FALSE_ALARM, associate, neig
 from thinned.compare.laws.law import Finding, Law, holds_if, nothing_wrong
 from thinned.compare.laws.values import departure
 from thinned.compare.layers._entry import Entry, Workload
+from thinned.compare.layers._peers import Formula
 from thinned.compare.settings import Settings
 from thinned.layers.gaussian import GaussianDropout, VariationalDropout
 
@@ -33,14 +34,8 @@ ROWS, COLUMNS = 1_000, 300
 SIGMA = math.sqrt(P / (1 - P))
 
 
-class GaussianDropoutFormula(nn.Module):
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
+class GaussianDropoutFormula(Formula):
+    def drop(self, x: Tensor) -> Tensor:
         return x * (1 + math.sqrt(self.p / (1 - self.p)) * torch.randn_like(x))
 
 

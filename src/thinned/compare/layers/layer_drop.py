@@ -144,5 +144,5 @@ ENTRIES = [
         ],
         make=partial(_make, LayerDrop),
         functional="keep_mask",
-    ),
+    )
 ]

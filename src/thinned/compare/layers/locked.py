@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from thinned.compare.implementation import Example, Implementation, Masked, normal, ones
 from thinned.compare.layers._entry import Entry, Workload
+from thinned.compare.layers._peers import Formula
 from thinned.layers.locked import LockedDropout
 
 __all__ = ["ENTRIES"]
 
 
-class LockedDropoutFormula(nn.Module):
+class LockedDropoutFormula(Formula):
     """That of the code of AWD-LSTM."""
 
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p:
-            return x
+    def drop(self, x: Tensor) -> Tensor:
         mask = x.new_empty(1, *x.shape[1:]).bernoulli_(1 - self.p) / (1 - self.p)
         return mask.expand_as(x) * x
 

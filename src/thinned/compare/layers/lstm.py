@@ -158,14 +158,8 @@ LAWS = (
     Law("recurrence", "zoneout at p = 1", "the state stays what it was", all_zoned),
 )
 
-EVERYWHERE = {
-    "input_p": 0.5,
-    "recurrent_p": 0.5,
-    "weight_p": 0.5,
-    "output_p": 0.5,
-    "hidden_zoneout_p": 0.1,
-    "cell_zoneout_p": 0.5,
-}
+EVERYWHERE = {f"{name}_p": 0.5 for name in ("input", "recurrent", "weight", "output", "cell_zoneout")}
+EVERYWHERE["hidden_zoneout_p"] = 0.1
 
 
 ENTRIES = [
@@ -184,5 +178,5 @@ ENTRIES = [
         workload=Workload(ones(64, 32, 512), {"input_size": 512, "hidden_size": 128, **EVERYWHERE}),
         special=LAWS,
         functional="locked_dropout, drop_connect, zoneout",
-    ),
+    )
 ]

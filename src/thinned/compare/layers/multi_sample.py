@@ -137,5 +137,5 @@ ENTRIES = [
             _law("expectation", "of a linear head: its value in evaluation", expectation),
         ],
         make=_own,
-    ),
+    )
 ]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from thinned.compare.implementation import Example, Masked, normal, ones
 from thinned.compare.layers._entry import Entry, Workload, for_mask
-from thinned.compare.layers._peers import from_library
+from thinned.compare.layers._peers import Formula, from_library
 from thinned.layers.path import DropPath, StochasticDepth
 
 __all__ = ["ENTRIES"]
@@ -26,14 +26,12 @@ class DropPathFormula(nn.Module):
         return x * (mask / keep if self.scale_by_keep and keep else mask)
 
 
-class StochasticDepthFormula(nn.Module):
+class StochasticDepthFormula(Formula):
     def __init__(self, p: float, mode: str) -> None:
-        super().__init__()
-        self.p, self.mode = p, mode
+        super().__init__(p)
+        self.mode = mode
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
+    def drop(self, x: Tensor) -> Tensor:
         rows = len(x) if self.mode == "row" else 1
         return x * (torch.rand(rows, *(1,) * (x.dim() - 1)) < 1 - self.p) / (1 - self.p)
 

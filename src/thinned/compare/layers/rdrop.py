@@ -135,5 +135,5 @@ ENTRIES = [
             _law("ruled-out class", "a logit of -inf in both passes changes nothing", ruled_out),
         ],
         functional="r_drop_loss",
-    ),
+    )
 ]

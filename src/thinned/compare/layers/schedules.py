@@ -120,5 +120,5 @@ ENTRIES = [
         ],
         make=Scheduled,
         functional=", ".join(f"schedules.{name}" for name in SCHEDULES),
-    ),
+    )
 ]

@@ -6,7 +6,7 @@ import math
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from thinned.compare.implementation import Case, Example, Implementation, Masked, P
 from thinned.compare.laws.chance import (
@@ -18,22 +18,21 @@ from thinned.compare.laws.chance import (
 )
 from thinned.compare.laws.law import Finding, Law, holds_if
 from thinned.compare.layers._entry import Entry, Workload
+from thinned.compare.layers._peers import Formula
 from thinned.compare.settings import Settings
 from thinned.layers.targeted import TargetedDropout
 
 __all__ = ["ENTRIES"]
 
 
-class TargetedDropoutFormula(nn.Module):
+class TargetedDropoutFormula(Formula):
     """The authors' way to the candidates: what is below the sorted magnitude at the fraction."""
 
     def __init__(self, p: float = 0.5, target: float = 0.5, kind: str = "weight") -> None:
-        super().__init__()
-        self.p, self.target, self.kind = p, target, kind
+        super().__init__(p)
+        self.target, self.kind = target, kind
 
-    def forward(self, weight: Tensor) -> Tensor:
-        if not self.training:
-            return weight
+    def drop(self, weight: Tensor) -> Tensor:
         flat = weight.flatten(1)
         size = flat.abs() if self.kind == "weight" else flat.norm(dim=1)
         threshold = size.sort(-1)[0][..., int(self.target * size.shape[-1]), None]
@@ -158,5 +157,5 @@ ENTRIES = [
             _law("target = 0, 1", "no weight is a candidate, and every weight is", all_targeted),
             _law("independence", "candidates and calls are independent of each other", independence),
         ],
-    ),
+    )
 ]

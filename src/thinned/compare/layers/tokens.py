@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from thinned.compare.implementation import Case, Example, Implementation, Masked, first, normal, ones
 from thinned.compare.laws.chance import FALSE_ALARM
-from thinned.compare.laws.law import Finding, Law, holds_if, nothing_wrong
+from thinned.compare.laws.law import Finding, Law, holds_if
 from thinned.compare.layers._entry import Entry, Workload
-from thinned.compare.layers._peers import from_library, library_class
+from thinned.compare.layers._peers import Formula, from_library, library_class
 from thinned.compare.settings import Settings
 from thinned.layers.tokens import PatchDropout, TokenDropout
 
@@ -22,11 +22,7 @@ __all__ = ["ENTRIES"]
 
 class PatchDropoutFormula(nn.Module):
     def __init__(
-        self,
-        p: float = 0.5,
-        num_prefix_tokens: int = 1,
-        ordered: bool = False,
-        return_indices: bool = False,
+        self, p: float = 0.5, num_prefix_tokens: int = 1, ordered: bool = False, return_indices: bool = False
     ) -> None:
         super().__init__()
         self.p, self.prefix, self.ordered, self.return_indices = p, num_prefix_tokens, ordered, return_indices
@@ -44,14 +40,12 @@ class PatchDropoutFormula(nn.Module):
         return (y, kept) if self.return_indices else y
 
 
-class TokenDropoutFormula(nn.Module):
+class TokenDropoutFormula(Formula):
     def __init__(self, p: float = 0.5, num_prefix_tokens: int = 0, scale: bool = True) -> None:
-        super().__init__()
-        self.p, self.prefix, self.scale = p, num_prefix_tokens, scale
+        super().__init__(p)
+        self.prefix, self.scale = num_prefix_tokens, scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
+    def drop(self, x: Tensor) -> Tensor:
         mask = (torch.rand(*x.shape[:2], *(1,) * (x.dim() - 2)) < 1 - self.p).to(x.dtype)
         if self.scale and self.p < 1:
             mask = mask / (1 - self.p)
@@ -166,16 +160,6 @@ def indices(layer: Case, settings: Settings) -> Finding:
     return holds_if(True, "of the kept tokens")
 
 
-def gradient_of_kept(layer: Case, settings: Settings) -> Finding:
-    x = _positions(100, 50, settings).requires_grad_()
-    y = first(layer.make(p=0.5)(x))
-    upstream = settings.normal(*y.shape, dtype=torch.float32)
-    (gradient,) = torch.autograd.grad(y, x, upstream)
-    index = y.detach()[..., 1].long().unsqueeze(-1).expand(-1, -1, 2)
-    wanted = torch.zeros_like(x).scatter(1, index, upstream)
-    return nothing_wrong(None if torch.equal(gradient, wanted) else "another", "that of kept tokens")
-
-
 def prefix_untouched(layer: Case, settings: Settings) -> Finding:
     x = settings.normal(1000, 5, 3, dtype=torch.float32).requires_grad_()
     y = layer.make(p=0.5, num_prefix_tokens=2)(x)
@@ -231,9 +215,6 @@ ENTRIES = [
             _patches("independence", "samples and calls have independent subsets", independence),
             _patches("order", "ordered=True keeps the order", order),
             _patches("indices", "return_indices gives those of the kept, None in evaluation", indices),
-            _patches(
-                "gradient of kept", "kept tokens have the gradient, removed ones none", gradient_of_kept
-            ),
         ],
     ),
     Entry(

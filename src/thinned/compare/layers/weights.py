@@ -12,6 +12,7 @@ from thinned.compare.implementation import Case, Example, Implementation, Masked
 from thinned.compare.laws.chance import DEVIATIONS
 from thinned.compare.laws.law import Finding, Law, holds_if
 from thinned.compare.layers._entry import Entry, Workload
+from thinned.compare.layers._peers import Formula
 from thinned.compare.settings import Settings
 from thinned.layers.weights import DropConnect, WeightDrop
 
@@ -20,13 +21,9 @@ __all__ = ["ENTRIES"]
 INPUTS, OUTPUTS, MASKS = 500, 400, 5
 
 
-class DropConnectFormula(nn.Module):
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return F.dropout(weight, self.p, self.training)
+class DropConnectFormula(Formula):
+    def drop(self, weight: Tensor) -> Tensor:
+        return F.dropout(weight, self.p)
 
 
 class WeightDropFormula(nn.Module):

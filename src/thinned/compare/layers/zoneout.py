@@ -55,18 +55,6 @@ def expectation(layer: Case, settings: Settings) -> Finding:
     return holds_if(not wrong, f"not at p = {wrong[0]}" if wrong else "the expectation")
 
 
-def own_gradient(layer: Case, settings: Settings) -> Finding:
-    """The gradient goes to the one of the two that was taken, unscaled, and nowhere else."""
-    candidate = torch.ones(100, 100, device=settings.device, requires_grad=True)
-    previous = torch.zeros_like(candidate, requires_grad=True)
-    upstream = settings.normal(100, 100, dtype=torch.float32)
-    y = layer.make(p=0.5)(candidate, previous)
-    to_candidate, to_previous = torch.autograd.grad(y, (candidate, previous), upstream)
-    taken = y == 1
-    right = torch.equal(to_candidate, upstream * taken) and torch.equal(to_previous, upstream * ~taken)
-    return holds_if(right, "to what was taken" if right else "elsewhere")
-
-
 ENTRIES = [
     Entry(
         Zoneout,
@@ -80,7 +68,6 @@ ENTRIES = [
         special=[
             Law("zoneout", "values", "each value is one of the two, exactly", either_value),
             Law("zoneout", "expectation", "in evaluation p h' + (1-p) h", expectation),
-            Law("zoneout", "gradient of both", "the gradient goes to what was taken", own_gradient),
         ],
     )
 ]
