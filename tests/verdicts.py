@@ -1,4 +1,4 @@
-"""What the laws of one layer say of any implementation of it."""
+"""Examines any implementation of a layer by one of the layer's laws."""
 
 from __future__ import annotations
 

@@ -86,14 +86,7 @@ class LayerDrop(nn.ModuleList):
         return iter([layer for layer, kept in zip(self, keep.tolist(), strict=True) if kept])
 
     def forward(self, input: Any, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
-        """Pass ``input`` through the surviving layers; every layer gets ``*args`` and ``**kwargs`` too.
-
-        Args:
-            input: the first layer's input.
-            *args: further positional arguments of each layer.
-            key: as for :meth:`surviving`.
-            **kwargs: keyword arguments of each layer.
-        """
+        """Pass ``input`` through :meth:`surviving`; every layer gets ``*args`` and ``**kwargs`` too."""
         keep = self._keep(key)
         if keep is None:
             for layer in self:
@@ -108,7 +101,7 @@ class LayerDrop(nn.ModuleList):
                 is_tensor = isinstance(output, Tensor)
                 into = f"{tuple(output.shape)}" if is_tensor else f"a {type(output).__name__}"
                 raise RuntimeError(
-                    "a layer that is left out hands on its input, so that each has to keep its shape; layer "
+                    "a skipped layer passes its input on, so every layer has to keep its input's shape; layer "
                     f"{index} turned {tuple(input.shape)} into {into}"
                 )
             input = output if branches else torch.where(kept.to(input.device), output, input)

@@ -28,7 +28,7 @@ def multi_sample_dropout(
         input: a floating-point or complex tensor of any shape.
         p: the probability of dropping an element, in [0, 1].
         samples: the number of samples, at least 1.
-        training: False returns ``input`` expanded to ``samples`` rows, a view, and so does ``p = 0``.
+        training: False returns a view, ``input.expand(samples, *input.shape)``, and so does ``p = 0``.
         key: as for :func:`~thinned.functional.dropout`.
 
     Returns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -75,7 +77,9 @@ def r_drop_loss(
     wide = torch.promote_types(dtype, torch.float32)
     classes = min(1, logits1.dim() - 1)
     log1, log2 = (torch.log_softmax(logits, classes, dtype=wide) for logits in (logits1, logits2))
-    divergence = _symmetric_divergence(log1, log2, classes)
+    # A class with probability 0 in both passes has log1 - log2 = NaN and adds nothing.
+    ratio = (log1 - log2).masked_fill((log1 == -torch.inf) & (log2 == -torch.inf), 0)
+    divergence = ((log1.exp() - log2.exp()) * ratio).sum(classes) / 2
     weight = None if weight is None else weight.to(wide)
     is_index = not target.is_floating_point()
     ignored = torch.zeros_like(divergence, dtype=torch.bool) if padding_mask is None else padding_mask
@@ -84,14 +88,10 @@ def r_drop_loss(
         ignored = target == ignore_index
     else:
         target = target.to(wide)
-
-    def cross_entropy(log: Tensor) -> Tensor:
-        if is_index and label_smoothing == 0:  # spares the log_softmax of a log_softmax
-            return F.nll_loss(log, target, weight, ignore_index=ignore_index, reduction="none")
-        return F.cross_entropy(
-            log, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-        )
-
+    of_log: Callable[..., Tensor] = partial(F.cross_entropy, label_smoothing=label_smoothing)
+    if is_index and label_smoothing == 0:
+        of_log = F.nll_loss  # cross_entropy would take the log_softmax of a log_softmax
+    cross_entropy = partial(of_log, target=target, weight=weight, ignore_index=ignore_index, reduction="none")
     entropy = (cross_entropy(log1) + cross_entropy(log2)) / 2
     entropy, divergence = entropy.masked_fill(ignored, 0), divergence.masked_fill(ignored, 0)
     if reduction == "mean":
@@ -113,23 +113,12 @@ def _check(alpha: float, reduction: str) -> None:
         raise ValueError(f"{reduction} is not a valid value for reduction; accepted: mean, sum, none")
 
 
-def _symmetric_divergence(log1: Tensor, log2: Tensor, classes: int) -> Tensor:
-    """``(KL(P1 || P2) + KL(P2 || P1)) / 2``; a class with probability 0 in both adds nothing."""
-    ruled_out = (log1 == -torch.inf) & (log2 == -torch.inf)
-    ratio = (log1 - log2).masked_fill(ruled_out, 0)
-    return ((log1.exp() - log2.exp()) * ratio).sum(classes) / 2
-
-
 class RDrop(nn.Module):
     """:func:`thinned.functional.r_drop_loss` as a module, for the logits of two passes under dropout.
 
     Two calls of a model have two masks, so a training step computes ``loss = r_drop(model(x), model(x),
     target)``. One pass over a doubled batch does the same: ``r_drop(*model(torch.cat([x, x])).chunk(2),
     target)``.
-
-    Shape:
-        logits of ``(N, C)``, ``(N, C, *)`` or ``(C,)``, twice, and a target as for
-        :class:`torch.nn.CrossEntropyLoss`; a scalar, or for ``"none"`` the shape without ``C``.
 
     Source: Liang et al., NeurIPS 2021, section 2.
 

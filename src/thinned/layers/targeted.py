@@ -101,7 +101,7 @@ def _smallest(size: Tensor, fraction: float) -> Tensor:
     count = math.floor(fraction * n + 1e-6)  # 0.29 * 100 is 28.999999999999996
     if count in (0, n):
         return torch.full_like(size, count > 0, dtype=torch.bool)
-    # Of 1024 x 1024 numbers on one core kthvalue takes 15 ms in float32 and 22 ms in float16, and sort 51 ms.
+    # 1024 x 1024 numbers on one core: kthvalue 22 ms in float16, 15 ms after a cast to float32; sort 51 ms.
     # On other devices kthvalue is slower than sort, and not deterministic.
     size = size.to(torch.promote_types(size.dtype, torch.float32))
     last = size.kthvalue(count, -1, True)[0] if size.is_cpu else size.sort(-1)[0][..., count - 1 : count]
@@ -115,9 +115,6 @@ class TargetedDropout(Layer):
 
     Evaluation leaves the weight as it is. After training, ``targeted_dropout(weight, p=1.0, target=target)``
     prunes it.
-
-    Shape:
-        ``(out, in, *)``; the output has the weight's shape and dtype.
 
     Source: Gomez et al., 2019, section 3.
 

@@ -128,13 +128,7 @@ class PatchDropout(Layer):
     is timm's ``PatchDropoutWithIndices``.
 
     Args:
-        prob: timm's name for ``p``.
-
-    Shape:
-        ``(N, L, *)`` to ``(N, num_prefix_tokens + k, *)``; in evaluation the input comes back.
-
-    Raises:
-        TypeError: both ``p`` and ``prob`` are given.
+        prob: timm's name for ``p``; TypeError if both are given.
 
     Source: Liu et al., WACV 2023, section 3; Li et al., CVPR 2023, section 3.
 
@@ -199,10 +193,7 @@ def token_dropout(
         key: as for :func:`~thinned.functional.dropout`.
 
     Returns:
-        A tensor of ``input``'s shape, dtype and memory format.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: as :func:`patch_dropout`.
+        A tensor of ``input``'s shape, dtype and memory format. The errors are :func:`patch_dropout`'s.
 
     Source: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
     networks", NIPS 2016, section 4.2, which zeroes word embeddings. There all places of a word share one
@@ -236,9 +227,6 @@ def token_dropout(
 
 class TokenDropout(Layer):
     """:func:`thinned.functional.token_dropout` as a module.
-
-    Shape:
-        ``(N, L, *)``; the output has the input's shape, dtype and memory format.
 
     Source: Gal and Ghahramani, NIPS 2016, section 4.2, for words.
 
