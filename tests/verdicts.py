@@ -1,4 +1,4 @@
-"""Examines any implementation of a layer by one of the layer's laws."""
+"""What the laws of one layer say of any implementation of it."""
 
 from __future__ import annotations
 

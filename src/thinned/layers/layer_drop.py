@@ -101,8 +101,8 @@ class LayerDrop(nn.ModuleList):
                 is_tensor = isinstance(output, Tensor)
                 into = f"{tuple(output.shape)}" if is_tensor else f"a {type(output).__name__}"
                 raise RuntimeError(
-                    "a skipped layer passes its input on, so every layer has to keep its input's shape; layer "
-                    f"{index} turned {tuple(input.shape)} into {into}"
+                    "a skipped layer passes its input on, so every layer has to keep the shape of its input; "
+                    f"layer {index} turned {tuple(input.shape)} into {into}"
                 )
             input = output if branches else torch.where(kept.to(input.device), output, input)
         return input
