@@ -118,7 +118,7 @@ class LayerDrop(nn.ModuleList):
     def _keep(self, key: Key | None) -> Tensor:
         if key is None:
             # Decided where Python can look at it without waiting for a device.
-            key = key_for(torch.empty((), device="cpu"), None, rows=None)
+            key = key_for(torch.empty((), device="cpu"), None, sample_dim=None)
         return keep_mask(key, (len(self),), self.p)
 
     def extra_repr(self) -> str:

@@ -160,7 +160,7 @@ class VariationalLSTM(nn.RNNBase):
 
         if self.training and any(self._probabilities().values()):
             shared_by_all = input.dim() == 2 or self.weight_p
-            key = key_for(x, key, rows=None if shared_by_all else 1)
+            key = key_for(x, key, sample_dim=None if shared_by_all else 1)
         else:
             key = None
         x, h, c = self._run(x, h, c, key)

@@ -91,7 +91,8 @@ def targeted_dropout(
         wide = torch.promote_types(flat.abs().dtype, torch.float32)
         norms = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
         candidates = _smallest(norms, target).view(-1, *(1,) * (weight.dim() - 1)).movedim(0, dim)
-    keep = op.keep_mask(key_for(weight, key, rows=None).bits, candidates.shape, shared(candidates.shape), T)
+    bits = key_for(weight, key, sample_dim=None).bits
+    keep = op.keep_mask(bits, candidates.shape, shared(candidates.shape), T)
     return weight.masked_fill(candidates & ~keep, 0)
 
 

@@ -62,7 +62,7 @@ def drop_connect(
     check_input("drop_connect", input, key)
     if not training or p == 0:
         return input
-    return apply(input, key, (), False, T, scale, rows=None)
+    return apply(input, key, (), False, T, scale, sample_dim=None)
 
 
 def check_one_key(key: Key) -> None:
@@ -171,7 +171,7 @@ class WeightDrop(nn.Module):
         if not self.training or self.p == 0 or not self.weights:
             return self.module(*args, **kwargs)
         plain = {name: _lookup(self.module, name) for name in self.weights}
-        key = key_for(plain[self.weights[0]], key, rows=None)
+        key = key_for(plain[self.weights[0]], key, sample_dim=None)
         dropped = {name: drop_connect(weight, self.p, key=key.fold(name)) for name, weight in plain.items()}
         call = torch.func.functional_call
         recurrent = [each for each in self.module.modules() if isinstance(each, nn.RNNBase)]
