@@ -80,8 +80,8 @@ def feature_alpha_dropout(
         \end{cases} \; + \; a \alpha' \hat p
 
     ``input`` has shape ``(N, C, *)``: the first two dimensions are always ``N`` and ``C``, as in PyTorch,
-    although its documentation also names ``(C, D, H, W)``. The other arguments, the result and the errors are those of
-    :func:`alpha_dropout`; fewer than 2 dimensions are a RuntimeError where something is dropped.
+    although its documentation also names ``(C, D, H, W)``. The other arguments, the result and the errors are
+    those of :func:`alpha_dropout`; fewer than 2 dimensions are a RuntimeError where something is dropped.
 
     Source: Klambauer et al. 2017, as :func:`alpha_dropout`; for channels, Tompson et al., "Efficient object
     localization using convolutional networks", CVPR 2015, section 3.2; the signature is PyTorch's.
