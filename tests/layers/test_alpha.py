@@ -44,10 +44,10 @@ def test_every_backend_is_the_formula(
     T = thinned.spec.threshold(p)
     x = oracle.specials((6, 10, 4, 3), dtype)
     expected = oracle.masked_affine(x, KEY.bits, shared(x.shape, dims), T, *constants(p))
-    for each in (x, x.contiguous(memory_format=torch.channels_last)):
-        y = function(each.to(subject.device), p, training=True, key=KEY)
+    for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
+        y = function(laid_out.to(subject.device), p, training=True, key=KEY)
         oracle.assert_same(y.cpu(), expected)
-        assert y.stride() == each.stride()
+        assert y.stride() == laid_out.stride()
     keys = KEY.fold(torch.arange(6))
     y = function(x.to(subject.device), p, training=True, key=keys.to(subject.device))
     oracle.assert_same(
@@ -127,6 +127,6 @@ CULPRITS: dict[tuple[int, str], Callable[..., nn.Module]] = {
 
 @pytest.mark.parametrize(("entry", "law"), CULPRITS)
 def test_a_wrong_layer_is_caught(entry: int, law: str) -> None:
-    (check,) = [each for each in ENTRIES[entry].laws if each.name == law]
+    (check,) = [one for one in ENTRIES[entry].laws if one.name == law]
     found = examine(check, Implementation("culprit", CULPRITS[entry, law]), Settings(quick=True))
     assert found.verdict is Verdict.BROKEN, found.measured

@@ -38,8 +38,8 @@ def test_every_backend_is_the_specification(
 ) -> None:
     x = oracle.specials(shape, dtype)
     expected = oracle.dropout(x, KEY.bits, P, tuple(range(2, len(shape))))
-    for each in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
-        y = function(each.to(subject.device), P, key=KEY)
+    for laid_out in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        y = function(laid_out.to(subject.device), P, key=KEY)
         oracle.assert_same(y.cpu(), expected)
     keys = KEY.fold(torch.arange(6))
     y = function(x.to(subject.device), P, key=keys.to(subject.device))
@@ -167,6 +167,6 @@ CULPRITS: dict[tuple[int, str], Callable[..., nn.Module]] = {
 
 @pytest.mark.parametrize(("spatial", "law"), CULPRITS)
 def test_a_wrong_layer_is_caught(spatial: int, law: str) -> None:
-    (check,) = [each for each in ENTRIES[spatial - 1].laws if each.name == law]
+    (check,) = [one for one in ENTRIES[spatial - 1].laws if one.name == law]
     found = examine(check, Implementation("culprit", CULPRITS[spatial, law]), Settings(quick=True))
     assert found.verdict is Verdict.BROKEN, found.measured

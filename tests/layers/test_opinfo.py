@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import chain
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def opinfos() -> Iterator[tuple[str, Inputs, list[torch.dtype]]]:
         if name in FUNCTIONS:
             assert info.error_inputs_func is None  # test_errors would have to use them
             # From 2.15 on torch promises complex numbers, of which thinned refuses those for the alphas.
-            dtypes = [each for each in info.dtypes if not (each.is_complex and "alpha" in name)]
+            dtypes = [dtype for dtype in info.dtypes if not (dtype.is_complex and "alpha" in name)]
             yield name, partial(info.sample_inputs, "cpu"), sorted(dtypes, key=str)
     # dropout1d has no OpInfo; its siblings' samples are made by this function.
     one = partial(sample_inputs_dropout, None, "cpu", requires_grad=False, valid_input_dim=(2, 3))
@@ -79,7 +80,7 @@ def plain(inputs: Inputs, dtype: torch.dtype) -> list[SampleInput]:
 
 
 def samples(inputs: Inputs, dtype: torch.dtype) -> Iterator[SampleInput]:
-    """PyTorch's, and each of them in other layouts: reversed, every other element, channels last, one row."""
+    """PyTorch's samples, also in other layouts: reversed, every other element, channels last, one row."""
     for sample in plain(inputs, dtype):
         x: Tensor = sample.input
         views = [x, x.permute(tuple(reversed(range(x.dim()))))]
@@ -139,7 +140,7 @@ def quietly(function: Callable[..., Tensor], *args: object, **kwargs: object) ->
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = function(*args, **kwargs)
-    return result, [str(each.message) for each in caught]
+    return result, [str(warning.message) for warning in caught]
 
 
 def test_samples_cover_functions_and_arguments() -> None:
@@ -147,12 +148,12 @@ def test_samples_cover_functions_and_arguments() -> None:
     for name in FUNCTIONS:
         seen = {
             settings_of(name, sample)
-            for each, inputs, _ in OPS
-            if each == name
+            for other, inputs, _ in OPS
+            if other == name
             for sample in plain(inputs, torch.float32)
         }
         assert seen == {(p, training) for p in (0.0, 0.5, 1.0) for training in (False, True)}
-        assert {dtype for each, _, dtypes in OPS if each == name for dtype in dtypes} >= set(FLOATS)
+        assert {dtype for other, _, dtypes in OPS if other == name for dtype in dtypes} >= set(FLOATS)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -290,8 +291,8 @@ def test_layers(
     assert repr(ours) == repr(theirs)
     assert vars(ours).keys() == vars(theirs).keys()
     assert (ours.state_dict(), list(ours.parameters())) == ({}, [])
-    inputs = [inputs for name, inputs, _ in OPS if name == function.__name__]
-    for sample in (sample for each in inputs for sample in samples(each, torch.float32)):
+    made = [samples(inputs, torch.float32) for name, inputs, _ in OPS if name == function.__name__]
+    for sample in chain(*made):
         if sample.kwargs.get("p") != p:
             continue
         training = sample.kwargs["training"]
@@ -315,6 +316,8 @@ def test_arguments_of_layers(layer: type[nn.Module], torchs: type[nn.Module], fu
             torchs(p)
         with pytest.raises(ValueError, match=re.escape(str(theirs.value))):
             layer(p)
+    with pytest.raises(ValueError, match="between 0 and 1, but got nan"):  # which torch accepts
+        layer(math.nan)
 
 
 @pytest.mark.parametrize("p", [1.0, 1 - 2**-40])

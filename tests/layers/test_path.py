@@ -106,6 +106,6 @@ CULPRITS: dict[str, Callable[..., nn.Module]] = {
 @pytest.mark.parametrize("law", CULPRITS)
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_a_wrong_layer_is_caught(law: str, entry: Entry) -> None:
-    (check,) = [each for each in entry.laws if each.name == law]
+    (check,) = [one for one in entry.laws if one.name == law]
     found = examine(check, Implementation("culprit", CULPRITS[law]), Settings(quick=True))
     assert found.verdict is Verdict.BROKEN, found.measured

@@ -39,7 +39,7 @@ def apply(
         if elementwise and (dim := current.source.sample_dim(input)):
             ndim = input.dim()
             order = [dim, *(d for d in range(ndim) if d != dim)]
-            # The operation refuses a dimension out of range, by the number that the caller gave.
+            # A batch of keys belongs to dimension 0. The operation refuses a dimension out of range.
             moved = [order.index(d % ndim) if -ndim <= d < ndim else d for d in broadcast_dims]
             y = apply(input.movedim(dim, 0), None, moved, inplace, T, scale, shift, fill)
             return input if inplace else y.movedim(0, dim)
