@@ -113,7 +113,7 @@ class LayerDrop(nn.ModuleList):
             return None
         if key is None:
             # On the CPU, so that Python can branch without a device synchronization.
-            key = key_for(torch.empty((), device="cpu"), None, rows=None)
+            key = key_for(torch.empty((), device="cpu"), None, sample_dim=None)
         return keep_mask(key, (len(self),), self.p)
 
     def extra_repr(self) -> str:

@@ -91,7 +91,8 @@ def targeted_dropout(
         size = torch.linalg.vector_norm(size, dim=1, dtype=torch.promote_types(size.dtype, torch.float32))
         shape = (-1, *(1,) * (ndim - 1))
     candidates = _smallest(size, target).view(shape).movedim(0, dim)
-    keep = op.keep_mask(key_for(weight, key, rows=None).bits, candidates.shape, shared(candidates.shape), T)
+    bits = key_for(weight, key, sample_dim=None).bits
+    keep = op.keep_mask(bits, candidates.shape, shared(candidates.shape), T)
     return weight.masked_fill(candidates & ~keep, 0)
 
 

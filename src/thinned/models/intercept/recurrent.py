@@ -92,7 +92,7 @@ def run_packed(
         return kernel(x, batch_sizes, state, weights, has_biases, 1, 0.0, train, bidirectional)  # type: ignore[no-any-return]
 
     def drop(x: Tensor) -> Tensor:
-        return F.dropout(x, dropout, key=key_for(x, next_key(), rows=None))
+        return F.dropout(x, dropout, key=key_for(x, next_key(), sample_dim=None))
 
     return _layers(layer, drop, data, hx, params, num_layers, dropout, bidirectional)
 
