@@ -11,8 +11,9 @@ from torch import nn
 
 from thinned.models.convert import build_from, probability_of
 from thinned.models.convert.rules import UnsupportedError, is_ours, qualified_name
-from thinned.models.inspect.by_reading import Call, calls_in_source
+from thinned.models.inspect.by_reading import UNCONDITIONAL, Call, calls_in_source
 from thinned.models.inspect.by_running import TORCH, Event, run_once
+from thinned.models.inspect.targets import HAND_WRITTEN
 from thinned.models.text import count, format_p, merge_paths, to_text
 from thinned.models.walk import modules_with_paths
 
@@ -21,7 +22,6 @@ __all__ = ["Inspection", "Site", "inspect"]
 Kind = Literal["module", "argument", "call", "random"]
 INTERCEPT = "thinned.intercept()"
 IN_EVALUATION = "drops in evaluation too"
-UNCONDITIONAL = "does not ask whether the module is training"
 UNKNOWN = "not known to thinned.register"
 
 
@@ -179,10 +179,10 @@ def _of_module(module: nn.Module, paths: tuple[str, ...]) -> Site | None:
 
 
 def _of_call(call: Call, paths: tuple[str, ...]) -> Site:
-    note = UNCONDITIONAL if call.always else call.note
-    kind: Kind = "random" if call.note else "call"
-    becomes = "" if call.note else INTERCEPT
-    return Site(paths, kind, call.name, call.p, becomes, call.function, call.file, call.line, note)
+    by_hand = call.note == HAND_WRITTEN
+    kind: Kind = "random" if by_hand else "call"
+    becomes = "" if by_hand else INTERCEPT
+    return Site(paths, kind, call.name, call.p, becomes, call.function, call.file, call.line, call.note)
 
 
 def _of_events(events: list[Event], paths: tuple[str, ...]) -> list[Site]:
