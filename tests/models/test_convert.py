@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 import thinned
 from models import zoo
 from thinned.models.convert import convert, revert
-from thinned.models.convert.rules import _by_name, _by_type, is_ours, register
+from thinned.models.convert.rules import _by_name, _by_type, register
+from thinned.models.walk import is_ours
 
 SIX = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
 SHAPES = {"Dropout1d": (4, 6, 5), "Dropout2d": (4, 6, 5, 5), "Dropout3d": (4, 6, 3, 3, 3)}

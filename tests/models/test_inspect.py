@@ -24,7 +24,8 @@ from models import zoo
 from thinned.cli import app
 from thinned.compare.model import model_of
 from thinned.models.convert import convert
-from thinned.models.inspect import IN_EVALUATION, UNCONDITIONAL, UNKNOWN, Inspection, inspect
+from thinned.models.inspect import IN_EVALUATION, UNKNOWN, Inspection, inspect
+from thinned.models.inspect.by_reading import UNCONDITIONAL
 
 RANDOM = ("bernoulli", "native_dropout", "rand", "uniform")
 

@@ -17,9 +17,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 import thinned
-from thinned.models.convert import probability_of
-from thinned.models.convert.rules import is_ours
+from thinned.models.convert.rules import probability_of
 from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, recurrent
+from thinned.models.walk import is_ours
 from thinned.torch_state import TorchDispatchMode, arguments_of, buffers_of
 
 __all__ = ["TORCH", "Event", "run_once"]
