@@ -15,7 +15,6 @@ __all__ = [
     "is_ours",
     "modules_with_paths",
     "other_references",
-    "places",
     "qualified_name",
 ]
 
@@ -56,14 +55,6 @@ def _walk(module: nn.Module, path: str, above: frozenset[int]) -> Iterator[tuple
     for name, child in children_of(module).items():
         if child is not None and id(child) not in above:
             yield from _walk(child, f"{path}.{name}" if path else name, above)
-
-
-def places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Each parent, the name of a child in it, and the child."""
-    for parent in list(model.modules()):
-        for name, child in list(children_of(parent).items()):
-            if child is not None:
-                yield parent, name, child
 
 
 def other_references(found: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> dict[int, list[str]]:

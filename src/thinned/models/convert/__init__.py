@@ -19,7 +19,6 @@ from thinned.models.walk import (
     is_ours,
     modules_with_paths,
     other_references,
-    places,
     qualified_name,
 )
 from thinned.torch_state import buffers_of, children_of, load_hooks_of, parameters_of
@@ -266,10 +265,15 @@ def _share_hooks(source: nn.Module, target: nn.Module) -> None:
 def _replace(model: Model, news: dict[int, nn.Module]) -> Model:
     """Put the new modules in all places of the old ones, in the model and in the new modules themselves."""
     roots: tuple[nn.Module, ...] = (model, *news.values())
-    found = [(root, *place) for root in roots for place in places(root)]
-    for root, parent, name, child in found:
+    places = [
+        (root, children_of(parent), name, child)
+        for root in roots
+        for parent in root.modules()
+        for name, child in children_of(parent).items()
+    ]
+    for root, children, name, child in places:
         new = news.get(id(child))
         if new is not None and new is not root:  # a new one may be built around its old one
-            children_of(parent)[name] = new
+            children[name] = new
     replaced: Any = news.get(id(model), model)
     return replaced  # type: ignore[no-any-return]

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from torch import nn
 
 from thinned.models.convert.rules import is_known, make, probability_of
-from thinned.models.inspect.by_reading import UNCONDITIONAL, Call, calls_in_source
+from thinned.models.inspect.by_reading import UNCONDITIONAL, calls_in_source
 from thinned.models.inspect.by_running import TORCH, Event, run_once
-from thinned.models.inspect.targets import HAND_WRITTEN
+from thinned.models.inspect.targets import HAND_WRITTEN, Call
 from thinned.models.text import Listing, count, format_p
 from thinned.models.walk import is_ours, modules_with_paths, qualified_name
 
@@ -122,21 +122,21 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
     events = run_once(model, args, kwargs) if args or kwargs else None
     sites: list[Site] = []
     for module, paths in modules_with_paths(model):
-        mine = None if events is None else [event for event in events if event.module is module]
+        mine = events and [event for event in events if event.module is module]
         site = _of_module(module, paths)
         if site is not None and site.becomes:
             sites.append(_with_run(site, mine))
             continue
         if site is not None:
             sites.append(site)  # its calls are sites of their own
-        elif type(module).__module__.startswith("torch."):
-            sites += _of_events(mine or [], paths)
-            continue
-        for call in calls_in_source(module):
-            here = mine and [event for event in mine if _is_at(event, call)]
+        torchs = site is None and type(module).__module__.startswith("torch.")
+        calls = [] if torchs else calls_in_source(module)
+        for event in mine or []:
+            if not any(_is_at(event, call) for call in calls):
+                calls.append(event.call)
+        for call in calls:
+            sites.append(_with_run(_of_call(call, paths), mine and [e for e in mine if _is_at(e, call)]))
             mine = mine and [event for event in mine if not _is_at(event, call)]
-            sites.append(_with_run(_of_call(call, paths), here))
-        sites += _of_events(mine or [], paths)
     return Inspection(sites)
 
 
@@ -160,22 +160,8 @@ def _of_module(module: nn.Module, paths: tuple[str, ...]) -> Site | None:
 
 def _of_call(call: Call, paths: tuple[str, ...]) -> Site:
     kind: Kind = "random" if call.note == HAND_WRITTEN else "call"
-    becomes = INTERCEPT if kind == "call" else ""
+    becomes = "" if kind == "random" or call.name.startswith("aten.") else INTERCEPT
     return Site(paths, kind, call.name, call.p, becomes, call.function, call.file, call.line, call.note)
-
-
-def _of_events(events: list[Event], paths: tuple[str, ...]) -> list[Site]:
-    """A site for each line of the events, which no source explains."""
-    groups: dict[tuple[str, str, int], list[Event]] = {}
-    for event in events:
-        groups.setdefault((event.name, event.file, event.line), []).append(event)
-    sites = []
-    for (name, file, line), group in groups.items():
-        kind: Kind = "random" if group[0].note else "call"
-        becomes = "" if name.startswith("aten.") else INTERCEPT
-        site = Site(paths, kind, name, None, becomes, group[0].function, file, line, group[0].note)
-        sites.append(_with_run(site, group))
-    return sites
 
 
 def _with_run(site: Site, events: list[Event] | None) -> Site:
@@ -190,9 +176,8 @@ def _with_run(site: Site, events: list[Event] | None) -> Site:
 
 
 def _is_at(event: Event, call: Call) -> bool:
-    if event.name.rpartition(".")[2] != call.name.rpartition(".")[2]:
+    at = event.call
+    if at.name.rpartition(".")[2] != call.name.rpartition(".")[2]:
         return False
     # An event names the caller outside torch, so it has no line of torch's own forward.
-    return call.file.startswith(TORCH) or (
-        event.file == call.file and call.line <= event.line <= call.last_line
-    )
+    return call.file.startswith(TORCH) or (at.file == call.file and call.line <= at.line <= call.last_line)

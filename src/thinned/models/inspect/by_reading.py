@@ -12,7 +12,6 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, Argument
+from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, Argument, Call
 
-__all__ = ["UNCONDITIONAL", "Call", "calls_in_source"]
+__all__ = ["UNCONDITIONAL", "calls_in_source"]
 
 UNCONDITIONAL = "does not ask whether the module is training"
 UNKNOWN = object()
@@ -31,26 +30,6 @@ NEARBY = re.compile("drop|atten", re.IGNORECASE)
 TRAINING = {"training", "is_training", "train"}
 
 Given = Mapping[str, Callable[[bool], Any]]  # values by name, as functions of the training mode
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call in a source.
-
-    Attributes:
-        name: the function that is called.
-        function, file, line, last_line: where the call stands.
-        p: its probability in training; None if the source does not say it plainly.
-        note: ``UNCONDITIONAL``, ``HAND_WRITTEN`` or empty.
-    """
-
-    name: str
-    function: str
-    file: str
-    line: int
-    last_line: int
-    p: float | None
-    note: str
 
 
 def calls_in_source(module: nn.Module) -> list[Call]:
