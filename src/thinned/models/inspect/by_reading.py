@@ -70,13 +70,10 @@ def _read(called: Any, given: Given, homes: set[str], found: dict[Any, list[Call
             found[function.__code__].append(Call(name, function.__qualname__, file, *lines, p, note))
     # A look-up that succeeds mentions a default that it does not choose.
     looked_up = {id(part) for call in calls if names.value(call) is not UNKNOWN for part in ast.walk(call)}
-    keywords = {id(call.func): call.keywords for call in calls}
+    passed = {id(call.func): names.keywords(call) for call in calls}
     for node in ast.walk(tree):
         if isinstance(getattr(node, "ctx", None), ast.Load) and id(node) not in looked_up:
-            passed = {
-                each.arg or "**": partial(names.value, each.value) for each in keywords.get(id(node), ())
-            }
-            _read(names.value(node), passed, homes, found)
+            _read(names.value(node), passed.get(id(node), {}), homes, found)
 
 
 class _Names:
@@ -97,15 +94,20 @@ class _Names:
                     mentioned = {getattr(n, "attr", getattr(n, "id", "")) for n in ast.walk(test)}
                     self.asks_for_training |= not mentioned.isdisjoint(TRAINING)
 
+    def keywords(self, call: ast.Call) -> Given:
+        """The arguments that a call passes by name."""
+        return {each.arg: partial(self.evaluate, each.value) for each in call.keywords if each.arg}
+
     def value(self, node: Any, training: bool = True) -> Any:
         """The value of an expression in training or in evaluation; ``UNKNOWN`` if it is not plain."""
         try:
-            return self._value(node, training)
+            return self.evaluate(node, training)
         except Exception:  # besides LookupError, all that a property of the model may raise
             return UNKNOWN
 
-    def _value(self, node: Any, training: bool) -> Any:
-        value = partial(self._value, training=training)
+    def evaluate(self, node: Any, training: bool) -> Any:
+        """As ``value``; raises if the expression is not plain."""
+        value = partial(self.evaluate, training=training)
         match node:
             case ast.Constant(constant):
                 return constant
