@@ -159,8 +159,7 @@ FORWARDS = {
 def written(forward: str, folder: Path) -> nn.Module:
     """A module with the lines of a forward, in a file of its own."""
     file = folder / "written.py"
-    attention = "F.scaled_dot_product_attention(x, x, x, "
-    body = textwrap.indent(forward.replace("attend(x, ", attention), " " * 8)
+    body = textwrap.indent(forward.replace("attend(x,", "F.scaled_dot_product_attention(x, x, x,"), " " * 8)
     file.write_text(HEAD + body, encoding="utf-8")
     model: nn.Module = runpy.run_path(str(file))["Net"]()
     return model
