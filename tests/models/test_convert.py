@@ -53,7 +53,7 @@ def seeded(call: Callable[[], Tensor], seed: int = 1) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def registry() -> Any:
-    """What a test registers ends with it."""
+    """Undo the registrations of a test."""
     before = dict(_by_type), dict(_by_name)
     yield
     for store, content in zip((_by_type, _by_name), before, strict=True):
@@ -89,7 +89,7 @@ def test_a_converted_model_is_the_same_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_every_swapped_site_draws_our_masks(name: str) -> None:
-    """Wherever one runs, its answer is what our function answers under the key that the generator gives."""
+    """Each output is that of our function under the key that the generator gives."""
     model = zoo.MODELS[name]()
     states, wrong, ran = [], [], set()
 
@@ -192,7 +192,7 @@ def test_what_ours_cannot_do_is_left_and_reported(arguments: dict[str, Any], wor
     ("before", "gamma"), [(0.3, 0.7), (0.4, 0.25), (0.0, 0.25), (0.9, 2.0), (None, 0.5), (1, 1.0)]
 )
 def test_a_block_of_timm_comes_back_by_its_gamma_scale(before: float | None, gamma: float) -> None:
-    """From 0, from None, and from beyond 1, where the ratio of the two numbers says nothing."""
+    """Also 0, None and beyond 1, where the ratio of the two numbers says nothing."""
     layer = zoo.library_class(BLOCK)
     model = nn.Sequential(layer(before, gamma_scale=gamma))
     assert revert(convert(model).model)[0].drop_prob is before
@@ -350,7 +350,7 @@ def test_a_shared_module_in_a_list_and_an_attribute() -> None:
     assert shared.p == 0.7
 
 
-def test_a_place_that_keeps_the_old_module_is_told() -> None:
+def test_a_place_that_keeps_the_old_module_is_reported() -> None:
     inner = nn.Sequential(nn.Dropout(0.2), nn.AlphaDropout(0.3, True), nn.Dropout(0.4))
     model = nn.Sequential(inner)
     inner.drops = [inner[0]]

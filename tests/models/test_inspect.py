@@ -7,8 +7,6 @@ import math
 import re
 import runpy
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +40,8 @@ class Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@contextmanager
-def counting() -> Iterator[Count]:
-    with Count() as count, torch.no_grad():
-        yield count
-
-
 def masks(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    with counting() as count:
+    with Count() as count, torch.no_grad():
         model(*args, **kwargs)
     return count.masks
 
@@ -79,7 +71,7 @@ def test_no_site_is_missed(case: str) -> None:
     assert [(site.paths, site.type, site.where) for site in from_source] == places
     assert len(set(places)) == len(places)
     assert not any(site.note for site in from_run)
-    # A site whose probability only a run tells has it from there.
+    # In these models every probability is written plainly.
     assert all(a.p == b.p for a, b in zip(from_source, from_run, strict=True))
 
 
@@ -257,7 +249,7 @@ def test_modules_that_convert_leaves() -> None:
     assert [site.calls for site in found] == [None, 1, None, 1]
 
 
-def test_what_a_left_dropout_calls_is_told() -> None:
+def test_the_calls_of_a_left_dropout_are_reported() -> None:
     """Source and run agree on it, whether the subclass or the module itself has a method of its own."""
     patched = nn.Dropout(0.2)
     patched.train = lambda mode=True: patched  # type: ignore[assignment, misc] # noqa: ARG005
@@ -345,14 +337,6 @@ def test_only_modules() -> None:
         inspect(3)  # type: ignore[arg-type]
 
 
-def nothing() -> int:
-    return 3
-
-
-def fails() -> nn.Module:
-    raise RuntimeError("no weights")
-
-
 def test_a_model_named_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
@@ -377,6 +361,14 @@ def test_the_command() -> None:
 
 def two_blocks() -> nn.Module:
     return nn.Sequential(zoo.attention(), zoo.attention())
+
+
+def nothing() -> int:
+    return 3
+
+
+def fails() -> nn.Module:
+    raise RuntimeError("no weights")
 
 
 @pytest.mark.parametrize(
