@@ -93,10 +93,10 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
     """List every place at which a model drops, including those that :func:`thinned.convert` cannot reach.
 
     Dropout modules and modules of torch.nn with a ``dropout`` argument are found by their types. Functional
-    dropouts are found in the source of each module's forward, and in the functions of its own file that it
-    mentions, and in the attention function that transformers chooses; their ``p`` is read where it is plain.
-    Given inputs, the model also runs once in training and once in evaluation: each function that drops, and
-    each other use of random numbers, is reported with its module, its ``p`` and the number of its calls.
+    dropouts are found in the source of each forward, of the functions that it mentions in its own file, and
+    of the attention function that transformers chooses; ``p`` is read if it is plainly written. Given inputs,
+    the model also runs once in training and once in evaluation: each function that drops and each other use
+    of random numbers is reported with its module, its ``p`` and the number of its calls.
 
     Args:
         model: any module; it is not changed.
