@@ -17,7 +17,7 @@ from thinned.key_source import current
 from thinned.keys import Key
 from thinned.models.address.hooks import Sites, module_at, sites_of
 from thinned.models.checkpoint import Counting, close_failed
-from thinned.models.convert.rules import is_ours
+from thinned.models.walk import is_ours
 from thinned.nested import shape_of
 from thinned.op.vmap_keys import for_each_member
 from thinned.torch_state import compiling
