@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from thinned.layers._arguments import threshold_and_scale
+from thinned.layers._arguments import check_p
 from thinned.models.convert.rules import is_known, make, probability_name, probability_of
 from thinned.models.text import Listing, count, format_p
 from thinned.models.walk import (
@@ -124,7 +124,7 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
     if p is not None:
-        threshold_and_scale(p)
+        check_p(p)
     chosen = chooser(include, exclude)
     if not inplace:
         model = copy.deepcopy(model)
