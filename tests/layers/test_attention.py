@@ -302,7 +302,7 @@ def test_wrong_arguments_of_one_layer() -> None:
 
 
 def test_modules() -> None:
-    heads, keys = DropHead(0.25, 2, "expected"), DropKey(0.3, [1, 2])
+    heads, keys = DropHead(0.25, dim=2, normalize="expected"), DropKey(0.3, broadcast_dims=[1, 2])
     assert repr(heads) == "DropHead(p=0.25, dim=2, normalize='expected')"
     assert repr(keys) == "DropKey(p=0.3, broadcast_dims=(1, 2))"
     x = torch.randn(3, 4, 5, 6)

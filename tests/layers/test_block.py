@@ -28,7 +28,7 @@ from thinned.layers.block import (
     DropBlock1d,
     DropBlock2d,
     DropBlock3d,
-    _solve,
+    _seed_threshold,
     drop_block1d,
     drop_block2d,
     drop_block3d,
@@ -65,9 +65,9 @@ def brute_force(key: int, masks: tuple[int, ...], sizes: tuple[int, ...], block:
     """The kept positions, block by block, from the specification's own numbers."""
     blocks = [min(b, size) for b, size in zip(both(block, len(sizes)), sizes, strict=True)]
     places = [size - b + 1 for size, b in zip(sizes, blocks, strict=True)]
-    seedless, _ = _solve(spec.threshold(p), *sizes, *blocks)
+    no_seed_T, _ = _seed_threshold(spec.threshold(p), *sizes, *blocks)
     index = np.arange(math.prod(masks) * math.prod(places), dtype=np.uint64)
-    seeds = (spec.uniform(key, index).astype(np.uint64) >= seedless).reshape(*masks, *places)
+    seeds = (spec.uniform(key, index).astype(np.uint64) >= no_seed_T).reshape(*masks, *places)
     keep = torch.ones(*masks, *sizes, dtype=torch.bool)
     for *mask, corner in (
         (*place[: len(masks)], place[len(masks) :]) for place in np.argwhere(seeds).tolist()
@@ -84,7 +84,7 @@ def test_every_backend_drops_the_blocks_of_the_specification(
     x = torch.randn(3, 4, *sizes, device=subject.device)
     y = FUNCTIONS[len(sizes)](x, 0.4, block, couple_channels=coupled, key=KEY).cpu()
     keep = brute_force(7, (3, 1 if coupled else 4), sizes, block, 0.4).expand(x.shape)
-    _, share = _solve(
+    _, share = _seed_threshold(
         spec.threshold(0.4),
         *sizes,
         *(min(b, size) for b, size in zip(both(block, len(sizes)), sizes, strict=True)),
@@ -98,16 +98,16 @@ def test_every_backend_drops_the_blocks_of_the_specification(
 )
 def test_the_seeds_give_the_expected_share(sizes: tuple[int, ...], block: int, p: float) -> None:
     blocks = Blocks(sizes, block, p)
-    seedless, share = _solve(spec.threshold(p), *sizes, *(min(block, size) for size in sizes))
-    exact = (seedless / 2**32) ** blocks.cover.sum(1)
-    assert share == pytest.approx(float(exact.mean()), rel=1e-12)
+    no_seed_T, kept_share = _seed_threshold(spec.threshold(p), *sizes, *(min(block, size) for size in sizes))
+    exact = (no_seed_T / 2**32) ** blocks.cover.sum(1)
+    assert kept_share == pytest.approx(float(exact.mean()), rel=1e-12)
     steps = float(blocks.cover.sum(1).mean())  # of 2**-32, that one step of the threshold is for the share
-    assert abs(share - (1 - p)) <= steps * 2**-32
+    assert abs(kept_share - (1 - p)) <= steps * 2**-32
 
 
 def test_the_seeds_of_nothing_and_of_everything() -> None:
-    assert _solve(0, 7, 9, 3, 3) == (0, 0.0)
-    assert _solve(2**32, 7, 9, 3, 3) == (2**32, 1.0)
+    assert _seed_threshold(0, 7, 9, 3, 3) == (0, 0.0)
+    assert _seed_threshold(2**32, 7, 9, 3, 3) == (2**32, 1.0)
 
 
 def law_of_a_small_map(seedless: float) -> dict[int, float]:
@@ -257,7 +257,7 @@ def test_examples_of_vmap_share_a_key(layout: str, coupled: bool) -> None:
 def test_values_are_rounded_once_and_what_is_dropped_is_plus_zero(dtype: torch.dtype, scale: Any) -> None:
     x = oracle.specials((6, 4, 7, 9), dtype).requires_grad_()
     keep = drop_block2d(torch.ones(x.shape), 0.4, (2, 3), key=KEY) != 0
-    _, share = _solve(spec.threshold(0.4), 7, 9, 2, 3)
+    _, share = _seed_threshold(spec.threshold(0.4), 7, 9, 2, 3)
     opmath = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
     factor = torch.tensor(1 / share, dtype=opmath)
     if scale == "counted":
