@@ -69,7 +69,10 @@ def test_law_catches(name: str, make: Callable[[Tensor], Tensor], bias: float) -
 @pytest.mark.parametrize("temperature", [0.1, 2 / 3])
 def test_mask_has_the_concrete_law(p: float, temperature: float) -> None:
     logit = torch.tensor(p).logit()
-    z = 1 - (1 - p) * concrete_dropout(torch.ones(N), logit, temperature, key=KEY).double().numpy()
+    z = (
+        1
+        - (1 - p) * concrete_dropout(torch.ones(N), logit, temperature=temperature, key=KEY).double().numpy()
+    )
     for level in (0.001, 0.1, 0.5, 0.9, 0.999):
         at_most = special.expit(temperature * special.logit(level) - special.logit(p))
         assert chance.rate(z > level, at_most) > chance.FALSE_ALARM
@@ -80,7 +83,7 @@ def test_mask_has_the_concrete_law(p: float, temperature: float) -> None:
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.8])
 def test_mask_becomes_binary_as_the_temperature_falls(p: float) -> None:
     logit = torch.tensor(p, dtype=torch.float64).logit()
-    y = concrete_dropout(torch.ones(N, dtype=torch.float64), logit, 1e-5, key=KEY)
+    y = concrete_dropout(torch.ones(N, dtype=torch.float64), logit, temperature=1e-5, key=KEY)
     kept = y > 0.5 / (1 - p)
     assert chance.rate(kept.numpy(), p) > chance.FALSE_ALARM
     assert ((y - kept / (1 - p)).abs() > 1e-6).double().mean() < 1e-3
@@ -108,7 +111,7 @@ def test_values_are_those_of_the_formula_and_rounded_once(subject: Subject, dtyp
     x = torch.randn(6, 50, dtype=torch.float64).to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     noise = logistic(KEY, (6, 50), dtype=wide)
-    y = concrete_dropout(x.to(subject.device), LOGIT.to(subject.device), 0.5, key=KEY).cpu()
+    y = concrete_dropout(x.to(subject.device), LOGIT.to(subject.device), temperature=0.5, key=KEY).cpu()
     assert y.dtype == dtype
     kept = 1 / (1 + ((noise + LOGIT) * 2).exp())
     expected = (x.to(wide) * (kept * (1 + LOGIT.to(wide).exp()))).to(dtype)
@@ -129,14 +132,14 @@ def test_extreme_numbers_and_probabilities(
     for logit in (-200.0, -15.0, 0.0, 9.0):
         x = torch.ones(6, dtype=dtype, requires_grad=True)
         p_logit = torch.tensor(logit, requires_grad=True)
-        y = concrete_dropout(x, p_logit, temperature, key=KEY)
+        y = concrete_dropout(x, p_logit, temperature=temperature, key=KEY)
         found = (y, *torch.autograd.grad(y.sum(), (x, p_logit)))
         assert all(bool(tensor.isfinite().all()) for tensor in found)
         assert (y >= 0).all()
     # 1 / (1 - p) overflows on the way; what comes out may be 0 or large, but never NaN.
     for logit in (40.0, 80.0, 1000.0):
         p_logit = torch.tensor(logit, requires_grad=True)
-        y = concrete_dropout(torch.ones(6, dtype=dtype), p_logit, temperature, key=KEY)
+        y = concrete_dropout(torch.ones(6, dtype=dtype), p_logit, temperature=temperature, key=KEY)
         assert not y.isnan().any()
         assert not torch.autograd.grad(y.float()[0], p_logit)[0].isnan().any()
 
@@ -256,7 +259,7 @@ def test_compiles_to_the_same_gradients(fresh_compiler: None) -> None:  # noqa: 
 
 
 def test_layer_is_the_function() -> None:
-    x, layer = torch.randn(4, 5), ConcreteDropout(0.3, 0.5)
+    x, layer = torch.randn(4, 5), ConcreteDropout(0.3, temperature=0.5)
     torch.testing.assert_close(layer(x, key=KEY), concrete(x, temperature=0.5, key=KEY))
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin(x, key=KEY).equal(layer(x, key=KEY))
@@ -278,7 +281,7 @@ def test_wrong_arguments() -> None:
     for temperature in (0.0, -1.0, math.nan, math.inf):
         message = re.escape(f"temperature has to be above 0 and finite, but got {temperature}")
         with pytest.raises(ValueError, match=message):
-            ConcreteDropout(0.1, temperature)
+            ConcreteDropout(0.1, temperature=temperature)
         with pytest.raises(ValueError, match=message):
             concrete(x, temperature=temperature, training=False)
     with pytest.raises(TypeError, match="'p_logit' must be Tensor, not float"):

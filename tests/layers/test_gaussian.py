@@ -287,12 +287,12 @@ def test_p_of_gaussian_dropout(training: bool) -> None:
     for p in (-0.1, 1.5, math.nan, math.inf):
         message = re.escape(f"dropout probability has to be between 0 and 1, but got {p}")
         with pytest.raises(ValueError, match=message):
-            gaussian_dropout(x, p, training)
+            gaussian_dropout(x, p, training=training)
         with pytest.raises(ValueError, match=message):
             GaussianDropout(p)
     for p in (1, 1.0):
         with pytest.raises(ValueError, match=r"below 1, but got 1\.0: the variance .* infinite"):
-            gaussian_dropout(x, p, training)
+            gaussian_dropout(x, p, training=training)
         with pytest.raises(ValueError, match="infinite"):
             GaussianDropout(p)
     assert gaussian_dropout(x, 1 - 2**-53, key=KEY).isfinite().all()
@@ -326,13 +326,15 @@ def test_arguments_of_variational_dropout() -> None:
     with pytest.raises(ValueError, match=r"at most max_alpha=1\.0, but p=0\.6 gives 1\.49"):
         VariationalDropout(0.6)
     assert VariationalDropout(0.6, max_alpha=2).alpha.item() == pytest.approx(1.5)
-    assert VariationalDropout(0.2, 7).log_alpha.shape == (7,)
-    assert VariationalDropout(0.2, (3, 1, 1)).log_alpha.shape == (3, 1, 1)
+    assert VariationalDropout(0.2, num_features=7).log_alpha.shape == (7,)
+    assert VariationalDropout(0.2, num_features=(3, 1, 1)).log_alpha.shape == (3, 1, 1)
     layer = VariationalDropout(0.2)
     assert list(layer.state_dict()) == ["log_alpha"]
     assert (layer.p.item(), layer.alpha.item()) == (pytest.approx(0.2), pytest.approx(0.25))
     assert repr(layer) == "VariationalDropout(max_alpha=1.0)"
-    assert repr(VariationalDropout(0.2, 7)) == "VariationalDropout(num_features=7, max_alpha=1.0)"
+    assert (
+        repr(VariationalDropout(0.2, num_features=7)) == "VariationalDropout(num_features=7, max_alpha=1.0)"
+    )
     assert repr(GaussianDropout(0.2)) == "GaussianDropout(p=0.2)"
 
 
@@ -377,7 +379,7 @@ def test_divergence_in_the_words_of_the_papers() -> None:
 
 
 def test_which_divergence() -> None:
-    layer = VariationalDropout(0.2, 3)
+    layer = VariationalDropout(0.2, num_features=3)
     assert layer.kl().equal(variational_kl(layer.log_alpha))
     assert layer.kl("sigmoid").equal(variational_kl(layer.log_alpha, "sigmoid"))
     with pytest.raises(ValueError, match="either 'polynomial' or 'sigmoid', but got 'exact'"):
@@ -390,7 +392,7 @@ def test_which_divergence() -> None:
 
 
 def test_alpha_is_held_at_its_bound_and_comes_back() -> None:
-    layer = VariationalDropout(0.5, 3)
+    layer = VariationalDropout(0.5, num_features=3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     for _ in range(5):  # the divergence alone asks for more noise
         optimizer.zero_grad()
@@ -412,7 +414,7 @@ def test_noise_that_hurts_is_learned_away() -> None:
     torch.manual_seed(0)
     x = torch.randn(256, 8)
     target = x @ torch.ones(8, 1)
-    drop, linear = VariationalDropout(0.4, 8), nn.Linear(8, 1)
+    drop, linear = VariationalDropout(0.4, num_features=8), nn.Linear(8, 1)
     optimizer = torch.optim.Adam([*drop.parameters(), *linear.parameters()], lr=0.05)
     for _ in range(150):
         optimizer.zero_grad()
