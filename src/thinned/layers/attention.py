@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import index
 from typing import Literal
 
 import torch
@@ -77,7 +78,8 @@ def drop_head(
         )
     if not training or p == 0:
         return input
-    dim %= ndim
+    # index: Dynamo finds no number in a tuple with a symbolic one, and would share the mask among heads.
+    dim = index(dim) % ndim
     shared_dims = [d for d in range(ndim) if d not in (0, dim)]
     if normalize == "expected":
         return apply(input, key, shared_dims, False, T, scale)
