@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Callable
@@ -68,9 +67,8 @@ def brute_force(key: int, masks: tuple[int, ...], sizes: tuple[int, ...], block:
     index = np.arange(math.prod(masks) * math.prod(places), dtype=np.uint64)
     seeds = (spec.uniform(key, index).astype(np.uint64) >= no_seed_T).reshape(*masks, *places)
     keep = torch.ones(*masks, *sizes, dtype=torch.bool)
-    for *mask, corner in (
-        (*place[: len(masks)], place[len(masks) :]) for place in np.argwhere(seeds).tolist()
-    ):
+    for place in np.argwhere(seeds).tolist():
+        mask, corner = place[: len(masks)], place[len(masks) :]
         keep[(*mask, *(slice(at, at + b) for at, b in zip(corner, blocks, strict=True)))] = False
     return keep
 
@@ -87,7 +85,7 @@ def test_every_backend_drops_the_blocks_of_the_specification(
     oracle.assert_same(y, torch.where(keep, x.cpu() * (1 / kept_share), 0))
 
 
-@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("p", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize(
     ("sizes", "block"), [((11,), 4), ((7, 9), 3), ((32, 32), 7), ((5, 6, 7), 2), ((3, 4), 9)]
 )
@@ -97,36 +95,7 @@ def test_the_seeds_give_the_expected_share(sizes: tuple[int, ...], block: int, p
     exact = (no_seed_T / 2**32) ** blocks.cover.sum(1)
     assert kept_share == pytest.approx(float(exact.mean()), rel=1e-12)
     steps = float(blocks.cover.sum(1).mean())  # of 2**-32, that one step of the threshold is for the share
-    assert abs(kept_share - (1 - p)) <= steps * 2**-32
-
-
-def test_the_seeds_of_nothing_and_of_everything() -> None:
-    assert _seed_threshold(0, 7, 9, 3, 3) == (0, 0.0)
-    assert _seed_threshold(2**32, 7, 9, 3, 3) == (2**32, 1.0)
-
-
-def law_of_a_small_map(seedless: float) -> dict[int, float]:
-    """Of 16 sets of seeds in a line of 5 under blocks of 2, the masks that come of them and how often."""
-    law: dict[int, float] = {}
-    for seeds in itertools.product((0, 1), repeat=4):
-        mask = sum(1 << at for at in {at + step for at in range(4) for step in (0, 1) if seeds[at]})
-        chance_of_it = math.prod(1 - seedless if seed else seedless for seed in seeds)
-        law[mask] = law.get(mask, 0) + chance_of_it
-    return law
-
-
-def test_exact_law_of_a_small_map() -> None:
-    p, n = 0.4, 200_000
-    law = law_of_a_small_map(Blocks((5,), 2, p).seedless)
-    wrong = law_of_a_small_map(1 - p * 5 / (2 * 4))  # the paper's probability of a seed
-    y = drop_block1d(torch.ones(n // 100, 100, 5), p, 2, key=KEY)
-    masks = ((y == 0).long() << torch.arange(5)).sum(-1).flatten().numpy()
-    counts = np.bincount(masks, minlength=32)
-    possible = sorted(law)
-    assert counts[possible].sum() == n
-    expected = np.array([law[mask] * n for mask in possible])
-    assert chance._chi_squared(counts[possible], expected) > chance.FALSE_ALARM
-    assert chance._chi_squared(counts[possible], np.array([wrong[mask] * n for mask in possible])) < 1e-30
+    assert abs(kept_share - (1 - p)) <= (steps * 2**-32 if 0 < p < 1 else 0)
 
 
 def test_a_line_is_dropped_as_the_paper_drops_it_with_the_seeds_of_thinned() -> None:
@@ -250,18 +219,11 @@ def test_inplace() -> None:
         drop_block2d(used, 0.4, 3, inplace=True).sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        (torch.ones(1, 1, 5, 6, requires_grad=True), "leaf Variable that requires grad"),
-        (torch.ones(1, 1, 1, 6).expand(1, 1, 5, 6), "single memory location"),
-    ],
-    ids=["leaf", "expanded"],
-)
-def test_what_torch_refuses_to_write_is_not_written(x: Tensor, message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
+def test_an_expanded_input_is_not_written() -> None:
+    x = torch.ones(1, 1, 1, 6).expand(1, 1, 5, 6)
+    with pytest.raises(RuntimeError, match="single memory location"):
         drop_block2d(x, 0.9, 3, inplace=True, key=KEY)
-    assert x.detach().equal(torch.ones(1, 1, 5, 6))
+    assert x.equal(torch.ones(1, 1, 5, 6))
     assert x._version == 0
 
 
@@ -274,32 +236,25 @@ def test_an_input_without_elements_is_returned(dims: int, inplace: bool) -> None
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(dynamic: bool) -> None:
-    """Another batch and another number of channels take no other graph where shapes are dynamic."""
-    layer = (
-        DropBlock1d(0.4, 2, couple_channels=True, scale="counted") if dynamic else DropBlock2d(0.4, (2, 3))
-    )
-    fast = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    sizes = (9,) if dynamic else (5, 6)
-    for stance, masks in (("default", (3, 4)), ("fail_on_recompile" if dynamic else "default", (7, 2))):
+def test_another_batch_and_other_channels_take_no_other_graph() -> None:
+    layer = DropBlock1d(0.4, 2, couple_channels=True, scale="counted")
+    fast = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for stance, masks in (("default", (3, 4)), ("fail_on_recompile", (7, 2))):
+        results = []
         with torch.compiler.set_stance(stance):
-            results = []
             for call in (layer, fast):
                 torch.manual_seed(3)
-                x = torch.ones(*masks, *sizes, requires_grad=True)
+                x = torch.ones(*masks, 9, requires_grad=True)
                 y = call(x)
-                results += [y, *torch.autograd.grad(y.square().sum(), x)]
-        y, grad, other, other_grad = results
+                results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        (y, grad), (other, other_grad) = results
         oracle.assert_same(other, y)
         torch.testing.assert_close(other_grad, grad)
 
 
 def test_text() -> None:
-    layer = DropBlock2d(0.4, (2, 3), couple_channels=True, scale="counted")
-    assert repr(layer) == (
-        "DropBlock2d(p=0.4, block_size=(2, 3), inplace=False, couple_channels=True, scale='counted')"
-    )
+    text = "DropBlock2d(p=0.4, block_size=(2, 3), inplace=False, couple_channels=True, scale='counted')"
+    assert repr(DropBlock2d(0.4, (2, 3), couple_channels=True, scale="counted")) == text
 
 
 @pytest.mark.parametrize(
@@ -325,15 +280,11 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
 
 @pytest.mark.parametrize("shape", [(5,), (5, 6), (1, 2, 3, 5, 6)])
 def test_wrong_dimensions(shape: tuple[int, ...]) -> None:
-    with pytest.raises(
-        ValueError,
-        match=re.escape(f"needs an input of 4 dimensions, or of 3 for one sample, got one of shape {shape}"),
-    ):
+    message = f"needs an input of 4 dimensions, or of 3 for one sample, got one of shape {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         DropBlock2d(0.5, 3)(torch.ones(shape))
 
 
 def test_keys_need_samples() -> None:
-    with pytest.raises(
-        RuntimeError, match=re.escape("keys of shape (2,) do not fit one sample of shape (2, 5, 6)")
-    ):
+    with pytest.raises(RuntimeError, match=re.escape("keys of shape (2,) do not fit one sample")):
         drop_block2d(torch.ones(2, 5, 6), 0.5, 3, key=KEY.fold(torch.arange(2)))
