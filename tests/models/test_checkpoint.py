@@ -308,7 +308,7 @@ def test_a_recomputation_that_raises_within_the_context_leaves_nothing(context: 
     x = torch.ones(4, 8, dtype=torch.float64, requires_grad=True)
     with pytest.raises(ValueError, match="no second time"):
         backward()
-    assert thinned.key_source.current.source is None
+    assert thinned.key_source.active.key_source is None
     assert torch.overrides._get_current_function_mode_stack() == []
     torch.manual_seed(0)
     drawn = model[0](x)

@@ -10,7 +10,7 @@ from torch import Tensor
 from thinned import nested, op
 from thinned.backends.arguments import DTYPES
 from thinned.geometry import Geometry, shared, shared_cached
-from thinned.key_source import current
+from thinned.key_source import active
 from thinned.keys import Key
 from thinned.torch_state import compiling
 
@@ -35,14 +35,14 @@ def apply(
     ``rows`` is as for :func:`key_for`. An ``elementwise`` layer has no dimension of its own for the samples,
     so that the source of keys says which one it is.
     """
-    if key is None and current.source is not None:
-        if elementwise and (dim := current.source.sample_dim(input)):
+    if key is None and active.key_source is not None:
+        if elementwise and (dim := active.key_source.sample_dim(input)):
             ndim = input.dim()
             order = [dim, *(each for each in range(ndim) if each != dim)]
             held = [order.index(each % ndim) if -ndim <= each < ndim else each for each in broadcast_dims]
             y = apply(input.movedim(dim, 0), None, held, inplace, T, scale, shift, fill)
             return input if inplace else y.movedim(0, dim)
-        key = current.source.key_for(input, rows)
+        key = active.key_source.key_for(input, rows)
     bits = None if key is None else bits_for(key, input)
     if input.is_nested:
         return nested.masked_affine(input, bits, broadcast_dims, inplace, T, scale, shift, fill)
@@ -148,11 +148,11 @@ def key_for(
             ``elementwise`` layer lie along another dimension than 0.
     """
     op.refuse_layout(input)
-    if key is None and current.source is not None:
-        if elementwise and (dim := current.source.sample_dim(input)):
+    if key is None and active.key_source is not None:
+        if elementwise and (dim := active.key_source.sample_dim(input)):
             raise NotImplementedError(
                 f"this layer has its samples in dimension 0, got dimension {dim} of shape "
                 f"{tuple(input.shape)}; transpose its input, or give it a key"
             )
-        key = current.source.key_for(input, rows)
+        key = active.key_source.key_for(input, rows)
     return Key.from_bits(op.draw_for(input) if key is None else bits_for(key, input))

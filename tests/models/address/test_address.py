@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import thinned
 from thinned import Key, address
-from thinned.key_source import current
+from thinned.key_source import active
 
 WIDTH = 64
 
@@ -147,7 +147,7 @@ def test_a_layer_knows_its_mask(name: str, samples: range | None) -> None:
     assert 0 < int((~mask).sum()) < mask.numel()
     assert not layer.training
     with site:
-        running: Any = current.source
+        running: Any = active.key_source
         assert (running.calls, running.stack) == ({}, [])
 
 
@@ -180,7 +180,7 @@ def test_a_module_that_raises_leaves_no_trace(net: Net, x: Tensor) -> None:
     with address(net, seed=7, step=0):
         with pytest.raises(RuntimeError):
             net(x[:, 1:])
-        running: Any = current.source
+        running: Any = active.key_source
         assert not running.stack
     assert run(net, x).equal(run(net, x))
 

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, dropout
 import thinned
 from models import zoo
 from thinned import Key
-from thinned.key_source import current
+from thinned.key_source import active
 
 STEPS, HALF, BATCH, EPOCH = 8, 5, 4, 6
 WORDS = torch.randint(1, zoo.VOCABULARY, (BATCH * EPOCH, 6), generator=torch.Generator().manual_seed(1))
@@ -44,7 +44,7 @@ class Watch:
         self.raise_at = raise_at
 
     def __call__(self, module: nn.Module, _: Any, y: Tensor) -> None:
-        self.seen.append((module.training, current.source is not None))
+        self.seen.append((module.training, active.key_source is not None))
         if module.training:
             self.kept.append(y != 0)
             if len(self.kept) == self.raise_at:
@@ -178,7 +178,7 @@ class TestTransformers:
             run = trainer(callback, watch=watch)
             with pytest.raises(StopError):
                 self.train(run)
-            assert current.source is not None, (
+            assert active.key_source is not None, (
                 "transformers has learned to end a step: no more need for close"
             )
             if after == "close":
@@ -190,14 +190,14 @@ class TestTransformers:
                 run.model.load_state_dict(trainer().model.state_dict())
                 run.optimizer = run.lr_scheduler = None
                 assert same(self.train(run), whole)
-            assert current.source is None
+            assert active.key_source is None
         watch = Watch(raise_at=3)
         own = callback(seed=7)
         run = trainer(watch=watch)
         run.add_callback(own)
         with pytest.raises(StopError), contextlib.closing(own):
             self.train(run)
-        assert current.source is None
+        assert active.key_source is None
 
     def test_a_seed(self, callback: Any) -> None:
         assert callback(seed=7).seed == callback(seed=Key(7)).seed == Key(7)
@@ -251,7 +251,7 @@ class TestLightning:
                 return -1 if batch_idx == self.skip_from else None
 
             def on_train_epoch_end(self) -> None:
-                assert current.source is None
+                assert active.key_source is None
 
             def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
                 words, classes = batch
@@ -352,12 +352,12 @@ class TestLightning:
     def test_errors_and_skipped_epochs(self, run: Callable[..., Any], callback: Any) -> None:
         with pytest.raises(StopError):
             run(callback(seed=7), watch=Watch(raise_at=3))
-        assert current.source is None
+        assert active.key_source is None
         watch = Watch()
         run(callback(seed=7), watch=watch, skip_from=2, limit_val_batches=1)
         assert watch.seen.count((True, True)) == 6
         assert set(watch.seen) == {(True, True), (False, False)}
-        assert current.source is None
+        assert active.key_source is None
 
     def test_a_seed(self, callback: Any) -> None:
         assert callback(seed=7).seed == callback(seed=Key(7)).seed == Key(7)

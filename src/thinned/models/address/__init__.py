@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.functional import keep_mask
-from thinned.key_source import current
+from thinned.key_source import active
 from thinned.keys import Key
 from thinned.models.address.hooks import Sites, module_at, sites_of
 from thinned.models.checkpoint import Counting, close_failed
@@ -136,8 +136,8 @@ class Address:
     ) -> None:
         self.leave()
         if not compiling():
-            outer: Any = current.source
-            within = isinstance(outer, _Running) and outer.sites == self.sites.name
+            outer: Any = active.key_source
+            within = isinstance(outer, _Running) and outer.hooks_id == self.sites.name
             self.sites.context = outer.address if within else None
 
     def join(self) -> _Running:
@@ -148,7 +148,7 @@ class Address:
         """End what this thread entered last of it."""
         if not compiling():
             close_failed()
-        running: Any = current.source
+        running: Any = active.key_source
         while not compiling() and running.address is not self:
             running = running._outer
         running.end()
@@ -229,7 +229,7 @@ class _Running(Counting):
         joined: bool = False,
         **recomputation: Any,
     ) -> None:
-        self.address, self.sites, self.joined = address, address.sites.name, joined
+        self.address, self.hooks_id, self.joined = address, address.sites.name, joined
         self._reset({} if calls is None else calls, stack, **recomputation)
         self._outer: Any = None
 
@@ -239,17 +239,17 @@ class _Running(Counting):
     def begin(self) -> _Running:
         if not compiling():
             close_failed()
-            outer: Any = current.source
+            outer: Any = active.key_source
             self._enter_counting(outer)
-        self._outer = current.source
-        current.source = self
+        self._outer = active.key_source
+        active.key_source = self
         return self
 
     def end(self) -> None:
-        if current.source is self:
-            current.source = self._outer
+        if active.key_source is self:
+            active.key_source = self._outer
         else:  # out of order
-            inner: Any = current.source
+            inner: Any = active.key_source
             while inner is not None and inner._outer is not self:
                 inner = inner._outer
             if inner is not None:
@@ -263,7 +263,7 @@ class _Running(Counting):
         return _within(_Running(self.address, calls, stack, region=region, recomputes=True))
 
     def sample_dim(self, input: Tensor) -> int:
-        """The dimension of the samples in an element-wise call; see :class:`thinned.key_source.Source`."""
+        """The dimension of the samples in an element-wise call; see :class:`thinned.key_source.KeySource`."""
         address = self.address
         if address.samples is None or input.is_nested:
             return 0
@@ -289,21 +289,26 @@ class _Running(Counting):
             )
         return 0
 
-    def key_for(self, input: Tensor, rows: int | None) -> Key | None:
-        """The key of the call that is running, which is counted; see :class:`thinned.key_source.Source`."""
+    def key_for(self, input: Tensor, sample_dim: int | None) -> Key | None:
+        """Number the running call and return its key."""
         if not compiling():
             close_failed()
-            if (source := current.source) is not self:  # this was one of those that failed
-                return None if source is None else source.key_for(input, rows)
+            if (source := active.key_source) is not self:  # this was one of those that failed
+                return None if source is None else source.key_for(input, sample_dim)
         stack, device = self.stack, input.device
         path = stack[-1] if stack else ""
         site = _site(path, self.number(path))
         compiled = compiling()
         root, samples = self.address.parts(device if compiled else None)
-        if samples is None or rows is None or not input.dim() or input.size(rows) == 1 != samples.shape[0]:
+        if (
+            samples is None
+            or sample_dim is None
+            or not input.dim()
+            or input.size(sample_dim) == 1 != samples.shape[0]
+        ):
             key = root.fold(site)
         else:
-            key = _rows(root.fold(site).fold(samples), samples, input, rows, path)
+            key = _rows(root.fold(site).fold(samples), samples, input, sample_dim, path)
         if key.bits.device != device:
             key = key.to(device)
         return for_each_member(key)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from thinned.key_source import Source, current
+from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.torch_state import COMPILED, WRAPPERS, compiling, graph_task_is_running, is_replica, pre_hooks_of
 
@@ -21,7 +21,7 @@ _AROUND_A_MODEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 class Joinable(Protocol):
     """A context that further threads can be a part of."""
 
-    def join(self) -> Source:
+    def join(self) -> KeySource:
         """Make this thread a part, and give what is its source now."""
 
     def leave(self) -> None:
@@ -60,20 +60,20 @@ class _Enter:
         self.sites, self.path = sites, path
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
-        source = current.source
+        source = active.key_source
         if source is None:
             source = self._source_of(module)
             if source is None:
                 return
-        if source.sites == self.sites.name:
+        if source.hooks_id == self.sites.name:
             source.stack.append(self.path)
 
-    def _source_of(self, module: nn.Module) -> Source | None:
+    def _source_of(self, module: nn.Module) -> KeySource | None:
         """What gives the keys of a call that is within no address."""
         if self.sites.addressed and not compiling():
             if graph_task_is_running():
-                current.source = _Unknown(self.sites)
-                return current.source
+                active.key_source = _Unknown(self.sites)
+                return active.key_source
             self.sites.addressed = False
         context = self.sites.context
         if context is None or self.path or not is_replica(module):
@@ -90,13 +90,13 @@ class _Unknown:
     joined = False
 
     def __init__(self, sites: Sites) -> None:
-        self.sites = sites.name
+        self.hooks_id = sites.name
         self.stack: list[str] = []
 
     def sample_dim(self, input: Tensor) -> int:  # noqa: ARG002
         return 0
 
-    def key_for(self, input: Tensor, rows: int | None) -> Key:  # noqa: ARG002
+    def key_for(self, input: Tensor, sample_dim: int | None) -> Key:  # noqa: ARG002
         raise RuntimeError(
             f"a dropout in {self.stack[-1]!r} is called while a backward pass runs, after the "
             "thinned.address that its forward pass was within, whose mask it would not have. Recompute by "
@@ -109,13 +109,13 @@ class _Leave:
         self.sites, self.path = sites, path
 
     def __call__(self, *_: Any) -> None:
-        source = current.source
-        if source is None or source.sites != self.sites.name:
+        source = active.key_source
+        if source is None or source.hooks_id != self.sites.name:
             return
         if source.stack:
             source.stack.pop()
         if isinstance(source, _Unknown) and not source.stack:
-            current.source = None
+            active.key_source = None
         if source.joined and not self.path and self.sites.context is not None:
             self.sites.context.leave()
 
