@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import thinned
 from thinned import Key
 from thinned.models import address, intercept
-from thinned.models.checkpoint import _Checkpoint
+from thinned.models.checkpoint import _CheckpointPatch
 
 Call = Callable[[Tensor], Tensor]
 
@@ -324,7 +324,7 @@ def test_what_torch_calls_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch_checkpoint, "checkpoint", checkpoint)
     with pytest.raises(RuntimeError, match=f"PyTorch {torch.__version__.partition('+')[0]}.* calls none of"):
-        _Checkpoint().install()
+        _CheckpointPatch().install()
 
 
 class TestOutOfOrder:

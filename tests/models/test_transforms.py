@@ -450,7 +450,7 @@ def test_copies(name: str, way: str) -> None:
     for twin in twins:
         assert run(twin, 3).equal(expected)
         assert not run(twin, 4).equal(expected)
-        assert address(twin, seed=7, step=3).sites.name != address(model, seed=7, step=3).sites.name
+        assert address(twin, seed=7, step=3).hooks.id != address(model, seed=7, step=3).hooks.id
         assert set(twin.state_dict()) == set(model.state_dict())
         # In the context of the one, the other is nobody's site.
         with intercept(), address(model, seed=7, step=3):

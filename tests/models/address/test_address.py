@@ -362,7 +362,7 @@ def test_copies(net: Net, x: Tensor, through: Callable[[Net], Net]) -> None:
     before = run(net, x, 3)
     twin = through(net)
     assert run(twin, x, 3).equal(before)
-    assert address(twin, seed=7, step=3).sites is not address(net, seed=7, step=3).sites
+    assert address(twin, seed=7, step=3).hooks is not address(net, seed=7, step=3).hooks
 
 
 def test_hooks_are_added_once(net: Net, x: Tensor) -> None:

@@ -25,7 +25,7 @@ import thinned
 from models import zoo
 from thinned import functional as F
 from thinned.models.convert import convert
-from thinned.models.intercept import _SITES, Intercept, Intercepted, intercept
+from thinned.models.intercept import _HANDLERS, Intercept, Intercepted, intercept
 
 KEY = thinned.Key(7)
 P = 0.3
@@ -339,7 +339,7 @@ def test_errors_are_torchs() -> None:
 )
 def test_an_argument_that_only_torch_knows_is_left_to_torch(function: Callable[..., Any]) -> None:
     """Versions to come may give dropout a generator, which is then where torch's masks come from."""
-    context, handler = Intercept(KEY), _SITES[function]
+    context, handler = Intercept(KEY), _HANDLERS[function]
     with context:
         assert handler(context, X, P, True, generator=torch.Generator()) is None
         assert context.count == 0
