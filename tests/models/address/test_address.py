@@ -230,11 +230,6 @@ class TestSamples:
         with pytest.raises(RuntimeError, match=r"'blocks\.0\.dropout' .* \(8, 64\), .* of the 3 samples"):
             run(net, x, samples=self.ids[:3])
 
-    @pytest.mark.parametrize("samples", [torch.ones(8), torch.ones(2, 4, dtype=torch.int64), [[1]]])
-    def test_other_ids_are_refused(self, net: Net, samples: Any) -> None:
-        with pytest.raises(TypeError, match="samples must be int64 ids in one dimension"):
-            address(net, seed=7, step=0, samples=samples)
-
     def test_recurrent_and_words(self) -> None:
         torch.manual_seed(0)
         words = torch.randint(0, 50, (8, 12))

@@ -1,4 +1,4 @@
-"""Training by transformers and by Lightning: what is resumed is what was not interrupted, bit for bit."""
+"""Training by transformers and by Lightning: a resumed run equals the uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StopError(Exception):
 
 
 class Watch:
-    """A hook that notes who gives keys, and what is dropped, and raises if asked to."""
+    """A hook that records whether a key source is active, and the masks; it raises in call ``raise_at``."""
 
     def __init__(self, raise_at: int = -1) -> None:
         self.seen: list[tuple[bool, bool]] = []
@@ -70,11 +70,35 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def import_lightning() -> Any:
+    """lightning.pytorch, also where the installed torchvision, which it would import, does not fit torch."""
+    zoo._transformers()  # where this is tried
+    version = importlib.metadata.version
+
+    def without_torchvision(name: str) -> str:
+        if name == "torchvision":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    fits = sys.modules.get("torchvision", importlib) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        imports = importlib.import_module("lightning_utilities.core.imports")
+        with (
+            contextlib.nullcontext() if fits else mock.patch.object(imports, "_version", without_torchvision)
+        ):
+            return importlib.import_module("lightning.pytorch")
+
+
+def callback_of(framework: str) -> Any:
+    {"transformers": zoo._transformers, "lightning": import_lightning}[framework]()
+    return importlib.import_module(f"thinned.models.callbacks.{framework}").AddressCallback
+
+
 class TestTransformers:
     @pytest.fixture(scope="class")
     def callback(self) -> Any:
-        zoo._transformers()
-        return importlib.import_module("thinned.models.callbacks.transformers").AddressCallback
+        return callback_of("transformers")
 
     @pytest.fixture
     def trainer(self, tmp_path: Path) -> Callable[..., Any]:
@@ -174,8 +198,7 @@ class TestTransformers:
         """The trainer tells no callback of them: close() does, or the next training or evaluation."""
         whole = self.train(trainer(callback))
         for after in ("close", "train", "evaluate"):
-            watch = Watch(raise_at=3)
-            run = trainer(callback, watch=watch)
+            run = trainer(callback, watch=Watch(raise_at=3))
             with pytest.raises(StopError):
                 self.train(run)
             assert active.key_source is not None, (
@@ -191,39 +214,11 @@ class TestTransformers:
                 run.optimizer = run.lr_scheduler = None
                 assert same(self.train(run), whole)
             assert active.key_source is None
-        watch = Watch(raise_at=3)
-        own = callback(seed=7)
-        run = trainer(watch=watch)
+        own, run = callback(seed=7), trainer(watch=Watch(raise_at=3))
         run.add_callback(own)
         with pytest.raises(StopError), contextlib.closing(own):
             self.train(run)
         assert active.key_source is None
-
-    def test_a_seed(self, callback: Any) -> None:
-        assert callback(seed=7).seed == callback(seed=Key(7)).seed == Key(7)
-        with pytest.raises(TypeError, match="seed must be an integer, got 'seven'"):
-            callback(seed="seven")
-        assert pickle.loads(pickle.dumps(callback(seed=7))).seed == Key(7)
-
-
-def import_lightning() -> Any:
-    """lightning.pytorch, also where the installed torchvision, which it would import, does not fit torch."""
-    zoo._transformers()  # where this is tried
-    version = importlib.metadata.version
-
-    def without_torchvision(name: str) -> str:
-        if name == "torchvision":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
-
-    fits = sys.modules.get("torchvision", importlib) is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        imports = importlib.import_module("lightning_utilities.core.imports")
-        with (
-            contextlib.nullcontext() if fits else mock.patch.object(imports, "_version", without_torchvision)
-        ):
-            return importlib.import_module("lightning.pytorch")
 
 
 class TestLightning:
@@ -235,8 +230,8 @@ class TestLightning:
         return found
 
     @pytest.fixture(scope="class")
-    def callback(self, lightning: Any) -> Any:  # noqa: ARG002
-        return importlib.import_module("thinned.models.callbacks.lightning").AddressCallback
+    def callback(self) -> Any:
+        return callback_of("lightning")
 
     @pytest.fixture
     def run(self, lightning: Any, tmp_path: Path) -> Callable[..., tuple[Result, Any]]:
@@ -359,8 +354,11 @@ class TestLightning:
         assert set(watch.seen) == {(True, True), (False, False)}
         assert active.key_source is None
 
-    def test_a_seed(self, callback: Any) -> None:
-        assert callback(seed=7).seed == callback(seed=Key(7)).seed == Key(7)
-        with pytest.raises(TypeError, match="seed must be an integer, got 'seven'"):
-            callback(seed="seven")
-        assert pickle.loads(pickle.dumps(callback(seed=7))).seed == Key(7)
+
+@pytest.mark.parametrize("name", ["transformers", "lightning"])
+def test_a_seed(name: str) -> None:
+    callback = callback_of(name)
+    assert callback(seed=7).seed == callback(seed=Key(7)).seed == Key(7)
+    with pytest.raises(TypeError, match="seed must be an integer, got 'seven'"):
+        callback(seed="seven")
+    assert pickle.loads(pickle.dumps(callback(seed=7))).seed == Key(7)
