@@ -21,19 +21,13 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SEEDS: list[int | Key] = [7, Key(2**63 + 8)]
 
 
-def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(zoo.WIDTH, zoo.HEADS, 2 * zoo.WIDTH, 0.1, batch_first=True)
-    return nn.TransformerEncoder(layer, 1)
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: zoo.bert(num_hidden_layers=1),
     "gpt2": lambda: zoo.gpt2(n_layer=1),
     "vit": lambda: zoo.vit(num_hidden_layers=1),
     "t5": lambda: zoo.t5(num_layers=1),
     "llama": lambda: zoo.llama(num_hidden_layers=1),
-    "encoder": encoder,
+    "encoder": lambda: zoo.encoder(1),
     "attention": zoo.attention,
 }
 
@@ -51,8 +45,6 @@ def small() -> nn.Module:
 def inputs(model: nn.Module, batch: int) -> dict[str, Tensor]:
     if isinstance(model, nn.Sequential):
         return {"input": torch.randn(batch, 8, generator=torch.Generator().manual_seed(0))}
-    if isinstance(model, nn.TransformerEncoder):
-        return {"src": torch.randn(batch, zoo.LENGTH, zoo.WIDTH, generator=torch.Generator().manual_seed(0))}
     return zoo.inputs(model, batch)
 
 

@@ -54,25 +54,15 @@ def cnn() -> nn.Module:
     )
 
 
-def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        layer = nn.TransformerEncoderLayer(zoo.WIDTH, zoo.HEADS, 2 * zoo.WIDTH, 0.1, batch_first=True)
-        return nn.TransformerEncoder(layer, 2)
-
-
 def inputs(model: nn.Module, batch: int = 4) -> dict[str, Any]:
     if isinstance(model, nn.Sequential):
         return {"input": torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
-    if isinstance(model, nn.TransformerEncoder):
-        return {"src": torch.randn(batch, 12, zoo.WIDTH, generator=torch.Generator().manual_seed(0))}
     found: dict[str, Any] = zoo.inputs(model, batch)
     config = getattr(model, "config", None)
     return found | {"use_cache": False} if hasattr(config, "use_cache") else found
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {**zoo.MODELS, "cnn": cnn, "encoder": encoder}
+MODELS: dict[str, Callable[..., nn.Module]] = {**zoo.MODELS, "cnn": cnn, "encoder": zoo.encoder}
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -7,8 +7,9 @@ import pickle
 import re
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -176,21 +177,21 @@ def test_models(name: str, attention: str) -> None:
                 oracle.assert_same(results(model), expected)
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "packed", "attention weights"])
+MODULES: dict[str, tuple[nn.Module, Callable[[Tensor], tuple[Any, ...]]]] = {
+    "lstm": (nn.LSTM(8, 8, 2, dropout=P), lambda x: (x,)),
+    "gru": (nn.GRU(8, 8, 2, dropout=P, bidirectional=True), lambda x: (x,)),
+    "packed": (nn.LSTM(8, 8, 2, dropout=P), lambda x: (pack_sequence([x[:, 0], x[:2, 1]]),)),
+    "attention weights": (nn.MultiheadAttention(8, 2, dropout=P), lambda x: (x, x, x)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_modules_of_torch(name: str) -> None:
+    model, arguments = MODULES[name]
     x = torch.randn(4, 3, 8)
-    model: nn.Module = {
-        "lstm": nn.LSTM(8, 8, 2, dropout=P),
-        "gru": nn.GRU(8, 8, 2, dropout=P, bidirectional=True),
-        "packed": nn.LSTM(8, 8, 2, dropout=P),
-        "attention weights": nn.MultiheadAttention(8, 2, dropout=P),
-    }[name]
-    arguments = (x, x, x) if "attention" in name else (x,)
-    if name == "packed":
-        arguments = (pack_sequence([x[:, 0], x[:2, 1]]),)
-    assert spied(lambda: model(*arguments))
+    assert spied(lambda: model(*arguments(x)))
     with intercept():
-        assert not spied(lambda: model(*arguments))
+        assert not spied(lambda: model(*arguments(x)))
 
 
 def encoder() -> tuple[nn.Module, Tensor, Tensor]:
@@ -235,8 +236,7 @@ def test_modes_of_others_still_shut_the_fast_path() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    names = ("has_torch_function",)
-    before = [getattr(torch.overrides, name) for name in names]
+    before = torch.overrides.has_torch_function
     checkpointing = dict(vars(torch.utils.checkpoint))
     functions = dict(vars(torch_functional)), dict(vars(torch.nn.modules.rnn))
 
@@ -247,7 +247,7 @@ def test_nothing_is_left_behind() -> None:
     with pytest.raises(ValueError, match=r"1\.5"):
         fails()
     assert _get_current_function_mode_stack() == []
-    assert [getattr(torch.overrides, name) for name in names] == before
+    assert torch.overrides.has_torch_function is before
     assert dict(vars(torch.utils.checkpoint)) == checkpointing
     assert (dict(vars(torch_functional)), dict(vars(torch.nn.modules.rnn))) == functions
     torch.manual_seed(3)
@@ -284,8 +284,9 @@ def test_errors_are_torchs() -> None:
                 torch.feature_dropout(torch.ones(3), P, True)
             with pytest.raises(TypeError):
                 torch_functional.dropout(X, P, nonsense=1)
-    with pytest.raises(TypeError, match=r"must be a thinned\.Key, got 7"):
-        intercept(key=7)  # type: ignore[arg-type]
+    for make in (intercept, partial(Intercepted, nn.Identity())):
+        with pytest.raises(TypeError, match=r"must be a thinned\.Key, got 7"):
+            make(key=7)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -350,60 +351,74 @@ def test_one_context_twice() -> None:
     assert ys[0].equal(ys[1])
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(
-    ("model", "place", "key"),
-    [
-        pytest.param("functions", "inside", None, id="functions inside"),
-        pytest.param("functions", "outside", KEY, id="functions outside key"),
-        pytest.param("functions", "wrapper", None, id="functions wrapper"),
-        pytest.param("attention", "inside", KEY, id="attention inside key"),
-        pytest.param("attention", "outside", None, id="attention outside"),
-        pytest.param("attention", "wrapper", None, id="attention wrapper"),
-    ],
-)
-def test_compiled(model: str, place: str, key: thinned.Key | None) -> None:
-    mha = nn.MultiheadAttention(8, 2, dropout=P, batch_first=True)
+Context = Callable[[], AbstractContextManager[Any]]
 
-    class Functions(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            y = torch_functional.dropout(x, P)
-            y = torch_functional.scaled_dot_product_attention(y, y, y, dropout_p=P, is_causal=True)
-            return torch.dropout(torch_functional.alpha_dropout(y, P, True), P, True)
 
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mha = mha
-
-        def forward(self, x: Tensor) -> Tensor:
-            y, weights = self.mha(x, x, x)
-            return self.mha(y, y, y, need_weights=False)[0] + weights.mean()
-
-    body = Functions() if model == "functions" else Attention()
+def placed(
+    body: nn.Module, place: str, key: thinned.Key | None
+) -> tuple[Callable[[Tensor], Tensor], Context]:
+    """A function that calls ``body``, and a context for its calls, one of which intercepts."""
 
     def inside(x: Tensor) -> Tensor:
         with intercept(key=key):
-            return body(x)
+            return body(x)  # type: ignore[no-any-return]
 
-    run: Callable[[Tensor], Tensor] = {
-        "inside": inside,
-        "outside": body,
-        "wrapper": Intercepted(body, key=key),
-    }[place]
-    x = torch.randn(2, 5, 8)
+    run = {"inside": inside, "outside": body, "wrapper": Intercepted(body, key=key)}[place]
+    return run, partial(intercept, key=key) if place == "outside" else nullcontext
+
+
+def assert_same_values_and_gradients(
+    functions: Sequence[Callable[[Tensor], Tensor]], context: Context, leaf: Tensor, parameters: list[Tensor]
+) -> None:
+    found = []
+    for function in functions:
+        torch.manual_seed(3)
+        with context():
+            y = function(leaf)
+        found.append((y.detach(), *torch.autograd.grad(y.sum(), [leaf, *parameters])))
+    for again in found[1:]:
+        for got, want in zip(again, found[0], strict=True):
+            oracle.assert_same(got, want)
+
+
+class Functions(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch_functional.dropout(x, P)
+        y = torch_functional.scaled_dot_product_attention(y, y, y, dropout_p=P, is_causal=True)
+        return torch.dropout(torch_functional.alpha_dropout(y, P, True), P, True)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2, dropout=P, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, weights = self.mha(x, x, x)
+        normed: Tensor = self.mha(y, y, y, need_weights=False)[0] + weights.mean()
+        return normed
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("kind", "place", "key"),
+    [
+        (Functions, "inside", None),
+        (Functions, "outside", KEY),
+        (Functions, "wrapper", None),
+        (Attention, "inside", KEY),
+        (Attention, "outside", None),
+        (Attention, "wrapper", None),
+    ],
+)
+def test_compiled(kind: type[nn.Module], place: str, key: thinned.Key | None) -> None:
+    run, context = placed(kind(), place, key)
     fast = torch.compile(run, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
-            found = []
-            for call in (run, fast):
-                torch.manual_seed(3)
-                leaf = x.clone().requires_grad_()
-                with intercept(key=key) if place == "outside" else nullcontext():
-                    y = call(leaf)
-                found.append((y.detach(), *torch.autograd.grad(y.sum(), leaf)))
-            for eager, compiled in zip(*found, strict=True):
-                oracle.assert_same(compiled, eager)
+            assert_same_values_and_gradients(
+                (run, fast), context, torch.randn(2, 5, 8, requires_grad=True), []
+            )
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -420,24 +435,12 @@ def test_compiled(model: str, place: str, key: thinned.Key | None) -> None:
 )
 def test_compiled_recurrent(place: str, kind: type[nn.RNNBase], allow_rnn: bool) -> None:
     """Dynamo breaks its graph for recurrent networks; they are intercepted all the same."""
-    model, x = zoo.lstm(P), torch.randn(3, 5, zoo.WIDTH)
+    model, x = zoo.lstm(P), torch.randn(3, 5, zoo.WIDTH, requires_grad=True)
     model.lstm = kind(zoo.WIDTH, zoo.WIDTH, 2, dropout=P, batch_first=True)
-
-    def inside(x: Tensor) -> Tensor:
-        with intercept(key=KEY):
-            return model(x)
-
-    run = {"inside": inside, "outside": model, "wrapper": Intercepted(model, key=KEY)}[place]
+    run, context = placed(model, place, KEY)
     with torch._dynamo.config.patch(allow_rnn=allow_rnn):
-        compiled = torch.compile(run, backend="aot_eager")
-        found = []
-        for call in (run, compiled, compiled):
-            with intercept(key=KEY) if place == "outside" else nullcontext():
-                y = call(x)
-            found.append((y.detach(), *torch.autograd.grad(y.sum(), list(model.parameters()))))
-    for again in found[1:]:
-        for got, want in zip(again, found[0], strict=True):
-            oracle.assert_same(got, want)
+        fast = torch.compile(run, backend="aot_eager")
+        assert_same_values_and_gradients((run, fast, fast), context, x, list(model.parameters()))
 
 
 def test_exported() -> None:
