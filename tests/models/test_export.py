@@ -114,7 +114,7 @@ class TestEvaluation:
         torch.testing.assert_close(tensor_of(program.module()(**arguments)), expected)
 
     def test_a_call_of_torchs_own_leaves_one(self) -> None:
-        """What convert does not reach, intercept does (pytorch#103681)."""
+        """intercept reaches it, and convert does not (pytorch#103681)."""
         model = thinned.convert(zoo.attention()).model.eval()
         arguments = inputs(model)
         stock = torch.export.export(model, (), arguments, strict=False)
@@ -136,7 +136,7 @@ class TestEvaluation:
 
 
 class Net(nn.Module):
-    """Two rates, shared decisions, one layer called twice; and a mask without arithmetic around it."""
+    """Two rates, shared decisions, one layer called twice, and the mask of ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class TestKeyed:
 
     @pytest.mark.parametrize("make", [zoo.attention, partial(zoo.bert, num_hidden_layers=1), zoo.lstm])
     def test_models(self, make: Callable[[], nn.Module]) -> None:
-        """Also the sites that are no modules, all of them in training mode."""
+        """All sites are in training mode, also those that are no modules."""
         model = thinned.convert(make()).model
         keyed, arguments = Keyed(thinned.Intercepted(model)), inputs(model)
         with torch.no_grad():
@@ -296,7 +296,7 @@ GEOMETRIES = {
 
 
 class Small(nn.Module):
-    """With few masks, as each makes for hundreds of nodes when it is lowered."""
+    """A model with few masks: each is hundreds of nodes when it is lowered."""
 
     def __init__(self, *rates: float) -> None:
         super().__init__()

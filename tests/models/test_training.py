@@ -159,7 +159,7 @@ def assert_close(got: Result, want: Result) -> None:
 
 @contextmanager
 def masks(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """What the model's dropout modules keep, by their paths."""
+    """The masks of the model's dropout modules, by path."""
     seen: dict[str, list[Tensor]] = {}
 
     def record(path: str) -> Callable[..., None]:

@@ -128,7 +128,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 @pytest.mark.parametrize("samples", [None, range(40, 48)], ids=["batch", "samples"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_knows_its_mask(name: str, samples: range | None) -> None:
-    """Of its second call, and in evaluation too, with nothing counted by looking."""
+    """mask_of knows the second call too, also in evaluation, and counts nothing."""
     layer, shape = copy.deepcopy(LAYERS[name])
     net = nn.Sequential(nn.Identity(), layer)
     x = torch.rand(shape).add(1).requires_grad_()

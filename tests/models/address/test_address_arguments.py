@@ -125,7 +125,7 @@ def made(kind: type[nn.Module], batch_first: bool, *sizes: int) -> nn.Module:
 
 
 class Custom(nn.Module):
-    """A sequence-first model that may say so."""
+    """A sequence-first model, with or without ``batch_first``."""
 
     def __init__(self, batch_first: bool | None = None) -> None:
         super().__init__()
@@ -154,8 +154,8 @@ class TestSampleDim:
             (nn.Transformer, (1, 1)),
         ],
     )
-    def test_sequence_first_layers_of_torch_say_so(self, kind: type[nn.Module], sizes: tuple[int]) -> None:
-        """They have the masks of the batch-first ones, and a sample's mask does not depend on its place."""
+    def test_batch_first_of_torchs_layers_is_read(self, kind: type[nn.Module], sizes: tuple[int]) -> None:
+        """Sequence-first layers have the masks of batch-first ones, and a sample's mask does not depend on its place."""
         x = torch.randn(N, LENGTH, WIDTH, dtype=torch.float64)
         batch_first = self.run(made(kind, True, *sizes), x)
         model, sequences = made(kind, False, *sizes), x.transpose(0, 1)
@@ -164,7 +164,7 @@ class TestSampleDim:
         for order in (torch.tensor([2, 0, 1]), torch.tensor([1])):
             torch.testing.assert_close(self.run(model, sequences[:, order], IDS[order]), y[:, order])
 
-    def test_a_model_of_ones_own_says_so(self) -> None:
+    def test_batch_first_of_other_models_is_read(self) -> None:
         x = torch.ones(LENGTH, N, WIDTH)
         masks = thinned.functional.dropout(
             x.transpose(0, 1), 0.5, key=Key(7).fold(1).fold("dropout").fold(IDS)
@@ -176,7 +176,7 @@ class TestSampleDim:
         assert self.run(Custom(batch_first=True), x, sample_dim={"dropout": 1, "*": 0}).equal(masks)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-    def test_a_copy_of_a_model_says_so_too(self, copied: Any) -> None:
+    def test_batch_first_of_a_copy_is_read(self, copied: Any) -> None:
         x = torch.randn(LENGTH, N, WIDTH, dtype=torch.float64)
         model = made(nn.TransformerEncoderLayer, False)
         expected = self.run(model, x)
@@ -208,17 +208,17 @@ class TestSampleDim:
         assert y.equal(y[:1].expand_as(y))
         assert not y[0, 0].equal(y[0, 1])
 
-    def test_what_nothing_tells_is_refused(self) -> None:
+    def test_an_ambiguous_dimension_is_refused(self) -> None:
         with pytest.raises(
             RuntimeError, match=r"'dropout' was given a tensor of shape \(6, 3, 8\), which may"
         ):
             self.run(Custom(), torch.ones(LENGTH, N, WIDTH))
-        # Three samples of six rows, and three rows, are told by their sizes.
+        # Other sizes are not ambiguous.
         assert self.run(Custom(), torch.ones(LENGTH, 5, WIDTH)).shape == (LENGTH, 5, WIDTH)
         assert self.run(Custom(), torch.ones(N, LENGTH, WIDTH)).shape == (N, LENGTH, WIDTH)
         assert self.run(Custom(), torch.ones(LENGTH, N, WIDTH), sample_dim=0).shape == (LENGTH, N, WIDTH)
 
-    def test_layers_that_know_their_samples_are_not_told(self) -> None:
+    def test_sample_dim_is_for_element_wise_layers_only(self) -> None:
         """LockedDropout has the masks of its samples in either layout."""
         x = torch.ones(LENGTH, N, WIDTH)
         y = self.run(nn.Sequential(thinned.LockedDropout(0.5)), x, sample_dim=1)

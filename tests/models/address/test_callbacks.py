@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # frameworks warn of much tha
 
 
 class StopError(Exception):
-    """What a step raises."""
+    """A step raises it."""
 
 
 class Watch:
@@ -178,7 +178,7 @@ class TestTransformers:
         assert not same(*(self.train(trainer(**run)) for run in runs))
 
     def test_masks(self, trainer: Callable[..., Any], callback: Any) -> None:
-        """Those of the address that the docstring names; a step's batches count on."""
+        """They are the docstring's address's; a step's second batch has the second calls of the sites."""
         watch = Watch()
         run = trainer(callback, watch=watch, gradient_accumulation_steps=2)
         self.train(run)
@@ -195,7 +195,7 @@ class TestTransformers:
             assert same(self.train(compiled), self.train(trainer(callback)))
 
     def test_errors(self, trainer: Callable[..., Any], callback: Any) -> None:
-        """The trainer tells no callback of them: close() does, or the next training or evaluation."""
+        """The trainer calls no callback then; close() ends the address, or the next training or evaluation."""
         whole = self.train(trainer(callback))
         for after in ("close", "train", "evaluate"):
             run = trainer(callback, watch=Watch(raise_at=3))
@@ -323,7 +323,7 @@ class TestLightning:
     def test_masks_resumed_within_an_epoch(
         self, run: Callable[..., Any], tmp_path: Path, callback: Any
     ) -> None:
-        """Lightning counts on, though it starts over with the data."""
+        """Lightning continues to count batches, though it begins again with the data."""
         whole, rest = Watch(), Watch()
         run(callback(seed=7), watch=whole, save=8)
         run(callback(seed=7), watch=rest, resume=str(tmp_path / "step=8.ckpt"))
@@ -337,7 +337,7 @@ class TestLightning:
         assert set(watch.seen) == {(True, True), (False, False)}
 
     def test_masks(self, run: Callable[..., Any], callback: Any) -> None:
-        """Those of the address that the docstring names."""
+        """They are the docstring's address's."""
         watch = Watch()
         _, module = run(callback(seed=7), watch=watch)
         for epoch, batch in ((0, 0), (0, 4), (2, 4)):

@@ -194,7 +194,7 @@ every_kind_of_key = pytest.mark.parametrize("keys", ["keyed", "drawn", "addresse
 
 @in_torch("reproduces")
 def test_pytorch_190717_torch() -> None:
-    """With a memory budget of 0, the backward pass draws a mask of its own."""
+    """The backward pass draws another mask if the memory budget is 0."""
     assert wrong_under_budget(0.0, chain(plain)) > 1000
 
 
@@ -206,7 +206,7 @@ def test_pytorch_190717_thinned(keys: str) -> None:
 @pytest.mark.parametrize("budget", [0.005, 0.5])
 @in_torch("reproduces")
 def test_pytorch_190758_torch(budget: float) -> None:
-    """So it does at any budget below 1, where there is something to recompute."""
+    """The backward pass draws other masks at any memory budget below 1."""
     assert wrong_under_budget(budget, chain(*(lambda x: F.dropout(x, 0.2),) * 2)) > 100
 
 
@@ -267,7 +267,7 @@ def test_pytorch_107942_thinned(backend: str) -> None:
 
 @in_torch("reproduces")
 def test_pytorch_107942_torch_sign() -> None:
-    """What is left of it: zeros with a sign, and NaN for infinity, in eager code but not in compiled code."""
+    """Eager code still has zeros with a sign and NaN for infinity; compiled code has not."""
     x = torch.tensor([-1.0, float("inf")])
     eager, fast = nn.Dropout(1.0)(x), compiled(nn.Dropout(1.0))(x)
     assert eager.signbit()[0]

@@ -1,4 +1,4 @@
-"""Within the context no dropout kernel of torch runs, and outside of it nothing is different."""
+"""No dropout kernel of torch runs within the context, and nothing changes outside of it."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_native_dropout_of_infinities_and_everything() -> None:
 
 @pytest.mark.parametrize("p", [0.0, P])
 def test_what_drops_nothing_is_torchs_own(p: float) -> None:
-    """What torch accepts and returns: here the input itself, of any dtype."""
+    """torch returns the input itself, of any dtype."""
     x, training = torch.arange(6), p == 0
     with intercept() as context:
         for function in (torch_functional.dropout, torch_functional.alpha_dropout):
@@ -293,7 +293,7 @@ def test_errors_are_torchs() -> None:
     "function", [torch_functional.dropout, torch_functional.alpha_dropout, torch.dropout, torch.dropout_]
 )
 def test_an_argument_that_only_torch_knows_is_left_to_torch(function: Callable[..., Any]) -> None:
-    """Versions to come may give dropout a generator, which is then where torch's masks come from."""
+    """A later PyTorch may give dropout a generator, from which torch then draws."""
     context, handler = Intercept(KEY), _HANDLERS[function]
     with context:
         assert handler(context, X, P, True, generator=torch.Generator()) is None

@@ -77,9 +77,9 @@ def address(
     Raises:
         TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large.
         IndexError: at a site whose input has no dimension ``sample_dim``.
-        RuntimeError: at a site whose dimension of samples is no multiple of their number, or of which only
-            dimension 1 has that size and nothing says which dimension is meant; at a site that a backward
-            pass or another asyncio task calls; at the end, if a later address is still active.
+        RuntimeError: at a site if the samples' dimension is no multiple of their number, or if only dimension
+            1 has that size and nothing says that it is meant; at a site that a backward pass or another
+            asyncio task calls; at the end, if a later address is still active.
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), thinned.Dropout(0.5))

@@ -29,7 +29,7 @@ class Joinable(Protocol):
 
 
 class ModuleHooks:
-    """What the hooks of one model share. They are copied and pickled with the model.
+    """The state that all hooks of one model share. It is copied and pickled with the model.
 
     Attributes:
         id: unique in this process. A string, because Dynamo has guards for strings but none for identity.

@@ -293,7 +293,7 @@ def _running_in_training() -> bool:
 def _mha(
     mode: Intercept, *args: Any, training: bool = True, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None] | None:
-    # torch passes its function mode everything up to attn_mask by position, and dropout_p is number 10.
+    # torch passes its function mode the arguments up to out_proj_bias by position; number 10 is dropout_p.
     if args[10] == 0 or not training:
         return None
     return multi_head_attention_forward(*args, **kwargs, mask_key=mode.next_key())

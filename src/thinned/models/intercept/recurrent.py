@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections import namedtuple
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,32 +18,9 @@ from thinned.layers._arguments import check_p, key_for
 __all__ = ["Packed", "Padded", "run"]
 
 
-class Padded(NamedTuple):
-    """The arguments of ``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh`` and ``torch.rnn_relu``."""
-
-    input: Tensor
-    hx: Tensor | Sequence[Tensor]
-    params: Sequence[Tensor]
-    has_biases: bool
-    num_layers: int
-    dropout: float
-    train: bool
-    bidirectional: bool
-    batch_first: bool
-
-
-class Packed(NamedTuple):
-    """The arguments of the same functions for a packed sequence."""
-
-    data: Tensor
-    batch_sizes: Tensor
-    hx: Tensor | Sequence[Tensor]
-    params: Sequence[Tensor]
-    has_biases: bool
-    num_layers: int
-    dropout: float
-    train: bool
-    bidirectional: bool
+# The arguments of torch.lstm, torch.gru, torch.rnn_tanh and torch.rnn_relu, and those for a packed sequence.
+Padded = namedtuple("Padded", "input hx params has_biases num_layers dropout train bidirectional batch_first")
+Packed = namedtuple("Packed", "data batch_sizes hx params has_biases num_layers dropout train bidirectional")
 
 
 def run(
