@@ -114,7 +114,7 @@ class TestEvaluation:
         torch.testing.assert_close(tensor_of(program.module()(**arguments)), expected)
 
     def test_a_call_of_torchs_own_leaves_one(self) -> None:
-        """intercept reaches it, and convert does not (pytorch#103681)."""
+        """An intercept reaches it, and convert does not (pytorch#103681)."""
         model = thinned.convert(zoo.attention()).model.eval()
         arguments = inputs(model)
         stock = torch.export.export(model, (), arguments, strict=False)

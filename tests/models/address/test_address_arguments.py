@@ -155,7 +155,7 @@ class TestSampleDim:
         ],
     )
     def test_batch_first_of_torchs_layers_is_read(self, kind: type[nn.Module], sizes: tuple[int]) -> None:
-        """Sequence-first layers have the masks of batch-first ones, and a sample's mask does not depend on its place."""
+        """Sequence-first layers have the masks of batch-first ones, at any place of a sample."""
         x = torch.randn(N, LENGTH, WIDTH, dtype=torch.float64)
         batch_first = self.run(made(kind, True, *sizes), x)
         model, sequences = made(kind, False, *sizes), x.transpose(0, 1)

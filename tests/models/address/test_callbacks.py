@@ -178,7 +178,7 @@ class TestTransformers:
         assert not same(*(self.train(trainer(**run)) for run in runs))
 
     def test_masks(self, trainer: Callable[..., Any], callback: Any) -> None:
-        """They are the docstring's address's; a step's second batch has the second calls of the sites."""
+        """The address in the docstring has them; a step's second batch has the sites' second calls."""
         watch = Watch()
         run = trainer(callback, watch=watch, gradient_accumulation_steps=2)
         self.train(run)
@@ -195,7 +195,7 @@ class TestTransformers:
             assert same(self.train(compiled), self.train(trainer(callback)))
 
     def test_errors(self, trainer: Callable[..., Any], callback: Any) -> None:
-        """The trainer calls no callback then; close() ends the address, or the next training or evaluation."""
+        """The trainer calls no callback then; close(), training or evaluation ends the address."""
         whole = self.train(trainer(callback))
         for after in ("close", "train", "evaluate"):
             run = trainer(callback, watch=Watch(raise_at=3))
@@ -337,7 +337,7 @@ class TestLightning:
         assert set(watch.seen) == {(True, True), (False, False)}
 
     def test_masks(self, run: Callable[..., Any], callback: Any) -> None:
-        """They are the docstring's address's."""
+        """The address in the docstring has them."""
         watch = Watch()
         _, module = run(callback(seed=7), watch=watch)
         for epoch, batch in ((0, 0), (0, 4), (2, 4)):

@@ -130,7 +130,7 @@ def test_native_dropout_of_infinities_and_everything() -> None:
 
 @pytest.mark.parametrize("p", [0.0, P])
 def test_what_drops_nothing_is_torchs_own(p: float) -> None:
-    """torch returns the input itself, of any dtype."""
+    """PyTorch returns the input itself, of any dtype."""
     x, training = torch.arange(6), p == 0
     with intercept() as context:
         for function in (torch_functional.dropout, torch_functional.alpha_dropout):
