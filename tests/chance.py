@@ -35,6 +35,13 @@ def uniformity(numbers: NDArray[np.int64], outcomes: int) -> float:
     return _chi_squared(counts, np.full(outcomes, numbers.size / outcomes))
 
 
+def homogeneity(*samples: NDArray[np.int64]) -> float:
+    """Samples of small integers have one distribution: chi-squared of their counts."""
+    most = max(int(sample.max()) for sample in samples) + 1
+    counts = np.stack([np.bincount(sample.ravel(), minlength=most) for sample in samples])
+    return float(stats.chi2_contingency(counts[:, counts.sum(0) > 0]).pvalue)
+
+
 def mean(values: NDArray[np.float64], expected: float, variance: float) -> float:
     """The mean of many numbers of known variance: normal, on both sides."""
     deviation = (values.mean() - expected) / math.sqrt(variance / values.size)

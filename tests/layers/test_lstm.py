@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,14 +14,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_sequence
 
 import thinned
-from thinned.compare.laws import Verdict, examine
-from thinned.compare.layers import Implementation
+from thinned.compare.laws import Verdict
 from thinned.compare.layers.lstm import ENTRIES, VariationalLSTMFormula
-from thinned.compare.settings import Settings
 from thinned.functional import locked_dropout
+from verdicts import verdict
 
 KEY = thinned.Key(7)
-LAWS = {law.name: law for law in ENTRIES[0].laws}
 C, H = 6, 5
 SHAPES = {
     "one layer": {},
@@ -112,7 +110,7 @@ def by_hand(
 @each_shape
 @pytest.mark.parametrize("probabilities", PROBABILITIES)
 def test_formula(shape: str, probabilities: str) -> None:
-    """Values, states and gradients, with a key and with one that is drawn."""
+    """Values, states and gradients, under a given key and under a drawn one."""
     lstm, x, hx = made(shape, **PROBABILITIES[probabilities])
     x.requires_grad_()
 
@@ -136,12 +134,6 @@ def test_formula(shape: str, probabilities: str) -> None:
     torch.testing.assert_close(flat(lstm(x, hx)), flat(call(drawn)))
 
 
-@pytest.mark.usefixtures("subject")
-def test_backends_agree() -> None:
-    lstm, x, hx = made("both directions", **PROBABILITIES["all"])
-    torch.testing.assert_close(flat(lstm(x, hx, key=KEY)), flat(by_hand(lstm, x, hx, KEY)))
-
-
 @each_shape
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("batched", [False, True])
@@ -162,7 +154,7 @@ def test_without_dropout_it_is_torch_nn_lstm(shape: str, with_state: bool, batch
 
 
 def by_loop(lstm: thinned.VariationalLSTM) -> thinned.VariationalLSTM:
-    """Zoneout that never comes, which takes the loop."""
+    """A copy with a zoneout of p = 1e-30, which makes it loop over the steps."""
     lstm = copy.deepcopy(lstm)
     lstm.hidden_zoneout_p = 1e-30
     return lstm
@@ -199,7 +191,7 @@ def test_zoneout_in_evaluation_is_the_expectation(batch_first: bool) -> None:
 
 @pytest.mark.parametrize("shape", ["both directions", "batch first"])
 def test_a_key_for_each_sample(shape: str) -> None:
-    """A sample's result depends on its key, and not on its place or on the others."""
+    """A sample's result depends on its key, and neither on its place nor on the other samples."""
     probabilities = {**PROBABILITIES["all"], "weight_p": 0.0}
     lstm, x, (h, c) = made(shape, **probabilities)
     batch = 0 if lstm.batch_first else 1
@@ -217,7 +209,7 @@ def test_a_key_for_each_sample(shape: str) -> None:
 
 
 def test_awd_lstm_of_its_parts() -> None:
-    """Two layers of WeightDrop(LSTM) with LockedDropout around them."""
+    """Two layers of WeightDrop(LSTM), each with LockedDropout before and after."""
     lstm, x, _ = made("two layers", input_p=0.3, layer_p=0.4, output_p=0.2, weight_p=0.5)
     y = locked_dropout(x, 0.3, key=KEY.fold("input_l0"))
     for layer in range(2):
@@ -265,48 +257,23 @@ class ZonesTooOften(VariationalLSTMFormula):
         ("zoneout at p = 1", lambda **_: VariationalLSTMFormula(30, 40, hidden_zoneout_p=0.9)),
     ],
 )
-def test_wrong_laws_are_seen(law: str, wrong: Any) -> None:
-    assert examine(LAWS[law], Implementation("wrong", wrong), Settings(quick=True)).verdict is Verdict.BROKEN
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_dtypes(dtype: torch.dtype) -> None:
-    lstm, x, hx = made("both directions", **PROBABILITIES["all"])
-    expected = flat(lstm(x, hx, key=KEY))
-    actual = flat(lstm.to(dtype)(x.to(dtype), tuple(each.to(dtype) for each in hx), key=KEY))
-    assert {each.dtype for each in actual} == {dtype}
-    tolerance = 0.05 if dtype.itemsize == 2 else 1e-5
-    torch.testing.assert_close([each.float() for each in actual], expected, rtol=0, atol=tolerance)
-
-
-def test_derivatives() -> None:
-    torch.manual_seed(0)
-    lstm = thinned.VariationalLSTM(2, 2, dtype=torch.float64, **PROBABILITIES["all"])
-    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda x: lstm(x, key=KEY)[0], x)
-    torch.autograd.gradgradcheck(lambda x: lstm(x, key=KEY)[0], x, atol=1e-4)
+def test_wrong_laws_are_seen(law: str, wrong: Callable[..., nn.Module]) -> None:
+    assert verdict(ENTRIES[0], law, wrong) is Verdict.BROKEN
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled() -> None:
-    """In evaluation; the catalogue has training."""
+    """In evaluation; the law of the entry compiles training."""
     lstm, x, hx = made("one layer", recurrent_p=0.5)
     in_one = torch.compile(lstm.eval(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(flat(in_one(x[:2], hx)), flat(lstm(x[:2], hx)))
 
 
-def test_parametrized_weights_and_copies() -> None:
+def test_parametrized_weights() -> None:
     lstm, x, hx = made("one layer", **PROBABILITIES["all"])
     expected = flat(lstm(x, hx, key=KEY))
-    for twin in (copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm))):
-        torch.testing.assert_close(flat(twin(x, hx, key=KEY)), expected, rtol=0, atol=0)
     parametrize.register_parametrization(lstm, "weight_ih_l0", nn.Identity())
     torch.testing.assert_close(flat(lstm(x, hx, key=KEY)), expected, rtol=0, atol=0)
-
-
-def test_text() -> None:
-    lstm = thinned.VariationalLSTM(C, H, 2, bidirectional=True, weight_p=0.5)
-    assert repr(lstm) == "VariationalLSTM(6, 5, num_layers=2, bidirectional=True, weight_p=0.5)"
 
 
 @pytest.mark.parametrize("name", PROBABILITIES["all"])
@@ -340,5 +307,3 @@ def test_refused() -> None:
     lstm.weight_p = 0.0
     with pytest.raises(RuntimeError, match=r"keys of shape \(3,\) do not fit a tensor of shape \(\)"):
         lstm(x[:, 0], key=keys)
-    with pytest.raises(TypeError, match=r"write thinned\.Key\(7\)"):
-        lstm(x, key=7)  # type: ignore[arg-type]

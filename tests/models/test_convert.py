@@ -274,7 +274,7 @@ def test_a_scheduled_probability_comes_back_to_the_last_bit() -> None:
         found = {path: getattr(modules[path], "drop_prob", None) for path in expected}
         assert expected == {path: modules[path].p if p is None else p for path, p in found.items()}
         convert(model)
-        schedule._places = thinned.DropoutSchedule(model, lambda _: 1.0)._places
+        schedule._scheduled = thinned.DropoutSchedule(model, lambda _: 1.0)._scheduled
 
 
 def test_a_probability_that_is_none_comes_back() -> None:

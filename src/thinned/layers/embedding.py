@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
-import torch.nn.functional
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinned import op
-from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import check_input, check_key, key_for, threshold_and_scale
+from thinned.layers._module import Layer
+from thinned.layers.dropout import keep_mask
 from thinned.nested import elementwise, shape_of
 
 __all__ = ["EmbeddingDropout", "embedding_dropout"]
@@ -34,8 +32,8 @@ def embedding_dropout(
 
     .. math:: y_i = \begin{cases} E_{w_i} / q & u(w_i) < T \\ +0 & \text{otherwise} \end{cases}
 
-    for the word :math:`w_i` at place :math:`i`: a word is dropped at all places or at none, and only the rows
-    that are looked up are touched.
+    for the word :math:`w_i` at position :math:`i`: a word is dropped at all its positions or at none. Only
+    the looked-up vectors are multiplied, not the entire embedding.
 
     Args:
         input: an int32 or int64 tensor of words, of any shape.
@@ -43,12 +41,12 @@ def embedding_dropout(
         p: the probability of dropping a word, in [0, 1].
         training: False looks words up as :func:`torch.nn.functional.embedding` does, and so does ``p = 0``.
         padding_idx: as for :func:`torch.nn.functional.embedding`, as are the arguments after it.
-        max_norm: the norm to which longer rows are shortened, in ``weight`` itself.
-        norm_type: of which p-norm ``max_norm`` is.
-        scale_grad_by_freq: divide a word's gradient by the number of its places.
+        max_norm: longer vectors are shortened to this norm, in ``weight`` itself.
+        norm_type: the p of the p-norm used with ``max_norm``.
+        scale_grad_by_freq: divide a word's gradient by the number of its positions.
         sparse: the gradient of ``weight`` is a sparse tensor.
-        key: as for :func:`~thinned.functional.dropout`; a batch of keys has one for each row of ``input``,
-            which then has words dropped that are its own.
+        key: as for :func:`~thinned.functional.dropout`; under a batch of keys each index of ``input``'s
+            dimension 0, such as a sequence, has its own dropped words.
 
     Returns:
         A tensor of shape ``(*input.shape, size)`` and of ``weight``'s dtype.
@@ -61,8 +59,9 @@ def embedding_dropout(
         IndexError, RuntimeError, AssertionError: as :func:`torch.nn.functional.embedding`.
 
     Source: Gal & Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks",
-    NeurIPS 2016, section 4.2, where each sequence has words of its own dropped; Merity et al., "Regularizing
-    and optimizing LSTM language models", ICLR 2018, section 4.3, where the batch has, as here under one key.
+    NeurIPS 2016, section 4.2, with dropped words for each sequence; Merity et al., "Regularizing and
+    optimizing LSTM language models", ICLR 2018, section 4.3, with dropped words for the batch, as here under
+    one key.
 
     >>> import torch, thinned
     >>> words = torch.tensor([0, 3, 0, 5])
@@ -72,7 +71,7 @@ def embedding_dropout(
             [0., 0.],
             [2., 2.]])
     """
-    T, scale = threshold_and_scale(p)
+    _, scale = threshold_and_scale(p)
     check_input("embedding_dropout", weight, None)
     if weight.dim() != 2:
         raise RuntimeError(
@@ -80,55 +79,40 @@ def embedding_dropout(
         )
     if key is not None:
         check_key(key, shape_of(input))
-    if input.is_nested and training and p != 0:
-        drop = partial(
-            embedding_dropout,
-            weight=weight,
-            p=p,
-            padding_idx=padding_idx,
-            max_norm=max_norm,
-            norm_type=norm_type,
-            scale_grad_by_freq=scale_grad_by_freq,
-            sparse=sparse,
-        )
-        return elementwise("embedding_dropout", drop, input, key_for(input, key))
-    y = torch.nn.functional.embedding(
-        input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-    )
+
+    def look_up(words: Tensor) -> Tensor:
+        return F.embedding(words, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+
+    def drop(words: Tensor, key: Key | None) -> Tensor:
+        y = look_up(words)
+        key = key_for(words, key)
+        keep = keep_mask(key, (*key.shape, len(weight)), p)
+        keep = keep.gather(1, words.flatten(1).long()).reshape(words.shape) if key.shape else keep[words]
+        return torch.where(keep.unsqueeze(-1), y * scale, 0)
+
     if not training or p == 0:
-        return y
-    keep = _keep_words(key_for(input, key).bits, input, len(weight), T)
-    return torch.where(keep.unsqueeze(-1), y * scale, 0)
+        return look_up(input)
+    if input.is_nested:
+        return elementwise("embedding_dropout", drop, input, key_for(input, key))
+    return drop(input, key)
 
 
-def _keep_words(bits: Tensor, words: Tensor, size: int, T: int) -> Tensor:
-    if not bits.dim():
-        return op.keep_mask(bits, (size,), shared((size,)), T)[words]
-    shape = (len(bits), size)
-    keep = op.keep_mask(bits, shape, shared(shape, key_dims=1), T)
-    return keep.gather(1, words.flatten(1).long()).reshape(words.shape)
+class EmbeddingDropout(Layer):
+    """:func:`thinned.functional.embedding_dropout` of a :class:`torch.nn.Embedding`, with its arguments.
 
-
-class EmbeddingDropout(nn.Module):
-    """An embedding from which whole words are dropped: :func:`thinned.functional.embedding_dropout`.
-
-    The embedding stays the module that it is, so that its weight can be tied to a decoder's, which is not
-    dropped from.
+    ``embedding`` remains a module of its own, so a decoder can share its weight, which is not dropped there.
 
     Args:
-        embedding: a :class:`torch.nn.Embedding`, whose arguments are kept to.
-        p: the probability of dropping a word, in [0, 1].
+        embedding: a :class:`torch.nn.Embedding`.
 
     Shape:
         words ``(*)`` give ``(*, embedding_dim)``.
 
     Raises:
-        ValueError: ``p`` outside [0, 1] or NaN.
         TypeError: ``embedding`` is no :class:`torch.nn.Embedding`.
 
-    Source: Gal & Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks",
-    NeurIPS 2016, section 4.2; Merity et al., "Regularizing and optimizing LSTM language models", ICLR 2018,
-    section 4.3. That it wraps an embedding is fastai's.
+    Source: Gal & Ghahramani, NeurIPS 2016, section 4.2; Merity et al., ICLR 2018, section 4.3. The wrapper
+    of an embedding is fastai's.
 
     >>> import torch, thinned
     >>> embedding = torch.nn.Embedding.from_pretrained(torch.ones(6, 2), freeze=False)
@@ -139,27 +123,12 @@ class EmbeddingDropout(nn.Module):
     """
 
     def __init__(self, embedding: nn.Embedding, p: float = 0.1) -> None:
-        super().__init__()
-        threshold_and_scale(p)
+        super().__init__(p)
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be a torch.nn.Embedding, got {type(embedding).__name__}")
         self.embedding = embedding
-        self.p = p
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         e = self.embedding
-        return embedding_dropout(
-            input,
-            e.weight,
-            self.p,
-            self.training,
-            e.padding_idx,
-            e.max_norm,
-            e.norm_type,
-            e.scale_grad_by_freq,
-            e.sparse,
-            key=key,
-        )
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
+        options = (e.padding_idx, e.max_norm, e.norm_type, e.scale_grad_by_freq, e.sparse)
+        return embedding_dropout(input, e.weight, self.p, self.training, *options, key=key)

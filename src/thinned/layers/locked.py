@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_input, check_key, threshold_and_scale
+from thinned.layers._module import Layer
 from thinned.nested import refuse, shape_of
 
 __all__ = ["LockedDropout", "locked_dropout"]
@@ -14,10 +15,10 @@ __all__ = ["LockedDropout", "locked_dropout"]
 def locked_dropout(
     input: Tensor,
     p: float = 0.5,
+    *,
     training: bool = True,
     batch_first: bool = False,
     inplace: bool = False,
-    *,
     key: Key | None = None,
 ) -> Tensor:
     r"""Zero features of a sequence with probability ``p``, the same ones at every time step.
@@ -54,24 +55,22 @@ def locked_dropout(
     """
     T, scale = threshold_and_scale(p)
     check_input("locked_dropout", input, None)
+    is_identity = not training or p == 0
     if input.is_nested and not (batch_first and input.dim() > 2):
-        if not training or p == 0:
+        if is_identity:
             return input
-        refuse(
-            f"locked_dropout with batch_first={batch_first}",
-            input,
-            "one of shape (N, time, *) with batch_first=True",
-        )
+        accepted = "one of shape (N, time, *) with batch_first=True"
+        refuse(f"locked_dropout with batch_first={batch_first}", input, accepted)
     if input.dim() < 2:
         raise RuntimeError(
             f"locked_dropout needs a time and a feature dimension, got a tensor of shape {tuple(input.shape)}"
         )
     unbatched = input.dim() == 2
-    # A sample's keys are counted along dimension 0, so that is where the samples go.
+    # A batch of keys has one key for each index of dimension 0, so the samples go there.
     samples = input.unsqueeze(0) if unbatched else input if batch_first else input.transpose(0, 1)
     if key is not None:
         check_key(key, shape_of(samples))
-    if not training or p == 0:
+    if is_identity:
         return input
     y = apply(samples, key, (1,), inplace, T, scale)
     if inplace:
@@ -79,44 +78,28 @@ def locked_dropout(
     return y.squeeze(0) if unbatched else y if batch_first else y.transpose(0, 1)
 
 
-class LockedDropout(nn.Module):
-    """:func:`thinned.functional.locked_dropout` as a module: one mask for all time steps.
-
-    Args:
-        p: the probability of dropping a feature of a sample, in [0, 1].
-        batch_first: the samples are dimension 0 and time is dimension 1, and not the other way round.
-        inplace: write the result over the input.
+class LockedDropout(Layer):
+    """:func:`thinned.functional.locked_dropout` as a module.
 
     Shape:
         ``(time, N, *)``, ``(N, time, *)`` with ``batch_first``, or ``(time, C)``; the output has the input's
-        shape, dtype and memory format.
+        shape.
 
-    Raises:
-        ValueError: ``p`` outside [0, 1] or NaN.
-
-    Source: Gal & Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks",
-    NeurIPS 2016, section 4; Merity et al., "Regularizing and optimizing LSTM language models", ICLR 2018,
-    section 4.2, whose code gave the layer its name.
+    Source: Gal & Ghahramani, NeurIPS 2016, section 4; the name is that of AWD-LSTM's code, Merity et al.,
+    ICLR 2018.
 
     >>> import torch, thinned
-    >>> thinned.LockedDropout(0.5, batch_first=True)(torch.ones(2, 3, 3), key=thinned.Key(7))
-    tensor([[[0., 0., 0.],
-             [0., 0., 0.],
-             [0., 0., 0.]],
-            [[2., 2., 2.],
-             [2., 2., 2.],
-             [2., 2., 2.]]])
+    >>> thinned.LockedDropout(0.5, batch_first=True)(torch.ones(1, 2, 6), key=thinned.Key(7))
+    tensor([[[0., 0., 0., 2., 2., 2.],
+             [0., 0., 0., 2., 2., 2.]]])
     """
 
-    def __init__(self, p: float = 0.5, batch_first: bool = False, inplace: bool = False) -> None:
-        super().__init__()
-        threshold_and_scale(p)
-        self.p = p
+    def __init__(self, p: float = 0.5, *, batch_first: bool = False, inplace: bool = False) -> None:
+        super().__init__(p)
         self.batch_first = batch_first
         self.inplace = inplace
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
-        return locked_dropout(input, self.p, self.training, self.batch_first, self.inplace, key=key)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}, batch_first={self.batch_first}, inplace={self.inplace}"
+        return locked_dropout(
+            input, self.p, training=self.training, batch_first=self.batch_first, inplace=self.inplace, key=key
+        )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,24 +13,19 @@ from torch import Tensor, nn
 
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_input, check_key, key_for, threshold_and_scale
+from thinned.layers._module import Layer
 
-__all__ = ["DropConnect", "WeightDrop", "check_one_key", "drop_connect"]
+__all__ = ["DropConnect", "WeightDrop", "check_one_key", "cudnn_copies", "drop_connect"]
 
 
-def drop_connect(
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    *,
-    key: Key | None = None,
-) -> Tensor:
+def drop_connect(input: Tensor, p: float = 0.5, *, training: bool = True, key: Key | None = None) -> Tensor:
     r"""Drop each connection of a weight with probability ``p``.
 
     .. math:: \tilde W_{ij} = \begin{cases} W_{ij} / q & u(i, j) < T \\ +0 & \text{otherwise} \end{cases}
 
-    so that the mean of :math:`\tilde W x` over masks is :math:`W x`, which is what evaluation computes. (Wan
-    et al. divide by nothing in training, and in evaluation sample from the normal law that has the output's
-    mean and variance. What some libraries call drop connect is :func:`~thinned.functional.drop_path`.)
+    The mean of :math:`\tilde W x` over masks is :math:`W x`, and evaluation computes :math:`W x`. Wan et al.
+    do not divide in training, and in evaluation they sample the normal distribution with the output's mean
+    and variance. Some libraries call :func:`~thinned.functional.drop_path` "drop connect".
 
     Args:
         input: a weight, or a bias: a floating-point or complex tensor of any shape.
@@ -38,8 +34,8 @@ def drop_connect(
         key: as for :func:`~thinned.functional.dropout`.
 
     Returns:
-        A tensor of ``input``'s shape, dtype and memory format, whose mask a batch of inputs shares. For the
-        paper's mask for each example, map over the batch, as below.
+        A tensor of ``input``'s shape, dtype and memory format. All examples of a batch share its mask; for
+        the paper's mask for each example use vmap, as below.
 
     Raises:
         ValueError: ``p`` outside [0, 1] or NaN.
@@ -65,36 +61,18 @@ def drop_connect(
     return apply(input, key, (), False, T, scale, rows=None)
 
 
-def check_one_key(key: Key) -> None:
-    """Raise if ``key`` is no key, or a batch of keys, for weights that all samples share."""
-    if isinstance(key, Key) and key.shape:
-        raise RuntimeError(
-            f"keys of shape {tuple(key.shape)} do not fit a weight that all samples share; "
-            "accepted: one key of shape ()"
-        )
-    check_key(key, ())
-
-
-class DropConnect(nn.Module):
+class DropConnect(Layer):
     """:func:`thinned.functional.drop_connect` as a parametrization of a module's weight.
 
-    Registered with :func:`torch.nn.utils.parametrize.register_parametrization`, it gives the module a weight
-    with a new mask each time that the weight is looked up (:func:`torch.nn.utils.parametrize.cached` holds on
-    to one), and in evaluation the weight itself. PyTorch copies parametrized modules and saves their
-    ``state_dict``, but does not pickle them, and a recurrent module looks its weights up several times in a
-    call. :class:`WeightDrop` has neither limit, and takes a key.
-
-    Args:
-        p: the probability of dropping a connection, in [0, 1].
+    :func:`torch.nn.utils.parametrize.register_parametrization` gives a module a weight with a new mask at
+    each lookup, or with one mask within :func:`torch.nn.utils.parametrize.cached`. A recurrent module looks
+    its weights up several times in a call, and PyTorch does not pickle parametrized modules;
+    :class:`WeightDrop` has neither limit and takes a key.
 
     Shape:
-        any; the output has the weight's shape, dtype and memory format.
+        any; the output has the weight's shape.
 
-    Raises:
-        ValueError: ``p`` outside [0, 1] or NaN.
-
-    Source: Wan et al., "Regularization of neural networks using DropConnect", ICML 2013, section 3; see
-    :func:`~thinned.functional.drop_connect` for what is not as there.
+    Source: Wan et al., "Regularization of neural networks using DropConnect", ICML 2013, section 3.
 
     >>> import torch, thinned
     >>> from torch.nn.utils import parametrize
@@ -105,34 +83,28 @@ class DropConnect(nn.Module):
     """
 
     def __init__(self, p: float = 0.5) -> None:
-        super().__init__()
-        threshold_and_scale(p)
-        self.p = p
+        super().__init__(p)
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
-        return drop_connect(input, self.p, self.training, key=key)
+        return drop_connect(input, self.p, training=self.training, key=key)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What is kept of a weight that is assigned: all of it."""
+        """An assigned weight is stored as it is."""
         return weight
 
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
+class WeightDrop(Layer):
+    """A module that drops connections of another module's weights, with a new mask for each call.
 
-class WeightDrop(nn.Module):
-    """A module that drops connections of weights of another, with a new mask for each call.
-
-    Each of the named weights goes through :func:`thinned.functional.drop_connect` for as long as the call
-    takes, under ``key.fold(name)``; a recurrent module so has one mask for all its time steps. The parameters
-    stay where they are in the module, and so do the names in its ``state_dict``, after a ``module.``.
-    ``torch.compile`` refuses :class:`torch.nn.LSTM` and its like in one graph, here as anywhere;
+    During a call each named weight is :func:`thinned.functional.drop_connect` of the parameter under
+    ``key.fold(name)``, so a recurrent module has one mask for all its time steps. The parameters stay where
+    they are in the module, and their names in the ``state_dict`` get the prefix ``module.``.
+    ``torch.compile`` refuses to trace :class:`torch.nn.LSTM` and its like into one graph;
     :class:`VariationalLSTM` drops its weights too, and compiles.
 
     Args:
         module: any module, such as a :class:`torch.nn.LSTM` or a :class:`torch.nn.Linear`.
         weights: the names of the parameters to drop from, such as ``["weight_hh_l0"]`` or ``"0.weight"``.
-        p: the probability of dropping a connection, in [0, 1].
 
     Shape:
         the module's. The ``key`` of a call is one key: the examples of a batch share the weights.
@@ -141,23 +113,18 @@ class WeightDrop(nn.Module):
         ValueError: ``p`` outside [0, 1] or NaN, or a name that is no parameter's.
         RuntimeError: ``key`` is a batch of keys.
 
-    Source: Wan et al., "Regularization of neural networks using DropConnect", ICML 2013, section 3; Merity et
-    al., "Regularizing and optimizing LSTM language models", ICLR 2018, section 3, whose code has the order of
-    the arguments.
+    Source: Wan et al., ICML 2013, section 3; Merity et al., "Regularizing and optimizing LSTM language
+    models", ICLR 2018, section 3, whose code has this order of arguments.
 
     >>> import torch, thinned
     >>> lstm = thinned.WeightDrop(torch.nn.LSTM(3, 5), ["weight_hh_l0"], p=0.5)
     >>> output, (h, c) = lstm(torch.randn(7, 2, 3), key=thinned.Key(7))
-    >>> output.shape
-    torch.Size([7, 2, 5])
     """
 
     def __init__(self, module: nn.Module, weights: str | Sequence[str], p: float = 0.5) -> None:
-        super().__init__()
-        threshold_and_scale(p)
+        super().__init__(p)
         self.module = module
         self.weights = (weights,) if isinstance(weights, str) else tuple(weights)
-        self.p = p
         accepted = [name for name, _ in module.named_parameters(remove_duplicate=False)]
         for name in self.weights:
             if name not in accepted:
@@ -170,44 +137,47 @@ class WeightDrop(nn.Module):
             check_one_key(key)
         if not self.training or self.p == 0 or not self.weights:
             return self.module(*args, **kwargs)
-        plain = {name: _lookup(self.module, name) for name in self.weights}
+        plain = {name: attrgetter(name)(self.module) for name in self.weights}
         key = key_for(plain[self.weights[0]], key, rows=None)
         dropped = {name: drop_connect(weight, self.p, key=key.fold(name)) for name, weight in plain.items()}
-        call = torch.func.functional_call
-        recurrent = [each for each in self.module.modules() if isinstance(each, nn.RNNBase)]
-        if not recurrent:
-            return call(self.module, dropped, args, kwargs, tie_weights=False)
-        with _not_flattened(recurrent):
-            return call(self.module, dropped, args, kwargs, tie_weights=False)
+        recurrent = [module for module in self.module.modules() if isinstance(module, nn.RNNBase)]
+        with _not_flattened(recurrent) if recurrent else nullcontext():
+            return torch.func.functional_call(self.module, dropped, args, kwargs, tie_weights=False)
 
     def extra_repr(self) -> str:
         return f"weights={list(self.weights)}, p={self.p}"
 
 
-def _lookup(module: nn.Module, name: str) -> Tensor:
-    owner, _, attribute = name.rpartition(".")
-    weight: Tensor = getattr(module.get_submodule(owner), attribute)
-    return weight
+def check_one_key(key: Key) -> None:
+    """Raise if ``key`` is no key, or a batch of keys, for weights that all samples share."""
+    if isinstance(key, Key) and key.shape:
+        raise RuntimeError(
+            f"keys of shape {tuple(key.shape)} do not fit a weight that all samples share; "
+            "accepted: one key of shape ()"
+        )
+    check_key(key, ())
 
 
 @contextmanager
 def _not_flattened(modules: Sequence[nn.RNNBase]) -> Iterator[None]:
-    """Leave parameters where they are in memory, and say nothing of it.
+    """Keep recurrent modules from moving the parameters in memory.
 
-    A recurrent module that finds other weights than before moves all of them, for cuDNN, into one place:
-    also those that a graph has saved for its backward call. Unmoved they are copied in each call, as dropped
-    weights have to be in any case, and cuDNN warns of it.
+    A recurrent module that finds new weights moves all of them into one buffer for cuDNN, including those
+    that an autograd graph has saved for backward.
     """
     for module in modules:
-        module.flatten_parameters = _nothing  # type: ignore[method-assign]
+        module.flatten_parameters = lambda: None  # type: ignore[method-assign]
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        with cudnn_copies():
             yield
     finally:
         for module in modules:
             del module.flatten_parameters
 
 
-def _nothing() -> None:
-    pass
+@contextmanager
+def cudnn_copies() -> Iterator[None]:
+    """Ignore cuDNN's warning that it copies weights: dropped ones are new tensors in each call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        yield

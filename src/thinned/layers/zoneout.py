@@ -5,32 +5,27 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from thinned import op
-from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import check_input, key_for, threshold_and_scale
+from thinned.layers._module import Layer
+from thinned.layers.dropout import keep_mask
 from thinned.nested import alike, elementwise, shape_of
 
 __all__ = ["Zoneout", "zoneout"]
 
 
 def zoneout(
-    input: Tensor,
-    previous: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    *,
-    key: Key | None = None,
+    input: Tensor, previous: Tensor, p: float = 0.5, *, training: bool = True, key: Key | None = None
 ) -> Tensor:
     r"""Let each unit of a recurrent state keep its previous value with probability ``p``.
 
     .. math:: h_i = \begin{cases} \tilde h_i & u(i) < T \\ h'_i & \text{otherwise} \end{cases}
         \qquad\text{in training,}\qquad h = q\,\tilde h + (1 - q)\,h' \qquad\text{in evaluation}
 
-    for the candidate :math:`\tilde h` and the previous state :math:`h'`. In training each value is exactly
-    one of the two, so that what is not taken, NaN included, leaves no trace.
+    for the candidate :math:`\tilde h` and the previous state :math:`h'`. Training selects one of the two and
+    computes nothing with the other, so a NaN in the other has no effect.
 
     Args:
         input: the candidate, a floating-point or complex tensor of any shape.
@@ -52,9 +47,9 @@ def zoneout(
 
     >>> import torch, thinned
     >>> candidate, previous = torch.full((6,), 4.0), torch.full((6,), 2.0)
-    >>> thinned.layers.zoneout(candidate, previous, p=0.5, key=thinned.Key(7))
+    >>> thinned.functional.zoneout(candidate, previous, p=0.5, key=thinned.Key(7))
     tensor([2., 2., 2., 4., 4., 4.])
-    >>> thinned.layers.zoneout(candidate, previous, p=0.5, training=False)
+    >>> thinned.functional.zoneout(candidate, previous, p=0.5, training=False)
     tensor([3., 3., 3., 3., 3., 3.])
     """
     T, _ = threshold_and_scale(p)
@@ -69,53 +64,32 @@ def zoneout(
     if T == 2**32:
         return input
     if not training and T:
-        return _expectation(input, previous, T / 2**32)
+        # In float32 at least, so that a float16 result is rounded once.
+        wide, q = torch.promote_types(input.dtype, torch.float32), T / 2**32
+        return torch.add(input.to(wide) * q, previous.to(wide), alpha=1 - q).to(input.dtype)
+    key = key_for(input, key, elementwise=True)
     if input.is_nested:
-        return elementwise(
-            "zoneout", partial(zoneout, p=p), input, key_for(input, key, elementwise=True), previous
-        )
-    bits = key_for(input, key, elementwise=True).bits
-    keep = op.keep_mask(bits, input.shape, shared(input.shape, (), bits.dim()), T)
-    return torch.where(keep, input, previous)
+        return elementwise("zoneout", partial(zoneout, p=p), input, key, previous)
+    return torch.where(keep_mask(key, input.shape, p), input, previous)
 
 
-def _expectation(candidate: Tensor, previous: Tensor, q: float) -> Tensor:
-    if candidate.dtype in (torch.float16, torch.bfloat16):
-        return _expectation(candidate.float(), previous.float(), q).to(candidate.dtype)
-    return torch.add(candidate * q, previous, alpha=1 - q)
-
-
-class Zoneout(nn.Module):
-    """:func:`thinned.functional.zoneout` as a module, for use in the loop over a recurrent cell's steps.
-
-    Args:
-        p: the probability that a unit keeps its previous value, in [0, 1].
+class Zoneout(Layer):
+    """:func:`thinned.functional.zoneout` as a module, for the loop over a recurrent cell's steps.
 
     Shape:
-        candidate and previous state ``(*)``; the output has the candidate's shape and dtype.
+        candidate and previous state ``(*)``; the output has the candidate's shape.
 
-    Raises:
-        ValueError: ``p`` outside [0, 1] or NaN.
-
-    Source: Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations", ICLR 2017,
-    section 3.
+    Source: Krueger et al., "Zoneout", ICLR 2017, section 3.
 
     >>> import torch, thinned
     >>> cell, zoneout = torch.nn.GRUCell(3, 5), thinned.Zoneout(0.1)
     >>> state = torch.zeros(2, 5)
     >>> for input in torch.randn(4, 2, 3):
     ...     state = zoneout(cell(input, state), state)
-    >>> state.shape
-    torch.Size([2, 5])
     """
 
     def __init__(self, p: float = 0.5) -> None:
-        super().__init__()
-        threshold_and_scale(p)
-        self.p = p
+        super().__init__(p)
 
     def forward(self, input: Tensor, previous: Tensor, *, key: Key | None = None) -> Tensor:
-        return zoneout(input, previous, self.p, self.training, key=key)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
+        return zoneout(input, previous, self.p, training=self.training, key=key)
