@@ -1,7 +1,7 @@
 """Small models that other people wrote: random weights, nothing downloaded, all in training mode.
 
-``bert()``, ``gpt2()``, ``vit()``, ``t5()``, ``llama()``, ``swin()``, ``transformer()``, ``lstm()`` and
-``attention()`` give a model each; ``inputs(model, batch)`` what to call it with, by name, and
+``bert()``, ``gpt2()``, ``vit()``, ``t5()``, ``llama()``, ``swin()``, ``transformer()``, ``encoder()``,
+``lstm()`` and ``attention()`` give a model each; ``inputs(model, batch)`` what to call it with, by name, and
 ``output(model, batch)`` one tensor of a call. ``MODELS`` is all of them by name.
 """
 
@@ -91,6 +91,14 @@ def transformer(p: float = P) -> nn.Module:
         return nn.Transformer(WIDTH, HEADS, LAYERS, LAYERS, 2 * WIDTH, p, batch_first=True)
 
 
+def encoder(layers: int = LAYERS) -> nn.Module:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, P, batch_first=True)
+        return nn.TransformerEncoder(layer, layers)
+
+
 class LSTM(nn.Module):
     """A recurrent layer with ``dropout=``, then a dropout module."""
 
@@ -156,6 +164,8 @@ def inputs(model: nn.Module, batch: int = 4, seed: int = 0) -> dict[str, Tensor]
         return {"input_ids": words, "decoder_input_ids": words[:, :8]}
     if name == "Transformer":
         return {"src": vectors, "tgt": vectors[:, :8]}
+    if name == "TransformerEncoder":
+        return {"src": vectors}
     return {"x": vectors} if name in ("LSTM", "Attention") else {"input_ids": words}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from thinned import nested, op
 from thinned.backends.arguments import DTYPES
 from thinned.geometry import Geometry, shared, shared_cached
-from thinned.key_source import current
+from thinned.key_source import active
 from thinned.keys import Key
 from thinned.torch_state import compiling
 
@@ -35,15 +35,15 @@ def apply(
     ``sample_dim`` is as for :func:`key_for`. An ``elementwise`` layer has no sample dimension of its own, so
     the active key source names it.
     """
-    if key is None and current.source is not None:
-        if elementwise and (dim := current.source.sample_dim(input)):
+    if key is None and active.key_source is not None:
+        if elementwise and (dim := active.key_source.sample_dim(input)):
             ndim = input.dim()
             order = [dim, *(d for d in range(ndim) if d != dim)]
             # A batch of keys belongs to dimension 0. The operation refuses a dimension out of range.
             moved = [order.index(d % ndim) if -ndim <= d < ndim else d for d in broadcast_dims]
             y = apply(input.movedim(dim, 0), None, moved, inplace, T, scale, shift, fill)
             return input if inplace else y.movedim(0, dim)
-        key = current.source.key_for(input, sample_dim)
+        key = active.key_source.key_for(input, sample_dim)
     bits = None if key is None else bits_for(key, input)
     if input.is_nested:
         return nested.masked_affine(input, bits, broadcast_dims, inplace, T, scale, shift, fill)
@@ -142,11 +142,11 @@ def key_for(input: Tensor, key: Key | None, *, sample_dim: int | None = 0, eleme
             of an ``elementwise`` layer along another dimension than 0.
     """
     op.refuse_layout(input)
-    if key is None and current.source is not None:
-        if elementwise and (dim := current.source.sample_dim(input)):
+    if key is None and active.key_source is not None:
+        if elementwise and (dim := active.key_source.sample_dim(input)):
             raise NotImplementedError(
                 f"this layer has its samples in dimension 0, got dimension {dim} of shape "
                 f"{tuple(input.shape)}; transpose its input, or give it a key"
             )
-        key = current.source.key_for(input, sample_dim)
+        key = active.key_source.key_for(input, sample_dim)
     return Key.from_bits(op.draw_for(input) if key is None else bits_for(key, input))
