@@ -284,7 +284,7 @@ def test_an_address_that_is_refused_has_changed_nothing(monkeypatch: pytest.Monk
     context = thinned.address(model, seed=1, step=0)
     with monkeypatch.context() as patch:
         patch.setattr(recompute, "checkpoint_generator", refuse)
-        patch.setattr(recompute, "_checkpoint", type(recompute._checkpoint)())
+        patch.setattr(recompute, "_checkpoint_patch", type(recompute._checkpoint_patch)())
         with pytest.raises(RuntimeError, match="no such name"):
             context.__enter__()
     assert recompute._thread.counting == []  # else checkpoints would go on counting in it

@@ -1,4 +1,4 @@
-"""What the laws of one layer say of any implementation of it."""
+"""The verdict of one of a layer's laws on any implementation of the layer."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def verdict(entry: Entry, law: str, make: Callable[..., nn.Module]) -> Verdict:
     """The verdict of the law with this name on the module that ``make`` returns."""
     (found,) = (each for each in entry.laws if each.name == law)
     return examine(found, Implementation("under test", make), Settings(quick=True)).verdict
+
+
+def breaks(entry: Entry, law: str, make: Callable[..., nn.Module]) -> bool:
+    """Whether the module that ``make`` returns breaks the law with this name."""
+    return verdict(entry, law, make) is Verdict.BROKEN

@@ -1,4 +1,4 @@
-"""Which key a call takes that is given none: drawn from a generator, unless something around it has one."""
+"""Where a call without ``key=`` gets its key: this thread's active key source, else torch's generator."""
 
 from __future__ import annotations
 
@@ -9,35 +9,39 @@ from torch import Tensor
 
 from thinned.keys import Key
 
-__all__ = ["Source", "current"]
+__all__ = ["KeySource", "active"]
 
 
-class Source(Protocol):
-    """Gives the calls around which it is in place their keys.
+class KeySource(Protocol):
+    """Gives keys to the calls that are not given one, while it is active.
 
     Attributes:
-        sites: the name of those whose running it wants to know; see :mod:`thinned.models.address.hooks`.
-        stack: the paths of those that are running, the innermost last.
-        joined: whether it ends with the model's call.
+        hooks_id: id of the module hooks that report to this source; see :mod:`thinned.models.address.hooks`.
+        stack: paths of the modules that are running, innermost last.
+        joined: whether the source is to end when the model's own call returns.
     """
 
-    sites: str
+    hooks_id: str
     stack: list[str]
     joined: bool
 
     def sample_dim(self, input: Tensor) -> int:
-        """The dimension of the samples of a call on ``input``, of which every element has a decision."""
+        """The dimension of ``input`` that holds the samples, for a layer that decides element by element."""
 
-    def key_for(self, input: Tensor, rows: int | None) -> Key | None:
-        """A key for a call on ``input``, or one for each sample along dimension ``rows``; None to draw."""
+    def key_for(self, input: Tensor, sample_dim: int | None) -> Key | None:
+        """The key of this call: one, or one for each sample along ``sample_dim``.
+
+        ``sample_dim`` is None for an input that all samples share, such as a weight. The caller draws from
+        torch's generator if the result is None.
+        """
 
 
-class _Current(threading.local):
-    """Each thread's own. Read on every call, by compiled code too: an attribute, which both can follow."""
+class _Active(threading.local):
+    """The active key source of each thread. Every call reads it, in compiled code too."""
 
     def __init__(self) -> None:
-        # An attribute of the class, as a default, would hide the thread's own from Dynamo.
-        self.source: Source | None = None
+        # Not a class attribute: Dynamo would read the class's default instead of the thread's own value.
+        self.key_source: KeySource | None = None
 
 
-current = _Current()
+active = _Active()

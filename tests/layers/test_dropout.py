@@ -1,13 +1,16 @@
-"""What functional.dropout accepts, refuses and returns in eager mode."""
+"""Dropout: its arguments, shared dimensions and mask, and tensors that are not plain."""
 
 from __future__ import annotations
 
 import math
+import pickle
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import oracle
 import thinned
@@ -18,7 +21,7 @@ KEY = thinned.Key(7)
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.5, False), (1.0, False), (0, True)])
-def test_nothing_to_do_returns_the_input_itself(p: float, training: bool, inplace: bool) -> None:
+def test_the_identity_returns_the_input_and_draws_nothing(p: float, training: bool, inplace: bool) -> None:
     x = torch.randn(5, requires_grad=not inplace)
     before, state = x.clone(), torch.get_rng_state()
     assert dropout(x, p, training, inplace) is x
@@ -27,45 +30,12 @@ def test_nothing_to_do_returns_the_input_itself(p: float, training: bool, inplac
     assert torch.get_rng_state().equal(state)
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
-def test_everything_dropped_is_plus_zero(dtype: torch.dtype) -> None:
-    x = oracle.specials((400,), dtype).requires_grad_()
-    y = dropout(x, 1.0)
-    oracle.assert_same(y, torch.zeros_like(x))
-    (grad,) = torch.autograd.grad(y, x, torch.full_like(y, float("nan")))
-    oracle.assert_same(grad, torch.zeros_like(x))
-
-
-def test_defaults() -> None:
-    y = dropout(torch.ones(1000))
-    assert set(y.tolist()) == {0, 2}
-
-
-def test_the_input_is_not_written() -> None:
-    x = torch.randn(1000)
-    before, version = x.clone(), x._version
-    y = dropout(x, 0.5)
-    assert x.equal(before)
-    assert x._version == version
-    assert y.data_ptr() != x.data_ptr()
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.5, math.nan, math.inf, -math.inf, 1 + 2**-52])
-@pytest.mark.parametrize("training", [True, False])
-def test_p_outside_0_to_1(p: float, training: bool) -> None:
-    message = re.escape(f"dropout probability has to be between 0 and 1, but got {p}")
-    with pytest.raises(ValueError, match=message):
-        dropout(torch.ones(3), p, training)
-    with pytest.raises(ValueError, match=message):
-        thinned.keep_mask(KEY, (3,), p)
-
-
 @pytest.mark.parametrize("p", [1, True, np.float32(1), np.int64(1)], ids=repr)
 def test_p_of_another_type(p: float) -> None:
     assert dropout(torch.ones(3), p).equal(torch.zeros(3))
 
 
-def test_p_counts_as_the_number_that_it_is() -> None:
+def test_p_is_taken_at_its_own_precision() -> None:
     p, x = np.float32(0.1), torch.ones(3, dtype=torch.float64)
     assert dropout(x, p, key=KEY).equal(dropout(x, float(p), key=KEY))
     assert dropout(x, torch.tensor(0.5), key=KEY).equal(dropout(x, 0.5, key=KEY))  # type: ignore[arg-type]
@@ -79,43 +49,51 @@ def test_other_dtypes(dtype: torch.dtype, training: bool) -> None:
         dropout(x, 0.5, training)
 
 
-def test_no_tensor() -> None:
-    with pytest.raises(TypeError, match="must be Tensor, not list"):
-        dropout([1.0, 2.0])  # type: ignore[arg-type]
+def keys(*shape: int) -> thinned.Key:
+    return KEY.fold(torch.zeros(shape, dtype=torch.int64))
 
 
-def test_key_of_another_type_says_what_to_write() -> None:
-    with pytest.raises(TypeError, match=r"write thinned\.Key\(7\)"):
-        dropout(torch.ones(3), key=7)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"must be a thinned\.Key.* got 'seven' of type str"):
-        dropout(torch.ones(3), key="seven")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("shape", "arguments", "error", "message"),
+    [
+        *(((3,), {"p": p}, ValueError, f"but got {p}") for p in (-0.1, 1.5, math.nan, -math.inf, 1 + 2**-52)),
+        ((3,), {"key": 7}, TypeError, "write thinned.Key(7)"),
+        ((3,), {"key": "seven"}, TypeError, "must be a thinned.Key, got 'seven' of type str"),
+        ((3, 4), {"key": keys(4)}, RuntimeError, "keys of shape (4,) do not fit a tensor of shape (3, 4)"),
+        ((3, 4), {"key": keys(3, 4)}, RuntimeError, "keys of shape (3, 4) do not fit"),
+        ((3, 4), {"key": keys(1)}, RuntimeError, "keys of shape (1,) do not fit"),
+        (
+            (),
+            {"key": keys(1)},
+            RuntimeError,
+            "do not fit a tensor of shape (); accepted: one key of shape ()",
+        ),
+        ((3, 4), {"broadcast_dims": (2,)}, IndexError, "names dimension 2, but for shape (3, 4)"),
+        ((3, 4), {"broadcast_dims": (0, -3)}, IndexError, "names dimension -3, but for shape (3, 4)"),
+        ((), {"broadcast_dims": (0,)}, IndexError, "names dimension 0, but for shape ()"),
+        ((), {"broadcast_dims": (-1,)}, IndexError, "names dimension -1, but for shape ()"),
+    ],
+    ids=str,
+)
+def test_keep_mask_refuses_what_dropout_refuses(
+    shape: tuple[int, ...], arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments = {"p": 0.5, "key": KEY, **arguments}
+    with pytest.raises(error, match=re.escape(message)):
+        dropout(torch.ones(shape), **arguments)
+    with pytest.raises(error, match=re.escape(message)):
+        thinned.keep_mask(shape=shape, **arguments)
+
+
+def test_keep_mask_needs_a_key() -> None:
     with pytest.raises(TypeError, match="key"):
         thinned.keep_mask(None, (3,), 0.5)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("keys", "shape"), [((4,), (3, 4)), ((3, 4), (3, 4)), ((1,), (3, 4)), ((1,), ())])
-def test_shape_of_the_keys(keys: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    key = KEY.fold(torch.zeros(keys, dtype=torch.int64))
-    message = re.escape(f"keys of shape {keys} do not fit a tensor of shape {shape}")
-    with pytest.raises(RuntimeError, match=message):
-        dropout(torch.ones(shape), key=key)
-    with pytest.raises(RuntimeError, match=message):
-        thinned.keep_mask(key, shape, 0.5)
 
 
 def test_device_of_the_keys() -> None:
     batch = KEY.fold(torch.arange(3)).to("meta")
     with pytest.raises(RuntimeError, match=r"keys are on meta and the tensor is on cpu.*key\.to\('cpu'\)"):
         dropout(torch.ones(3, 4), key=batch)
-
-
-@pytest.mark.parametrize(("dims", "shape"), [((2,), (3, 4)), ((0, -3), (3, 4)), ((0,), ()), ((-1,), ())])
-def test_broadcast_dims_out_of_range(dims: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    bad = dims[-1]
-    with pytest.raises(IndexError, match=re.escape(f"names dimension {bad}, but for shape {shape}")):
-        dropout(torch.ones(shape), key=KEY, broadcast_dims=dims)
-    with pytest.raises(IndexError, match=re.escape(f"names dimension {bad}, but for shape {shape}")):
-        thinned.keep_mask(KEY, shape, 0.5, broadcast_dims=dims)
 
 
 @pytest.mark.parametrize("dims", [(0,), (2, 3), (-1, -2), [1, 3], (0, 1, 2, 3), (1, 1, -3)], ids=str)
@@ -125,6 +103,16 @@ def test_broadcast_dims_share_one_decision(dims: tuple[int, ...]) -> None:
     mask = thinned.keep_mask(KEY, shape, 0.5, broadcast_dims=dims)
     assert mask.equal(thinned.keep_mask(KEY, small, 0.5).expand(shape))
     assert dropout(torch.ones(shape), 0.5, key=KEY, broadcast_dims=dims).equal(2.0 * mask)
+    layer = thinned.Dropout(0.5, broadcast_dims=dims)
+    assert layer(torch.ones(shape), key=KEY).equal(2.0 * mask)
+    assert pickle.loads(pickle.dumps(layer))(torch.ones(shape), key=KEY).equal(2.0 * mask)
+    assert repr(layer) == f"Dropout(p=0.5, inplace=False, broadcast_dims={tuple(dims)})"
+
+
+def test_a_layer_without_broadcast_dims_has_the_state_of_torchs() -> None:
+    """So have layers that were pickled before there were any."""
+    assert vars(thinned.Dropout(0.3)).keys() == vars(nn.Dropout(0.3)).keys()
+    assert repr(thinned.Dropout(0.3, True)) == "Dropout(p=0.3, inplace=True)"
 
 
 def test_mask_of_a_batch_of_keys() -> None:
@@ -135,21 +123,12 @@ def test_mask_of_a_batch_of_keys() -> None:
     assert dropout(torch.ones(4, 50), 0.5, key=batch).equal(2.0 * mask)
 
 
-def test_expectation_is_the_input() -> None:
-    """Kept values are x / q for the realised probability q, not for the nominal 1 - p."""
-    for p in (0.1, 0.3, 0.7):
-        y = dropout(torch.ones(100, dtype=torch.float64), p, key=KEY)
-        q = round((1 - p) * 2**32) / 2**32
-        assert set(y.tolist()) == {0, 1 / q}
-
-
 def test_subclass_and_parameter() -> None:
-    x = torch.nn.Parameter(torch.ones(100))
+    x = nn.Parameter(torch.ones(100))
     y = dropout(x, 0.5, key=KEY)
     assert type(y) is torch.Tensor
     assert y.requires_grad
-    buffer = torch.nn.Buffer(torch.ones(100))
-    assert dropout(buffer, 0.5, key=KEY).equal(y)
+    assert dropout(nn.Buffer(torch.ones(100)), 0.5, key=KEY).equal(y)
 
 
 def test_meta_tensor() -> None:
@@ -184,3 +163,16 @@ def test_inference_mode() -> None:
     assert set(drawn.tolist()) == {0, 2}
     x = torch.ones(100, requires_grad=True)
     assert dropout(x, 0.5).requires_grad  # after a first draw within inference mode
+
+
+def test_in_a_transformer_layer_of_torch() -> None:
+    block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    for name in ("dropout", "dropout1", "dropout2"):
+        setattr(block, name, thinned.Dropout(0.1))
+    x = torch.randn(2, 5, 16)
+    torch.manual_seed(3)
+    y = block(x)
+    torch.manual_seed(3)
+    assert block(x).equal(y)
+    block.eval()
+    assert block(x).equal(block(x))

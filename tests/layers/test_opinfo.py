@@ -1,11 +1,13 @@
-"""PyTorch's own samples of its dropouts, with thinned's functions and layers in the place of PyTorch's."""
+"""The six dropouts of PyTorch: its own samples of them, its errors, and what all six share."""
 
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import chain
 
 import pytest
 import torch
@@ -17,9 +19,6 @@ from torch.testing._internal.opinfo.core import SampleInput
 
 import oracle
 import thinned
-from thinned.layers.alpha import AlphaDropout, FeatureAlphaDropout, alpha_dropout, feature_alpha_dropout
-from thinned.layers.channels import Dropout1d, Dropout2d, Dropout3d, dropout1d, dropout2d, dropout3d
-from thinned.layers.dropout import Dropout, dropout
 
 settings.load_profile("thinned")  # PyTorch's module of samples has loaded a profile of its own
 
@@ -27,18 +26,27 @@ KEY = thinned.Key(7)
 ALPHA = 1.7580993408473766
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
-FUNCTIONS = {
-    each.__name__: each
-    for each in (dropout, dropout1d, dropout2d, dropout3d, alpha_dropout, feature_alpha_dropout)
+SHAPES = {
+    "dropout": (4, 5),
+    "dropout1d": (4, 5, 6),
+    "dropout2d": (4, 5, 2, 3),
+    "dropout3d": (4, 5, 2, 3, 2),
+    "alpha_dropout": (4, 5),
+    "feature_alpha_dropout": (4, 5, 3),
 }
-LAYERS = [
-    (Dropout, nn.Dropout, dropout),
-    (Dropout1d, nn.Dropout1d, dropout1d),
-    (Dropout2d, nn.Dropout2d, dropout2d),
-    (Dropout3d, nn.Dropout3d, dropout3d),
-    (AlphaDropout, nn.AlphaDropout, alpha_dropout),
-    (FeatureAlphaDropout, nn.FeatureAlphaDropout, feature_alpha_dropout),
-]
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {name: getattr(thinned.functional, name) for name in SHAPES}
+LAYERS = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
+
+each_function = pytest.mark.parametrize(
+    ("function", "shape"), [pytest.param(FUNCTIONS[name], SHAPES[name], id=name) for name in SHAPES]
+)
+each_layer = pytest.mark.parametrize(
+    ("layer", "torchs", "function"),
+    [
+        pytest.param(getattr(thinned, layer), getattr(nn, layer), function, id=layer)
+        for layer, function in zip(LAYERS, FUNCTIONS.values(), strict=True)
+    ],
+)
 
 Inputs = Callable[[torch.dtype], Iterator[SampleInput]]
 
@@ -48,11 +56,11 @@ def opinfos() -> Iterator[tuple[str, Inputs, list[torch.dtype]]]:
     for info in op_db:
         name = info.name.removeprefix("nn.functional.")
         if name in FUNCTIONS:
-            assert info.error_inputs_func is None  # else they belong into a test
+            assert info.error_inputs_func is None  # test_errors would have to use them
             # From 2.15 on torch promises complex numbers, of which thinned refuses those for the alphas.
-            dtypes = [each for each in info.dtypes if not (each.is_complex and "alpha" in name)]
+            dtypes = [dtype for dtype in info.dtypes if not (dtype.is_complex and "alpha" in name)]
             yield name, partial(info.sample_inputs, "cpu"), sorted(dtypes, key=str)
-    # The one without an OpInfo, by the function that makes the samples of its siblings.
+    # dropout1d has no OpInfo; its siblings' samples are made by this function.
     one = partial(sample_inputs_dropout, None, "cpu", requires_grad=False, valid_input_dim=(2, 3))
     yield "dropout1d", one, FLOATS
 
@@ -72,7 +80,7 @@ def plain(inputs: Inputs, dtype: torch.dtype) -> list[SampleInput]:
 
 
 def samples(inputs: Inputs, dtype: torch.dtype) -> Iterator[SampleInput]:
-    """PyTorch's, and each of them in other layouts: reversed, every other element, channels last, one row."""
+    """PyTorch's samples, also in other layouts: reversed, every other element, channels last, one row."""
     for sample in plain(inputs, dtype):
         x: Tensor = sample.input
         views = [x, x.permute(tuple(reversed(range(x.dim()))))]
@@ -132,7 +140,7 @@ def quietly(function: Callable[..., Tensor], *args: object, **kwargs: object) ->
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = function(*args, **kwargs)
-    return result, [str(each.message) for each in caught]
+    return result, [str(warning.message) for warning in caught]
 
 
 def test_samples_cover_functions_and_arguments() -> None:
@@ -140,12 +148,12 @@ def test_samples_cover_functions_and_arguments() -> None:
     for name in FUNCTIONS:
         seen = {
             settings_of(name, sample)
-            for each, inputs, _ in OPS
-            if each == name
+            for other, inputs, _ in OPS
+            if other == name
             for sample in plain(inputs, torch.float32)
         }
         assert seen == {(p, training) for p in (0.0, 0.5, 1.0) for training in (False, True)}
-        assert {dtype for each, _, dtypes in OPS if each == name for dtype in dtypes} >= set(FLOATS)
+        assert {dtype for other, _, dtypes in OPS if other == name for dtype in dtypes} >= set(FLOATS)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -181,28 +189,26 @@ def test_gradients_of_samples(name: str, inputs: Inputs, dtype: torch.dtype, inp
         p, training = settings_of(name, sample)
         leaf = sample.input.detach().requires_grad_()
         results = []
+        incoming = torch.empty_like(leaf).copy_(oracle.specials(tuple(leaf.shape), dtype))
         for function in (partial(FUNCTIONS[name], key=KEY), getattr(nn.functional, name)):
             x = copy_of(leaf)
             y, _ = quietly(function, x, **sample.kwargs, inplace=inplace)
-            (gradient,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+            (gradient,) = torch.autograd.grad(y, leaf, incoming)
             results.append((y, gradient))
         (y, gradient), (reference, theirs) = results
         assert (y.requires_grad, y.is_leaf) == (reference.requires_grad, reference.is_leaf) == (True, False)
         assert (gradient.shape, gradient.dtype) == (theirs.shape, theirs.dtype)
         assert gradient.stride() == theirs.stride()
         if not training or p == 0:
-            oracle.assert_same(gradient, torch.ones_like(gradient))
+            oracle.assert_same(gradient, incoming)
             continue
-        keep = mask(name, leaf.shape, p)
-        scale = torch.tensor(
-            constants(name, p)[0], dtype=torch.float64 if dtype == torch.float64 else torch.float32
-        )
-        oracle.assert_same(gradient, torch.where(keep, scale, 0.0).to(dtype))
+        scaled = incoming.to(torch.promote_types(dtype, torch.float32)) * constants(name, p)[0]
+        oracle.assert_same(gradient, torch.where(mask(name, leaf.shape, p), scaled, 0.0).to(dtype))
 
 
 @pytest.mark.parametrize(("name", "inputs"), [(name, inputs) for name, inputs, _ in OPS])
 def test_finite_differences(name: str, inputs: Inputs) -> None:
-    """Both modes, batched, and second derivatives: what PyTorch checks for an OpInfo."""
+    """Reverse and forward mode, batched, and second derivatives, as PyTorch checks for an OpInfo."""
     for sample in plain(inputs, torch.float64):
         p, training = settings_of(name, sample)
         if not training or p == 0:
@@ -245,7 +251,10 @@ ERRORS = {
     "overlapping memory in place": lambda f: f(torch.ones(2, 1).expand(2, 3), 0.5, True, True),
     "integers": lambda f: f(torch.ones(2, 3, dtype=torch.int64), 0.5, True),
     "no dimension": lambda f: f(torch.ones(()), 0.5, True),
+    "no dimension at p = 1": lambda f: f(torch.ones(()), 1.0, True),
+    "no dimension in evaluation": lambda f: f(torch.ones(()), 0.5, False),
     "one dimension": lambda f: f(torch.ones(3), 0.5, True),
+    "one dimension at p = 0": lambda f: f(torch.ones(3), 0.0, True),
     "one dimension at p = 1": lambda f: f(torch.ones(3), 1.0, True),
     "one dimension in evaluation": lambda f: f(torch.ones(3), 0.5, False),
     "four dimensions": lambda f: f(torch.ones(2, 2, 2, 2), 0.5, False),
@@ -272,19 +281,18 @@ def test_errors(name: str, error: str) -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(("layer", "torchs", "function"), LAYERS)
+@each_layer
 def test_layers(
     layer: type[nn.Module], torchs: type[nn.Module], function: Callable[..., Tensor], p: float, inplace: bool
 ) -> None:
-    """A layer stands where PyTorch's does, and is its function."""
-    name = function.__name__
+    """A layer takes the place of PyTorch's, and is its function."""
     ours, theirs = layer(p, inplace), torchs(p, inplace)
     assert isinstance(ours, torchs)
     assert repr(ours) == repr(theirs)
     assert vars(ours).keys() == vars(theirs).keys()
     assert (ours.state_dict(), list(ours.parameters())) == ({}, [])
-    inputs = [inputs for each, inputs, _ in OPS if each == name]
-    for sample in (sample for each in inputs for sample in samples(each, torch.float32)):
+    made = [samples(inputs, torch.float32) for name, inputs, _ in OPS if name == function.__name__]
+    for sample in chain(*made):
         if sample.kwargs.get("p") != p:
             continue
         training = sample.kwargs["training"]
@@ -299,16 +307,77 @@ def test_layers(
         assert (y.shape, y.stride(), y.dtype) == (reference.shape, reference.stride(), reference.dtype)
 
 
-@pytest.mark.parametrize(("layer", "torchs", "function"), LAYERS)
+@each_layer
 def test_arguments_of_layers(layer: type[nn.Module], torchs: type[nn.Module], function: object) -> None:  # noqa: ARG001
     assert repr(layer()) == repr(torchs())
-    assert repr(layer(0.1)) == repr(torchs(0.1))
     assert repr(layer(inplace=True, p=1)) == repr(torchs(inplace=True, p=1))
     for p in (-0.1, 1.1):
-        with pytest.raises(ValueError, match="between 0 and 1") as ours:
-            layer(p)
         with pytest.raises(ValueError, match="between 0 and 1") as theirs:
             torchs(p)
-        assert str(ours.value) == str(theirs.value)
-    with pytest.raises(ValueError, match="between 0 and 1, but got nan"):
+        with pytest.raises(ValueError, match=re.escape(str(theirs.value))):
+            layer(p)
+    with pytest.raises(ValueError, match="between 0 and 1, but got nan"):  # which torch accepts
         layer(math.nan)
+
+
+@pytest.mark.parametrize("p", [1.0, 1 - 2**-40])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@each_function
+def test_everything_dropped_is_plus_zero(
+    function: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype, p: float
+) -> None:
+    """T is 0 for both p, and alpha dropout's constants are infinite."""
+    x = oracle.specials((9, *shape[1:]), dtype).requires_grad_()
+    y = function(x, p, True)
+    oracle.assert_same(y, torch.zeros_like(x))
+    (gradient,) = torch.autograd.grad(y, x, torch.full_like(y, math.nan))
+    oracle.assert_same(gradient, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@each_function
+def test_arguments_are_checked_in_evaluation_too(
+    function: Callable[..., Tensor], shape: tuple[int, ...], training: bool
+) -> None:
+    x = torch.ones(shape)
+    for p in (-0.1, 1.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"between 0 and 1, but got {p}"):
+            function(x, p, training)
+    with pytest.raises(TypeError, match=r"write thinned\.Key\(7\)"):
+        function(x, 0.5, training, key=7)
+    with pytest.raises(RuntimeError, match=r"keys of shape \(3,\) do not fit"):
+        function(x, 0.5, training, key=KEY.fold(torch.arange(3)))
+    with pytest.raises(
+        TypeError, match=rf"^{function.__name__}\(\): argument 'input' must be Tensor, not list"
+    ):
+        function([1.0], 0.5, training)
+
+
+@each_function
+def test_integers_pass_in_evaluation_only(function: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    """``dropout``, unlike PyTorch's, refuses them always: see test_dropout.test_other_dtypes."""
+    x = torch.ones(shape, dtype=torch.int64)
+    if function is not thinned.functional.dropout:
+        assert function(x, 0.5, False) is x
+        assert function(x, 0.0, True) is x
+    with pytest.raises(RuntimeError, match=re.escape(f"got torch.int64 of shape {shape}")):
+        function(x, 0.5, True)
+
+
+@pytest.mark.filterwarnings("ignore:dropout2d. Received a 3D input")
+@pytest.mark.parametrize("p", [0.5, 1.0])
+@each_function
+def test_a_refused_call_has_changed_nothing(
+    function: Callable[..., Tensor], shape: tuple[int, ...], p: float
+) -> None:
+    """Not its input's shape either: torch's own dropout1d leaves a sample with a dimension of 1 in front."""
+    for size in (shape, shape[1:]):
+        leaf = torch.ones(size, requires_grad=True)
+        for x in (leaf, torch.ones(1, *size[1:]).expand(size)):
+            with pytest.raises(RuntimeError, match=r"leaf Variable|more than one element"):
+                function(x, p, True, True)
+            assert x.equal(torch.ones(size))
+    x = torch.ones(shape)
+    with pytest.raises(RuntimeError, match=r"keys of shape \(3,\) do not fit"):
+        function(x, p, True, True, key=KEY.fold(torch.arange(3)))
+    assert x.equal(torch.ones(shape))

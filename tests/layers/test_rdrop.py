@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,13 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thinned.compare.implementation import Implementation
-from thinned.compare.laws import examine
 from thinned.compare.layers import rdrop
-from thinned.compare.settings import Settings
 from thinned.layers.rdrop import RDrop, r_drop_loss
-
-LAWS = {law.name: law for law in rdrop.ENTRIES[0].laws}
+from verdicts import verdict
 
 
 def logits(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -31,10 +26,7 @@ def logits(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
 def by_hand(a: Tensor, b: Tensor, target: Tensor, alpha: float, counts: Tensor, **arguments: Any) -> Tensor:
     """Position by position: torch's cross-entropy, and the two divergences from probabilities."""
     dim = 1 if a.dim() > 1 else 0
-    entropy = (
-        F.cross_entropy(a, target, reduction="none", **arguments)
-        + F.cross_entropy(b, target, reduction="none", **arguments)
-    ) / 2
+    entropy = sum(F.cross_entropy(x, target, reduction="none", **arguments) for x in (a, b)) / 2
     p, q = a.softmax(dim), b.softmax(dim)
     divergence = ((p * (p.log() - q.log())).sum(dim) + (q * (q.log() - p.log())).sum(dim)) / 2
     return (entropy + alpha * divergence) * counts
@@ -50,7 +42,7 @@ def test_formula(shape: tuple[int, ...], positions: tuple[int, ...], arguments: 
     target = torch.arange(math.prod(positions)).view(positions) % 5
     every = by_hand(a, b, target, 0.7, torch.ones(positions), **arguments)
     for reduction, expected in {"none": every, "sum": every.sum(), "mean": every.mean()}.items():
-        loss = r_drop_loss(a, b, target, 0.7, reduction, **arguments)  # type: ignore[arg-type]
+        loss = r_drop_loss(a, b, target, 0.7, reduction=reduction, **arguments)  # type: ignore[arg-type]
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
         got, wanted = (
             torch.autograd.grad(each.sum(), (a, b), retain_graph=True) for each in (loss, expected)
@@ -67,17 +59,15 @@ def test_what_is_ignored_counts_for_nothing(how: str, smoothing: float) -> None:
     ignored[:, 4:] = True
     ignored[0] = True
     marked = target.masked_fill(ignored, -1) if how != "mask" else target
-    mask = None if how == "index" else ignored
-    loss = r_drop_loss(a, b, marked, 2.0, ignore_index=-1, padding_mask=mask, label_smoothing=smoothing)
+    arguments: dict[str, Any] = {"ignore_index": -1, "label_smoothing": smoothing}
+    arguments["padding_mask"] = None if how == "index" else ignored
+    loss = r_drop_loss(a, b, marked, 2.0, **arguments)
     every = by_hand(a, b, target, 2.0, ~ignored, label_smoothing=smoothing)
     torch.testing.assert_close(loss, every.sum() / (~ignored).sum())
     for x in torch.autograd.grad(loss, (a, b)):
         assert not x.movedim(1, -1)[ignored].count_nonzero()
         assert x.movedim(1, -1)[~ignored].all()
-    each = r_drop_loss(
-        a, b, marked, 2.0, "none", ignore_index=-1, padding_mask=mask, label_smoothing=smoothing
-    )
-    torch.testing.assert_close(each, every)
+    torch.testing.assert_close(r_drop_loss(a, b, marked, 2.0, reduction="none", **arguments), every)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -106,39 +96,27 @@ def test_class_probabilities(shape: tuple[int, ...]) -> None:
 def test_agrees_with_the_authors_code() -> None:
     a, b = logits(50, 11, dtype=torch.float32)
     target = torch.arange(50) % 11
-    torch.testing.assert_close(RDrop(3.0)(a, b, target), rdrop.RDropFormula(3.0)(a, b, target))
+    loss = RDrop(3.0)(a, b, target)
+    torch.testing.assert_close(loss, rdrop.RDropFormula(3.0)(a, b, target))
+    assert loss.equal(RDrop(3.0)(b, a, target))
+    assert RDrop(1e30)(a, a, target).equal(RDrop(0.0)(a, a, target))
 
 
 def test_the_papers_sum_is_twice_this_at_half_its_alpha() -> None:
     a, b = logits(8, 5)
     target = torch.arange(8) % 5
-    p, q = a.softmax(1), b.softmax(1)
-    divergence = ((p * (p / q).log()).sum(1) + (q * (q / p).log()).sum(1)) / 2
-    paper = (F.cross_entropy(a, target) + F.cross_entropy(b, target)) + 3.0 * divergence.mean()
+    entropy = F.cross_entropy(a, target) + F.cross_entropy(b, target)
+    divergence = by_hand(a, b, target, 1.0, torch.ones(8)).mean() - entropy / 2
+    paper = entropy + 3.0 * divergence
     torch.testing.assert_close(2 * r_drop_loss(a, b, target, 1.5), paper)
-
-
-def test_equal_logits_have_no_divergence() -> None:
-    a, _ = logits(30, 7, dtype=torch.float32)
-    target = torch.arange(30) % 7
-    assert r_drop_loss(a, a, target, 1e30).equal(r_drop_loss(a, a, target, 0.0))
-    assert r_drop_loss(a, a + 3, target, 1e3).item() == pytest.approx(
-        F.cross_entropy(a, target).item(), rel=1e-3
-    )
-
-
-def test_symmetric() -> None:
-    a, b = logits(30, 7, dtype=torch.float32)
-    target = torch.arange(30) % 7
-    assert r_drop_loss(a, b, target).equal(r_drop_loss(b, a, target))
 
 
 def test_never_below_the_cross_entropy() -> None:
     a, b = logits(1000, 20, dtype=torch.float32)
     target = torch.arange(1000) % 20
     near = a + b * 1e-5
-    divergence = r_drop_loss(a, near, target, 1e12, "none") - r_drop_loss(a, near, target, 0.0, "none")
-    assert (divergence >= 0).all()
+    entropy = r_drop_loss(a, near, target, 0.0, reduction="none")
+    assert (r_drop_loss(a, near, target, 1e12, reduction="none") >= entropy).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -159,20 +137,17 @@ def test_far_logits_are_finite() -> None:
     assert r_drop_loss(a, b, target).item() == 500.0 + 1000.0
 
 
-def test_a_class_ruled_out_in_both() -> None:
-    a, b = (x.index_fill(1, torch.tensor([4]), -math.inf).requires_grad_() for x in logits(8, 5))
-    target = torch.arange(8) % 4
-    loss = r_drop_loss(a, b, target)
-    torch.testing.assert_close(loss, r_drop_loss(a[:, :4], b[:, :4], target))
-    assert all(x.isfinite().all() for x in torch.autograd.grad(loss, (a, b)))
-    assert r_drop_loss(a, logits(8, 5)[1], target).isinf()
+def test_a_class_ruled_out_in_one_pass() -> None:
+    a, b = logits(8, 5)
+    assert r_drop_loss(a.index_fill(1, torch.tensor([4]), -math.inf), b, torch.arange(8) % 4).isinf()
 
 
-def test_second_derivatives() -> None:
-    a, b = (x.requires_grad_() for x in logits(4, 3))
-    target = torch.tensor([0, 2, -100, 1])
-    assert torch.autograd.gradcheck(lambda a, b: r_drop_loss(a, b, target, label_smoothing=0.1), (a, b))
-    assert torch.autograd.gradgradcheck(lambda a, b: r_drop_loss(a, b, target), (a, b))
+def test_vmap() -> None:
+    a, b = logits(3, 8, 5)
+    target = torch.arange(24).view(3, 8) % 5
+    target[0, :3] = -100
+    expected = torch.stack([r_drop_loss(*each) for each in zip(a, b, target, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(r_drop_loss)(a, b, target), expected)
 
 
 def test_under_autocast_it_is_float32() -> None:
@@ -181,26 +156,14 @@ def test_under_autocast_it_is_float32() -> None:
         assert r_drop_loss(a, b, torch.arange(8) % 5).dtype == torch.float32
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-def test_vmap_and_compile() -> None:
-    a, b = logits(3, 8, 5)
-    target = torch.arange(24).view(3, 8) % 5
-    target[0, :3] = -100
-    expected = torch.stack([r_drop_loss(*each) for each in zip(a, b, target, strict=True)])
-    torch.testing.assert_close(torch.func.vmap(r_drop_loss)(a, b, target), expected)
-    compiled = torch.compile(RDrop(), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(a[0], b[0], target[0]), expected[0])
-
-
 def test_module_hands_on_its_arguments() -> None:
     a, b = logits(8, 5)
     target, weight = torch.arange(8) % 5, torch.rand(5, dtype=torch.float64)
     mask = torch.arange(8) < 2
-    layer = RDrop(2.0, "sum", weight=weight, ignore_index=3, label_smoothing=0.1)
-    expected = r_drop_loss(
-        a, b, target, 2.0, "sum", weight=weight, ignore_index=3, label_smoothing=0.1, padding_mask=mask
-    )
-    for each in (layer, layer.eval(), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    arguments: dict[str, Any] = {"reduction": "sum", "ignore_index": 3, "label_smoothing": 0.1}
+    layer = RDrop(2.0, weight=weight, **arguments)
+    expected = r_drop_loss(a, b, target, 2.0, weight=weight, padding_mask=mask, **arguments)
+    for each in (layer, layer.eval()):
         assert each(a, b, target, padding_mask=mask).equal(expected)
     assert repr(layer) == "RDrop(alpha=2.0, reduction='sum')"
 
@@ -242,5 +205,4 @@ class Wrong(nn.Module):
     [("one way", "formula"), ("one way", "symmetry"), ("biased", "formula"), ("detached", "formula")],
 )
 def test_a_wrong_loss_is_caught(wrong: str, law: str) -> None:
-    layer = Implementation("wrong", lambda **arguments: Wrong(wrong, **arguments))
-    assert examine(LAWS[law], layer, Settings(quick=True)).verdict.is_breach
+    assert verdict(rdrop.ENTRIES[0], law, partial(Wrong, wrong)).is_breach

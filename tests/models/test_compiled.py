@@ -21,19 +21,13 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SEEDS: list[int | Key] = [7, Key(2**63 + 8)]
 
 
-def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(zoo.WIDTH, zoo.HEADS, 2 * zoo.WIDTH, 0.1, batch_first=True)
-    return nn.TransformerEncoder(layer, 1)
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: zoo.bert(num_hidden_layers=1),
     "gpt2": lambda: zoo.gpt2(n_layer=1),
     "vit": lambda: zoo.vit(num_hidden_layers=1),
     "t5": lambda: zoo.t5(num_layers=1),
     "llama": lambda: zoo.llama(num_hidden_layers=1),
-    "encoder": encoder,
+    "encoder": lambda: zoo.encoder(1),
     "attention": zoo.attention,
 }
 
@@ -51,8 +45,6 @@ def small() -> nn.Module:
 def inputs(model: nn.Module, batch: int) -> dict[str, Tensor]:
     if isinstance(model, nn.Sequential):
         return {"input": torch.randn(batch, 8, generator=torch.Generator().manual_seed(0))}
-    if isinstance(model, nn.TransformerEncoder):
-        return {"src": torch.randn(batch, zoo.LENGTH, zoo.WIDTH, generator=torch.Generator().manual_seed(0))}
     return zoo.inputs(model, batch)
 
 
@@ -110,7 +102,7 @@ def test_steps_samples_seeds_and_sizes(name: str) -> None:
 
 
 def test_sizes_that_nobody_announced() -> None:
-    """The second size compiles anew, with sizes as arguments, and no further one does."""
+    """The second size recompiles, with symbolic sizes, and no further one does."""
     model = small()
     counter = CompileCounterWithBackend("aot_eager")
     fast = compiled(model, counter)
@@ -122,7 +114,7 @@ def test_sizes_that_nobody_announced() -> None:
 
 
 def test_inductor_has_the_masks() -> None:
-    """Whatever it fuses and however it rounds."""
+    """Fusion and rounding change no mask."""
     model = convert(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.3))).model
     fast, x = compiled(model, "inductor"), torch.randn(6, 8)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -137,7 +129,7 @@ def test_inductor_has_the_masks() -> None:
 
 
 def test_another_model_has_its_own_sites() -> None:
-    """A function that was compiled in the address of one model is right in that of another around it."""
+    """A function compiled in one model's address is right in the address of a model that contains it."""
     inner = nn.Sequential(Dropout(0.5))
     outer, x = nn.Sequential(nn.Identity(), inner), torch.ones(4, 8)
     address(inner, seed=7, step=0), address(outer, seed=7, step=0)
@@ -152,7 +144,7 @@ def test_another_model_has_its_own_sites() -> None:
 
 
 def test_hooks_of_ones_own() -> None:
-    """Before and after ours, on the model and on its parts."""
+    """They may be registered before and after thinned's, on the model and on its parts."""
     model, x, called = nn.Sequential(Dropout(0.5)), torch.ones(4, 8), []
     model.register_forward_pre_hook(lambda *_: called.append("model"))
     model[0].register_forward_pre_hook(lambda *_: called.append("before"))
@@ -165,7 +157,7 @@ def test_hooks_of_ones_own() -> None:
 
 
 def test_a_new_thread() -> None:
-    """What was compiled in a thread before its first context is not what runs in it."""
+    """Code compiled before a thread's first context does not run in that context."""
     model, x, found = nn.Sequential(Dropout(0.5)), torch.ones(64), []
     address(model, seed=7, step=0)
     fast = compiled(model)
@@ -190,7 +182,7 @@ class TestWithin:
 
     @pytest.mark.parametrize("kind", ["tensor", "integer"])
     def test_a_whole_step(self, kind: str) -> None:
-        """Forward, backward and update in one graph; a step that is a tensor never compiles anew."""
+        """Forward, backward and update in one graph; a step that is a tensor never recompiles."""
         model = convert(zoo.attention(0.3)).model if kind == "tensor" else small()
         address(model, seed=7, step=0)
         (x,) = inputs(model, 4).values()
@@ -263,7 +255,7 @@ def test_graph_breaks() -> None:
 
 @pytest.mark.parametrize("randomness", ["same", "different", "error"])
 def test_mapped(randomness: str) -> None:
-    """An ensemble; another number of members compiles anew at most once for each."""
+    """An ensemble; each number of members compiles once."""
     members = [convert(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))).model for _ in range(3)]
     model, x = members[0], torch.randn(4, 8)
     parameters, _ = stack_module_state(members)
@@ -303,7 +295,7 @@ class Devices:
 
 @pytest.mark.parametrize("samples", [None, [3, 1, 4, 2]])
 def test_keys_are_where_the_model_is(samples: list[int] | None) -> None:
-    """Or a CUDA graph could not be made of it. The meta device stands for one that is not the CPU."""
+    """A CUDA graph needs this. The meta device stands for one that is not the CPU."""
     model = convert(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Dropout(0.1))).model.to("meta")
     devices = Devices()
     fast = compiled(model, devices)

@@ -54,25 +54,15 @@ def cnn() -> nn.Module:
     )
 
 
-def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        layer = nn.TransformerEncoderLayer(zoo.WIDTH, zoo.HEADS, 2 * zoo.WIDTH, 0.1, batch_first=True)
-        return nn.TransformerEncoder(layer, 2)
-
-
 def inputs(model: nn.Module, batch: int = 4) -> dict[str, Any]:
     if isinstance(model, nn.Sequential):
         return {"input": torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
-    if isinstance(model, nn.TransformerEncoder):
-        return {"src": torch.randn(batch, 12, zoo.WIDTH, generator=torch.Generator().manual_seed(0))}
     found: dict[str, Any] = zoo.inputs(model, batch)
     config = getattr(model, "config", None)
     return found | {"use_cache": False} if hasattr(config, "use_cache") else found
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {**zoo.MODELS, "cnn": cnn, "encoder": encoder}
+MODELS: dict[str, Callable[..., nn.Module]] = {**zoo.MODELS, "cnn": cnn, "encoder": zoo.encoder}
 
 
 def tensor_of(output: Any) -> Tensor:
@@ -124,7 +114,7 @@ class TestEvaluation:
         torch.testing.assert_close(tensor_of(program.module()(**arguments)), expected)
 
     def test_a_call_of_torchs_own_leaves_one(self) -> None:
-        """What convert does not reach, intercept does (pytorch#103681)."""
+        """An intercept reaches it, and convert does not (pytorch#103681)."""
         model = thinned.convert(zoo.attention()).model.eval()
         arguments = inputs(model)
         stock = torch.export.export(model, (), arguments, strict=False)
@@ -146,7 +136,7 @@ class TestEvaluation:
 
 
 class Net(nn.Module):
-    """Two rates, shared decisions, one layer called twice; and a mask without arithmetic around it."""
+    """Two rates, shared decisions, one layer called twice, and the mask of ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +257,7 @@ class TestKeyed:
 
     @pytest.mark.parametrize("make", [zoo.attention, partial(zoo.bert, num_hidden_layers=1), zoo.lstm])
     def test_models(self, make: Callable[[], nn.Module]) -> None:
-        """Also the sites that are no modules, all of them in training mode."""
+        """All sites are in training mode, also those that are no modules."""
         model = thinned.convert(make()).model
         keyed, arguments = Keyed(thinned.Intercepted(model)), inputs(model)
         with torch.no_grad():
@@ -306,7 +296,7 @@ GEOMETRIES = {
 
 
 class Small(nn.Module):
-    """With few masks, as each makes for hundreds of nodes when it is lowered."""
+    """A model with few masks: each is hundreds of nodes when it is lowered."""
 
     def __init__(self, *rates: float) -> None:
         super().__init__()

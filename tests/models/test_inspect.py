@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import runpy
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,15 @@ import pytest
 import torch
 from thinned.compare.model import model_of
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.functional import dropout as imported
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import thinned
 from models import zoo
 from thinned.cli import app
 from thinned.models.convert import convert
-from thinned.models.inspect import IN_EVALUATION, UNCONDITIONAL, UNKNOWN, Inspection, inspect
+from thinned.models.inspect import IN_EVALUATION, UNKNOWN, Inspection, inspect
+from thinned.models.inspect.by_reading import UNCONDITIONAL
 
 RANDOM = ("bernoulli", "native_dropout", "rand", "uniform")
 
@@ -42,14 +40,8 @@ class Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@contextmanager
-def counting() -> Iterator[Count]:
-    with Count() as count, torch.no_grad():
-        yield count
-
-
 def masks(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    with counting() as count:
+    with Count() as count, torch.no_grad():
         model(*args, **kwargs)
     return count.masks
 
@@ -69,7 +61,7 @@ def make(case: str) -> nn.Module:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_no_site_is_missed(case: str) -> None:
-    """A run's sites are all in the source's, and their calls make all the masks that ATen makes."""
+    """Reading and run agree on the places and on p, and the calls of a run make all the masks of ATen."""
     model = make(case)
     inputs = zoo.inputs(model)
     from_source, from_run = inspect(model), inspect(model, **inputs)
@@ -79,7 +71,7 @@ def test_no_site_is_missed(case: str) -> None:
     assert [(site.paths, site.type, site.where) for site in from_source] == places
     assert len(set(places)) == len(places)
     assert not any(site.note for site in from_run)
-    # A site whose probability only a run tells has it from there.
+    # In these models every probability is written plainly.
     assert all(a.p == b.p for a, b in zip(from_source, from_run, strict=True))
 
 
@@ -108,145 +100,127 @@ def test_what_becomes_of_a_module_is_what_convert_does(name: str) -> None:
     assert [(swap.paths, swap.old, swap.new, swap.p) for swap in convert(model)] == expected
 
 
-def test_the_attention_that_transformers_chose() -> None:
-    sdpa, eager = (inspect(zoo.llama(attn_implementation=name)) for name in ("sdpa", "eager"))
-    assert {site.type for site in sdpa} == {"F.scaled_dot_product_attention"}
-    assert {site.type for site in eager} == {"F.dropout"}
-    assert {site.function for site in eager} == {"eager_attention_forward"}
-    assert {site.p for site in (*sdpa, *eager)} == {zoo.P}
+MASK = "F.scaled_dot_product_attention"
+# The lines of a forward, and what a reading finds in them: the function, p, and the note.
+FORWARDS: dict[str, list[tuple[str, float | None, str]]]
+FORWARDS = {
+    # Plainly written: a reading knows p.
+    "return F.dropout(x, 0.1, self.training)": [("F.dropout", 0.1, "")],
+    "return F.dropout(x, p=self.p, training=self.training)": [("F.dropout", 0.3, "")],
+    "return nn.functional.dropout1d(x, self.p, self.training)": [("F.dropout1d", 0.3, "")],
+    "return torch.alpha_dropout(x, 0.125, self.training)": [("torch.alpha_dropout", 0.125, "")],
+    "return imported(x, self.p, self.training)": [("F.dropout", 0.3, "")],
+    "return checkpoint(self.method, x, use_reentrant=False)": [("F.dropout", 0.3, "")],
+    "return F.dropout(x, self.inner.p, self.training)": [("F.dropout", 0.5, "")],
+    "return F.dropout(x, self.config['p'], self.training)": [("F.dropout", 0.2, "")],
+    "return F.dropout(x, self.config.get('q', 0.25), self.training)": [("F.dropout", 0.25, "")],
+    "return attend(x, dropout_p=self.p if self.training else 0.0)": [(MASK, 0.3, "")],
+    "return attend(x,\n  dropout_p=self.p if self.training else 0.0,\n)": [(MASK, 0.3, "")],
+    "return attend(x, dropout_p=0.0 if not self.training else self.p)": [(MASK, 0.3, "")],
+    "p = self.p if self.training else 0.0\nreturn F.dropout(x, p)": [("F.dropout", 0.3, "")],
+    "return helper(x, dropout=0.0 if not self.training else self.p, training=self.training)": [
+        ("F.dropout", 0.3, "")
+    ],
+    "return F.alpha_dropout(x, 0.1) + F.dropout(x, 0.2, False)": [
+        ("F.alpha_dropout", 0.0, ""),
+        ("F.dropout", 0.0, ""),
+    ],
+    # It asks for training before the call.
+    "if not self.training: return x\nreturn F.dropout(x, 0.1)": [("F.dropout", 0.1, "")],
+    # pytorch#99293, #124464: attention drops whenever its caller passes a probability.
+    "return attend(x, dropout_p=self.p) + F.dropout(x, 0.1)": [
+        (MASK, 0.3, UNCONDITIONAL),
+        ("F.dropout", 0.1, UNCONDITIONAL),
+    ],
+    # Only a run knows p.
+    "return F.dropout(x, max(0.1, self.p), self.training)": [("F.dropout", None, "")],
+    "return F.dropout(*(x, 0.3, self.training))": [("F.dropout", None, "")],
+    "p = self.p\nif self.training: p = 0.3\nreturn F.dropout(x, p, self.training)": [("F.dropout", None, "")],
+    "return helper(x, self.p, self.training)": [("F.dropout", None, "")],
+}
 
+
+def written(forward: str, folder: Path) -> nn.Module:
+    """A module with the lines of a forward, in a file of its own."""
+    file = folder / "written.py"
+    body = textwrap.indent(forward.replace("attend(x,", "F.scaled_dot_product_attention(x, x, x,"), " " * 8)
+    file.write_text(HEAD + body, encoding="utf-8")
+    model: nn.Module = runpy.run_path(str(file))["Net"]()
+    return model
+
+
+HEAD = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.functional import dropout as imported
+from torch.utils.checkpoint import checkpoint
+
+def helper(x, dropout, training):
+    return F.dropout(x, p=dropout, training=training)
 
 class Net(nn.Module):
-    """One dropout for each method, each reached by another way."""
+    p, config = 0.3, {"p": 0.2}
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.p, self.linear = 0.25, nn.Linear(8, 8)
+        self.inner = nn.Dropout(0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = checkpoint(self.inner, self.linear(x), use_reentrant=False)
-        rate = self.p if self.training else 0.0
-        x = helper(imported(x, self.p, self.training), rate)
-        return torch.alpha_dropout(x, 0.125, self.training)
+    def method(self, x):
+        return imported(x, self.p, self.training)
 
-    def inner(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout1d(x[None], p=self.p, training=self.training)[0]
+    def patches(self, n):
+        return torch.rand(n, 1, 1) < 0.5
+
+    def forward(self, x):
+"""
 
 
-def helper(x: Tensor, rate: float) -> Tensor:
-    return F.scaled_dot_product_attention(
-        x,
-        x,
-        x,
-        dropout_p=rate,
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_a_reading_knows_a_plain_p_and_a_run_every_p(forward: str, tmp_path: Path) -> None:
+    model, x = written(forward, tmp_path), torch.ones(2, 4, 8)
+    read, run = (found[:-1] for found in (inspect(model), inspect(model, x)))  # without the module `inner`
+    assert [(site.type, site.p, site.note) for site in read] == FORWARDS[forward]
+    for before, after in zip(read, run, strict=True):
+        p = 0.3 if before.p is None else before.p
+        note = IN_EVALUATION if before.note else ""
+        assert (after.where, after.p, after.calls, after.note) == (before.where, p, int(p > 0), note)
+        function = next((name for name in ("helper", "method") if name in forward), "forward")
+        assert after.function.rpartition(".")[2] == function
+        line = Path(after.file).read_text(encoding="utf-8").splitlines()[after.line - 1]
+        assert after.type.rpartition(".")[2] in line or "imported" in line
+    assert sum(site.calls or 0 for site in run) == masks(model, x)
+    assert sum(site.note == IN_EVALUATION for site in run) == masks(model.eval(), x)
+
+
+def test_a_forward_that_asks_is_not_accused_after_a_run(tmp_path: Path) -> None:
+    model = written("return F.dropout(x, 0.1) if self.training else x", tmp_path)
+    (site, _) = inspect(model, torch.ones(2))
+    assert (site.type, site.p, site.note) == ("F.dropout", 0.1, "")
+
+
+def test_a_run_reports_what_source_does_not(tmp_path: Path) -> None:
+    hidden = 'x = eval("F.dropout(x, 0.5, on)", {"F": F, "x": x, "on": self.training})\n'
+    hidden += 'return x * (getattr(torch, "rand" + "_like")(x) > 0.2) if self.training else x'
+    found = inspect(written(hidden, tmp_path), torch.ones(4, 8))[:-1]
+    assert [(site.kind, site.type, site.p, site.calls, site.becomes) for site in found] == [
+        ("call", "F.dropout", 0.5, 1, "thinned.intercept()"),
+        ("random", "aten.rand_like", None, 1, ""),
+    ]
+    assert found[1].where.startswith("Net.forward, line")
+
+
+def test_masks_made_by_hand(tmp_path: Path) -> None:
+    model = written(
+        "keep = x.new_empty(x.shape).bernoulli_(0.5)\n"
+        "keep = keep * torch.bernoulli(keep) * (torch.rand_like(x) < 0.5)\n"
+        "return x * keep * self.patches(len(x)) if self.training else x",
+        tmp_path,
     )
-
-
-def test_calls_are_found_by_whatever_name_and_way() -> None:
-    found = inspect(Net())
-    assert {(site.type, site.p, site.function) for site in found} == {
-        ("F.dropout", 0.25, "Net.forward"),
-        ("torch.alpha_dropout", 0.125, "Net.forward"),
-        ("F.dropout1d", 0.25, "Net.inner"),
-        ("F.scaled_dot_product_attention", 0.25, "helper"),
-    }
-    assert all(site.becomes == "thinned.intercept()" and not site.note for site in found)
-    run = inspect(Net(), torch.ones(4, 8))
-    assert [site.calls for site in run] == [1] * 4
-    assert len(run) == 4
-    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
-    assert all(
-        site.type.rpartition(".")[2] in lines[site.line - 1] or "imported" in lines[site.line - 1]
-        for site in run
-    )
-
-
-class Forgetful(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.p = 0.3
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(x, x, x, dropout_p=self.p) + F.dropout(x, 0.1)
-
-
-def test_dropout_in_evaluation_is_told() -> None:
-    """pytorch#99293, #124464: SDPA drops whenever it is told a probability."""
-    assert [site.note for site in inspect(Forgetful())] == [UNCONDITIONAL] * 2
-    x = torch.ones(2, 4, 8)
-    assert [site.note for site in inspect(Forgetful(), x)] == [IN_EVALUATION] * 2
-    assert masks(Forgetful().eval(), x) == 2
-    assert not any(site.note for site in inspect(zoo.attention()))
-
-
-class Asking(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.1) if self.training else x
-
-
-class AskingFirst(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        return F.dropout(x, 0.1)
-
-
-@pytest.mark.parametrize("kind", [AskingFirst, Asking])
-def test_a_forward_that_asks_is_not_accused(kind: type[nn.Module]) -> None:
-    assert [(site.type, site.p, site.note) for site in inspect(kind(), torch.ones(2))] == [
-        ("F.dropout", 0.1, "")
-    ]
-    (site,) = inspect(AskingFirst())
-    assert site.note == ""
-
-
-class Unseen(nn.Module):
-    """What source does not show."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.function = getattr(F, "drop" + "out")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = eval("F.dropout(x, 0.5, training)", {"F": F, "x": x, "training": self.training})
-        return x * (getattr(torch, "rand" + "_like")(x) > 0.2) if self.training else x
-
-
-def test_a_run_tells_what_source_does_not() -> None:
-    found = inspect(Unseen(), torch.ones(4, 8))
-    assert [(site.kind, site.type, site.p, site.calls) for site in found] == [
-        ("call", "F.dropout", 0.5, 1),
-        ("random", "aten.rand_like", None, 1),
-    ]
-    assert found[1].where.startswith("Unseen.forward, line")
-    assert found[1].becomes == ""
-
-
-class ByHand(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        keep = x.new_empty(x.shape).bernoulli_(0.5)
-        keep = keep * torch.bernoulli(keep) * (torch.rand_like(x) < 0.5)
-        return x * keep * self.patches(len(x)) if self.training else x
-
-    def patches(self, n: int) -> Tensor:
-        return torch.rand(n, 1) < 0.5
-
-
-def test_masks_made_by_hand() -> None:
-    found = inspect(ByHand())
-    assert [(site.kind, site.type) for site in found] == [
-        ("random", "Tensor.bernoulli_"),
-        ("random", "torch.bernoulli"),
-        ("random", "torch.rand_like"),
-        ("random", "torch.rand"),
-    ]
-    run = inspect(ByHand(), torch.ones(4, 8))
+    found, run = inspect(model)[:-1], inspect(model, torch.ones(2, 4, 8))[:-1]
+    names = ("Tensor.bernoulli_", "torch.bernoulli", "torch.rand_like", "torch.rand")
+    assert [(site.kind, site.type) for site in found] == [("random", name) for name in names]
     assert [site.calls for site in run] == [1, 1, 1, 1]
-
-
-class OwnForward(nn.Dropout):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.p, self.training) + 1
 
 
 class MyDropout(nn.Module):
@@ -255,7 +229,7 @@ class MyDropout(nn.Module):
 
 
 def test_modules_that_convert_leaves() -> None:
-    found = inspect(nn.Sequential(OwnForward(0.1), MyDropout(), thinned.Dropout(0.2)), torch.ones(4))
+    found = inspect(nn.Sequential(zoo.OwnForward(0.1), MyDropout(), thinned.Dropout(0.2)), torch.ones(4))
     assert [(site.path, site.type.rpartition(".")[2], site.becomes) for site in found] == [
         ("0", "OwnForward", ""),
         ("0", "dropout", "thinned.intercept()"),
@@ -267,16 +241,11 @@ def test_modules_that_convert_leaves() -> None:
     assert [site.calls for site in found] == [None, 1, None, 1]
 
 
-class AlwaysOn(nn.Dropout):
-    def train(self, mode: bool = True) -> AlwaysOn:  # noqa: ARG002
-        return super().train(True)
-
-
-def test_what_a_left_dropout_calls_is_told() -> None:
+def test_the_calls_of_a_left_dropout_are_reported() -> None:
     """Source and run agree on it, whether the subclass or the module itself has a method of its own."""
     patched = nn.Dropout(0.2)
     patched.train = lambda mode=True: patched  # type: ignore[assignment, misc] # noqa: ARG005
-    model = nn.Sequential(AlwaysOn(0.1), patched)
+    model = nn.Sequential(zoo.AlwaysOn(0.1), patched)
     found = inspect(model)
     assert [(site.path, site.type.rpartition(".")[2], site.p, site.becomes) for site in found] == [
         ("0", "AlwaysOn", 0.1, ""),
@@ -360,14 +329,6 @@ def test_only_modules() -> None:
         inspect(3)  # type: ignore[arg-type]
 
 
-def nothing() -> int:
-    return 3
-
-
-def fails() -> nn.Module:
-    raise RuntimeError("no weights")
-
-
 def test_a_model_named_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
@@ -392,6 +353,14 @@ def test_the_command() -> None:
 
 def two_blocks() -> nn.Module:
     return nn.Sequential(zoo.attention(), zoo.attention())
+
+
+def nothing() -> int:
+    return 3
+
+
+def fails() -> nn.Module:
+    raise RuntimeError("no weights")
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def assert_close(got: Result, want: Result) -> None:
 
 @contextmanager
 def masks(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """What the model's dropout modules keep, by their paths."""
+    """The masks of the model's dropout modules, by path."""
     seen: dict[str, list[Tensor]] = {}
 
     def record(path: str) -> Callable[..., None]:
@@ -193,13 +193,12 @@ def test_the_plain_run(name: str) -> None:
     assert not y.equal(first)
 
 
-@pytest.mark.parametrize("addressed", [True, False], ids=["addressed", "not addressed"])
-def test_resumed(name: str, addressed: bool) -> None:
+def test_resumed(name: str) -> None:
     """At step 10, in a new model, with no state of a generator."""
     dtype = torch.float32
     first = make(name, dtype)
     optimizer = optimizer_of(first)
-    losses = train(first, range(10), optimizer=optimizer, addressed=addressed)
+    losses = train(first, range(10), optimizer=optimizer)
     file = io.BytesIO()
     torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
@@ -209,14 +208,8 @@ def test_resumed(name: str, addressed: bool) -> None:
     second.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.manual_seed(999)
-    losses = torch.cat([losses, train(second, range(10, STEPS), optimizer=optimizer, addressed=addressed)])
-    resumed = losses, list(second.parameters())
-    if addressed:
-        assert_same_bits(resumed, plain(name, dtype))
-    else:
-        whole = result(make(name, dtype), addressed=False)
-        assert losses[:10].equal(whole[0][:10])
-        assert not losses[10:].allclose(whole[0][10:], rtol=1e-4)
+    losses = torch.cat([losses, train(second, range(10, STEPS), optimizer=optimizer)])
+    assert_same_bits((losses, list(second.parameters())), plain(name, dtype))
 
 
 # oneDNN's LSTM in float32 has other roundings where no gradient is wanted, as when reentrant ones go forward.
@@ -280,20 +273,6 @@ def test_without_an_address(name: str, split: str) -> None:
 
 def test_checkpointed_and_accumulated(name: str) -> None:
     assert_close(result(checkpointed(name, torch.float64, False), batches=SPLITS["4 x 8"]), plain(name))
-
-
-def test_frozen_layer() -> None:
-    """A layer that stops to drop, and to learn, leaves the masks of those after it alone."""
-    with masks(whole := make("BERT")) as want:
-        train(whole, range(2))
-    frozen = make("BERT")
-    frozen.get_submodule("bert.bert.encoder.layer.0").eval().requires_grad_(False)
-    with masks(frozen) as got:
-        train(frozen, range(2))
-    compared = [path for path in want if "layer.0" not in path]
-    assert len(compared) >= 3
-    for path in compared:
-        assert all(a.equal(b) for a, b in zip(got[path], want[path], strict=True))
 
 
 def test_two_stages() -> None:

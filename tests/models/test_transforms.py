@@ -66,7 +66,7 @@ class TestEnsembles:
 
     @pytest.mark.parametrize("context", [nullcontext, intercept])
     def test_drawn(self, members: list[Any], context: Callable[[], AbstractContextManager[Any]]) -> None:
-        """As torch.func documents: one mask for all, one for each, or an error."""
+        """torch.func documents one mask for all, one for each, or an error."""
         with context():
             same, different = self.run(members, "same"), self.run(members, "different")
             with pytest.raises(RuntimeError, match="randomness"):
@@ -77,7 +77,7 @@ class TestEnsembles:
 
     @pytest.mark.parametrize("randomness", RANDOMNESS)
     def test_keys_in_order(self, members: list[Any], randomness: str) -> None:
-        """What is a function of a key is not random: each member has the masks that it has alone."""
+        """A function of a key is not random: each member has the masks that it has alone."""
         for member in members:
             member.dropout.p = 0.0
         with intercept(key=Key(7)):
@@ -104,7 +104,7 @@ class TestEnsembles:
             assert (y[i] != 0).equal(keep_mask(key.fold(i), X.shape, 0.5))
 
     def test_address_different_in_different(self) -> None:
-        """Of the outer map first; a map between that is not different has no part in it."""
+        """The outer vmap folds first; a vmap between that is not "different" folds nothing."""
         model = net()
 
         def call(x: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class TestAutocast:
         assert torch.bfloat16 in seen[1].values()
 
     def test_masks_are_those_without(self) -> None:
-        """Of modules and of attention, whose dropped weights are returned here."""
+        """Those of modules, and of attention, which returns its weights after dropout here."""
         model = convert(zoo.bert(attn_implementation="eager")).model
         masks: list[list[Tensor]] = [[], []]
         dropouts = [module for module in model.modules() if type(module).__name__ == "Dropout"]
@@ -208,7 +208,7 @@ class TestAutocast:
 
 
 def replicas(model: nn.Module, number: int) -> list[Any]:
-    """What torch.nn.parallel.replicate makes of a model, for which it wants GPUs."""
+    """The replicas that torch.nn.parallel.replicate makes of a model, but without GPUs."""
     copies = []
     for _ in range(number):
         made = {module: module._replicate_for_data_parallel() for module in model.modules()}
@@ -244,7 +244,7 @@ def in_threads(*functions: Callable[[], Any]) -> list[Any]:
 
 
 class Meeting(nn.Module):
-    """Where threads wait for each other, so that they surely run at the same time."""
+    """Threads wait for each other here, so that they run at the same time."""
 
     def __init__(self, barrier: threading.Barrier) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class Meeting(nn.Module):
 
 
 class TestReplicas:
-    """Of DataParallel, which run in threads of their own and share the model's hooks."""
+    """Replicas of DataParallel run in threads of their own and share the model's hooks."""
 
     def model(self, barrier: threading.Barrier | None = None) -> Any:
         torch.manual_seed(0)
@@ -289,7 +289,7 @@ class TestReplicas:
         assert (whole != 0).equal(site.mask_of("3", X.shape, 0.3))
 
     def test_checkpointed(self) -> None:
-        """What is computed again in the main thread, after the context, has the replica's masks."""
+        """A recomputation in the main thread, after the context, has the replica's masks."""
 
         class Checkpointed(nn.Sequential):
             def forward(self, x: Tensor) -> Any:
@@ -340,7 +340,7 @@ class TestReplicas:
 
 class TestThreads:
     def test_addresses_of_their_own(self) -> None:
-        """Of one model or of two, at different steps, with sites that are called in turn."""
+        """One model or two, at different steps, with sites that are called in turn."""
         barrier = threading.Barrier(2)
         one, two = (TestReplicas().model(barrier) for _ in range(2))
 
@@ -395,7 +395,7 @@ class TestThreads:
 
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_backward_in_another_thread(self, reentrant: bool) -> None:
-        """As autograd does on GPUs: what is computed again there has the masks of the first time."""
+        """Autograd does so on GPUs; a recomputation there has the masks of the first run."""
         model, x = net(), X.clone().requires_grad_()
 
         def run(call: Callable[[], Tensor]) -> list[Any]:
@@ -434,7 +434,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("name", MODELS)
 def test_copies(name: str, way: str) -> None:
-    """Before, within and after an address; a copy has sites of its own and the same masks."""
+    """A copy made before, within or after an address has hooks of its own and the same masks."""
     model = MODELS[name]()
 
     def run(model: Any, step: int) -> Any:
@@ -450,9 +450,9 @@ def test_copies(name: str, way: str) -> None:
     for twin in twins:
         assert run(twin, 3).equal(expected)
         assert not run(twin, 4).equal(expected)
-        assert address(twin, seed=7, step=3).sites.name != address(model, seed=7, step=3).sites.name
+        assert address(twin, seed=7, step=3).hooks.id != address(model, seed=7, step=3).hooks.id
         assert set(twin.state_dict()) == set(model.state_dict())
-        # In the context of the one, the other is nobody's site.
+        # An address of the one has no part in the other.
         with intercept(), address(model, seed=7, step=3):
             assert not (run(twin, 4)).equal(expected)
 

@@ -1,7 +1,7 @@
 """Small models that other people wrote: random weights, nothing downloaded, all in training mode.
 
-``bert()``, ``gpt2()``, ``vit()``, ``t5()``, ``llama()``, ``swin()``, ``transformer()``, ``lstm()`` and
-``attention()`` give a model each; ``inputs(model, batch)`` what to call it with, by name, and
+``bert()``, ``gpt2()``, ``vit()``, ``t5()``, ``llama()``, ``swin()``, ``transformer()``, ``encoder()``,
+``lstm()`` and ``attention()`` give a model each; ``inputs(model, batch)`` what to call it with, by name, and
 ``output(model, batch)`` one tensor of a call. ``MODELS`` is all of them by name.
 """
 
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,8 @@ from thinned.compare.layers import _peers as peers
 
 WIDTH, LAYERS, HEADS, VOCABULARY, LENGTH = 32, 2, 2, 50, 12
 P = 0.1
+SMALL: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+SMALL |= {"intermediate_size": 2 * WIDTH}
 
 
 def _transformers() -> Any:
@@ -46,8 +49,7 @@ def _make(model: str, config: str, **arguments: Any) -> nn.Module:
 
 
 def bert(**arguments: Any) -> nn.Module:
-    small = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    small |= {"intermediate_size": 2 * WIDTH, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
+    small = SMALL | {"vocab_size": VOCABULARY, "max_position_embeddings": 32}
     return _make("BertForSequenceClassification", "BertConfig", **(small | arguments))
 
 
@@ -58,8 +60,7 @@ def gpt2(**arguments: Any) -> nn.Module:
 
 
 def vit(**arguments: Any) -> nn.Module:
-    small = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    small |= {"intermediate_size": 2 * WIDTH, "image_size": 16, "patch_size": 8}
+    small = SMALL | {"image_size": 16, "patch_size": 8}
     small |= {"hidden_dropout_prob": P, "attention_probs_dropout_prob": P}
     return _make("ViTModel", "ViTConfig", **(small | arguments))
 
@@ -71,8 +72,7 @@ def t5(**arguments: Any) -> nn.Module:
 
 
 def llama(**arguments: Any) -> nn.Module:
-    small = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    small |= {"num_key_value_heads": 1, "intermediate_size": 2 * WIDTH, "vocab_size": VOCABULARY}
+    small = SMALL | {"num_key_value_heads": 1, "vocab_size": VOCABULARY}
     small |= {"max_position_embeddings": 32, "attention_dropout": P}
     return _make("LlamaForCausalLM", "LlamaConfig", **(small | arguments))
 
@@ -91,7 +91,17 @@ def transformer(p: float = P) -> nn.Module:
         return nn.Transformer(WIDTH, HEADS, LAYERS, LAYERS, 2 * WIDTH, p, batch_first=True)
 
 
+def encoder(layers: int = LAYERS) -> nn.Module:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, P, batch_first=True)
+        return nn.TransformerEncoder(layer, layers)
+
+
 class LSTM(nn.Module):
+    """A recurrent layer with ``dropout=``, then a dropout module."""
+
     def __init__(self, p: float) -> None:
         super().__init__()
         self.lstm = nn.LSTM(WIDTH, WIDTH, num_layers=2, dropout=p, batch_first=True)
@@ -154,6 +164,8 @@ def inputs(model: nn.Module, batch: int = 4, seed: int = 0) -> dict[str, Tensor]
         return {"input_ids": words, "decoder_input_ids": words[:, :8]}
     if name == "Transformer":
         return {"src": vectors, "tgt": vectors[:, :8]}
+    if name == "TransformerEncoder":
+        return {"src": vectors}
     return {"x": vectors} if name in ("LSTM", "Attention") else {"input_ids": words}
 
 
@@ -170,5 +182,17 @@ def output(model: nn.Module, batch: int = 4, **arguments: Any) -> Tensor:
 
 
 def library_class(path: str) -> Any:
-    """A class of timm or torchvision, ``module:Class``, or None where the library is not installed."""
-    return peers.library_class(path)
+    """A class of timm or torchvision, ``module:Class``; skips the test if the library is not installed."""
+    return peers.library_class(path) or pytest.skip(f"{path.partition('.')[0]} is not installed")
+
+
+class OwnForward(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.p, self.training) + 1
+
+
+class AlwaysOn(nn.Dropout):
+    """Monte-Carlo dropout."""
+
+    def train(self, mode: bool = True) -> AlwaysOn:  # noqa: ARG002
+        return super().train(True)

@@ -1,4 +1,4 @@
-"""What the functions of every layer check, and the way from there to the operation."""
+"""The checks that all functions of layers share, and the call of the operation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from thinned import nested, op
 from thinned.backends.arguments import DTYPES
 from thinned.geometry import Geometry, shared, shared_cached
-from thinned.key_source import current
+from thinned.key_source import active
 from thinned.keys import Key
 from thinned.torch_state import compiling
 
@@ -27,22 +27,23 @@ def apply(
     shift: float = 0.0,
     fill: float = 0.0,
     *,
-    rows: int | None = 0,
+    sample_dim: int | None = 0,
     elementwise: bool = False,
 ) -> Tensor:
     """``keep ? input * scale + shift : fill`` under a mask shared along ``broadcast_dims``.
 
-    ``rows`` is as for :func:`key_for`. An ``elementwise`` layer has no dimension of its own for the samples,
-    so that the source of keys says which one it is.
+    ``sample_dim`` is as for :func:`key_for`. An ``elementwise`` layer has no sample dimension of its own, so
+    the active key source names it.
     """
-    if key is None and current.source is not None:
-        if elementwise and (dim := current.source.sample_dim(input)):
+    if key is None and active.key_source is not None:
+        if elementwise and (dim := active.key_source.sample_dim(input)):
             ndim = input.dim()
-            order = [dim, *(each for each in range(ndim) if each != dim)]
-            held = [order.index(each % ndim) if -ndim <= each < ndim else each for each in broadcast_dims]
-            y = apply(input.movedim(dim, 0), None, held, inplace, T, scale, shift, fill)
+            order = [dim, *(d for d in range(ndim) if d != dim)]
+            # A batch of keys belongs to dimension 0. The operation refuses a dimension out of range.
+            moved = [order.index(d % ndim) if -ndim <= d < ndim else d for d in broadcast_dims]
+            y = apply(input.movedim(dim, 0), None, moved, inplace, T, scale, shift, fill)
             return input if inplace else y.movedim(0, dim)
-        key = current.source.key_for(input, rows)
+        key = active.key_source.key_for(input, sample_dim)
     bits = None if key is None else bits_for(key, input)
     if input.is_nested:
         return nested.masked_affine(input, bits, broadcast_dims, inplace, T, scale, shift, fill)
@@ -73,7 +74,7 @@ def threshold_and_scale(p: float) -> tuple[int, float]:
     """``T`` and ``1/q`` of the mask's specification; ValueError for a ``p`` outside [0, 1]."""
     if type(p) is not float:
         p = float(p)
-    # Dynamo traces through a cache and says so in a warning.
+    # Dynamo ignores lru_cache and warns when it traces a cached function.
     return _compute(p) if compiling() else _compute_cached(p)
 
 
@@ -82,14 +83,14 @@ def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: i
         return shared(shape, broadcast_dims, key_dims)
     try:
         return shared_cached(shape, broadcast_dims, key_dims)
-    except TypeError:  # sizes that torch.export keeps symbolic have no hash
+    except TypeError:  # torch.export's symbolic sizes have no hash
         return shared(shape, broadcast_dims, key_dims)
 
 
 def check_input(name: str, input: Tensor, key: Key | None, *, dense: bool = False) -> None:
-    """Raise what torch would for an ``input`` that ``name`` cannot drop from, or a key that does not fit.
+    """Refuse an ``input`` of the wrong type or dtype with torch's error, and a ``key`` that does not fit.
 
-    ``dense`` says that a nested tensor is such an ``input``.
+    ``dense`` refuses nested tensors too. ``name`` is the function's, for the message.
     """
     if getattr(input, "dtype", None) not in DTYPES:
         if not isinstance(input, Tensor):
@@ -110,15 +111,15 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
         hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
         raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}{hint}")
     if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1])):
-        rows = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
+        batch = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit a tensor of shape {tuple(shape)}; "
-            f"accepted: one key of shape (){rows}"
+            f"accepted: one key of shape (){batch}"
         )
 
 
 def bits_for(key: Key, input: Tensor) -> Tensor:
-    """The key's bits where ``input`` is."""
+    """The key's bits on ``input``'s device; RuntimeError for a batch of keys on another one."""
     bits = key.bits
     if bits.device != input.device:
         if bits.dim():
@@ -130,29 +131,22 @@ def bits_for(key: Key, input: Tensor) -> Tensor:
     return bits
 
 
-def key_for(
-    input: Tensor,
-    key: Key | None,
-    *,
-    rows: int | None = 0,
-    elementwise: bool = False,
-) -> Key:
-    """The given key where ``input`` is, or one drawn from the default generator of ``input``'s device.
+def key_for(input: Tensor, key: Key | None, *, sample_dim: int | None = 0, elementwise: bool = False) -> Key:
+    """``key`` on ``input``'s device; without one, the active key source's, else one from torch's generator.
 
-    Compiled code draws what eager code draws, and under :func:`torch.vmap` the draw follows its
-    ``randomness``. Within :func:`thinned.address` it is the site's key, or one for each of the samples, which
-    lie along the dimension ``rows``; None for an ``input`` that is the same for all samples.
+    Compiled code draws what eager code draws, and under :func:`torch.vmap` the draw follows ``randomness``.
+    The key source may have a key for each sample along ``sample_dim``; None is for a weight, which all share.
 
     Raises:
-        NotImplementedError: ``input`` is sparse, or of another layout without strides; or the samples of an
-            ``elementwise`` layer lie along another dimension than 0.
+        NotImplementedError: ``input`` has no strides, as a sparse tensor; or the key source finds the samples
+            of an ``elementwise`` layer along another dimension than 0.
     """
     op.refuse_layout(input)
-    if key is None and current.source is not None:
-        if elementwise and (dim := current.source.sample_dim(input)):
+    if key is None and active.key_source is not None:
+        if elementwise and (dim := active.key_source.sample_dim(input)):
             raise NotImplementedError(
                 f"this layer has its samples in dimension 0, got dimension {dim} of shape "
                 f"{tuple(input.shape)}; transpose its input, or give it a key"
             )
-        key = current.source.key_for(input, rows)
+        key = active.key_source.key_for(input, sample_dim)
     return Key.from_bits(op.draw_for(input) if key is None else bits_for(key, input))

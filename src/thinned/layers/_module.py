@@ -12,14 +12,7 @@ __all__ = ["Layer", "TorchLayer"]
 
 
 class Layer(nn.Module):
-    """A layer with a probability of dropping, which shows the constructor's arguments that it stores.
-
-    Args:
-        p: the probability of dropping, in [0, 1].
-
-    Raises:
-        ValueError: ``p`` outside [0, 1] or NaN.
-    """
+    """A layer with a probability ``p`` of dropping; its repr shows the arguments that it stores."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -27,12 +20,13 @@ class Layer(nn.Module):
         self.p = p
 
     def extra_repr(self) -> str:
-        names = [name for name in inspect.signature(type(self)).parameters if name in vars(self)]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        parameters = inspect.signature(type(self)).parameters
+        stored = {name: vars(self)[name] for name in parameters if name in vars(self)}
+        return ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v}" for k, v in stored.items())
 
 
 class TorchLayer(nn.Module):
-    """What to put before a dropout of torch.nn among the bases: torch's own constructor accepts NaN."""
+    """The base before a dropout of torch.nn; refuses NaN, which torch's constructor accepts."""
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         check_p(p)

@@ -1,30 +1,33 @@
-"""Dropout inside attention: of whole heads, and of keys before the softmax."""
+"""Dropout inside attention: DropHead drops heads, DropKey drops keys before the softmax."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import index
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_input, key_for, threshold_and_scale
+from thinned.layers._module import Layer
 from thinned.nested import shape_of
 from thinned.op.from_key import apply_linear
+from thinned.op.noise import opmath
 from thinned.torch_state import is_eager
 
-__all__ = ["DropHead", "DropKey", "check_normalize", "drop_head", "drop_key"]
+__all__ = ["DropHead", "DropKey", "drop_head", "drop_key"]
 
 
 def drop_head(
     input: Tensor,
     p: float = 0.5,
-    training: bool = True,
     *,
+    training: bool = True,
     dim: int = 1,
     normalize: Literal["kept", "expected"] = "kept",
     key: Key | None = None,
@@ -35,18 +38,17 @@ def drop_head(
         \qquad s_n = \frac{H}{\#\{h : u(nH + h) < T\}}
         \quad\text{("kept"; "expected" has } 1/q \text{)}
 
-    Under ``"kept"`` the heads that are left share the weight of all ``H``, so that a sample's sum over equal
-    heads stays as it is; a sample that has lost all of its heads is zero, hence
-    :math:`E[y] = (1 - p^H)\, x`. Under ``"expected"`` :math:`E[y] = x`.
+    ``"kept"`` divides by the share of heads that the sample keeps, as the paper does: a sum over equal heads
+    does not change, and :math:`E[y] = (1 - p^H)\, x` because a sample that loses every head is zero.
+    ``"expected"`` divides by the keep probability, as dropout does: :math:`E[y] = x`.
 
     Args:
         input: the heads' outputs before they are joined, a floating-point or complex tensor of shape
-            ``(N, H, L, D)``, or of any other whose dimension 0 is the sample's and ``dim`` the heads'.
+            ``(N, H, L, D)``, or of any other with samples in dimension 0 and heads in ``dim``.
         p: the probability of dropping a head, in [0, 1].
         training: False returns ``input`` itself, and so does ``p = 0``.
         dim: the heads' dimension; 0 for the heads of a single sample.
-        normalize: ``"kept"``, by the share of heads that this sample has kept, as the paper does, or
-            ``"expected"``, by the probability of keeping, as dropout does.
+        normalize: ``"kept"`` or ``"expected"``.
         key: as for :func:`~thinned.functional.dropout`.
 
     Returns:
@@ -66,7 +68,7 @@ def drop_head(
             [1., 1., 1., 1., 1., 1.]])
     """
     T, scale = threshold_and_scale(p)
-    check_normalize(normalize)
+    _check_normalize(normalize)
     check_input("drop_head", input, key, dense=training and p != 0 and normalize == "kept")
     ndim = input.dim()
     if not -ndim <= dim < ndim:
@@ -76,18 +78,18 @@ def drop_head(
         )
     if not training or p == 0:
         return input
-    dim %= ndim
+    # index: Dynamo finds no number in a tuple with a symbolic one, and would share the mask among heads.
+    dim = index(dim) % ndim
     shared_dims = [d for d in range(ndim) if d not in (0, dim)]
     if normalize == "expected":
         return apply(input, key, shared_dims, False, T, scale)
 
     def by_kept(x: Tensor, key: Key) -> Tensor:
         y = apply(x, key, shared_dims, False, T, 1.0)
-        decisions = [1 if d in shared_dims else size for d, size in enumerate(x.shape)]
-        keep = op.keep_mask(key.bits, decisions, shared(decisions, (), key.bits.dim()), T)
-        factor = x.shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1).to(_opmath(x))
+        kept = _keep_mask(x, key, shared_dims, T).sum(dim, keepdim=True)
+        factor = x.shape[dim] / kept.clamp(min=1).to(opmath(x.dtype))
         if y.is_complex():
-            # Part by part, or an infinity makes NaN of the other part.
+            # A complex product would make NaN of the finite part beside an infinite one.
             torch.view_as_real(y).mul_(factor.unsqueeze(-1))
         else:
             y.mul_(factor)
@@ -96,21 +98,49 @@ def drop_head(
     return apply_linear(by_kept, input, key_for(input, key))
 
 
-def check_normalize(normalize: str) -> None:
-    """Raise if DropHead has no such normalisation."""
+def _check_normalize(normalize: str) -> None:
     if normalize not in ("kept", "expected"):
         raise ValueError(f"normalize has to be either 'kept' or 'expected', but got {normalize!r}")
 
 
-def _opmath(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
+def _keep_mask(x: Tensor, key: Key, shared_dims: Sequence[int], T: int) -> Tensor:
+    """``x``'s mask, of size 1 along shared dimensions; samples with keys of their own share nothing."""
+    key_dims = key.bits.dim()
+    geometry = shared(x.shape, shared_dims, key_dims)
+    once = {dim % x.dim() for dim in shared_dims} - set(range(key_dims))
+    shape = [1 if dim in once else size for dim, size in enumerate(x.shape)]
+    return op.keep_mask(key.bits, shape, geometry, T)
+
+
+class DropHead(Layer):
+    """:func:`thinned.functional.drop_head` as a module, for inputs such as ``(N, H, L, D)``.
+
+    Source: Zhou et al., "Scheduled DropHead", Findings of EMNLP 2020, section 3.
+
+    >>> import thinned
+    >>> thinned.DropHead(0.5)(torch.ones(2, 3, 1, 1), key=thinned.Key(3)).flatten()
+    tensor([0., 0., 3., 1., 1., 1.])
+    """
+
+    def __init__(
+        self, p: float = 0.5, *, dim: int = 1, normalize: Literal["kept", "expected"] = "kept"
+    ) -> None:
+        super().__init__(p)
+        _check_normalize(normalize)
+        self.dim = dim
+        self.normalize = normalize
+
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        return drop_head(
+            input, self.p, training=self.training, dim=self.dim, normalize=self.normalize, key=key
+        )
 
 
 def drop_key(
     input: Tensor,
     p: float = 0.5,
-    training: bool = True,
     *,
+    training: bool = True,
     broadcast_dims: Sequence[int] = (),
     key: Key | None = None,
 ) -> Tensor:
@@ -120,18 +150,18 @@ def drop_key(
         \qquad m = \text{the dtype's largest finite number}
 
     The softmax that follows gives a dropped key no weight and shares it among the others, so that nothing is
-    rescaled. The number is finite so that a query that has lost all of its keys attends to all of them
-    equally, and not to NaN, which the paper's ``-1e12`` gives in float16. A logit of ``-inf`` stays one: a
-    query never attends to what a causal or padding mask of ``-inf`` forbids, whether that was added before
-    or is added after. (A mask of the lowest finite number does not promise that.)
+    rescaled. A query that loses all of its keys attends to all of them equally, because ``-m`` is finite; the
+    paper's ``-1e12`` gives NaN in float16. A logit of ``-inf`` stays ``-inf``: what a causal or padding mask
+    of ``-inf`` forbids stays forbidden, whether that mask is added before or after. A mask of ``-m`` does not
+    promise that.
 
     Args:
         input: the logits right before the softmax, a floating-point tensor such as ``(N, H, L_q, L_k)``.
         p: the probability of dropping, in [0, 1].
         training: False returns ``input`` itself, and so does ``p = 0``.
-        broadcast_dims: dimensions along which all share one decision. Without any, each query of each head
-            has keys of its own, as in the paper; ``(1,)`` shares them between heads, ``(1, 2)`` drops a key
-            for a whole sample.
+        broadcast_dims: dimensions along which all share one decision. By default each query of each head
+            drops keys of its own, as in the paper; ``(1,)`` drops the same keys in all heads, ``(1, 2)`` for
+            all queries too.
         key: what the mask is a function of, as for :func:`~thinned.functional.dropout`.
 
     Returns:
@@ -154,96 +184,35 @@ def drop_key(
         raise RuntimeError(f"drop_key needs real logits, got {input.dtype} of shape {tuple(input.shape)}")
     if not training or p == 0:
         return input
-    shared(input.shape, broadcast_dims)  # IndexError for a dimension that there is not
     dims, lowest = tuple(broadcast_dims), torch.finfo(input.dtype).min
 
     def derivative(x: Tensor, key: Key) -> Tensor:
         return apply(x, key, dims, False, T, 1.0)
 
     def value(x: Tensor, key: Key) -> Tensor:
-        if not dims:
-            # y is x or the lowest finite number, than which only x's -inf is less.
-            y = apply(x, key, (), False, T, 1.0, fill=lowest)
-            return torch.minimum(y, x, out=y if is_eager(y) else None)
-        # Rows with keys of their own share nothing with each other.
-        held = {dim % x.dim() for dim in dims} - set(range(key.bits.dim()))
-        decisions = [1 if dim in held else size for dim, size in enumerate(x.shape)]
-        no_limit = x.new_full((), math.inf).expand(decisions)
-        return torch.minimum(x, apply(no_limit, key, (), False, T, 1.0, fill=lowest))
+        if dims:
+            keep = _keep_mask(x, key, dims, T)
+            return torch.minimum(x, x.new_full((), lowest).masked_fill(keep, math.inf))
+        # One pass more only for -inf, the one number below the fill.
+        y = apply(x, key, (), False, T, 1.0, fill=lowest)
+        return torch.minimum(y, x, out=y if is_eager(y) else None)
 
     return apply_linear(derivative, input, key_for(input, key), value)
 
 
-class DropHead(nn.Module):
-    """:func:`thinned.functional.drop_head` as a module.
-
-    Args:
-        p: the probability of dropping a head, in [0, 1].
-        dim: the heads' dimension.
-        normalize: ``"kept"``, by the share of heads that a sample has kept, as the paper does, or
-            ``"expected"``, by the probability of keeping.
-
-    Shape:
-        ``(N, H, L, D)``, or any other whose dimension 0 is the sample's and ``dim`` the heads'; the output
-        has the input's shape, dtype and memory format.
-
-    Raises:
-        ValueError: ``p`` outside [0, 1] or NaN, or another ``normalize``.
-
-    Source: Zhou et al., "Scheduled DropHead: a regularization method for transformer models", Findings of
-    EMNLP 2020, section 3.
-
-    >>> import torch, thinned
-    >>> thinned.DropHead(0.5)(torch.ones(2, 3, 1, 2), key=thinned.Key(3)).flatten(1)
-    tensor([[0., 0., 0., 0., 3., 3.],
-            [1., 1., 1., 1., 1., 1.]])
-    """
-
-    def __init__(self, p: float = 0.5, dim: int = 1, normalize: Literal["kept", "expected"] = "kept") -> None:
-        super().__init__()
-        threshold_and_scale(p)
-        check_normalize(normalize)
-        self.p = p
-        self.dim = dim
-        self.normalize = normalize
-
-    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
-        return drop_head(input, self.p, self.training, dim=self.dim, normalize=self.normalize, key=key)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}, dim={self.dim}, normalize={self.normalize!r}"
-
-
-class DropKey(nn.Module):
+class DropKey(Layer):
     """:func:`thinned.functional.drop_key` as a module: it stands right before the softmax.
-
-    Args:
-        p: the probability of dropping, in [0, 1].
-        broadcast_dims: dimensions along which all share one decision; none, as in the paper, gives each
-            query of each head keys of its own.
-
-    Shape:
-        logits such as ``(N, H, L_q, L_k)``; the output has the input's shape, dtype and memory format.
-
-    Raises:
-        ValueError: ``p`` outside [0, 1] or NaN.
 
     Source: Li et al., "DropKey for vision transformer", CVPR 2023, section 3 and algorithm 1.
 
-    >>> import torch, thinned
-    >>> thinned.DropKey(0.5)(torch.zeros(2, 4), key=thinned.Key(3)).softmax(-1)
-    tensor([[0.0000, 0.0000, 0.5000, 0.5000],
-            [0.2500, 0.2500, 0.2500, 0.2500]])
+    >>> import thinned
+    >>> thinned.DropKey(0.5)(torch.zeros(1, 4), key=thinned.Key(3)).softmax(-1)
+    tensor([[0.0000, 0.0000, 0.5000, 0.5000]])
     """
 
-    def __init__(self, p: float = 0.5, broadcast_dims: Sequence[int] = ()) -> None:
-        super().__init__()
-        threshold_and_scale(p)
-        self.p = p
+    def __init__(self, p: float = 0.5, *, broadcast_dims: Sequence[int] = ()) -> None:
+        super().__init__(p)
         self.broadcast_dims = tuple(broadcast_dims)
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
-        return drop_key(input, self.p, self.training, broadcast_dims=self.broadcast_dims, key=key)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}, broadcast_dims={self.broadcast_dims}"
+        return drop_key(input, self.p, training=self.training, broadcast_dims=self.broadcast_dims, key=key)

@@ -1,4 +1,4 @@
-"""Dropout whose probability is learned, by a mask that is almost binary."""
+"""ConcreteDropout: dropout whose probability is learned, through a mask that is almost binary."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from thinned.nested import elementwise, refuse
 from thinned.op.learned import Noisy, apply_noisy, check_parameter
 from thinned.op.noise import logistic
 
-__all__ = ["ConcreteDropout", "check_temperature", "concrete_dropout", "concrete_regularization"]
+__all__ = ["ConcreteDropout", "concrete_dropout", "concrete_regularization"]
 
-# At this logit 1 - p is 2e-35; further up 1 / (1-p) would leave float32, and times a mask of 0 be NaN.
+# Here 1 - p is 2e-35. At 89 its reciprocal overflows float32, and infinity times a mask of 0 is NaN.
 _LARGEST_LOGIT = 80.0
 
 
 def concrete_dropout(
     input: Tensor,
     p_logit: Tensor,
+    *,
     temperature: float = 0.1,
     training: bool = True,
-    *,
     key: Key | None = None,
     broadcast_dims: Sequence[int] = (),
 ) -> Tensor:
@@ -36,9 +36,8 @@ def concrete_dropout(
         z_i = \operatorname{sigmoid}\Bigl(\frac1t\Bigl(\log\frac{p}{1-p} + \log\frac{u_i}{1-u_i}\Bigr)\Bigr),
         \qquad p = \operatorname{sigmoid}(\text{p\_logit})
 
-    ``u`` is uniform; as the temperature ``t`` goes to 0, ``z`` becomes 1 with probability ``p``, else 0. The
-    noise is made again for the backward pass, which is exact in ``input`` and in ``p_logit``; what is saved
-    is these two.
+    ``u`` is uniform; as the temperature ``t`` goes to 0, ``z`` becomes 1 with probability ``p``, else 0.
+    Backward regenerates the noise, so only ``input`` and ``p_logit`` are saved; both gradients are exact.
 
     Args:
         input: a floating-point or complex tensor of any shape.
@@ -68,33 +67,139 @@ def concrete_dropout(
     tensor([[0., 0., 0.],
             [2., 2., 2.]])
     """
-    check_temperature(temperature)
+    _check_temperature(temperature)
     check_input("concrete_dropout", input, key)
     p_logit = check_parameter("concrete_dropout", "p_logit", p_logit, input)
     if not training:
         return input
+    dims = tuple(broadcast_dims)
+    if input.is_nested and (p_logit.dim() or dims):
+        unfit = f"p_logit of shape {tuple(p_logit.shape)} and broadcast_dims {dims}"
+        refuse(f"concrete_dropout with {unfit}", input, "one p_logit and no broadcast_dims")
+    key = key_for(input, key, elementwise=True)
     if input.is_nested:
-        if p_logit.dim() or broadcast_dims:
-            refuse(
-                f"concrete_dropout with p_logit of shape {tuple(p_logit.shape)} and broadcast_dims "
-                f"{tuple(broadcast_dims)}",
-                input,
-                "one p_logit and no broadcast_dims",
-            )
         relaxed = partial(concrete_dropout, p_logit=p_logit, temperature=temperature)
-        return elementwise("concrete_dropout", relaxed, input, key_for(input, key, elementwise=True))
+        return elementwise("concrete_dropout", relaxed, input, key)
     noisy = Noisy(
-        noise=partial(_logistic, broadcast_dims=tuple(broadcast_dims)),
+        noise=lambda key, shape, dtype: logistic(key, shape, dtype=dtype, broadcast_dims=dims),
         factor=partial(_factor, temperature=temperature),
         both=partial(_factor_and_slope, temperature=temperature),
     )
-    return apply_noisy(noisy, input, p_logit, key_for(input, key, elementwise=True))
+    return apply_noisy(noisy, input, p_logit, key)
 
 
-def check_temperature(temperature: float) -> None:
-    """ValueError unless the temperature is above 0 and finite."""
+def _check_temperature(temperature: float) -> None:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature has to be above 0 and finite, but got {temperature}")
+
+
+def _odds(logit: Tensor) -> Tensor:
+    """``p / (1 - p)``."""
+    return logit.clamp(max=_LARGEST_LOGIT).exp()
+
+
+def _factor(noise: Tensor, logit: Tensor, inplace: bool, temperature: float) -> Tensor:
+    """``(1 - z) / (1 - p)``."""
+    kept = _kept(noise, logit, inplace, temperature)
+    return torch.mul(kept, 1 + _odds(logit), out=kept if inplace else None)
+
+
+def _factor_and_slope(
+    noise: Tensor, logit: Tensor, inplace: bool, temperature: float
+) -> tuple[Tensor, Tensor]:
+    odds, kept = _odds(logit), _kept(noise, logit, inplace, temperature)
+    steep = (1 + odds) / temperature
+    slope = (odds - steep + steep * kept) * kept
+    return torch.mul(kept, 1 + odds, out=kept if inplace else None), slope
+
+
+def _kept(noise: Tensor, logit: Tensor, inplace: bool, temperature: float) -> Tensor:
+    """``1 - z``, by exp: torch.sigmoid's vector tail rounds differently, so a result would show its place."""
+    scaled = torch.add(noise, logit, out=noise if inplace else None).mul_(1 / temperature)
+    if inplace:
+        return scaled.exp_().add_(1).reciprocal_()
+    return (1 + scaled.exp()).reciprocal()
+
+
+class ConcreteDropout(nn.Module):
+    """:func:`thinned.functional.concrete_dropout` as a module that learns ``p_logit``.
+
+    Add :meth:`regularization` of the layer that follows to the loss::
+
+        drop, linear = thinned.ConcreteDropout(), torch.nn.Linear(128, 10)
+        loss = criterion(linear(drop(x)), y) + drop.regularization(linear.parameters(), 128)
+
+    In evaluation the layer is the identity, as any dropout of PyTorch. The authors' code keeps sampling
+    there, for Monte Carlo estimates: for that, call ``drop.train()`` after ``model.eval()``.
+
+    Args:
+        p: the probability of dropping that learning starts from, above 0 and below 1.
+        temperature, broadcast_dims: as for the function.
+        weight_regularizer, dropout_regularizer: as for :func:`thinned.functional.concrete_regularization`.
+
+    Attributes:
+        p_logit: the parameter, of shape ``(1,)``.
+
+    Raises:
+        ValueError: ``p`` is not above 0 and below 1.
+
+    Source: Gal, Hron and Kendall, "Concrete dropout", NeurIPS 2017, section 3, and the authors' code.
+
+    >>> import thinned
+    >>> drop = thinned.ConcreteDropout(0.5)
+    >>> drop(torch.ones(6), key=thinned.Key(7)).detach().round(decimals=3)
+    tensor([0., 0., 0., 2., 2., 2.])
+    """
+
+    def __init__(
+        self,
+        p: float = 0.1,
+        *,
+        temperature: float = 0.1,
+        weight_regularizer: float = 1e-6,
+        dropout_regularizer: float = 1e-5,
+        broadcast_dims: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        if not 0 < p < 1:
+            raise ValueError(
+                f"the initial dropout probability has to be above 0 and below 1, but got {p}: "
+                "its logit is learned"
+            )
+        _check_temperature(temperature)
+        self.temperature = temperature
+        self.weight_regularizer = weight_regularizer
+        self.dropout_regularizer = dropout_regularizer
+        self.broadcast_dims = tuple(broadcast_dims)
+        self.p_logit = nn.Parameter(torch.full((1,), math.log(p) - math.log1p(-p)))
+
+    @property
+    def p(self) -> Tensor:
+        """The probability of dropping."""
+        return torch.sigmoid(self.p_logit)
+
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        return concrete_dropout(
+            input,
+            self.p_logit,
+            temperature=self.temperature,
+            training=self.training,
+            key=key,
+            broadcast_dims=self.broadcast_dims,
+        )
+
+    def regularization(self, weights: Tensor | Iterable[Tensor], num_features: int | None = None) -> Tensor:
+        """:func:`thinned.functional.concrete_regularization` of this layer and the one that follows."""
+        return concrete_regularization(
+            self.p_logit, weights, num_features, self.weight_regularizer, self.dropout_regularizer
+        )
+
+    def extra_repr(self) -> str:
+        shared = f", broadcast_dims={self.broadcast_dims}" if self.broadcast_dims else ""
+        return (
+            f"temperature={self.temperature}, weight_regularizer={self.weight_regularizer}, "
+            f"dropout_regularizer={self.dropout_regularizer}{shared}"
+        )
 
 
 def concrete_regularization(
@@ -104,19 +209,19 @@ def concrete_regularization(
     weight_regularizer: float = 1e-6,
     dropout_regularizer: float = 1e-5,
 ) -> Tensor:
-    r"""What to add to the loss for each layer of :func:`concrete_dropout`, so that ``p`` is learned.
+    r"""A term of the loss for each layer of :func:`concrete_dropout`, which keeps ``p`` from falling to 0.
 
     .. math:: \lambda_w \frac{\sum W^2}{1 - p} + \lambda_d\, K\,\bigl(p\log p + (1-p)\log(1-p)\bigr)
 
-    ``W`` is what the layer after the dropout multiplies by, ``K`` how many inputs it has. The second term is
-    ``-K`` times the entropy of a mask: it draws ``p`` to 0.5, the first draws it to 0. The division by
-    ``1 - p`` is that of the inverted dropout: the paper's weights are ``W / (1 - p)``.
+    ``W`` are the weights of the layer after the dropout; ``K`` is how many inputs that layer has. The first
+    term pulls ``p`` to 0; it divides by ``1 - p`` because inverted dropout makes the paper's weights
+    ``W / (1 - p)``. The second term, ``-K`` times the entropy of a mask, pulls ``p`` to 0.5.
 
     Args:
         p_logit: the logit of the probability of dropping, a tensor of one element.
         weights: the parameters of the layer after the dropout (the authors count its bias too).
-        num_features: ``K``; default: the size of the first weight's dimension 1, which a linear or
-            convolutional layer's inputs or channels have.
+        num_features: ``K``; default: the size of the first weight's dimension 1, the inputs of a linear layer
+            or the channels of a convolution.
         weight_regularizer: ``l**2 / (tau * N)`` for the prior length scale ``l``, the model precision ``tau``
             and ``N`` examples, where the loss is the mean over examples.
         dropout_regularizer: ``2 / (tau * N)``.
@@ -149,132 +254,7 @@ def concrete_regularization(
     p = torch.sigmoid(logit)
     squares = torch.stack([weight.square().sum() for weight in weights]).sum()
     logsigmoid = torch.nn.functional.logsigmoid
-    # By the logit's logarithms nothing is NaN where p is 0 or 1 to rounding.
+    # p.log() would be -inf, and the product NaN, where p rounds to 0 or 1.
     negative_entropy = p * logsigmoid(logit) + (1 - p) * logsigmoid(-logit)
-    odds = logit.clamp(max=_LARGEST_LOGIT).exp()
-    return weight_regularizer * squares * (1 + odds) + dropout_regularizer * num_features * negative_entropy
-
-
-def _logistic(key: Key, shape: Sequence[int], dtype: torch.dtype, broadcast_dims: Sequence[int]) -> Tensor:
-    return logistic(key, shape, dtype=dtype, broadcast_dims=broadcast_dims)
-
-
-def _factor(noise: Tensor, logit: Tensor, out: Tensor | None, temperature: float) -> Tensor:
-    """``(1 - z) / (1 - p)``."""
-    odds = logit.clamp(max=_LARGEST_LOGIT).exp()
-    kept = _kept(noise, logit, out, temperature)
-    return torch.mul(kept, 1 + odds, out=None if out is None else kept)
-
-
-def _factor_and_slope(
-    noise: Tensor, logit: Tensor, out: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    odds = logit.clamp(max=_LARGEST_LOGIT).exp()
-    kept = _kept(noise, logit, out, temperature)
-    steep = (1 + odds) / temperature
-    slope = (odds - steep + steep * kept) * kept
-    return torch.mul(kept, 1 + odds, out=None if out is None else kept), slope
-
-
-def _kept(noise: Tensor, logit: Tensor, out: Tensor | None, temperature: float) -> Tensor:
-    """``1 - z``, by exp: torch.sigmoid rounds another way in a vector's last lanes."""
-    scaled = torch.add(noise, logit, out=out).mul_(1 / temperature)
-    if out is None:
-        return (1 + scaled.exp()).reciprocal()
-    return scaled.exp_().add_(1).reciprocal_()
-
-
-class ConcreteDropout(nn.Module):
-    """:func:`thinned.functional.concrete_dropout` with a learned probability.
-
-    Add :meth:`regularization` of the layer that follows to the loss::
-
-        drop, linear = thinned.ConcreteDropout(), torch.nn.Linear(128, 10)
-        loss = criterion(linear(drop(x)), y) + drop.regularization(linear.parameters(), 128)
-
-    In evaluation the layer is the identity, as any dropout of PyTorch. The authors' code keeps sampling
-    there, for Monte Carlo estimates: for that, call ``drop.train()`` after ``model.eval()``.
-
-    Args:
-        p: the probability of dropping that learning starts from, above 0 and below 1.
-        temperature: of the relaxed mask, above 0.
-        weight_regularizer: ``l**2 / (tau * N)`` for the prior length scale ``l``, the model precision ``tau``
-            and ``N`` examples.
-        dropout_regularizer: ``2 / (tau * N)``.
-        broadcast_dims: dimensions along which all elements share one mask; ``(2, 3)`` and ``temperature=2/3``
-            is the authors' spatial concrete dropout.
-
-    Attributes:
-        p_logit: the parameter, of shape ``(1,)``.
-
-    Shape:
-        Any; the output has the input's shape and dtype.
-
-    Raises:
-        ValueError: ``p`` is not above 0 and below 1, or ``temperature`` not above 0.
-
-    Source: Gal, Hron and Kendall, "Concrete dropout", NeurIPS 2017, section 3, and the authors' code at
-    https://github.com/yaringal/ConcreteDropout.
-
-    >>> import torch, thinned
-    >>> drop = thinned.ConcreteDropout(0.5)
-    >>> drop(torch.ones(2, 3), key=thinned.Key(7)).detach().round(decimals=3)
-    tensor([[0., 0., 0.],
-            [2., 2., 2.]])
-    >>> drop.p.detach()
-    tensor([0.5000])
-    """
-
-    def __init__(
-        self,
-        p: float = 0.1,
-        temperature: float = 0.1,
-        weight_regularizer: float = 1e-6,
-        dropout_regularizer: float = 1e-5,
-        broadcast_dims: Sequence[int] = (),
-    ) -> None:
-        super().__init__()
-        if not 0 < p < 1:
-            raise ValueError(
-                f"the initial dropout probability has to be above 0 and below 1, but got {p}: "
-                "its logit is learned"
-            )
-        check_temperature(temperature)
-        self.temperature = temperature
-        self.weight_regularizer = weight_regularizer
-        self.dropout_regularizer = dropout_regularizer
-        self.broadcast_dims = tuple(broadcast_dims)
-        self.p_logit = nn.Parameter(torch.full((1,), math.log(p) - math.log1p(-p)))
-
-    @property
-    def p(self) -> Tensor:
-        """The probability of dropping."""
-        return torch.sigmoid(self.p_logit)
-
-    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
-        return concrete_dropout(
-            input,
-            self.p_logit,
-            self.temperature,
-            self.training,
-            key=key,
-            broadcast_dims=self.broadcast_dims,
-        )
-
-    def regularization(self, weights: Tensor | Iterable[Tensor], num_features: int | None = None) -> Tensor:
-        """:func:`thinned.functional.concrete_regularization` with this layer's probability and factors.
-
-        Args:
-            weights: the parameters of the layer that follows.
-            num_features: how many inputs it has; default: the size of the first weight's dimension 1.
-        """
-        return concrete_regularization(
-            self.p_logit, weights, num_features, self.weight_regularizer, self.dropout_regularizer
-        )
-
-    def extra_repr(self) -> str:
-        shared = f", broadcast_dims={self.broadcast_dims}" if self.broadcast_dims else ""
-        return (
-            f"temperature={self.temperature}, weight_regularizer={self.weight_regularizer}, "
-            f"dropout_regularizer={self.dropout_regularizer}{shared}"
-        )
+    cost = weight_regularizer * squares * (1 + _odds(logit))
+    return cost + dropout_regularizer * num_features * negative_entropy

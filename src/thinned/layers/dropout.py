@@ -1,8 +1,7 @@
-"""Dropout of single elements, or of whatever dimensions share a decision, and its mask."""
+"""Dropout of elements, with one decision for each or shared along dimensions; and its mask."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_input, check_key, threshold_and_scale
+from thinned.layers._module import TorchLayer
 
 __all__ = ["Dropout", "dropout", "keep_mask"]
 
@@ -70,6 +70,36 @@ def dropout(
     return apply(input, key, broadcast_dims, inplace, T, scale, elementwise=True)
 
 
+class Dropout(TorchLayer, torch.nn.Dropout):
+    """:func:`thinned.functional.dropout` as a module: everything :class:`torch.nn.Dropout` is, and a key.
+
+    Source: Srivastava et al. 2014, as the function; ``broadcast_dims`` as in Flax.
+
+    >>> import thinned
+    >>> thinned.Dropout(0.5)(torch.ones(6), key=thinned.Key(7))
+    tensor([0., 0., 0., 2., 2., 2.])
+    >>> thinned.Dropout(0.5, broadcast_dims=(0,))(torch.ones(2, 6), key=thinned.Key(7))
+    tensor([[0., 0., 0., 2., 2., 2.],
+            [0., 0., 0., 2., 2., 2.]])
+    """
+
+    broadcast_dims: Sequence[int] = ()  # on the class, so that layers pickled without it still run
+
+    def __init__(self, p: float = 0.5, inplace: bool = False, *, broadcast_dims: Sequence[int] = ()) -> None:
+        super().__init__(p, inplace)
+        if broadcast_dims:
+            self.broadcast_dims = tuple(broadcast_dims)
+
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        return dropout(
+            input, self.p, self.training, self.inplace, key=key, broadcast_dims=self.broadcast_dims
+        )
+
+    def extra_repr(self) -> str:
+        dims = f", broadcast_dims={self.broadcast_dims}" if self.broadcast_dims else ""
+        return super().extra_repr() + dims
+
+
 def keep_mask(
     key: Key,
     shape: Sequence[int],
@@ -80,18 +110,8 @@ def keep_mask(
 ) -> Tensor:
     """The mask that :func:`dropout` applies to a tensor of ``shape`` under ``key``: True where it keeps.
 
-    Args:
-        key: one key, or a batch of ``shape[0]`` keys.
-        shape: the mask's.
-        p: the probability of dropping, in [0, 1].
-        device: where the mask is made; default: where the key is.
-        broadcast_dims: dimensions along which all elements share one decision.
-
-    Returns:
-        A bool tensor of ``shape``.
-
-    Raises:
-        ValueError, TypeError, RuntimeError, IndexError: as :func:`dropout`.
+    ``key`` may be a batch of ``shape[0]`` keys. The mask is a bool tensor, made on ``device``, by default the
+    key's. The other arguments and the errors are those of :func:`dropout`.
 
     >>> import thinned
     >>> thinned.keep_mask(thinned.Key(7), (2, 6), p=0.5).int()
@@ -103,36 +123,3 @@ def keep_mask(
     check_key(key, shape)
     bits = key.bits if device is None else key.bits.to(device)
     return op.keep_mask(bits, shape, shared(shape, broadcast_dims, bits.dim()), T)
-
-
-class Dropout(torch.nn.Dropout):
-    """:func:`thinned.functional.dropout` as a module: everything :class:`torch.nn.Dropout` is, and a key.
-
-    Args:
-        p: the probability of dropping an element, in [0, 1].
-        inplace: write the result over the input.
-
-    Shape:
-        any; the output has the input's shape, dtype and memory format.
-
-    Raises:
-        ValueError: ``p`` outside [0, 1] or NaN.
-
-    Source: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 15
-    (2014).
-
-    >>> import thinned
-    >>> layer = thinned.Dropout(p=0.5)
-    >>> layer(torch.ones(6), key=thinned.Key(7))
-    tensor([0., 0., 0., 2., 2., 2.])
-    >>> layer.eval()(torch.ones(6))
-    tensor([1., 1., 1., 1., 1., 1.])
-    """
-
-    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        if math.isnan(p):
-            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-        super().__init__(p, inplace)
-
-    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
-        return dropout(input, self.p, self.training, self.inplace, key=key)

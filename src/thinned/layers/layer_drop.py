@@ -1,4 +1,4 @@
-"""Dropout of whole layers of a stack."""
+"""LayerDrop: a stack of layers that skips some of them in training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.keys import Key
-from thinned.layers._arguments import key_for, threshold_and_scale
+from thinned.layers._arguments import check_p, key_for
 from thinned.layers.dropout import keep_mask
 from thinned.torch_state import compiling, is_batched, is_eager
 
@@ -17,28 +17,28 @@ __all__ = ["LayerDrop"]
 
 
 class LayerDrop(nn.ModuleList):
-    r"""A stack of layers, of which each pass of training leaves out some: layer ``l`` with probability ``p``.
+    r"""A stack of layers: in training, a forward pass skips layer ``l`` with probability ``p``.
 
     .. math:: x_{l+1} = \begin{cases} f_l(x_l) & u(l) < T \\ x_l & \text{otherwise} \end{cases}
 
-    There is one decision a layer for the whole batch, ``keep_mask(key, (len(layers),), p)``, and nothing is
-    scaled. Evaluation runs all layers. A layer that is left out is not run, and its parameters get no
-    gradient (DistributedDataParallel has to be told, with ``find_unused_parameters=True``).
+    One decision per layer holds for the entire batch: ``keep_mask(key, (len(layers),), p)``. Nothing is
+    scaled. Evaluation runs all layers. A skipped layer does not run and its parameters get no gradient, so
+    DistributedDataParallel needs ``find_unused_parameters=True``.
 
-    Where Python cannot branch on a decision, under :func:`torch.compile`, :func:`torch.func.vmap` and
-    tracers, all layers run and the decision selects. The result is the same for the same key, but layers that
-    draw random numbers of their own draw them where they are left out too.
+    Under :func:`torch.compile`, :func:`torch.func.vmap` and tracers Python cannot branch on a decision. There
+    all layers run and :func:`torch.where` selects. The result under one key is the same, but a skipped layer
+    that draws random numbers of its own still advances the generator.
 
-    It is a :class:`torch.nn.ModuleList`, also in its ``state_dict``: indexing, iteration and ``len`` see all
-    layers. ``layers[::2]`` is the paper's "every other" pruning for inference. A loop of one's own, as over
-    fairseq's ``LayerDropModuleList``, goes over :meth:`surviving`.
+    Indexing, iteration, ``len`` and ``state_dict`` are those of :class:`torch.nn.ModuleList` and see all
+    layers. ``layers[::2]`` is the paper's "every other" pruning for inference. To write your own loop, as
+    with fairseq's ``LayerDropModuleList``, iterate over :meth:`surviving`.
 
     Args:
-        layers: modules, each of which returns a tensor of the shape that it is given.
-        p: the probability of leaving a layer out, in [0, 1].
+        layers: modules that return a tensor of their input's shape.
+        p: the probability of skipping a layer, in [0, 1].
 
     Shape:
-        what the layers take; the output has the input's shape.
+        any that the layers accept; the output has the input's shape.
 
     Raises:
         ValueError: ``p`` outside [0, 1] or NaN.
@@ -56,7 +56,7 @@ class LayerDrop(nn.ModuleList):
     """
 
     def __init__(self, layers: Iterable[nn.Module] | None = None, p: float = 0.5) -> None:
-        threshold_and_scale(p)
+        check_p(p)
         super().__init__(layers)
         self.p = p
 
@@ -66,68 +66,60 @@ class LayerDrop(nn.ModuleList):
         return super().__getitem__(idx)
 
     def surviving(self, *, key: Key | None = None) -> Iterator[nn.Module]:
-        """The layers of one pass, in order: all of them in evaluation.
+        """The layers that one forward pass runs, in order; all layers in evaluation.
 
-        Python has to know the decisions for it: :func:`torch.compile` breaks its graph, and
-        :func:`torch.func.vmap` refuses. The stack itself can be called in both.
+        Python reads the decisions here, so :func:`torch.compile` breaks its graph and :func:`torch.func.vmap`
+        refuses. Both can call the LayerDrop itself.
 
         Args:
-            key: what the decisions are a function of, or a batch of ``len(self)`` keys, one for each layer.
-                Without one, a key is drawn from torch's default generator of the CPU.
+            key: one key, or a batch of ``len(self)`` keys, one per layer. Without a key, one is drawn from
+                torch's default CPU generator.
 
         Raises:
-            RuntimeError: each example of a vmap has decisions of its own.
+            RuntimeError: the examples of a vmap have different decisions.
         """
-        if not self._drops():
-            return iter(self)
         keep = self._keep(key)
+        if keep is None:
+            return iter(self)
         if not compiling() and is_batched(keep):
             raise RuntimeError("each example has layers of its own under vmap; call the LayerDrop itself")
         return iter([layer for layer, kept in zip(self, keep.tolist(), strict=True) if kept])
 
     def forward(self, input: Any, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
-        """``input`` through the layers of one pass, each called with the other arguments too.
-
-        Args:
-            input: what the first layer takes.
-            *args: what each layer takes beside it.
-            key: as for :meth:`surviving`.
-            **kwargs: what each layer takes by name.
-        """
-        if not self._drops():
+        """Pass ``input`` through :meth:`surviving`; every layer gets ``*args`` and ``**kwargs`` too."""
+        keep = self._keep(key)
+        if keep is None:
             for layer in self:
                 input = layer(input, *args, **kwargs)
             return input
-        keep = self._keep(key)
         branches = is_eager(keep)
         for index, (layer, kept) in enumerate(zip(self, keep.tolist() if branches else keep, strict=True)):
             if branches and not kept:
                 continue
             output = layer(input, *args, **kwargs)
             if isinstance(input, Tensor) and getattr(output, "shape", None) != input.shape:
+                is_tensor = isinstance(output, Tensor)
+                into = f"{tuple(output.shape)}" if is_tensor else f"a {type(output).__name__}"
                 raise RuntimeError(
-                    f"a layer that is left out hands on its input, so that each has to keep its shape; layer "
-                    f"{index} turned {tuple(input.shape)} into {_described(output)}"
+                    "a skipped layer passes its input on, so every layer has to keep the shape of its input; "
+                    f"layer {index} turned {tuple(input.shape)} into {into}"
                 )
             input = output if branches else torch.where(kept.to(input.device), output, input)
         return input
 
-    def _drops(self) -> bool:
-        return self.training and self.p != 0
-
-    def _keep(self, key: Key | None) -> Tensor:
+    def _keep(self, key: Key | None) -> Tensor | None:
+        """The decision of each layer, or None if all layers run."""
+        if not self.training or self.p == 0:
+            return None
         if key is None:
-            # Decided where Python can look at it without waiting for a device.
-            key = key_for(torch.empty((), device="cpu"), None, rows=None)
+            # On the CPU, so that Python can branch without a device synchronization.
+            key = key_for(torch.empty((), device="cpu"), None, sample_dim=None)
         return keep_mask(key, (len(self),), self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
     def __repr__(self) -> str:
+        # ModuleList's own does not call extra_repr.
         name, _, layers = super().__repr__().partition("(")
         return f"{name}({self.extra_repr()}{layers}"
-
-
-def _described(output: Any) -> str:
-    return f"{tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"

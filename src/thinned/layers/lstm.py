@@ -139,7 +139,7 @@ class VariationalLSTM(nn.RNNBase):
             if self.weight_p:
                 check_one_key(key)
         drops = self.training and any(getattr(self, name) for name in P_NAMES)
-        key = key_for(x, key, rows=1 if batched and not self.weight_p else None) if drops else None
+        key = key_for(x, key, sample_dim=1 if batched and not self.weight_p else None) if drops else None
         x, h, c = self._run(x, h, c, key)
         if not batched:
             return x.squeeze(1), (h.squeeze(1), c.squeeze(1))

@@ -1,4 +1,4 @@
-"""Several dropout samples of the same features."""
+"""Multi-sample dropout: one head on several dropout samples of the same features."""
 
 from __future__ import annotations
 
@@ -9,31 +9,26 @@ from torch import Tensor, nn
 
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_input, key_for, threshold_and_scale
+from thinned.layers._module import Layer
 
-__all__ = ["MultiSampleDropout", "check_samples", "multi_sample_dropout"]
+__all__ = ["MultiSampleDropout", "multi_sample_dropout"]
 
 
 def multi_sample_dropout(
-    input: Tensor,
-    p: float = 0.5,
-    samples: int = 8,
-    training: bool = True,
-    *,
-    key: Key | None = None,
+    input: Tensor, p: float = 0.5, *, samples: int = 8, training: bool = True, key: Key | None = None
 ) -> Tensor:
-    r"""``samples`` independent dropouts of the same features, along a new first dimension.
+    r"""``samples`` independent dropouts of the same features, stacked along a new first dimension.
 
     .. math:: y_{m,i} = \begin{cases} x_i / q & u_m(i) < T \\ +0 & \text{otherwise} \end{cases}
 
-    Sample ``m`` is ``dropout(input, p, key=key.fold(m))``, however many there are. The features are not
-    copied before, and nothing but the keys is saved for the backward pass.
+    Sample ``m`` is ``dropout(input, p, key=key.fold(m))``, for any number of samples. ``input`` is expanded
+    without a copy, and only the keys are saved for backward.
 
     Args:
         input: a floating-point or complex tensor of any shape.
         p: the probability of dropping an element, in [0, 1].
-        samples: how many; at least 1.
-        training: False returns ``samples`` times ``input`` in a view without memory of its own, and so does
-            ``p = 0``.
+        samples: the number of samples, at least 1.
+        training: False returns a view, ``input.expand(samples, *input.shape)``, and so does ``p = 0``.
         key: as for :func:`~thinned.functional.dropout`.
 
     Returns:
@@ -52,91 +47,79 @@ def multi_sample_dropout(
             [0., 2., 0., 0., 2., 2.]])
     """
     T, scale = threshold_and_scale(p)
-    check_samples(samples)
+    _check_samples(samples)
     check_input("multi_sample_dropout", input, key, dense=True)
     stacked = input.expand(samples, *input.shape)
     if not training or p == 0:
         return stacked
     key = key_for(input, key)
-    samples_of = torch.arange(samples, device=key.bits.device)
-    keys = key.fold(samples_of.view(-1, *(1,) * key.bits.dim()))
+    numbers = torch.arange(samples, device=key.bits.device)
+    keys = key.fold(numbers.view(-1, *(1,) * key.bits.dim()))
     return apply(stacked, keys, (), False, T, scale)
 
 
-def check_samples(samples: int) -> None:
-    """ValueError for fewer than one."""
-    if samples < 1:
-        raise ValueError(f"samples has to be at least 1, but got {samples}")
-
-
-FEATURE_DIMS = 2
-
-
-class MultiSampleDropout(nn.Module):
+class MultiSampleDropout(Layer):
     r"""One head on ``samples`` dropout samples of the same features: the mean of its outputs, or all of them.
 
     .. math:: y = \frac{1}{M} \sum_{m=1}^{M} \operatorname{head}(\operatorname{dropout}_m(x))
 
-    The samples are :func:`thinned.functional.multi_sample_dropout`'s, and the head is called once, on all of
-    them as one batch of ``M * N``: so one with batch normalization normalizes over the samples too. The paper
-    averages the losses of the samples and not their outputs; with ``reduction="none"`` that is::
+    The samples are those of :func:`thinned.functional.multi_sample_dropout`. One call of the head gets all of
+    them as a batch of ``M * N``, so batch normalization in the head normalizes over the samples too. The
+    paper averages the samples' losses instead of their outputs; ``reduction="none"`` allows that::
 
         outputs = layer(features)                    # (M, N, classes)
         loss = cross_entropy(outputs.flatten(0, 1), target.repeat(layer.samples))
 
-    In evaluation all samples would be alike, and ``head(input)`` comes back, without their dimension.
+    Evaluation returns ``head(input)``, without the dimension of the samples.
 
     Args:
-        head: what the samples share, from features to outputs.
-        p: the probability of dropping a feature, in [0, 1].
-        samples: how many, M; at least 1.
+        head: the module that all samples share, from features to outputs.
+        p, samples: as for the function.
         reduction: ``"mean"``, or ``"none"`` for the outputs of all samples.
 
     Shape:
-        ``(N, *)`` to what ``head`` makes of it, with ``"none"`` after a first dimension of size M.
+        ``(N, *)`` to the shape of ``head``'s output, after a first dimension of size M for ``"none"``.
 
     Raises:
-        ValueError: ``p`` outside [0, 1] or NaN, ``samples`` below 1, or another ``reduction``.
+        ValueError: as the function, and for another ``reduction``.
 
-    Source: Inoue, "Multi-sample dropout for accelerated training and better generalization", 2019, section 3.
+    Source: Inoue, 2019, section 3.
 
     >>> import torch, thinned
     >>> layer = thinned.MultiSampleDropout(torch.nn.Flatten(), p=0.5, samples=4)
     >>> layer(torch.ones(2, 3), key=thinned.Key(3))
     tensor([[1.0000, 1.0000, 0.0000],
             [1.0000, 1.5000, 1.0000]])
-    >>> layer.eval()(torch.ones(2, 3))
-    tensor([[1., 1., 1.],
-            [1., 1., 1.]])
     """
 
     def __init__(
         self,
         head: nn.Module,
         p: float = 0.5,
+        *,
         samples: int = 8,
         reduction: Literal["mean", "none"] = "mean",
     ) -> None:
-        super().__init__()
-        threshold_and_scale(p)
-        check_samples(samples)
+        super().__init__(p)
+        _check_samples(samples)
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction has to be either 'mean' or 'none', but got {reduction!r}")
         self.head = head
-        self.p = p
         self.samples = samples
         self.reduction = reduction
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Any:
         if not self.training:
             return self.head(input)
-        features = multi_sample_dropout(input, self.p, self.samples, key=key)
-        if input.dim() < FEATURE_DIMS:
+        features = multi_sample_dropout(input, self.p, samples=self.samples, key=key)
+        if input.dim() < 2:
             raise RuntimeError(
                 f"MultiSampleDropout needs a batch of features, got shape {tuple(input.shape)}"
             )
         outputs = self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         return outputs.mean(0) if self.reduction == "mean" else outputs
 
-    def extra_repr(self) -> str:
-        return f"p={self.p}, samples={self.samples}, reduction={self.reduction!r}"
+
+def _check_samples(samples: int) -> None:
+    if samples < 1:
+        raise ValueError(f"samples has to be at least 1, but got {samples}")

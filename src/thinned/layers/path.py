@@ -1,14 +1,14 @@
-"""Dropout of a sample's whole residual branch."""
+"""Dropout of a sample's residual branch: DropPath and StochasticDepth."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_input, threshold_and_scale
+from thinned.layers._arguments import apply, check_input, check_p, threshold_and_scale
+from thinned.layers._module import Layer
 
 __all__ = ["DropPath", "StochasticDepth", "drop_path", "drop_path_rates", "stochastic_depth"]
 
@@ -43,61 +43,81 @@ def drop_path(
     timm's.
 
     >>> import torch, thinned
-    >>> thinned.functional.drop_path(torch.ones(4, 3), 0.5, training=True, key=thinned.Key(3))
-    tensor([[0., 0., 0.],
-            [0., 0., 0.],
-            [2., 2., 2.],
-            [2., 2., 2.]])
+    >>> thinned.functional.drop_path(torch.ones(4, 9), 0.5, training=True, key=thinned.Key(3)).mean(1)
+    tensor([0., 0., 2., 2.])
     """
     T, scale = threshold_and_scale(drop_prob)
-    check_input("drop_path", input, key)
-    if not input.dim():
-        raise RuntimeError("drop_path needs a batch dimension, got a tensor of shape ()")
+    _check_input("drop_path", input, key)
     if not training or drop_prob == 0:
         return input
     return apply(input, key, range(1, input.dim()), False, T, scale if scale_by_keep else 1.0)
 
 
+class DropPath(nn.Module):
+    """:func:`thinned.functional.drop_path` as a module, with timm's arguments.
+
+    Source: Huang et al. 2016, as the function.
+
+    >>> import torch, thinned
+    >>> thinned.DropPath(0.5)(torch.ones(4, 1), key=thinned.Key(3)).flatten()
+    tensor([0., 0., 2., 2.])
+    """
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
+        super().__init__()
+        check_p(drop_prob)
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
+
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        return drop_path(input, self.drop_prob, self.training, self.scale_by_keep, key=key)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}, scale_by_keep={self.scale_by_keep}"
+
+
 def stochastic_depth(
-    input: Tensor,
-    p: float,
-    mode: Literal["batch", "row"],
-    training: bool = True,
-    *,
-    key: Key | None = None,
+    input: Tensor, p: float, mode: Literal["batch", "row"], training: bool = True, *, key: Key | None = None
 ) -> Tensor:
     r"""Zero a branch with probability ``p``: for each row of dimension 0, or for the whole batch at once.
 
     .. math:: y_n = \begin{cases} x_n / q & u(n) < T \\ 0 & \text{otherwise} \end{cases}
         \qquad\text{("row"; "batch" has } u(0) \text{ for all } n)
 
-    Args:
-        input: a floating-point or complex tensor of shape ``(N, *)``.
-        p: the probability of dropping, in [0, 1].
-        mode: ``"row"``, a decision for each row, or ``"batch"``, one for all.
-        training: False returns ``input`` itself, and so does ``p = 0``.
-        key: as for :func:`~thinned.functional.dropout`.
+    ``mode`` is ``"row"``, a decision for each row, or ``"batch"``, one for all; ValueError for another. The
+    other arguments, the result and the errors are those of :func:`drop_path`.
 
-    Raises:
-        ValueError: ``p`` outside [0, 1] or NaN, or another ``mode``.
-        TypeError, RuntimeError: as :func:`~thinned.functional.dropout`; ``input`` has no dimension.
-
-    Source: Huang et al., "Deep networks with stochastic depth", ECCV 2016, section 3; the signature is
-    torchvision's.
+    Source: Huang et al. 2016, as :func:`drop_path`; the signature is torchvision's.
 
     >>> import torch, thinned
-    >>> thinned.functional.stochastic_depth(torch.ones(4, 2), 0.5, "batch", key=thinned.Key(3)).flatten()
-    tensor([0., 0., 0., 0., 0., 0., 0., 0.])
+    >>> thinned.functional.stochastic_depth(torch.ones(4, 9), 0.5, "batch", key=thinned.Key(3)).mean(1)
+    tensor([0., 0., 0., 0.])
     """
     T, scale = threshold_and_scale(p)
-    if mode not in ("batch", "row"):
-        raise ValueError(f"mode has to be either 'batch' or 'row', but got {mode!r}")
-    check_input("stochastic_depth", input, key)
-    if not input.dim():
-        raise RuntimeError("stochastic_depth needs a batch dimension, got a tensor of shape ()")
+    _check_mode(mode)
+    _check_input("stochastic_depth", input, key)
     if not training or p == 0:
         return input
     return apply(input, key, range(mode == "row", input.dim()), False, T, scale)
+
+
+class StochasticDepth(Layer):
+    """:func:`thinned.functional.stochastic_depth` as a module, with torchvision's arguments.
+
+    Source: Huang et al. 2016, as the function.
+
+    >>> import torch, thinned
+    >>> thinned.StochasticDepth(0.5, "row")(torch.ones(4, 1), key=thinned.Key(3)).flatten()
+    tensor([0., 0., 2., 2.])
+    """
+
+    def __init__(self, p: float, mode: Literal["batch", "row"]) -> None:
+        super().__init__(p)
+        _check_mode(mode)
+        self.mode = mode
+
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        return stochastic_depth(input, self.p, self.mode, self.training, key=key)
 
 
 def drop_path_rates(depth: int, max_rate: float) -> list[float]:
@@ -111,76 +131,18 @@ def drop_path_rates(depth: int, max_rate: float) -> list[float]:
     >>> drop_path_rates(5, 0.5)
     [0.0, 0.125, 0.25, 0.375, 0.5]
     """
-    threshold_and_scale(max_rate)
+    check_p(max_rate)
     if depth < 1:
         raise ValueError(f"depth has to be at least 1, but got {depth}")
     return [max_rate * block / max(1, depth - 1) for block in range(depth)]
 
 
-class DropPath(nn.Module):
-    """:func:`thinned.functional.drop_path` as a module, with timm's arguments.
-
-    Args:
-        drop_prob: the probability of dropping a sample's branch, in [0, 1].
-        scale_by_keep: divide what is kept by the keep probability.
-
-    Shape:
-        ``(N, *)``; the output has the input's shape, dtype and memory format.
-
-    Raises:
-        ValueError: ``drop_prob`` outside [0, 1] or NaN.
-
-    Source: Huang et al., "Deep networks with stochastic depth", ECCV 2016, section 3.
-
-    >>> import thinned
-    >>> thinned.DropPath(0.5)(torch.ones(4, 2), key=thinned.Key(3))
-    tensor([[0., 0.],
-            [0., 0.],
-            [2., 2.],
-            [2., 2.]])
-    """
-
-    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
-        super().__init__()
-        threshold_and_scale(drop_prob)
-        self.drop_prob = drop_prob
-        self.scale_by_keep = scale_by_keep
-
-    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
-        return drop_path(input, self.drop_prob, self.training, self.scale_by_keep, key=key)
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob}, scale_by_keep={self.scale_by_keep}"
+def _check_mode(mode: str) -> None:
+    if mode not in ("batch", "row"):
+        raise ValueError(f"mode has to be either 'batch' or 'row', but got {mode!r}")
 
 
-class StochasticDepth(nn.Module):
-    """:func:`thinned.functional.stochastic_depth` as a module, with torchvision's arguments.
-
-    Args:
-        p: the probability of dropping a branch, in [0, 1].
-        mode: ``"row"``, a decision for each sample, or ``"batch"``, one for all.
-
-    Shape:
-        ``(N, *)``; the output has the input's shape, dtype and memory format.
-
-    Raises:
-        ValueError: ``p`` outside [0, 1] or NaN, or another ``mode``.
-
-    Source: Huang et al., "Deep networks with stochastic depth", ECCV 2016, section 3.
-
-    >>> import thinned
-    >>> thinned.StochasticDepth(0.5, "row")(torch.ones(4, 1), key=thinned.Key(3)).flatten()
-    tensor([0., 0., 2., 2.])
-    """
-
-    def __init__(self, p: float, mode: Literal["batch", "row"]) -> None:
-        super().__init__()
-        stochastic_depth(torch.empty(0, 0), p, mode)
-        self.p = p
-        self.mode = mode
-
-    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
-        return stochastic_depth(input, self.p, self.mode, self.training, key=key)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}, mode={self.mode!r}"
+def _check_input(name: str, input: Tensor, key: Key | None) -> None:
+    check_input(name, input, key)
+    if not input.dim():
+        raise RuntimeError(f"{name} needs a batch dimension, got a tensor of shape ()")

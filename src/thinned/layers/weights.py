@@ -58,7 +58,7 @@ def drop_connect(input: Tensor, p: float = 0.5, *, training: bool = True, key: K
     check_input("drop_connect", input, key)
     if not training or p == 0:
         return input
-    return apply(input, key, (), False, T, scale, rows=None)
+    return apply(input, key, (), False, T, scale, sample_dim=None)
 
 
 class DropConnect(Layer):
@@ -138,7 +138,7 @@ class WeightDrop(Layer):
         if not self.training or self.p == 0 or not self.weights:
             return self.module(*args, **kwargs)
         plain = {name: attrgetter(name)(self.module) for name in self.weights}
-        key = key_for(plain[self.weights[0]], key, rows=None)
+        key = key_for(plain[self.weights[0]], key, sample_dim=None)
         dropped = {name: drop_connect(weight, self.p, key=key.fold(name)) for name, weight in plain.items()}
         recurrent = [module for module in self.module.modules() if isinstance(module, nn.RNNBase)]
         with _not_flattened(recurrent) if recurrent else nullcontext():

@@ -1,4 +1,4 @@
-"""thinned in a model that somebody else wrote."""
+"""Find, replace, address and export the dropouts of a model that somebody else wrote."""
 
 from thinned.models.address import Address, address
 from thinned.models.convert import Conversion, Swap, convert, revert

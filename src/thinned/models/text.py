@@ -1,29 +1,59 @@
-"""Rows of words as a table of plain text."""
+"""Sequences that print as a table of plain text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from typing import Protocol, TypeVar, overload
 
-__all__ = ["count", "format_p", "merge_paths", "to_text"]
+__all__ = ["Listing", "count", "format_p", "merge_paths", "to_text"]
 
 Row = tuple[str, ...]
 
 
+class _Cells(Protocol):
+    def cells(self) -> list[str]:
+        """A row of the table: the paths, then one word for each further heading."""
+
+
+Item = TypeVar("Item", bound=_Cells)
+
+
+class Listing(Sequence[Item]):
+    """A sequence whose subclasses print as a summary and a table."""
+
+    headings: Row
+    _items: tuple[Item, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _print(self, summary: str, others: Sequence[Item] = ()) -> str:
+        rows = merge_paths([item.cells() for item in (*self, *others)])
+        return f"{summary}\n{to_text(self.headings, rows)}" if rows else summary
+
+
 def to_text(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they have to be; those that are empty in all rows are left out.
+    """Columns as wide as they have to be, without those that are empty in all rows.
 
     >>> print(to_text(["path", "p", "note"], [["layers.0", "0.1", ""], ["head", "0.25", ""]]))
     path      p
     layers.0  0.1
     head      0.25
     """
-    used = [i for i in range(len(headings)) if any(row[i] for row in rows)]
-    lines = [[headings[i] for i in used], *([row[i] for i in used] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    columns = [column for column in zip(headings, *rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [map(str.ljust, line, widths) for line in zip(*columns, strict=True)]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def merge_paths(rows: Sequence[Sequence[str]]) -> list[Row]:
@@ -34,38 +64,23 @@ def merge_paths(rows: Sequence[Sequence[str]]) -> list[Row]:
     """
     merged = [(tuple(path.split(".")), tuple(rest)) for path, *rest in rows]
     for place in reversed(range(max((len(parts) for parts, _ in merged), default=0))):
-        merged = _merge_at(place, merged)
+        groups: dict[object, tuple[Row, Row, list[int]]] = {}
+        for i, (parts, rest) in enumerate(merged):
+            numbered = place < len(parts) and parts[place].isdecimal()
+            key = (parts[:place], parts[place + 1 :], rest) if numbered else i
+            numbers = groups.setdefault(key, (parts, rest, []))[2]
+            numbers += [int(parts[place])] if numbered else []
+        merged = [
+            ((*parts[:place], run, *parts[place + 1 :]) if run else parts, rest)
+            for parts, rest, numbers in groups.values()
+            for run in _runs(numbers) or [""]
+        ]
     return [(".".join(parts), *rest) for parts, rest in merged]
-
-
-def _merge_at(place: int, rows: list[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
-    """The first of those that a row joins says where the row stands."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    firsts: list[tuple[Row, Row, list[int]]] = []
-    for parts, rest in rows:
-        if place >= len(parts) or not parts[place].isdecimal():
-            firsts.append((parts, rest, []))
-            continue
-        key = (parts[:place], parts[place + 1 :], rest)
-        if key not in groups:
-            groups[key] = []
-            firsts.append((parts, rest, groups[key]))
-        groups[key].append(int(parts[place]))
-    return [
-        ((*parts[:place], run, *parts[place + 1 :]) if run else parts, rest)
-        for parts, rest, numbers in firsts
-        for run in _runs(numbers) or [""]
-    ]
 
 
 def _runs(numbers: list[int]) -> list[str]:
     """Neighbours among rising numbers as ``first-last``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
 
 
@@ -75,5 +90,5 @@ def count(number: int, noun: str) -> str:
 
 
 def format_p(p: float | None) -> str:
-    """Six digits of a probability, and nothing for one that is not known."""
+    """Six digits of a probability; empty if it is unknown."""
     return "" if p is None else f"{p:g}"

@@ -1,4 +1,4 @@
-"""The modules of a model, each with all the paths that lead to it."""
+"""The modules of a model: their paths, their names, and which of them a pattern chooses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,29 @@ from torch import nn
 
 from thinned.torch_state import children_of
 
-__all__ = ["Choice", "chooser", "modules_with_paths", "other_references", "places"]
+__all__ = [
+    "Choice",
+    "chooser",
+    "is_ours",
+    "modules_with_paths",
+    "other_references",
+    "qualified_name",
+]
 
 Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer of thinned."""
+    return any(base.__module__.startswith("thinned.layers.") for base in type(module).__mro__)
+
+
+def qualified_name(kind: type) -> str:
+    """``thinned.Dropout``, ``torch.nn.Dropout``, or the name with the module that defines the class."""
+    module, name = kind.__module__, kind.__qualname__
+    if module.startswith("thinned.layers."):
+        return f"thinned.{name}"
+    return f"torch.nn.{name}" if module.startswith("torch.nn.modules.") else f"{module}.{name}"
 
 
 def modules_with_paths(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
@@ -37,19 +57,11 @@ def _walk(module: nn.Module, path: str, above: frozenset[int]) -> Iterator[tuple
             yield from _walk(child, f"{path}.{name}" if path else name, above)
 
 
-def places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Each parent, the name under which it has a child, and the child."""
-    for parent in list(model.modules()):
-        for name, child in list(children_of(parent).items()):
-            if child is not None:
-                yield parent, name, child
-
-
 def other_references(found: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> dict[int, list[str]]:
     """The attributes that refer to a module without being children, such as lists, by the module's id.
 
     Args:
-        found: what :func:`modules_with_paths` gives.
+        found: the result of :func:`modules_with_paths`.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Dropout())
@@ -62,40 +74,29 @@ def other_references(found: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> dict
         for name, value in vars(parent).items():
             if value is children_of(parent):
                 continue
-            held = value.values() if isinstance(value, dict) else value
-            for item in held if isinstance(value, dict | list | tuple | set) else (value,):
+            items = value.values() if isinstance(value, dict) else value
+            for item in items if isinstance(value, dict | list | tuple | set) else (value,):
                 if isinstance(item, nn.Module):
                     references.setdefault(id(item), []).append(f"{paths[0]}.{name}" if paths[0] else name)
     return references
 
 
 def chooser(include: Choice | None, exclude: Choice | None) -> Callable[[tuple[str, ...], nn.Module], bool]:
-    """Whether a module is meant: by any of its paths to include it, and by any to exclude it."""
-    wanted, unwanted = _matcher("include", include), _matcher("exclude", exclude)
-
-    def chosen(paths: tuple[str, ...], module: nn.Module) -> bool:
-        if wanted is not None and not any(wanted(path, module) for path in paths):
-            return False
-        return unwanted is None or not any(unwanted(path, module) for path in paths)
-
-    return chosen
+    """Whether a module is chosen: one of its paths suffices to include it, and one to exclude it."""
+    wanted = (lambda *_: True) if include is None else _matcher("include", include)
+    unwanted = (lambda *_: False) if exclude is None else _matcher("exclude", exclude)
+    return lambda paths, module: (
+        any(wanted(path, module) for path in paths) and not any(unwanted(path, module) for path in paths)
+    )
 
 
-def _matcher(name: str, choice: Choice | None) -> Callable[[str, nn.Module], bool] | None:
-    if choice is None:
-        return None
-    if isinstance(choice, str):
-        choice = (choice,)
+def _matcher(name: str, choice: Choice) -> Callable[[str, nn.Module], bool]:
     if callable(choice):
         return choice
-    patterns: tuple[object, ...]
-    try:
-        patterns = tuple(choice)
-    except TypeError:
-        patterns = (choice,)
+    patterns = (choice,) if isinstance(choice, str) or not isinstance(choice, Iterable) else tuple(choice)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(
             f"{name} must be a pattern of paths such as 'encoder.*', several, or a function of a path and "
             f"a module, got {choice!r}"
         )
-    return lambda path, _: any(fnmatchcase(path, str(pattern)) for pattern in patterns)
+    return lambda path, _: any(fnmatchcase(path, pattern) for pattern in patterns)

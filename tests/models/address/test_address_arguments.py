@@ -1,10 +1,9 @@
-"""What thinned.address is told: seeds, steps and paths, each used as meant or refused."""
+"""The arguments of thinned.address: seeds, steps, paths and dimensions, used as documented or refused."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -21,38 +20,40 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Identity(), Dropout(0.5))
 
 
-class TestSeedAndStep:
-    @pytest.mark.parametrize("step", [torch.tensor([3]), torch.tensor([[3]]), torch.tensor(3)])
-    @pytest.mark.parametrize("shape", [(1000, 1), (64, 64), (1,), ()])
-    def test_a_step_counter_of_one_element_is_its_number(
-        self, model: nn.Sequential, step: Tensor, shape: tuple[int, ...]
-    ) -> None:
-        x = torch.ones(shape)
-        with address(model, seed=1, step=step):
-            y = model(x)
-        with address(model, seed=1, step=3):
-            assert y.equal(model(x))
+@pytest.mark.parametrize("step", [torch.tensor([3]), torch.tensor([[3]]), torch.tensor(3)])
+@pytest.mark.parametrize("shape", [(1000, 1), (64, 64), (1,), ()])
+def test_a_step_counter_of_one_element_is_its_number(
+    model: nn.Sequential, step: Tensor, shape: tuple[int, ...]
+) -> None:
+    x, ys = torch.ones(shape), []
+    for number in (step, 3):
+        with address(model, seed=1, step=number):
+            ys.append(model(x))
+    assert ys[0].equal(ys[1])
 
-    @pytest.mark.parametrize(
-        ("step", "error", "words"),
-        [
-            (torch.arange(4), ValueError, r"got torch.int64 of shape \(4,\)"),
-            (torch.empty(0, dtype=torch.int64), ValueError, r"of shape \(0,\)"),
-            (torch.tensor(3.0), TypeError, "got torch.float32"),
-            (torch.tensor([3], dtype=torch.int32), TypeError, "got torch.int32"),
-            ("3", TypeError, "got '3'"),
-            (3.0, TypeError, "integer"),
-        ],
-        ids=["more", "none", "float", "int32", "a string", "a float"],
-    )
-    def test_steps(self, model: nn.Sequential, step: Any, error: type[Exception], words: str) -> None:
-        with pytest.raises(error, match=words):
-            address(model, seed=1, step=step)
 
-    @pytest.mark.parametrize("seed", [Key(1).fold(torch.arange(4)), Key.from_bits(torch.tensor([1]))])
-    def test_a_batch_of_keys_is_no_seed(self, model: nn.Sequential, seed: Key) -> None:
-        with pytest.raises(ValueError, match=r"seed must be one key, got keys of shape \([14],\)"):
-            address(model, seed=seed, step=0)
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"step": torch.arange(4)}, ValueError, r"step .* got torch.int64 of shape \(4,\)"),
+        ({"step": torch.empty(0, dtype=torch.int64)}, ValueError, r"step .* of shape \(0,\)"),
+        ({"step": torch.tensor(3.0)}, TypeError, "step .* got torch.float32"),
+        ({"step": torch.tensor([3], dtype=torch.int32)}, TypeError, "step .* got torch.int32"),
+        ({"step": "3"}, TypeError, "step .* got '3'"),
+        ({"step": 3.0}, TypeError, "integer"),
+        ({"seed": Key(1).fold(torch.arange(4))}, ValueError, r"seed .* one key, got keys of shape \(4,\)"),
+        ({"seed": Key.from_bits(torch.tensor([1]))}, ValueError, r"seed .* got keys of shape \(1,\)"),
+        ({"samples": torch.ones(8)}, TypeError, "samples must be int64 ids in one dimension"),
+        ({"samples": torch.ones(2, 4, dtype=torch.int64)}, TypeError, "samples must be int64 ids in one"),
+        ({"samples": [[1]]}, TypeError, "samples must be int64 ids in one dimension"),
+        ({"sample_dim": "1"}, TypeError, "got '1'"),
+        ({"sample_dim": {"1": "1"}}, TypeError, "got {'1': '1'}"),
+        ({"sample_dim": {"encoder.*": 1}}, ValueError, r"no module .* at a path like 'encoder\.\*'"),
+    ],
+)
+def test_errors(model: nn.Sequential, given: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        address(model, **({"seed": 1, "step": 0} | given))
 
 
 class TestPaths:
@@ -73,13 +74,13 @@ class TestPaths:
     @pytest.mark.parametrize("path", ["2", "1.inner", "0#1", "nothing"])
     def test_a_path_that_is_not_there_is_an_error(self, model: nn.Sequential, path: str) -> None:
         context = address(model, seed=7, step=1)
-        for ask in (context.key_of, lambda path: context.mask_of(path, (3,)), self.with_p(context)):
+        for ask in (
+            lambda: context.key_of(path),
+            lambda: context.mask_of(path, (3,)),
+            lambda: context.mask_of(path, (3,), 0.5),
+        ):
             with pytest.raises(ValueError, match=f"no module of this Sequential is at '{path}'"):
-                ask(path)
-
-    @staticmethod
-    def with_p(context: thinned.Address) -> Any:
-        return lambda path: context.mask_of(path, (3,), 0.5)
+                ask()
 
     def test_a_module_that_was_added_later_is_an_error(self, model: nn.Sequential) -> None:
         context = address(model, seed=7, step=1)
@@ -116,20 +117,15 @@ IDS = torch.tensor([5, 2, 9])
 N, LENGTH, WIDTH = 3, 6, 8  # the length is a multiple of the number of samples
 
 
-def layer(batch_first: bool) -> nn.Module:
+def made(kind: type[nn.Module], batch_first: bool, *sizes: int) -> nn.Module:
+    """A transformer, or a layer of one, with dropouts of thinned."""
     torch.manual_seed(0)
-    made = nn.TransformerEncoderLayer(WIDTH, 2, 16, 0.3, batch_first=batch_first, dtype=torch.float64)
-    return convert(made).model
-
-
-def decoder(batch_first: bool) -> nn.Module:
-    torch.manual_seed(0)
-    made = nn.TransformerDecoderLayer(WIDTH, 2, 16, 0.3, batch_first=batch_first, dtype=torch.float64)
-    return convert(made).model
+    plain = kind(WIDTH, 2, *sizes, 16, 0.3, batch_first=batch_first, dtype=torch.float64)
+    return convert(plain).model
 
 
 class Custom(nn.Module):
-    """A sequence-first model that may say so."""
+    """A sequence-first model, with or without ``batch_first``."""
 
     def __init__(self, batch_first: bool | None = None) -> None:
         super().__init__()
@@ -145,36 +141,30 @@ class Custom(nn.Module):
 class TestSampleDim:
     def run(self, model: nn.Module, x: Tensor, ids: Tensor = IDS, **options: Any) -> Tensor:
         with intercept(), address(model, seed=7, step=1, samples=ids, **options):
-            y: Tensor = model(x, x) if isinstance(model, nn.TransformerDecoderLayer) else model(x)
+            both = isinstance(model, nn.TransformerDecoderLayer | nn.Transformer)
+            y: Tensor = model(x, x) if both else model(x)
         return y
 
-    @pytest.mark.parametrize("make", [layer, decoder])
-    def test_sequence_first_layers_of_torch_say_so(self, make: Any) -> None:
-        """They have the masks of the batch-first ones, and a sample's mask does not depend on its place."""
+    @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+    @pytest.mark.parametrize(
+        ("kind", "sizes"),
+        [
+            (nn.TransformerEncoderLayer, ()),
+            (nn.TransformerDecoderLayer, ()),
+            (nn.Transformer, (1, 1)),
+        ],
+    )
+    def test_batch_first_of_torchs_layers_is_read(self, kind: type[nn.Module], sizes: tuple[int]) -> None:
+        """Sequence-first layers have the masks of batch-first ones, at any place of a sample."""
         x = torch.randn(N, LENGTH, WIDTH, dtype=torch.float64)
-        batch_first = self.run(make(True), x)
-        model, sequences = make(False), x.transpose(0, 1)
+        batch_first = self.run(made(kind, True, *sizes), x)
+        model, sequences = made(kind, False, *sizes), x.transpose(0, 1)
         y = self.run(model, sequences)
         torch.testing.assert_close(y.transpose(0, 1), batch_first)
-        order = torch.tensor([2, 0, 1])
-        torch.testing.assert_close(self.run(model, sequences[:, order], IDS[order]), y[:, order])
-        torch.testing.assert_close(self.run(model, sequences[:, 1:2], IDS[1:2]), y[:, 1:2])
+        for order in (torch.tensor([2, 0, 1]), torch.tensor([1])):
+            torch.testing.assert_close(self.run(model, sequences[:, order], IDS[order]), y[:, order])
 
-    @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
-    def test_a_whole_transformer(self) -> None:
-        torch.manual_seed(0)
-        model = convert(nn.Transformer(WIDTH, 2, 1, 1, 16, 0.3, dtype=torch.float64)).model
-        x = torch.randn(LENGTH, N, WIDTH, dtype=torch.float64)
-
-        def run(x: Tensor, ids: Tensor) -> Tensor:
-            with intercept(), address(model, seed=7, step=1, samples=ids):
-                y: Tensor = model(x, x)
-            return y
-
-        order = torch.tensor([2, 0, 1])
-        torch.testing.assert_close(run(x[:, order], IDS[order]), run(x, IDS)[:, order])
-
-    def test_a_model_of_ones_own_says_so(self) -> None:
+    def test_batch_first_of_other_models_is_read(self) -> None:
         x = torch.ones(LENGTH, N, WIDTH)
         masks = thinned.functional.dropout(
             x.transpose(0, 1), 0.5, key=Key(7).fold(1).fold("dropout").fold(IDS)
@@ -186,9 +176,9 @@ class TestSampleDim:
         assert self.run(Custom(batch_first=True), x, sample_dim={"dropout": 1, "*": 0}).equal(masks)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-    def test_a_copy_of_a_model_says_so_too(self, copied: Any) -> None:
+    def test_batch_first_of_a_copy_is_read(self, copied: Any) -> None:
         x = torch.randn(LENGTH, N, WIDTH, dtype=torch.float64)
-        model = layer(False)
+        model = made(nn.TransformerEncoderLayer, False)
         expected = self.run(model, x)
         twin = copied(model)
         assert self.run(twin, x).equal(expected)
@@ -218,17 +208,17 @@ class TestSampleDim:
         assert y.equal(y[:1].expand_as(y))
         assert not y[0, 0].equal(y[0, 1])
 
-    def test_what_nothing_tells_is_refused(self) -> None:
+    def test_an_ambiguous_dimension_is_refused(self) -> None:
         with pytest.raises(
             RuntimeError, match=r"'dropout' was given a tensor of shape \(6, 3, 8\), which may"
         ):
             self.run(Custom(), torch.ones(LENGTH, N, WIDTH))
-        # Three samples of six rows, and three rows, are told by their sizes.
+        # Other sizes are not ambiguous.
         assert self.run(Custom(), torch.ones(LENGTH, 5, WIDTH)).shape == (LENGTH, 5, WIDTH)
         assert self.run(Custom(), torch.ones(N, LENGTH, WIDTH)).shape == (N, LENGTH, WIDTH)
         assert self.run(Custom(), torch.ones(LENGTH, N, WIDTH), sample_dim=0).shape == (LENGTH, N, WIDTH)
 
-    def test_layers_that_know_their_samples_are_not_told(self) -> None:
+    def test_sample_dim_is_for_element_wise_layers_only(self) -> None:
         """LockedDropout has the masks of its samples in either layout."""
         x = torch.ones(LENGTH, N, WIDTH)
         y = self.run(nn.Sequential(thinned.LockedDropout(0.5)), x, sample_dim=1)
@@ -239,22 +229,14 @@ class TestSampleDim:
         with pytest.raises(NotImplementedError, match=r"samples in dimension 0, got dimension 1 of shape"):
             self.run(nn.Sequential(thinned.GaussianDropout(0.5)), torch.ones(LENGTH, N, WIDTH), sample_dim=1)
 
-    @pytest.mark.parametrize(
-        ("sample_dim", "error", "words"),
-        [
-            (3, IndexError, r"sample_dim=3 and was given a tensor of shape \(6, 3, 8\); accepted: -3 .. 2"),
-            ("1", TypeError, "got '1'"),
-            ({"dropout": "1"}, TypeError, "got {'dropout': '1'}"),
-            ({"encoder.*": 1}, ValueError, r"no module of the model is at a path like 'encoder\.\*'"),
-        ],
-    )
-    def test_errors(self, sample_dim: int | Mapping[str, int], error: type[Exception], words: str) -> None:
-        with pytest.raises(error, match=words):
-            self.run(Custom(), torch.ones(LENGTH, N, WIDTH), sample_dim=sample_dim)
+    def test_a_dimension_that_an_input_lacks_is_refused(self) -> None:
+        words = r"sample_dim=3 and was given a tensor of shape \(6, 3, 8\); accepted: -3 .. 2"
+        with pytest.raises(IndexError, match=words):
+            self.run(Custom(), torch.ones(LENGTH, N, WIDTH), sample_dim=3)
 
     @pytest.mark.usefixtures("fresh_compiler")
     def test_compiled(self) -> None:
-        model = layer(False)
+        model = made(nn.TransformerEncoderLayer, False)
         x = torch.randn(LENGTH, N, WIDTH, dtype=torch.float64)
         eager = self.run(model, x)
         fast = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""Training by transformers and by Lightning: what is resumed is what was not interrupted, bit for bit."""
+"""Training by transformers and by Lightning: a resumed run equals the uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, dropout
 import thinned
 from models import zoo
 from thinned import Key
-from thinned.key_source import current
+from thinned.key_source import active
 
 STEPS, HALF, BATCH, EPOCH = 8, 5, 4, 6
 WORDS = torch.randint(1, zoo.VOCABULARY, (BATCH * EPOCH, 6), generator=torch.Generator().manual_seed(1))
@@ -32,11 +32,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # frameworks warn of much tha
 
 
 class StopError(Exception):
-    """What a step raises."""
+    """A step raises it."""
 
 
 class Watch:
-    """A hook that notes who gives keys, and what is dropped, and raises if asked to."""
+    """A hook that records whether a key source is active, and the masks; it raises in call ``raise_at``."""
 
     def __init__(self, raise_at: int = -1) -> None:
         self.seen: list[tuple[bool, bool]] = []
@@ -44,7 +44,7 @@ class Watch:
         self.raise_at = raise_at
 
     def __call__(self, module: nn.Module, _: Any, y: Tensor) -> None:
-        self.seen.append((module.training, current.source is not None))
+        self.seen.append((module.training, active.key_source is not None))
         if module.training:
             self.kept.append(y != 0)
             if len(self.kept) == self.raise_at:
@@ -70,11 +70,35 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def import_lightning() -> Any:
+    """lightning.pytorch, also where the installed torchvision, which it would import, does not fit torch."""
+    zoo._transformers()  # where this is tried
+    version = importlib.metadata.version
+
+    def without_torchvision(name: str) -> str:
+        if name == "torchvision":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    fits = sys.modules.get("torchvision", importlib) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        imports = importlib.import_module("lightning_utilities.core.imports")
+        with (
+            contextlib.nullcontext() if fits else mock.patch.object(imports, "_version", without_torchvision)
+        ):
+            return importlib.import_module("lightning.pytorch")
+
+
+def callback_of(framework: str) -> Any:
+    {"transformers": zoo._transformers, "lightning": import_lightning}[framework]()
+    return importlib.import_module(f"thinned.models.callbacks.{framework}").AddressCallback
+
+
 class TestTransformers:
     @pytest.fixture(scope="class")
     def callback(self) -> Any:
-        zoo._transformers()
-        return importlib.import_module("thinned.models.callbacks.transformers").AddressCallback
+        return callback_of("transformers")
 
     @pytest.fixture
     def trainer(self, tmp_path: Path) -> Callable[..., Any]:
@@ -154,7 +178,7 @@ class TestTransformers:
         assert not same(*(self.train(trainer(**run)) for run in runs))
 
     def test_masks(self, trainer: Callable[..., Any], callback: Any) -> None:
-        """Those of the address that the docstring names; a step's batches count on."""
+        """The address in the docstring has them; a step's second batch has the sites' second calls."""
         watch = Watch()
         run = trainer(callback, watch=watch, gradient_accumulation_steps=2)
         self.train(run)
@@ -171,14 +195,13 @@ class TestTransformers:
             assert same(self.train(compiled), self.train(trainer(callback)))
 
     def test_errors(self, trainer: Callable[..., Any], callback: Any) -> None:
-        """The trainer tells no callback of them: close() does, or the next training or evaluation."""
+        """The trainer calls no callback then; close(), training or evaluation ends the address."""
         whole = self.train(trainer(callback))
         for after in ("close", "train", "evaluate"):
-            watch = Watch(raise_at=3)
-            run = trainer(callback, watch=watch)
+            run = trainer(callback, watch=Watch(raise_at=3))
             with pytest.raises(StopError):
                 self.train(run)
-            assert current.source is not None, (
+            assert active.key_source is not None, (
                 "transformers has learned to end a step: no more need for close"
             )
             if after == "close":
@@ -190,40 +213,12 @@ class TestTransformers:
                 run.model.load_state_dict(trainer().model.state_dict())
                 run.optimizer = run.lr_scheduler = None
                 assert same(self.train(run), whole)
-            assert current.source is None
-        watch = Watch(raise_at=3)
-        own = callback(seed=7)
-        run = trainer(watch=watch)
+            assert active.key_source is None
+        own, run = callback(seed=7), trainer(watch=Watch(raise_at=3))
         run.add_callback(own)
         with pytest.raises(StopError), contextlib.closing(own):
             self.train(run)
-        assert current.source is None
-
-    def test_a_seed(self, callback: Any) -> None:
-        assert callback(seed=7).seed == callback(seed=Key(7)).seed == Key(7)
-        with pytest.raises(TypeError, match="seed must be an integer, got 'seven'"):
-            callback(seed="seven")
-        assert pickle.loads(pickle.dumps(callback(seed=7))).seed == Key(7)
-
-
-def import_lightning() -> Any:
-    """lightning.pytorch, also where the installed torchvision, which it would import, does not fit torch."""
-    zoo._transformers()  # where this is tried
-    version = importlib.metadata.version
-
-    def without_torchvision(name: str) -> str:
-        if name == "torchvision":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
-
-    fits = sys.modules.get("torchvision", importlib) is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        imports = importlib.import_module("lightning_utilities.core.imports")
-        with (
-            contextlib.nullcontext() if fits else mock.patch.object(imports, "_version", without_torchvision)
-        ):
-            return importlib.import_module("lightning.pytorch")
+        assert active.key_source is None
 
 
 class TestLightning:
@@ -235,8 +230,8 @@ class TestLightning:
         return found
 
     @pytest.fixture(scope="class")
-    def callback(self, lightning: Any) -> Any:  # noqa: ARG002
-        return importlib.import_module("thinned.models.callbacks.lightning").AddressCallback
+    def callback(self) -> Any:
+        return callback_of("lightning")
 
     @pytest.fixture
     def run(self, lightning: Any, tmp_path: Path) -> Callable[..., tuple[Result, Any]]:
@@ -251,7 +246,7 @@ class TestLightning:
                 return -1 if batch_idx == self.skip_from else None
 
             def on_train_epoch_end(self) -> None:
-                assert current.source is None
+                assert active.key_source is None
 
             def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
                 words, classes = batch
@@ -328,7 +323,7 @@ class TestLightning:
     def test_masks_resumed_within_an_epoch(
         self, run: Callable[..., Any], tmp_path: Path, callback: Any
     ) -> None:
-        """Lightning counts on, though it starts over with the data."""
+        """Lightning continues to count batches, though it begins again with the data."""
         whole, rest = Watch(), Watch()
         run(callback(seed=7), watch=whole, save=8)
         run(callback(seed=7), watch=rest, resume=str(tmp_path / "step=8.ckpt"))
@@ -342,7 +337,7 @@ class TestLightning:
         assert set(watch.seen) == {(True, True), (False, False)}
 
     def test_masks(self, run: Callable[..., Any], callback: Any) -> None:
-        """Those of the address that the docstring names."""
+        """The address in the docstring has them."""
         watch = Watch()
         _, module = run(callback(seed=7), watch=watch)
         for epoch, batch in ((0, 0), (0, 4), (2, 4)):
@@ -352,15 +347,18 @@ class TestLightning:
     def test_errors_and_skipped_epochs(self, run: Callable[..., Any], callback: Any) -> None:
         with pytest.raises(StopError):
             run(callback(seed=7), watch=Watch(raise_at=3))
-        assert current.source is None
+        assert active.key_source is None
         watch = Watch()
         run(callback(seed=7), watch=watch, skip_from=2, limit_val_batches=1)
         assert watch.seen.count((True, True)) == 6
         assert set(watch.seen) == {(True, True), (False, False)}
-        assert current.source is None
+        assert active.key_source is None
 
-    def test_a_seed(self, callback: Any) -> None:
-        assert callback(seed=7).seed == callback(seed=Key(7)).seed == Key(7)
-        with pytest.raises(TypeError, match="seed must be an integer, got 'seven'"):
-            callback(seed="seven")
-        assert pickle.loads(pickle.dumps(callback(seed=7))).seed == Key(7)
+
+@pytest.mark.parametrize("name", ["transformers", "lightning"])
+def test_a_seed(name: str) -> None:
+    callback = callback_of(name)
+    assert callback(seed=7).seed == callback(seed=Key(7)).seed == Key(7)
+    with pytest.raises(TypeError, match="seed must be an integer, got 'seven'"):
+        callback(seed="seven")
+    assert pickle.loads(pickle.dumps(callback(seed=7))).seed == Key(7)

@@ -60,7 +60,7 @@ class Operations(TorchDispatchMode):
 
 
 def wrong_gradients(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """In how many places the backward pass has another mask than the forward pass.
+    """The number of elements at which the backward pass has another mask than the forward pass.
 
     For functions that leave each element at its place and are zero only where they drop.
     """

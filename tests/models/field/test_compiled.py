@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -157,10 +158,10 @@ def chain(*dropouts: Dropout) -> Dropout:
     return function
 
 
-def wrong_under_budget(budget: float, *dropouts: Dropout) -> int:
+def wrong_under_budget(budget: float, function: Dropout) -> int:
     torch.manual_seed(3)
     with partitioner.patch(activation_memory_budget=budget):
-        return wrong_gradients(compiled(chain(*dropouts), "aot_eager"), torch.ones(64, 64))
+        return wrong_gradients(compiled(function, "aot_eager"), torch.ones(64, 64))
 
 
 def with_key(number: int) -> Dropout:
@@ -168,56 +169,51 @@ def with_key(number: int) -> Dropout:
     return lambda x: thinned.functional.dropout(x, 0.2, key=key)
 
 
-KEYED = tuple(with_key(number) for number in range(2))
-DRAWN = (lambda x: thinned.functional.dropout(x, 0.2),) * 2
+KEYED = chain(*(with_key(number) for number in range(2)))
+DRAWN = chain(*(lambda x: thinned.functional.dropout(x, 0.2),) * 2)
 
 
-class Chain(nn.Module):
+class Addressed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([thinned.Dropout(0.2) for _ in KEYED])
+        self.layers = nn.ModuleList([thinned.Dropout(0.2) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
         return chain(*self.layers)(x)
 
 
-def wrong_with_addresses(budget: float) -> int:
-    model = Chain()
-    with partitioner.patch(activation_memory_budget=budget), thinned.models.address(model, seed=7, step=1):
-        return wrong_gradients(compiled(model, "aot_eager"), torch.ones(64, 64))
+def wrong_in_thinned(keys: str, budget: float) -> int:
+    model = Addressed()
+    function = {"keyed": KEYED, "drawn": DRAWN, "addressed": model}[keys]
+    with thinned.models.address(model, seed=7, step=1) if keys == "addressed" else nullcontext():
+        return wrong_under_budget(budget, function)
+
+
+every_kind_of_key = pytest.mark.parametrize("keys", ["keyed", "drawn", "addressed"])
 
 
 @in_torch("reproduces")
 def test_pytorch_190717_torch() -> None:
-    """With a memory budget of 0, the backward pass draws a mask of its own."""
-    assert wrong_under_budget(0.0, plain) > 1000
+    """The backward pass draws another mask if the memory budget is 0."""
+    assert wrong_under_budget(0.0, chain(plain)) > 1000
 
 
-@pytest.mark.parametrize("dropouts", [KEYED, DRAWN], ids=["keyed", "drawn"])
-def test_pytorch_190717_thinned(dropouts: tuple[Dropout, ...]) -> None:
-    assert wrong_under_budget(0.0, *dropouts) == 0
-
-
-def test_pytorch_190717_thinned_address() -> None:
-    assert wrong_with_addresses(0.0) == 0
+@every_kind_of_key
+def test_pytorch_190717_thinned(keys: str) -> None:
+    assert wrong_in_thinned(keys, 0.0) == 0
 
 
 @pytest.mark.parametrize("budget", [0.005, 0.5])
 @in_torch("reproduces")
 def test_pytorch_190758_torch(budget: float) -> None:
-    """So it does at any budget below 1, where there is something to recompute."""
-    assert wrong_under_budget(budget, *(lambda x: F.dropout(x, 0.2),) * 2) > 100
+    """The backward pass draws other masks at any memory budget below 1."""
+    assert wrong_under_budget(budget, chain(*(lambda x: F.dropout(x, 0.2),) * 2)) > 100
 
 
 @pytest.mark.parametrize("budget", [0.005, 0.5])
-@pytest.mark.parametrize("dropouts", [KEYED, DRAWN], ids=["keyed", "drawn"])
-def test_pytorch_190758_thinned(dropouts: tuple[Dropout, ...], budget: float) -> None:
-    assert wrong_under_budget(budget, *dropouts) == 0
-
-
-@pytest.mark.parametrize("budget", [0.005, 0.5])
-def test_pytorch_190758_thinned_address(budget: float) -> None:
-    assert wrong_with_addresses(budget) == 0
+@every_kind_of_key
+def test_pytorch_190758_thinned(keys: str, budget: float) -> None:
+    assert wrong_in_thinned(keys, budget) == 0
 
 
 @pytest.mark.skipif(
@@ -230,23 +226,23 @@ def test_pytorch_190758_thinned_by_region(backend: str) -> None:
 
     def function(x: Tensor) -> Tensor:
         with torch.autograd.graph.region_activation_memory_budget(0.5):
-            return chain(*DRAWN)(x)
+            return DRAWN(x)
 
     torch.manual_seed(3)
     assert wrong_gradients(compiled(function, backend), torch.ones(64, 64)) == 0
     x = torch.ones(64, 64)
     with partitioner.patch(activation_memory_budget=0.0):
-        alone = seeded(compiled(chain(*DRAWN), backend), x)
-    oracle.assert_same(alone, seeded(chain(*DRAWN), x))
+        alone = seeded(compiled(DRAWN, backend), x)
+    oracle.assert_same(alone, seeded(DRAWN, x))
 
 
 def test_pytorch_190758_thinned_in_checkpoint() -> None:
     """A checkpointed region, which has such marks of its own, within a memory budget."""
 
     def function(x: Tensor) -> Tensor:
-        return checkpoint(chain(*DRAWN), chain(*DRAWN)(x), use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(DRAWN, DRAWN(x), use_reentrant=False)  # type: ignore[no-any-return]
 
-    assert wrong_under_budget(0.5, function, drawn) == 0
+    assert wrong_under_budget(0.5, chain(function, drawn)) == 0
 
 
 def check_107942(layer: nn.Module, backend: str) -> None:
@@ -271,7 +267,7 @@ def test_pytorch_107942_thinned(backend: str) -> None:
 
 @in_torch("reproduces")
 def test_pytorch_107942_torch_sign() -> None:
-    """What is left of it: zeros with a sign, and NaN for infinity, in eager code but not in compiled code."""
+    """Eager code still has zeros with a sign and NaN for infinity; compiled code has not."""
     x = torch.tensor([-1.0, float("inf")])
     eager, fast = nn.Dropout(1.0)(x), compiled(nn.Dropout(1.0))(x)
     assert eager.signbit()[0]

@@ -104,7 +104,7 @@ def test_pytorch_25690_thinned(subject: Subject) -> None:
 
 
 class SeededDropout(nn.Module):
-    """What the pull request to baal added: the mask of a call is drawn anew from one seed."""
+    """The layer of the pull request to baal: each call draws its mask from the same seed."""
 
     def forward(self, x: Tensor) -> Tensor:
         kept = torch.empty_like(x).bernoulli_(0.5, generator=torch.Generator().manual_seed(7))
@@ -117,7 +117,7 @@ SAMPLES = torch.ones(9, 50)
 
 @in_torch("reproduces")
 def test_baal_15_torch() -> None:
-    """With one seed for the batch, a sample's mask is that of its place in the batch."""
+    """One seed for the batch makes a sample's mask depend on its place in the batch."""
     dropout = SeededDropout()
     alone = [dropout(SAMPLES[i : i + 1])[0] for i in IDS.tolist()]
     together = dropout(SAMPLES[IDS])
@@ -126,7 +126,7 @@ def test_baal_15_torch() -> None:
 
 
 def test_baal_15_thinned() -> None:
-    """With a key for each sample its mask is its own, in any batch and at any place."""
+    """A key for each sample gives it one mask in any batch and at any place."""
     keys = Key(7).fold(torch.arange(9))
     everything = thinned.functional.dropout(SAMPLES, 0.5, key=keys)
     assert len({tuple(row) for row in everything.tolist()}) == 9

@@ -47,7 +47,7 @@ def check_92283(dropout: Dropout, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @in_torch("no longer reproduces")
 def test_pytorch_92283_torch(device: str) -> None:
-    """With randomness "different", the result once had lost a dimension on GPUs."""
+    """The result once lacked a dimension on GPUs, with randomness "different"."""
     check_92283(F.dropout, device)
 
 
@@ -82,7 +82,7 @@ def test_functorch_408_torch() -> None:
 
 
 def test_functorch_408_thinned() -> None:
-    """With a key it is a pure function: its differences are what its gradient says, here to rounding."""
+    """A dropout with a key is a pure function: finite differences agree with its gradient."""
     loss = directional(lambda x, p: thinned.functional.dropout(x, p, key=Key(7)))
     at, h = torch.tensor(0.1, dtype=torch.float64), 1e-3
     assert loss(at) == loss(at)

@@ -48,7 +48,7 @@ def test_pytorch_99293_torch() -> None:
 
 
 def test_pytorch_99293_thinned() -> None:
-    """With the option, evaluation is torch's attention without dropout; training drops as before."""
+    """Evaluation with the option is torch's attention without dropout; training drops as before."""
     attention = Attention().eval()
     with intercept(key=Key(7), sdpa_follows_training=True):
         assert attention(X).equal(without_dropout(attention))
@@ -88,7 +88,7 @@ def test_pytorch_59421_torch() -> None:
 
 @pytest.mark.parametrize("number", [INF, -INF, math.nan])
 def test_pytorch_59421_thinned(subject: Subject, number: float) -> None:
-    """What is dropped is +0, whatever it was."""
+    """A dropped element is +0, whatever its value was."""
     kept = thinned.keep_mask(Key(7), (100,), 0.5)
     expected = torch.where(kept, number, 0.0)
     x = torch.full((100,), number, device=subject.device)

@@ -38,7 +38,7 @@ class Offloaded(torch.autograd.Function):
 
 
 def gradients(model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
-    """Those of a model whose masks are the same in every call, but for what is computed again."""
+    """Gradients of a model with the same masks in every call, except where it recomputes others."""
     x = torch.linspace(-1, 1, 64, dtype=torch.float64).reshape(4, 16).requires_grad_()
     model.zero_grad()
     torch.manual_seed(3)
@@ -92,7 +92,7 @@ def components() -> list[Tensor]:
 
 
 def gradient_is_the_mask(dropout: Callable[[Tensor], Tensor]) -> bool:
-    """Of a strided nested tensor: twice what is kept, and zero elsewhere."""
+    """Whether a strided nested tensor's gradient is 2 where elements are kept, and 0 elsewhere."""
     parts = components()
     y = dropout(torch.nested.as_nested_tensor(parts)).unbind()
     grads = torch.autograd.grad([each.sum() for each in y], parts)

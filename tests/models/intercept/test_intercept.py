@@ -1,4 +1,4 @@
-"""Within the context no dropout kernel of torch runs, and outside of it nothing is different."""
+"""No dropout kernel of torch runs within the context, and nothing changes outside of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pickle
 import re
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,14 +19,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import oracle
 import thinned
 from models import zoo
 from thinned import functional as F
 from thinned.models.convert import convert
-from thinned.models.intercept import _SITES, Intercept, Intercepted, intercept
+from thinned.models.intercept import _HANDLERS, Intercept, Intercepted, intercept
 
 KEY = thinned.Key(7)
 P = 0.3
@@ -63,84 +63,39 @@ def spied(run: Callable[[], Any]) -> list[str]:
 
 
 X = torch.randn(2, 3, 4, 5)
-CALLS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor, thinned.Key], Any]]] = {
-    "F.dropout": (
-        lambda x: torch_functional.dropout(x, P),
-        lambda x, key: F.dropout(x, P, key=key),
-    ),
-    "F.dropout inplace": (
-        lambda x: torch_functional.dropout(x, P, True, True),
-        lambda x, key: F.dropout(x, P, key=key),
-    ),
-    "F.dropout1d": (
-        lambda x: torch_functional.dropout1d(x[0], P),
-        lambda x, key: F.dropout1d(x[0], P, key=key),
-    ),
-    "F.dropout2d": (
-        lambda x: torch_functional.dropout2d(input=x, p=P),
-        lambda x, key: F.dropout2d(x, P, key=key),
-    ),
-    "F.dropout3d": (
-        lambda x: torch_functional.dropout3d(x[None], P),
-        lambda x, key: F.dropout3d(x[None], P, key=key),
-    ),
-    "F.alpha_dropout": (
-        lambda x: torch_functional.alpha_dropout(x, P, training=True),
-        lambda x, key: F.alpha_dropout(x, P, True, key=key),
-    ),
+OURS: dict[str, Callable[[Tensor, thinned.Key], Tensor]] = {
+    "elements": lambda x, key: F.dropout(x, P, key=key),
+    "mask": lambda x, key: thinned.keep_mask(key, x.shape, P),
+    "1d": lambda x, key: F.dropout1d(x[0], P, key=key),
+    "2d": lambda x, key: F.dropout2d(x, P, key=key),
+    "3d": lambda x, key: F.dropout3d(x[None], P, key=key),
+    "alpha": lambda x, key: F.alpha_dropout(x, P, True, key=key),
+    "feature alpha": lambda x, key: F.feature_alpha_dropout(x, P, True, key=key),
+}
+CALLS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "F.dropout": (lambda x: torch_functional.dropout(x, P), "elements"),
+    "F.dropout inplace": (lambda x: torch_functional.dropout(x, P, True, True), "elements"),
+    "F.dropout1d": (lambda x: torch_functional.dropout1d(x[0], P), "1d"),
+    "F.dropout2d": (lambda x: torch_functional.dropout2d(input=x, p=P), "2d"),
+    "F.dropout3d": (lambda x: torch_functional.dropout3d(x[None], P), "3d"),
+    "F.alpha_dropout": (lambda x: torch_functional.alpha_dropout(x, P, training=True), "alpha"),
     "F.feature_alpha_dropout": (
         lambda x: torch_functional.feature_alpha_dropout(x, P, True),
-        lambda x, key: F.feature_alpha_dropout(x, P, True, key=key),
+        "feature alpha",
     ),
-    "torch.dropout": (
-        lambda x: torch.dropout(x, p=P, train=True),
-        lambda x, key: F.dropout(x, P, key=key),
-    ),
-    "torch.dropout_": (lambda x: torch.dropout_(x, P, True), lambda x, key: F.dropout(x, P, key=key)),
-    "torch.feature_dropout": (
-        lambda x: torch.feature_dropout(x, P, True),
-        lambda x, key: F.dropout2d(x, P, key=key),
-    ),
-    "torch.feature_dropout_": (
-        lambda x: torch.feature_dropout_(x, P, True),
-        lambda x, key: F.dropout2d(x, P, key=key),
-    ),
-    "torch.alpha_dropout": (
-        lambda x: torch.alpha_dropout(x, P, True),
-        lambda x, key: F.alpha_dropout(x, P, True, key=key),
-    ),
-    "torch.alpha_dropout_": (
-        lambda x: torch.alpha_dropout_(x, P, True),
-        lambda x, key: F.alpha_dropout(x, P, True, key=key),
-    ),
-    "torch.feature_alpha_dropout": (
-        lambda x: torch.feature_alpha_dropout(x, P, True),
-        lambda x, key: F.feature_alpha_dropout(x, P, True, key=key),
-    ),
-    "torch.feature_alpha_dropout_": (
-        lambda x: torch.feature_alpha_dropout_(x, P, True),
-        lambda x, key: F.feature_alpha_dropout(x, P, True, key=key),
-    ),
-    "torch.native_dropout": (
-        lambda x: torch.native_dropout(x, P, True)[0],
-        lambda x, key: F.dropout(x, P, key=key),
-    ),
-    "torch.native_dropout mask": (
-        lambda x: torch.native_dropout(x, P, None)[1],
-        lambda x, key: thinned.keep_mask(key, x.shape, P),
-    ),
-    "aten.dropout": (
-        lambda x: torch.ops.aten.dropout(x, P, True),
-        lambda x, key: F.dropout(x, P, key=key),
-    ),
-    "aten.dropout.default": (
-        lambda x: torch.ops.aten.dropout.default(x, P, True),
-        lambda x, key: F.dropout(x, P, key=key),
-    ),
-    "nn.Dropout2d": (
-        lambda x: nn.Dropout2d(P)(x),
-        lambda x, key: F.dropout2d(x, P, key=key),
-    ),
+    "torch.dropout": (lambda x: torch.dropout(x, p=P, train=True), "elements"),
+    "torch.dropout_": (lambda x: torch.dropout_(x, P, True), "elements"),
+    "torch.feature_dropout": (lambda x: torch.feature_dropout(x, P, True), "2d"),
+    "torch.feature_dropout_": (lambda x: torch.feature_dropout_(x, P, True), "2d"),
+    "torch.alpha_dropout": (lambda x: torch.alpha_dropout(x, P, True), "alpha"),
+    "torch.alpha_dropout_": (lambda x: torch.alpha_dropout_(x, P, True), "alpha"),
+    "torch.feature_alpha_dropout": (lambda x: torch.feature_alpha_dropout(x, P, True), "feature alpha"),
+    "torch.feature_alpha_dropout_": (lambda x: torch.feature_alpha_dropout_(x, P, True), "feature alpha"),
+    "torch.native_dropout": (lambda x: torch.native_dropout(x, P, True)[0], "elements"),
+    "torch.native_dropout mask": (lambda x: torch.native_dropout(x, P, None)[1], "mask"),
+    "aten.dropout": (lambda x: torch.ops.aten.dropout(x, P, True), "elements"),
+    "aten.dropout.default": (lambda x: torch.ops.aten.dropout.default(x, P, True), "elements"),
+    "nn.Dropout2d": (lambda x: nn.Dropout2d(P)(x), "2d"),
 }
 
 
@@ -152,7 +107,7 @@ def test_each_function_is_thinneds(name: str) -> None:
         assert not spied(lambda: torchs(X.clone()))
         y = torchs(X.clone())
     assert context.count == 2
-    oracle.assert_same(y, ours(X, KEY.fold(1)))
+    oracle.assert_same(y, OURS[ours](X, KEY.fold(1)))
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name.endswith("_") or "inplace" in name])
@@ -175,7 +130,7 @@ def test_native_dropout_of_infinities_and_everything() -> None:
 
 @pytest.mark.parametrize("p", [0.0, P])
 def test_what_drops_nothing_is_torchs_own(p: float) -> None:
-    """What torch accepts and returns: here the input itself, of any dtype."""
+    """PyTorch returns the input itself, of any dtype."""
     x, training = torch.arange(6), p == 0
     with intercept() as context:
         for function in (torch_functional.dropout, torch_functional.alpha_dropout):
@@ -222,21 +177,21 @@ def test_models(name: str, attention: str) -> None:
                 oracle.assert_same(results(model), expected)
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "packed", "attention weights"])
+MODULES: dict[str, tuple[nn.Module, Callable[[Tensor], tuple[Any, ...]]]] = {
+    "lstm": (nn.LSTM(8, 8, 2, dropout=P), lambda x: (x,)),
+    "gru": (nn.GRU(8, 8, 2, dropout=P, bidirectional=True), lambda x: (x,)),
+    "packed": (nn.LSTM(8, 8, 2, dropout=P), lambda x: (pack_sequence([x[:, 0], x[:2, 1]]),)),
+    "attention weights": (nn.MultiheadAttention(8, 2, dropout=P), lambda x: (x, x, x)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_modules_of_torch(name: str) -> None:
+    model, arguments = MODULES[name]
     x = torch.randn(4, 3, 8)
-    model: nn.Module = {
-        "lstm": nn.LSTM(8, 8, 2, dropout=P),
-        "gru": nn.GRU(8, 8, 2, dropout=P, bidirectional=True),
-        "packed": nn.LSTM(8, 8, 2, dropout=P),
-        "attention weights": nn.MultiheadAttention(8, 2, dropout=P),
-    }[name]
-    arguments = (x, x, x) if "attention" in name else (x,)
-    if name == "packed":
-        arguments = (pack_sequence([x[:, 0], x[:2, 1]]),)
-    assert spied(lambda: model(*arguments))
+    assert spied(lambda: model(*arguments(x)))
     with intercept():
-        assert not spied(lambda: model(*arguments))
+        assert not spied(lambda: model(*arguments(x)))
 
 
 def encoder() -> tuple[nn.Module, Tensor, Tensor]:
@@ -281,8 +236,7 @@ def test_modes_of_others_still_shut_the_fast_path() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    names = ("has_torch_function",)
-    before = [getattr(torch.overrides, name) for name in names]
+    before = torch.overrides.has_torch_function
     checkpointing = dict(vars(torch.utils.checkpoint))
     functions = dict(vars(torch_functional)), dict(vars(torch.nn.modules.rnn))
 
@@ -293,7 +247,7 @@ def test_nothing_is_left_behind() -> None:
     with pytest.raises(ValueError, match=r"1\.5"):
         fails()
     assert _get_current_function_mode_stack() == []
-    assert [getattr(torch.overrides, name) for name in names] == before
+    assert torch.overrides.has_torch_function is before
     assert dict(vars(torch.utils.checkpoint)) == checkpointing
     assert (dict(vars(torch_functional)), dict(vars(torch.nn.modules.rnn))) == functions
     torch.manual_seed(3)
@@ -330,16 +284,17 @@ def test_errors_are_torchs() -> None:
                 torch.feature_dropout(torch.ones(3), P, True)
             with pytest.raises(TypeError):
                 torch_functional.dropout(X, P, nonsense=1)
-    with pytest.raises(TypeError, match=r"must be a thinned\.Key, got 7"):
-        intercept(key=7)  # type: ignore[arg-type]
+    for make in (intercept, partial(Intercepted, nn.Identity())):
+        with pytest.raises(TypeError, match=r"must be a thinned\.Key, got 7"):
+            make(key=7)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "function", [torch_functional.dropout, torch_functional.alpha_dropout, torch.dropout, torch.dropout_]
 )
 def test_an_argument_that_only_torch_knows_is_left_to_torch(function: Callable[..., Any]) -> None:
-    """Versions to come may give dropout a generator, which is then where torch's masks come from."""
-    context, handler = Intercept(KEY), _SITES[function]
+    """A later PyTorch may give dropout a generator, from which torch then draws."""
+    context, handler = Intercept(KEY), _HANDLERS[function]
     with context:
         assert handler(context, X, P, True, generator=torch.Generator()) is None
         assert context.count == 0
@@ -376,35 +331,6 @@ def test_sdpa_follows_training_if_asked() -> None:
     oracle.assert_same(Intercepted(model, sdpa_follows_training=True)(x), plain)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("key", [KEY, None], ids=["key", "drawn"])
-@pytest.mark.parametrize("within", [True, False], ids=["within", "after"])
-def test_checkpointed(reentrant: bool, key: thinned.Key | None, within: bool) -> None:
-    """The recomputation has the same masks, also when the backward pass starts after the context."""
-    x = torch.randn(3, 6, 4)
-    gru = nn.GRU(4, 4, 2, dropout=P)  # oneDNN's LSTM has other roundings where no gradient is wanted
-
-    def block(x: Tensor) -> Tensor:
-        return gru(torch_functional.dropout(x, P))[0]
-
-    def gradients(call: Callable[[Tensor], Tensor], within: bool) -> list[Tensor]:
-        leaf = x.clone().requires_grad_()
-        torch.manual_seed(3)
-        with intercept(key=key):
-            y = call(call(leaf))
-            if within:
-                y.sum().backward()
-        if not within:
-            y.sum().backward()
-        assert leaf.grad is not None
-        return [y.detach(), leaf.grad]
-
-    plain = gradients(block, within)
-    again = gradients(lambda x: checkpoint(block, x, use_reentrant=reentrant), within)
-    for got, want in zip(again, plain, strict=True):
-        oracle.assert_same(got, want)
-
-
 def test_wrapper() -> None:
     model = Intercepted(nn.Sequential(nn.Linear(5, 5), nn.Dropout(P)), key=KEY)
     y = model(X)
@@ -425,73 +351,74 @@ def test_one_context_twice() -> None:
     assert ys[0].equal(ys[1])
 
 
-def test_addressed() -> None:
-    """thinned.address gives the keys of what has none, at the site that runs."""
-    model = zoo.attention(P)
-    samples = torch.arange(4)
-    with thinned.address(model, seed=7, step=3, samples=samples), intercept():
-        y = zoo.output(model)
-        assert y.equal(zoo.output(model)) is False, "a second call of a site is another"
-    x = zoo.inputs(model)["x"]
-    order = torch.tensor([2, 0, 3, 1])
-    with thinned.address(model, seed=7, step=3, samples=order), intercept():
-        torch.testing.assert_close(model(x[order]), y[order])
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+def placed(
+    body: nn.Module, place: str, key: thinned.Key | None
+) -> tuple[Callable[[Tensor], Tensor], Context]:
+    """A function that calls ``body``, and a context for its calls, one of which intercepts."""
+
+    def inside(x: Tensor) -> Tensor:
+        with intercept(key=key):
+            return body(x)  # type: ignore[no-any-return]
+
+    run = {"inside": inside, "outside": body, "wrapper": Intercepted(body, key=key)}[place]
+    return run, partial(intercept, key=key) if place == "outside" else nullcontext
+
+
+def assert_same_values_and_gradients(
+    functions: Sequence[Callable[[Tensor], Tensor]], context: Context, leaf: Tensor, parameters: list[Tensor]
+) -> None:
+    found = []
+    for function in functions:
+        torch.manual_seed(3)
+        with context():
+            y = function(leaf)
+        found.append((y.detach(), *torch.autograd.grad(y.sum(), [leaf, *parameters])))
+    for again in found[1:]:
+        for got, want in zip(again, found[0], strict=True):
+            oracle.assert_same(got, want)
+
+
+class Functions(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch_functional.dropout(x, P)
+        y = torch_functional.scaled_dot_product_attention(y, y, y, dropout_p=P, is_causal=True)
+        return torch.dropout(torch_functional.alpha_dropout(y, P, True), P, True)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2, dropout=P, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, weights = self.mha(x, x, x)
+        normed: Tensor = self.mha(y, y, y, need_weights=False)[0] + weights.mean()
+        return normed
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
-    ("model", "place", "key"),
+    ("kind", "place", "key"),
     [
-        pytest.param("functions", "inside", None, id="functions inside"),
-        pytest.param("functions", "outside", KEY, id="functions outside key"),
-        pytest.param("functions", "wrapper", None, id="functions wrapper"),
-        pytest.param("attention", "inside", KEY, id="attention inside key"),
-        pytest.param("attention", "outside", None, id="attention outside"),
-        pytest.param("attention", "wrapper", None, id="attention wrapper"),
+        (Functions, "inside", None),
+        (Functions, "outside", KEY),
+        (Functions, "wrapper", None),
+        (Attention, "inside", KEY),
+        (Attention, "outside", None),
+        (Attention, "wrapper", None),
     ],
 )
-def test_compiled(model: str, place: str, key: thinned.Key | None) -> None:
-    mha = nn.MultiheadAttention(8, 2, dropout=P, batch_first=True)
-
-    class Functions(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            y = torch_functional.dropout(x, P)
-            y = torch_functional.scaled_dot_product_attention(y, y, y, dropout_p=P, is_causal=True)
-            return torch.dropout(torch_functional.alpha_dropout(y, P, True), P, True)
-
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mha = mha
-
-        def forward(self, x: Tensor) -> Tensor:
-            y, weights = self.mha(x, x, x)
-            return self.mha(y, y, y, need_weights=False)[0] + weights.mean()
-
-    body = Functions() if model == "functions" else Attention()
-
-    def inside(x: Tensor) -> Tensor:
-        with intercept(key=key):
-            return body(x)
-
-    run: Callable[[Tensor], Tensor] = {
-        "inside": inside,
-        "outside": body,
-        "wrapper": Intercepted(body, key=key),
-    }[place]
-    x = torch.randn(2, 5, 8)
+def test_compiled(kind: type[nn.Module], place: str, key: thinned.Key | None) -> None:
+    run, context = placed(kind(), place, key)
     fast = torch.compile(run, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
-            found = []
-            for call in (run, fast):
-                torch.manual_seed(3)
-                leaf = x.clone().requires_grad_()
-                with intercept(key=key) if place == "outside" else nullcontext():
-                    y = call(leaf)
-                found.append((y.detach(), *torch.autograd.grad(y.sum(), leaf)))
-            for eager, compiled in zip(*found, strict=True):
-                oracle.assert_same(compiled, eager)
+            assert_same_values_and_gradients(
+                (run, fast), context, torch.randn(2, 5, 8, requires_grad=True), []
+            )
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -508,24 +435,12 @@ def test_compiled(model: str, place: str, key: thinned.Key | None) -> None:
 )
 def test_compiled_recurrent(place: str, kind: type[nn.RNNBase], allow_rnn: bool) -> None:
     """Dynamo breaks its graph for recurrent networks; they are intercepted all the same."""
-    model, x = zoo.lstm(P), torch.randn(3, 5, zoo.WIDTH)
+    model, x = zoo.lstm(P), torch.randn(3, 5, zoo.WIDTH, requires_grad=True)
     model.lstm = kind(zoo.WIDTH, zoo.WIDTH, 2, dropout=P, batch_first=True)
-
-    def inside(x: Tensor) -> Tensor:
-        with intercept(key=KEY):
-            return model(x)
-
-    run = {"inside": inside, "outside": model, "wrapper": Intercepted(model, key=KEY)}[place]
+    run, context = placed(model, place, KEY)
     with torch._dynamo.config.patch(allow_rnn=allow_rnn):
-        compiled = torch.compile(run, backend="aot_eager")
-        found = []
-        for call in (run, compiled, compiled):
-            with intercept(key=KEY) if place == "outside" else nullcontext():
-                y = call(x)
-            found.append((y.detach(), *torch.autograd.grad(y.sum(), list(model.parameters()))))
-    for again in found[1:]:
-        for got, want in zip(again, found[0], strict=True):
-            oracle.assert_same(got, want)
+        fast = torch.compile(run, backend="aot_eager")
+        assert_same_values_and_gradients((run, fast, fast), context, x, list(model.parameters()))
 
 
 def test_exported() -> None:
@@ -549,9 +464,3 @@ def test_vmap() -> None:
         assert not different[0].equal(different[1])
         with pytest.raises(RuntimeError, match="randomness error mode"):
             torch.vmap(attend)(torch.ones(3, 4, 5))
-
-
-def test_public_signature() -> None:
-    assert isinstance(intercept(), Intercept)
-    with pytest.raises(TypeError):
-        intercept(KEY)  # type: ignore[misc]

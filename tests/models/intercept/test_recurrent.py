@@ -49,6 +49,12 @@ def layer(whole: nn.RNNBase, i: int) -> nn.RNNBase:
     return part
 
 
+def initial(whole: nn.RNNBase, batch: int) -> Any:
+    rows = 3 * (1 + whole.bidirectional)
+    hidden = torch.randn(rows, batch, whole.proj_size or 5)
+    return (hidden, torch.randn(rows, batch, 5)) if isinstance(whole, nn.LSTM) else hidden
+
+
 def state_of(hx: Any, i: int, rows: int) -> Any:
     if hx is None:
         return None
@@ -100,10 +106,7 @@ def test_is_the_formula_bit_for_bit(name: str, batch_first: bool) -> None:
 @every_network
 def test_given_states_and_no_batch(name: str) -> None:
     whole = network(name)
-    rows = 3 * (1 + whole.bidirectional)
-    hidden = torch.randn(rows, 2, whole.proj_size or 5)
-    hx = (hidden, torch.randn(rows, 2, 5)) if isinstance(whole, nn.LSTM) else hidden
-    assert_formula(whole, torch.randn(6, 2, 4), hx)
+    assert_formula(whole, torch.randn(6, 2, 4), initial(whole, 2))
     assert_formula(whole, torch.randn(6, 4))
 
 
@@ -114,10 +117,7 @@ def test_packed_sequences(name: str, ordered: bool) -> None:
     packed = pack_sequence([torch.randn(length, 4) for length in lengths], enforce_sorted=ordered)
     whole = network(name)
     assert_formula(whole, packed)
-    rows = 3 * (1 + whole.bidirectional)
-    hidden = torch.randn(rows, 3, whole.proj_size or 5)
-    hx = (hidden, torch.randn(rows, 3, 5)) if isinstance(whole, nn.LSTM) else hidden
-    sorted_hx = hx
+    hx = sorted_hx = initial(whole, 3)
     if not ordered:
         order = packed.sorted_indices
         sorted_hx = hx[:, order] if isinstance(hx, Tensor) else tuple(h[:, order] for h in hx)

@@ -1,4 +1,4 @@
-"""Masks by address: what a mask is depends on the step and on the site, and on nothing that ran before."""
+"""Masks by address: a mask depends on step and site, not on the random numbers drawn before."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from thinned.functional import keep_mask
-from thinned.key_source import current
+from thinned.key_source import active
 from thinned.keys import Key
-from thinned.models.address.hooks import Sites, module_at, sites_of
+from thinned.models.address.hooks import ModuleHooks, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
-from thinned.models.convert.rules import is_ours
+from thinned.models.walk import is_ours
 from thinned.nested import shape_of
 from thinned.op.vmap_keys import for_each_member
 from thinned.torch_state import compiling
@@ -38,51 +38,48 @@ def address(
     .. math:: \text{key} = \text{Key}(seed).\text{fold}(step).\text{fold}(site)
         \;[.\text{fold}(sample) \text{ for each row}]
 
-    A site is the path of a module in ``model``, the first if it has several, and from its second call within
-    the context on the path, ``"#"`` and the number of calls before it. (A ``"#"`` in a path counts as two.)
-    So no order of execution, no number that something else draws, and no random state has a part in it: a
-    run that is resumed at a step, a checkpointed region that is computed again, and a frozen or reordered
-    layer have the masks of the uninterrupted run.
+    A site is the path of a module in ``model``, the first path if several lead to it. The path's second call
+    within the context is the site ``path#1``, its third ``path#2``. (A ``"#"`` in a path is doubled.) A run
+    that resumes at a step has the masks of the uninterrupted run, and so has a model with a frozen or
+    reordered layer.
 
-    It gives keys to the calls of thinned's layers and functions in ``model`` that are given none. A key that
-    a call is given stays; torch's own dropouts are not affected (see :func:`thinned.convert` and
-    :func:`thinned.intercept`). A region that a backward pass computes again has the masks of its first
-    computation, also after the context: by :func:`torch.utils.checkpoint.checkpoint`, which needs no
-    ``preserve_rng_state``, or by an autograd Function that calls it in its ``forward(ctx, ...)``, as those of
-    Megatron and DeepSpeed do. Such a Function has to restore the random state only if it calls one site more
-    than once. Any other call of a site while a backward pass runs is refused.
+    The context gives keys to calls of thinned's layers and functions in ``model`` that are not given one. It
+    does not affect torch's own dropouts; see :func:`thinned.convert` and :func:`thinned.intercept`.
 
-    It holds for the thread that enters it, where no other asyncio task may run within it, and for the
-    replicas of ``model`` that :class:`torch.nn.DataParallel` runs in others, each of which counts its rows
-    from 0. A mask is no random
-    number to :func:`torch.vmap`: all mapped calls have the same one, and rows are those of the mapped call.
-    Only with ``randomness="different"`` has call ``i`` a mask of its own, with ``key.fold(i)``.
+    A region that a backward pass recomputes has the masks of its first run, also after the context has ended.
+    It may be recomputed by :func:`torch.utils.checkpoint.checkpoint`, which needs no ``preserve_rng_state``,
+    or by an autograd Function that calls it in ``forward(ctx, ...)``, as in Megatron and DeepSpeed. Such a
+    Function must restore the random state only if it calls one site more than once. Any other call of a site
+    during a backward pass raises.
 
-    Under :func:`torch.compile` enter it around the compiled code, where neither another step nor other
-    samples compile anew. It may be entered in compiled code too if ``model`` has its hooks by then, from an
-    address that was made before; there a ``step`` that is an integer compiles anew once.
+    The context holds for the thread that enters it, in which no other asyncio task may run meanwhile. The
+    replicas of ``model`` that :class:`torch.nn.DataParallel` runs in other threads join it, and each counts
+    its rows from 0. Under :func:`torch.vmap` all mapped calls share a mask, since nothing is drawn. Only with
+    ``randomness="different"`` does call ``i`` have a mask of its own, that of ``key.fold(i)``.
+
+    Under :func:`torch.compile`, enter it outside the compiled code: other steps and samples then cause no
+    recompilation. Compiled code may enter it too if an earlier address gave ``model`` its hooks; an integer
+    ``step`` then recompiles once.
 
     Args:
-        model: whose sites it is about. On first use its modules get forward hooks, which do nothing outside
-            the context; a module that is added later counts as a part of the one around it.
+        model: the model. On first use its modules get forward hooks, which do nothing outside the context. A
+            module that is added later counts as a part of its parent.
         seed: of the run: an integer, or a :class:`~thinned.Key`.
         step: of the run: an integer, or an int64 tensor of one element.
-        samples: an id for each sample that the sites are given. A sample's mask then does not
-            depend on its place in the batch, on the batch's size, or on what is accumulated. Where a sample
-            has ``k`` rows, their keys are ``key.fold(sample).fold(0 .. k-1)``; a tensor of one row has one
-            mask for all samples.
-        sample_dim: the dimension of the samples in what element-wise sites are given, such as 1 for sequences
-            of shape ``(L, N, *)``; or one for each pattern of paths (:mod:`fnmatch`), of which the first that
-            matches counts. By default it is what the nearest module around the site says by its
-            ``batch_first``, for inputs of three dimensions or more, and 0 where none says so.
+        samples: an id for each sample of the batch. A sample's mask then does not depend on its place in the
+            batch, on the batch's size or on gradient accumulation. Where a sample has ``k`` rows, their keys
+            are ``key.fold(sample).fold(0 .. k-1)``. A tensor of one row has one mask for all samples.
+        sample_dim: the dimension of the samples in the inputs of element-wise layers: an integer, such as 1
+            for sequences of shape ``(L, N, *)``, or integers by patterns of paths (:mod:`fnmatch`), of which
+            the first match holds. By default, inputs of three dimensions or more follow ``batch_first`` of
+            the module or of one that contains it; otherwise the dimension is 0.
 
     Raises:
         TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large.
         IndexError: at a site whose input has no dimension ``sample_dim``.
-        RuntimeError: at a site whose dimension of samples is no multiple of their number, or where dimension
-            0 is a multiple of it and dimension 1 the number itself and nothing tells which of them it is; at
-            one whose call is unknown, in a backward pass or in another asyncio task; at the end, if another
-            address that was entered later is still active.
+        RuntimeError: at a site if the samples' dimension is no multiple of their number, or if only dimension
+            1 has that size and nothing says that it is meant; at a site that a backward pass or another
+            asyncio task calls; at the end, if a later address is still active.
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), thinned.Dropout(0.5))
@@ -96,7 +93,7 @@ def address(
 
 
 class Address:
-    """What :func:`thinned.address` returns: the context, and the keys and masks of its sites.
+    """The context that :func:`thinned.address` returns, with the keys and masks of its sites.
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(thinned.Dropout(0.5))
@@ -112,23 +109,22 @@ class Address:
         samples: Tensor | Sequence[int] | None,
         sample_dim: int | Mapping[str, int] | None = None,
     ) -> None:
-        self.sites = sites_of(model)
+        self.hooks = hooks_of(model)
         self._model = model
         self._root = _seed(seed).fold(_step(step))
         self.samples = None if samples is None else _ids(samples)
-        self.sample_dim, self.sample_dims = _dims(sample_dim, self.sites)
-        device = next((parameter.device for parameter in model.parameters()), None)
-        self._device = device
-        self._there = self._root, self.samples
-        if device is not None and device.type != "cpu":
-            there = None if self.samples is None else self.samples.to(device)
-            self._there = self._root.to(device), there
+        self.sample_dim, self.sample_dims = _dims(sample_dim, self.hooks)
+        self._device = next((parameter.device for parameter in model.parameters()), None)
+        self._on_device = self._root, self.samples
+        if self._device is not None and self._device.type != "cpu":
+            there = None if self.samples is None else self.samples.to(self._device)
+            self._on_device = self._root.to(self._device), there
 
     def __enter__(self) -> Address:
         _Running(self).begin()
         if not compiling():
-            self.sites.context = self
-            self.sites.addressed = True
+            self.hooks.context = self
+            self.hooks.addressed = True
         return self
 
     def __exit__(
@@ -136,37 +132,37 @@ class Address:
     ) -> None:
         self.leave()
         if not compiling():
-            outer: Any = current.source
-            within = isinstance(outer, _Running) and outer.sites == self.sites.name
-            self.sites.context = outer.address if within else None
+            outer: Any = active.key_source
+            within = isinstance(outer, _Running) and outer.hooks_id == self.hooks.id
+            self.hooks.context = outer.address if within else None
 
     def join(self) -> _Running:
-        """Enter with a replica, whose thread has no other source."""
+        """Activate this address in the thread of a replica."""
         return _Running(self, joined=True).begin()
 
     def leave(self) -> None:
-        """End what this thread entered last of it."""
+        """End what this thread began last of this address."""
         if not compiling():
             close_failed()
-        running: Any = current.source
+        running: Any = active.key_source
         while not compiling() and running.address is not self:
             running = running._outer
         running.end()
 
     def parts(self, device: torch.device | None) -> tuple[Key, Tensor | None]:
-        """What keys are made of: the step's key and the samples, on the ``device`` if it is the model's.
+        """The step's key and the samples, on ``device`` if that is the model's, else on the CPU.
 
-        Eager code folds a name into a key faster on the CPU, and compiled code is a CUDA graph only if all of
-        it is on one device.
+        Eager code folds faster on the CPU. Compiled code can be a CUDA graph only if it is on one device.
         """
-        return self._there if device is not None and device == self._device else (self._root, self.samples)
+        on_device = device is not None and device == self._device
+        return self._on_device if on_device else (self._root, self.samples)
 
     def key_of(self, path: str, call: int = 0) -> Key:
-        """The key of a site's call, or one for each of the samples.
+        """The key of a site, or one for each of the samples.
 
         Args:
-            path: of the module in the model, as in ``model.named_modules()``; of one with several, any.
-            call: how many calls of the site come before it within the context.
+            path: any path that leads to the module, as in ``model.named_modules()``.
+            call: the number of earlier calls of the module within the context.
 
         Raises:
             ValueError: the model has no module at ``path``, or ``call`` is negative.
@@ -186,19 +182,19 @@ class Address:
         call: int = 0,
         broadcast_dims: Sequence[int] = (),
     ) -> Tensor:
-        """The mask of a site's call on a tensor of ``shape``: True where it keeps.
+        """The mask of a site for an input of ``shape``: True where it keeps.
 
         Args:
             path: as for :meth:`key_of`.
             call: as for :meth:`key_of`.
-            shape: of what the site was given.
-            p: its probability of dropping. Without it, the site is a layer of thinned, and the mask is what
-                that drops, with the probability that it has now, in training.
-            broadcast_dims: with ``p``, the dimensions along which a decision is shared.
+            shape: the input's shape.
+            p: the probability of dropping. By default the mask is what the layer of thinned at ``path`` drops
+                in training, with its present probability.
+            broadcast_dims: with ``p``, the dimensions along which all elements share one decision.
 
         Raises:
-            ValueError: the model has no module at ``path``; or, without ``p``, no layer of thinned is there
-                that gives a tensor.
+            ValueError: the model has no module at ``path``; or, without ``p``, that module is no layer of
+                thinned, or one that returns no tensor.
         """
         if p is not None:
             return keep_mask(self.key_of(path, call), shape, p, broadcast_dims=broadcast_dims)
@@ -209,61 +205,45 @@ class Address:
         with torch.enable_grad():
             y = None
             if is_ours(layer):
-                with _within(_Running(self, {path: call}, [path], recomputes=True)):
-                    y = layer.forward(x.clone())  # without its hooks
+                with _within(_Running(self, calls={path: call}, stack=[path], recomputes=True)):
+                    y = layer.forward(x.clone())  # forward runs no hooks
             if not isinstance(y, Tensor):
                 raise ValueError(
                     f"p has to be given for the mask of {path!r}, which is a {type(layer).__name__}"
                 )
-            return torch.autograd.grad(y.sum(), x)[0] != 0  # what is dropped has no gradient
+            return torch.autograd.grad(y.sum(), x)[0] != 0  # dropped elements have gradient 0
 
 
 class _Running(Counting):
-    """An address in one thread: the source of its keys, which counts the calls of each site."""
+    """An address that is active in one thread: its key source, and the counter of its sites' calls."""
 
-    def __init__(
-        self,
-        address: Address,
-        calls: dict[str, int] | None = None,
-        stack: list[str] | None = None,
-        joined: bool = False,
-        **recomputation: Any,
-    ) -> None:
-        self.address, self.sites, self.joined = address, address.sites.name, joined
-        self._reset({} if calls is None else calls, stack, **recomputation)
-        self._outer: Any = None
+    _title = "thinned.address"
 
-    def _words(self) -> str:
-        return "thinned.address"
+    def __init__(self, address: Address, joined: bool = False, **counting: Any) -> None:
+        self.address, self.hooks_id, self.joined = address, address.hooks.id, joined
+        self._reset(**counting)
 
     def begin(self) -> _Running:
-        if not compiling():
+        if compiling():
+            self._outer = active.key_source
+        else:
             close_failed()
-            outer: Any = current.source
-            self._enter_counting(outer)
-        self._outer = current.source
-        current.source = self
+            self._enter_counting(active.key_source)
+        active.key_source = self
         return self
 
     def end(self) -> None:
-        if current.source is self:
-            current.source = self._outer
-        else:  # out of order
-            inner: Any = current.source
-            while inner is not None and inner._outer is not self:
-                inner = inner._outer
-            if inner is not None:
-                inner._outer = self._outer
+        active.key_source = self._unlink(active.key_source)
         if not compiling():
             self._exit_counting()
 
     def resumed(
-        self, calls: dict[str, int], stack: list[str], region: Any = None
+        self, calls: Mapping[str, int], stack: Sequence[str], region: Any = None
     ) -> AbstractContextManager[Any]:
-        return _within(_Running(self.address, calls, stack, region=region, recomputes=True))
+        return _within(_Running(self.address, calls=calls, stack=stack, region=region, recomputes=True))
 
     def sample_dim(self, input: Tensor) -> int:
-        """The dimension of the samples in an element-wise call; see :class:`thinned.key_source.Source`."""
+        """See :class:`thinned.key_source.KeySource`."""
         address = self.address
         if address.samples is None or input.is_nested:
             return 0
@@ -279,8 +259,8 @@ class _Running(Counting):
                     f"accepted: {-ndim} .. {ndim - 1}"
                 )
             return dim % ndim
-        if ndim > 2 and path in address.sites.sample_dims:
-            return address.sites.sample_dims[path]
+        if ndim > 2 and path in address.hooks.sample_dims:
+            return address.hooks.sample_dims[path]
         count, size = address.samples.shape[0], shape[0]
         if size != count and size != 1 and shape[1] == count:
             raise RuntimeError(
@@ -289,24 +269,18 @@ class _Running(Counting):
             )
         return 0
 
-    def key_for(self, input: Tensor, rows: int | None) -> Key | None:
-        """The key of the call that is running, which is counted; see :class:`thinned.key_source.Source`."""
+    def key_for(self, input: Tensor, sample_dim: int | None) -> Key | None:
+        """Number the running call and return its key."""
         if not compiling():
             close_failed()
-            if (source := current.source) is not self:  # this was one of those that failed
-                return None if source is None else source.key_for(input, rows)
-        stack, device = self.stack, input.device
-        path = stack[-1] if stack else ""
-        site = _site(path, self.number(path))
-        compiled = compiling()
-        root, samples = self.address.parts(device if compiled else None)
-        if samples is None or rows is None or not input.dim() or input.size(rows) == 1 != samples.shape[0]:
-            key = root.fold(site)
-        else:
-            key = _rows(root.fold(site).fold(samples), samples, input, rows, path)
-        if key.bits.device != device:
-            key = key.to(device)
-        return for_each_member(key)
+            if (source := active.key_source) is not self:  # this was a recomputation that raised
+                return None if source is None else source.key_for(input, sample_dim)
+        path = self.stack[-1] if self.stack else ""
+        root, samples = self.address.parts(input.device if compiling() else None)
+        key = root.fold(_site(path, self.number(path)))
+        if samples is not None and sample_dim is not None and input.dim():
+            key = _of_samples(key, samples, input, sample_dim, path)
+        return for_each_member(key if key.bits.device == input.device else key.to(input.device))
 
 
 def _site(path: str, call: int) -> str:
@@ -337,8 +311,10 @@ def _step(step: int | Tensor) -> int | Tensor:
     return step.reshape(())
 
 
-def _dims(sample_dim: int | Mapping[str, int] | None, sites: Sites) -> tuple[int | None, dict[str, int]]:
-    """The dimension of the samples for all sites, or for the paths that patterns name."""
+def _dims(
+    sample_dim: int | Mapping[str, int] | None, hooks: ModuleHooks
+) -> tuple[int | None, dict[str, int]]:
+    """The dimension of the samples for all paths, and for the paths that a pattern matches."""
     if sample_dim is None or isinstance(sample_dim, int):
         return sample_dim, {}
     given = sample_dim.values() if isinstance(sample_dim, Mapping) else (sample_dim,)
@@ -347,16 +323,14 @@ def _dims(sample_dim: int | Mapping[str, int] | None, sites: Sites) -> tuple[int
             "sample_dim must be an integer, or integers by patterns of paths such as {'encoder.*': 1}, "
             f"got {sample_dim!r}"
         )
-    unused = [
-        pattern for pattern in sample_dim if not any(fnmatchcase(path, pattern) for path in sites.paths)
-    ]
-    if unused:
-        raise ValueError(f"no module of the model is at a path like {unused[0]!r}, which sample_dim names")
-    named = {
-        path: next((dim for pattern, dim in sample_dim.items() if fnmatchcase(path, pattern)), None)
-        for path in sites.paths
-    }
-    return None, {path: dim for path, dim in named.items() if dim is not None}
+    dims: dict[str, int] = {}
+    for pattern, dim in sample_dim.items():
+        matches = [path for path in hooks.paths if fnmatchcase(path, pattern)]
+        if not matches:
+            raise ValueError(f"no module of the model is at a path like {pattern!r}, which sample_dim names")
+        for path in matches:
+            dims.setdefault(path, dim)  # the first pattern that matches holds
+    return None, dims
 
 
 @contextmanager
@@ -368,21 +342,22 @@ def _within(running: _Running) -> Iterator[None]:
         running.end()
 
 
-def _rows(keys: Key, samples: Tensor, input: Tensor, rows: int, path: str) -> Key:
-    count = samples.shape[0]  # which may be symbolic, as len() may not
-    each = input.size(rows) // count
-    if each * count != input.size(rows):
+def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path: str) -> Key:
+    """A key for each row of ``input`` along ``sample_dim``, or ``key`` for one row that all samples share."""
+    count, size = samples.shape[0], input.size(sample_dim)  # .shape, since a symbolic size has no len()
+    if size == 1 != count:
+        return key
+    rows_each = size // count
+    if rows_each * count != size:
         raise RuntimeError(
-            f"the site {path!r} was given a tensor of shape {shape_of(input)}, whose dimension {rows} "
+            f"the site {path!r} was given a tensor of shape {shape_of(input)}, whose dimension {sample_dim} "
             f"is no multiple of the {count} samples"
         )
-    if each == 1:
+    keys = key.fold(samples)
+    if rows_each == 1:
         return keys
-    return Key.from_bits(
-        Key.from_bits(keys.bits.repeat_interleave(each))
-        .fold(torch.arange(each, device=keys.bits.device).repeat(count))
-        .bits
-    )
+    rows = torch.arange(rows_each, device=keys.bits.device).repeat(count)
+    return Key.from_bits(keys.bits.repeat_interleave(rows_each)).fold(rows)
 
 
 def _ids(samples: Tensor | Iterable[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The sites of a model: hooks that know which of its modules is running."""
+"""Forward hooks on a model's modules, which report to the active key source what is running."""
 
 from __future__ import annotations
 
@@ -8,95 +8,107 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from thinned.key_source import Source, current
+from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.torch_state import COMPILED, WRAPPERS, compiling, graph_task_is_running, is_replica, pre_hooks_of
 
-__all__ = ["Sites", "module_at", "sites_of"]
+__all__ = ["ModuleHooks", "hooks_of", "module_at"]
 
 
-_AROUND_A_MODEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class Joinable(Protocol):
-    """A context that further threads can be a part of."""
+    """A context that other threads can join."""
 
-    def join(self) -> Source:
-        """Make this thread a part, and give what is its source now."""
+    def join(self) -> KeySource:
+        """Activate a key source of this context in this thread, and return it."""
 
     def leave(self) -> None:
-        """End that."""
+        """Deactivate the key source that this thread activated last."""
 
 
-class Sites:
-    """The modules of one model, which tell of themselves when they run.
-
-    Modules and hooks are copied and pickled with the model, and what is running is not.
+class ModuleHooks:
+    """The state that all hooks of one model share. It is copied and pickled with the model.
 
     Attributes:
-        name: its own in this process; a string, which Dynamo has guards for, as it does not for identity.
-        paths: of the modules that have hooks; a module at several places has that of the first.
-        sample_dims: of paths whose modules say that their inputs are sequence first, 1, or batch first, 0.
+        id: unique in this process. A string, because Dynamo has guards for strings but none for identity.
+        paths: of the modules that have hooks; a module that several paths lead to has the first.
+        sample_dims: for modules with ``batch_first`` and those inside them, by path: the samples' dimension.
         addressed: whether the last call of a module was within an address.
-        context: what the replicas of :class:`torch.nn.DataParallel` join, which run in threads of their own.
+        context: the active address of the thread that called :class:`torch.nn.DataParallel`. Its replicas run
+            in threads of their own, and join it.
     """
 
     def __init__(self, paths: Iterable[str] = (), sample_dims: Mapping[str, int] | None = None) -> None:
-        self.name = str(next(_numbers))
+        self.id = str(next(_numbers))
         self.paths = set(paths)
         self.sample_dims = dict(sample_dims or {})
         self.addressed = False
         self.context: Joinable | None = None
 
-    def __reduce__(self) -> tuple[type[Sites], tuple[set[str], dict[str, int]]]:
-        return Sites, (self.paths, self.sample_dims)
+    def __reduce__(self) -> tuple[type[ModuleHooks], tuple[set[str], dict[str, int]]]:
+        return ModuleHooks, (self.paths, self.sample_dims)
 
 
 _numbers = itertools.count()
 
 
-class _Enter:
-    def __init__(self, sites: Sites, path: str) -> None:
-        self.sites, self.path = sites, path
+class _Hook:
+    def __init__(self, hooks: ModuleHooks, path: str) -> None:
+        self.hooks, self.path = hooks, path
 
+
+class _OnEnter(_Hook):
     def __call__(self, module: nn.Module, *_: Any) -> None:
-        source = current.source
+        source = active.key_source
         if source is None:
-            source = self._source_of(module)
-            if source is None:
-                return
-        if source.sites == self.sites.name:
+            source = self._source_without_address(module)
+        if source is not None and source.hooks_id == self.hooks.id:
             source.stack.append(self.path)
 
-    def _source_of(self, module: nn.Module) -> Source | None:
-        """What gives the keys of a call that is within no address."""
-        if self.sites.addressed and not compiling():
+    def _source_without_address(self, module: nn.Module) -> KeySource | None:
+        if self.hooks.addressed and not compiling():
             if graph_task_is_running():
-                current.source = _Unknown(self.sites)
-                return current.source
-            self.sites.addressed = False
-        context = self.sites.context
+                active.key_source = _RefusingSource(self.hooks)
+                return active.key_source
+            self.hooks.addressed = False
+        context = self.hooks.context
         if context is None or self.path or not is_replica(module):
             return None
         return context.join()
 
 
-class _Unknown:
-    """The source within a module that a backward pass calls after the address of its forward pass.
+class _OnLeave(_Hook):
+    def __call__(self, *_: Any) -> None:
+        source = active.key_source
+        if source is None or source.hooks_id != self.hooks.id:
+            return
+        if source.stack:
+            source.stack.pop()
+        if isinstance(source, _RefusingSource) and not source.stack:
+            active.key_source = None
+        if source.joined and not self.path and self.hooks.context is not None:
+            self.hooks.context.leave()
 
-    It is a recomputation by means that nothing tells of, whose dropouts would have other masks.
+
+class _RefusingSource:
+    """Refuses to give keys, while a backward pass recomputes a module after its address has ended.
+
+    :mod:`thinned.models.checkpoint` resumes the address of every recomputation that it can recognise. In any
+    other, a dropout would draw another mask than in the forward pass.
     """
 
     joined = False
 
-    def __init__(self, sites: Sites) -> None:
-        self.sites = sites.name
+    def __init__(self, hooks: ModuleHooks) -> None:
+        self.hooks_id = hooks.id
         self.stack: list[str] = []
 
     def sample_dim(self, input: Tensor) -> int:  # noqa: ARG002
         return 0
 
-    def key_for(self, input: Tensor, rows: int | None) -> Key:  # noqa: ARG002
+    def key_for(self, input: Tensor, sample_dim: int | None) -> Key:  # noqa: ARG002
         raise RuntimeError(
             f"a dropout in {self.stack[-1]!r} is called while a backward pass runs, after the "
             "thinned.address that its forward pass was within, whose mask it would not have. Recompute by "
@@ -104,33 +116,15 @@ class _Unknown:
         )
 
 
-class _Leave:
-    def __init__(self, sites: Sites, path: str) -> None:
-        self.sites, self.path = sites, path
-
-    def __call__(self, *_: Any) -> None:
-        source = current.source
-        if source is None or source.sites != self.sites.name:
-            return
-        if source.stack:
-            source.stack.pop()
-        if isinstance(source, _Unknown) and not source.stack:
-            current.source = None
-        if source.joined and not self.path and self.sites.context is not None:
-            self.sites.context.leave()
-
-
-def _inside(model: nn.Module) -> str | None:
-    """Where the model itself is, if this is only what PyTorch puts around one."""
-    if type(model) in _AROUND_A_MODEL:
-        return "module"
-    return COMPILED if hasattr(model, COMPILED) else None
-
-
 def _without_wrappers(model: nn.Module) -> nn.Module:
-    while (name := _inside(model)) is not None:
-        model = model.get_submodule(name)
-    return model
+    """The model inside the wrappers of DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        if type(model) in _PARALLEL_WRAPPERS:
+            model = model.get_submodule("module")
+        elif hasattr(model, COMPILED):
+            model = model.get_submodule(COMPILED)
+        else:
+            return model
 
 
 def _path(name: str) -> str:
@@ -138,7 +132,7 @@ def _path(name: str) -> str:
 
 
 def module_at(model: nn.Module, path: str) -> tuple[str, nn.Module]:
-    """The module at ``path``, and the path that its calls have: the first, if it has several places.
+    """The first path of the module at ``path``, under which its calls are counted, and the module.
 
     Raises:
         ValueError: there is none, or it was added later than the hooks.
@@ -148,9 +142,9 @@ def module_at(model: nn.Module, path: str) -> tuple[str, nn.Module]:
     }
     if path not in modules:
         raise ValueError(f"no module of this {type(model).__name__} is at {path!r}")
-    module, sites = modules[path], sites_of(model)
+    module, hooks = modules[path], hooks_of(model)
     for hook in pre_hooks_of(module).values():
-        if isinstance(hook, _Enter) and hook.sites is sites:
+        if isinstance(hook, _OnEnter) and hook.hooks is hooks:
             return hook.path, module
     raise ValueError(
         f"the module at {path!r} was added after the first thinned.address of this {type(model).__name__}, "
@@ -159,7 +153,7 @@ def module_at(model: nn.Module, path: str) -> tuple[str, nn.Module]:
 
 
 def _sample_dim(module: nn.Module) -> int | None:
-    """The dimension of the samples in what ``module`` is given, if it says so by ``batch_first``."""
+    """The dimension of the samples in ``module``'s inputs, or None for a module without ``batch_first``."""
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         module = module.self_attn
     batch_first = getattr(module, "batch_first", None)
@@ -167,32 +161,35 @@ def _sample_dim(module: nn.Module) -> int | None:
 
 
 def _last_first(hooks: dict[int, Any]) -> None:
-    """As ``prepend=True`` does, after whose ``move_to_end`` Dynamo 2.11 takes one hook for another."""
+    """Move the last hook to the front.
+
+    ``prepend=True`` would do so by ``move_to_end``, after which Dynamo 2.11 takes one hook for another.
+    """
     for number in list(hooks)[:-1]:
         hooks[number] = hooks.pop(number)
 
 
-def sites_of(model: nn.Module) -> Sites:
-    """The model's sites, with hooks on each module from the first time on."""
+def hooks_of(model: nn.Module) -> ModuleHooks:
+    """The model's hooks, which the first call registers on each module."""
     model = _without_wrappers(model)
     for hook in pre_hooks_of(model).values():
-        if isinstance(hook, _Enter) and not hook.path:
-            return hook.sites
+        if isinstance(hook, _OnEnter) and not hook.path:
+            return hook.hooks
     if compiling():
         raise RuntimeError(
             "thinned.address gives a model hooks on first use, which compiled code cannot; call "
             "thinned.address(model, seed=0, step=0) once before"
         )
-    sites = Sites()
+    hooks = ModuleHooks()
     for name, module in model.named_modules():
         path = _path(name)
-        sites.paths.add(path)
+        hooks.paths.add(path)
         dim = _sample_dim(module)
         if dim is None:
-            dim = sites.sample_dims.get(path.rpartition(".")[0])
+            dim = hooks.sample_dims.get(path.rpartition(".")[0])
         if dim is not None:
-            sites.sample_dims[path] = dim
-        module.register_forward_pre_hook(_Enter(sites, path))
+            hooks.sample_dims[path] = dim
+        module.register_forward_pre_hook(_OnEnter(hooks, path))
         _last_first(pre_hooks_of(module))
-        module.register_forward_hook(_Leave(sites, path), always_call=True)
-    return sites
+        module.register_forward_hook(_OnLeave(hooks, path), always_call=True)
+    return hooks

@@ -1,1 +1,1 @@
-"""Masks by address in training loops that others wrote: an ``AddressCallback`` for each framework."""
+"""Masks by address in the training loops of other libraries: an ``AddressCallback`` for each."""

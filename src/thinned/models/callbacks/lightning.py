@@ -14,17 +14,17 @@ __all__ = ["AddressCallback"]
 
 
 class AddressCallback(Callback):
-    r"""Each training batch of a Lightning ``Trainer`` within :func:`thinned.address`.
+    r"""Run each training batch of a Lightning ``Trainer`` within :func:`thinned.address`.
 
     .. math:: \text{key} = \text{Key}(seed).\text{fold}(epoch).\text{fold}(batch\_idx).\text{fold}(site)
 
-    ``epoch`` is the trainer's ``current_epoch``, ``batch_idx`` what ``training_step`` is given, and sites are
-    paths in the ``LightningModule``. So training that is resumed with ``ckpt_path=`` has the masks of the
-    uninterrupted run, and validation in the middle does not shift them. An error ends the address as the end
-    of the batch does. Another batch size has other masks.
+    ``epoch`` is the trainer's ``current_epoch``, ``batch_idx`` the argument of ``training_step``, and sites
+    are paths in the ``LightningModule``. Training that resumes with ``ckpt_path=`` has the masks of the
+    uninterrupted run, and validation in between does not change them. Another batch size has other masks. An
+    error ends the address, as the end of the batch does.
 
-    Each process of a distributed run has the same masks for its own batches, unless it is given a seed of its
-    own, such as ``Key(7).fold(rank)``. Tensor-parallel processes need the same.
+    All processes of a distributed run have the same masks, as tensor parallelism needs. For different masks
+    give each process a seed of its own, such as ``Key(7).fold(rank)``.
 
     Args:
         seed: of the run: an integer, or a :class:`~thinned.Key`.
@@ -52,8 +52,8 @@ class AddressCallback(Callback):
         self._batch.enter_context(address(pl_module, seed=seed, step=batch_idx))
 
     def close(self, *_: Any, **__: Any) -> None:
-        """Leave the address of the batch, if one is running."""
+        """Leave the address of the batch, if there is one."""
         self._batch.close()
 
-    # A module that skips the rest of an epoch ends it without the end of the batch.
+    # A module that skips the rest of an epoch gets no on_train_batch_end.
     on_train_batch_end = on_train_epoch_end = on_exception = teardown = close

@@ -14,23 +14,21 @@ __all__ = ["AddressCallback"]
 
 
 class AddressCallback(TrainerCallback):
-    r"""Each step of a ``Trainer`` within :func:`thinned.address`, with its ``global_step`` as ``step``.
+    r"""Run each step of a ``Trainer`` within :func:`thinned.address`, with its ``global_step`` as ``step``.
 
     .. math:: \text{key} = \text{Key}(seed).\text{fold}(global\_step).\text{fold}(site)
 
-    Sites are paths in ``trainer.model``, and their calls are counted through all the batches that a step
-    accumulates. So training that ``resume_from_checkpoint`` continues has the masks of the uninterrupted run,
-    also without the checkpoint's random state; evaluation in the middle does not shift them, nor does
-    ``gradient_checkpointing`` or ``torch_compile``. The trainer does not tell who the samples of a batch are,
-    so another batch size has other masks.
+    Sites are paths in ``trainer.model``; their calls are counted over all batches that a step accumulates.
+    Training that resumes with ``resume_from_checkpoint`` has the masks of the uninterrupted run, also without
+    the checkpoint's random state. Evaluation in between, ``gradient_checkpointing`` and ``torch_compile`` do
+    not change them. Another batch size has other masks, because the trainer gives samples no ids.
 
-    - A step that raises ends without its callback being told. What thinned does in this thread then keeps the
-      step's address until :meth:`close`, or until that trainer trains or evaluates again. A process that goes
-      on after such an error trains with ``with contextlib.closing(callback): trainer.train()``.
-    - Each process of a distributed run has the same masks for its own batches, unless it is given a seed of
-      its own, such as ``Key(7).fold(rank)``. Tensor-parallel processes need the same.
-    - So have the replicas of ``torch.nn.DataParallel``, which a Trainer uses where one process sees several
-      GPUs.
+    - The trainer calls no callback when a step raises. The step's address then stays active in this thread
+      until :meth:`close`, or until that trainer trains or evaluates again. A process that continues after
+      such an error should train with ``with contextlib.closing(callback): trainer.train()``.
+    - All processes of a distributed run have the same masks, as tensor parallelism needs, and so have the
+      replicas of ``torch.nn.DataParallel``, which a Trainer uses if one process sees several GPUs. For
+      different masks give each process a seed of its own, such as ``Key(7).fold(rank)``.
 
     Args:
         seed: of the run: an integer, or a :class:`~thinned.Key`.
@@ -57,7 +55,7 @@ class AddressCallback(TrainerCallback):
         self._step.enter_context(address(kwargs["model"], seed=self.seed, step=state.global_step))
 
     def close(self, *_: Any, **__: Any) -> None:
-        """Leave the address of the step, if one is running; for use after an error."""
+        """Leave the address of the step, if there is one; for use after an error."""
         self._step.close()
 
     on_step_end = on_epoch_end = on_train_begin = on_train_end = on_prediction_step = close

@@ -1,30 +1,29 @@
-"""The dropout modules of a model swapped for ours, and back."""
+"""Swaps the dropout modules of a model for ours, and swaps them back."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from thinned.layers._arguments import threshold_and_scale
-from thinned.models.convert.rules import (
-    UnsupportedError,
-    is_known,
+from thinned.layers._arguments import check_p
+from thinned.models.convert.rules import is_known, make, probability_name, probability_of
+from thinned.models.text import Listing, count, format_p
+from thinned.models.walk import (
+    Choice,
+    chooser,
     is_ours,
-    probability_name,
+    modules_with_paths,
+    other_references,
     qualified_name,
-    rule_for,
 )
-from thinned.models.text import count, format_p, merge_paths, to_text
-from thinned.models.walk import Choice, chooser, modules_with_paths, other_references, places
 from thinned.torch_state import buffers_of, children_of, load_hooks_of, parameters_of
 
-__all__ = ["Conversion", "Swap", "build_from", "convert", "probability_of", "revert"]
+__all__ = ["Conversion", "Swap", "convert", "revert"]
 
 ORIGIN = "_thinned_origin"
 HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
@@ -33,14 +32,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Swap:
-    """What happened to one module.
+    """The report on one module.
 
     Attributes:
-        paths: of all its places in the model; ``path`` is the first.
+        paths: all its places in the model; ``path`` is the first.
         old: the name of its type.
         new: the name of the type that took its place; empty if it was left, and ``note`` says why.
-        p: its probability, as it is now.
-        note: what does not carry over.
+        p: its probability now.
+        note: a difference that remains, or the reason why it was left.
     """
 
     paths: tuple[str, ...]
@@ -51,20 +50,20 @@ class Swap:
 
     @property
     def path(self) -> str:
-        """Of its first place in the model; empty for the model itself."""
+        """The module's first place in the model; empty for the model itself."""
         return self.paths[0]
 
     def cells(self) -> list[str]:
-        """As the table has it."""
+        """The words of its row in the table."""
         return [", ".join(self.paths) or "(model)", self.old, self.new, format_p(self.p), self.note]
 
 
-class Conversion(Sequence[Swap], Generic[Model]):
-    """What :func:`convert` did: a sequence of the swaps, which prints as a table.
+class Conversion(Listing[Swap], Generic[Model]):
+    """The result of :func:`convert`: a sequence of :class:`Swap`, which prints as a table.
 
     Attributes:
-        model: the converted one.
-        left: dropout modules of known types that stay as they are, and why.
+        model: the converted model.
+        left: the dropout modules of known types that stay as they are, with the reasons.
     """
 
     headings = ("path", "type", "becomes", "p", "note")
@@ -72,26 +71,11 @@ class Conversion(Sequence[Swap], Generic[Model]):
     def __init__(self, model: Model, swaps: Sequence[Swap], left: Sequence[Swap] = ()) -> None:
         self.model = model
         self.left = tuple(left)
-        self._swaps = tuple(swaps)
-
-    @overload
-    def __getitem__(self, index: int) -> Swap: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Swap]: ...
-
-    def __getitem__(self, index: int | slice) -> Swap | Sequence[Swap]:
-        return self._swaps[index]
-
-    def __len__(self) -> int:
-        return len(self._swaps)
+        self._items = tuple(swaps)
 
     def __repr__(self) -> str:
-        summary = f"{count(len(self), 'dropout module')} became thinned's"
-        if self.left:
-            summary += f", {len(self.left)} stayed"
-        rows = merge_paths([swap.cells() for swap in (*self, *self.left)])
-        return f"{summary}\n{to_text(self.headings, rows)}" if rows else summary
+        stayed = f", {len(self.left)} stayed" if self.left else ""
+        return self._print(f"{count(len(self), 'dropout module')} became thinned's{stayed}", self.left)
 
 
 def convert(
@@ -105,22 +89,20 @@ def convert(
     """Swap every dropout module of a model for ours: torch.nn's six, and those of timm, torchvision and
     transformers; :func:`thinned.register` adds others.
 
-    What a module has is kept: its probability and flags, training mode, hooks (and the handles that remove
-    them), the keys of ``state_dict``. A module with several places in the model becomes one module in all of
-    them. Layers of thinned are left. A subclass with methods, properties or class attributes of its own is
-    left and reported, as it may do what ours does not; so is a dropout with parameters, buffers, children or
-    a replaced method. This does not reach what is no module, such as ``F.dropout`` in a forward:
-    :func:`thinned.inspect` lists it and :func:`thinned.intercept` replaces it. A list or an attribute that is
-    no child keeps the old module, and the swap's note names it.
+    The probability, the flags, the training mode, the hooks with their handles and the keys of ``state_dict``
+    stay. A module with several places in the model becomes one module in all of them. A dropout with methods,
+    properties, class attributes, parameters, buffers or children of its own may do what ours does not: it is
+    left and reported. A call such as ``F.dropout`` in a forward is no module: :func:`thinned.inspect` lists
+    it and :func:`thinned.intercept` replaces it. A list or an attribute that is no child keeps the old
+    module, and the swap's note names it.
 
     Args:
         model: any module. If it is a dropout itself, the new one is ``conversion.model``.
-        p: a probability for all that are swapped, instead of their own.
+        p: a probability for all modules that are swapped, instead of their own.
         include: swap these only: a path's pattern (:mod:`fnmatch`), several, or a function of path and
-            module, which is asked of dropout modules alone. A module with several paths is meant if any of
-            them is.
+            module, which is called for dropout modules alone. One matching path of several suffices.
         exclude: leave these.
-        inplace: change ``model``; otherwise a deep copy, which ``conversion.model`` then is.
+        inplace: change ``model``; otherwise ``conversion.model`` is a deep copy.
 
     Returns:
         A :class:`Conversion`: the swaps, ``.model`` and ``.left``; printed, a table.
@@ -142,12 +124,12 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
     if p is not None:
-        threshold_and_scale(p)
+        check_p(p)
     chosen = chooser(include, exclude)
     if not inplace:
         model = copy.deepcopy(model)
     news: dict[int, nn.Module] = {}
-    origins: list[Callable[[], None]] = []
+    origins: list[tuple[nn.Module, _Origin]] = []
     swaps: dict[int, Swap] = {}
     left = []
     found = modules_with_paths(model)
@@ -157,23 +139,27 @@ def convert(
             continue
         old = qualified_name(type(module))
         try:
-            new = build_from(module)
-        except UnsupportedError as error:
+            new, rule = make(module)
+        except ValueError as error:
             left.append(Swap(paths, old, "", probability_of(module), f"left: {error}"))
             continue
-        rule = rule_for(module)
-        if rule is None or new is None or new is module:
+        if new is None or new is module:
             continue
-        origin = _Origin(module, _raw_probability(module), _raw_probability(new), rule.unit(module))
-        origins.append(partial(_carry_over, new, origin))
+        origins.append(
+            (new, _Origin(module, _raw_probability(module), _raw_probability(new), rule.unit(module)))
+        )
         if p is not None:
-            _set_probability(new, float(p), paths[0])
+            name = probability_name(new)
+            if name is None:
+                kind = type(new).__name__
+                raise ValueError(f"p={float(p)} has nowhere to go in {paths[0]!r}: {kind} has no probability")
+            setattr(new, name, float(p))
         news[id(module)] = new
         note = _note(module, elsewhere.get(id(module), ()))
         swaps[id(new)] = Swap(paths, old, qualified_name(type(new)), probability_of(new), note)
     # From here on nothing raises.
-    for carry_over in origins:
-        carry_over()
+    for new, origin in origins:
+        origin.carry_over(new)
     model = _replace(model, news)
     # A module within another that was swapped is gone unless the new one has it too.
     return Conversion(model, [swaps[id(m)] for m in model.modules() if id(m) in swaps], left)
@@ -182,14 +168,13 @@ def convert(
 def revert(model: Model) -> Model:
     """Undo :func:`convert`: the modules that were swapped come back, in all their places.
 
-    They are the very modules that were there, or, in a copy or a loaded pickle of the model, copies of them.
-    What changed since is kept: the probabilities as they are now, ``p=`` of :func:`convert` included, the
-    training mode and the hooks. A probability is the very number that the new module has, except for a type
-    that counts in another unit, as timm's DropBlock2d does with its ``gamma_scale``: an unchanged one comes
-    back as it was, and a changed one is divided by the unit.
+    The same modules come back or, in a copy or a loaded pickle of the model, copies of them. The current
+    training mode, hooks and probabilities stay, ``p=`` of :func:`convert` included. A type may count its
+    probability in another unit, as timm's DropBlock2d does by its ``gamma_scale``: a probability that did not
+    change comes back as it was, and one that changed is divided by the unit.
 
     Args:
-        model: one that :func:`convert` changed, a copy of it, or a part of it; others are left as they are.
+        model: a model that :func:`convert` changed, a copy or a part of it; others are left as they are.
 
     Returns:
         ``model``, or the original of it if it is itself a swapped module.
@@ -206,41 +191,13 @@ def revert(model: Model) -> Model:
         origin = vars(new).get(ORIGIN)
         if origin is not None:
             olds[id(new)] = origin.give_back(new)
-    # An old module may hold a swapped one in its turn.
+    # An old module may contain a module that was swapped, too.
     return revert(_replace(model, olds)) if olds else model
-
-
-def build_from(module: nn.Module) -> nn.Module | None:
-    """The module of ours that would take ``module``'s place, or None if nothing is known of its type.
-
-    Raises:
-        UnsupportedError: it would not do what ``module`` does.
-    """
-    rule = rule_for(module)
-    if rule is None:
-        return None
-    try:
-        return rule.build(module)
-    except ValueError as error:
-        raise error if isinstance(error, UnsupportedError) else UnsupportedError(str(error)) from error
-
-
-def probability_of(module: nn.Module) -> float | None:
-    """The probability that ``module`` has, or None where no attribute says so."""
-    value = _raw_probability(module)
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _raw_probability(module: nn.Module) -> Any:
     name = probability_name(module)
     return None if name is None else getattr(module, name)
-
-
-def _set_probability(module: nn.Module, p: float, path: str) -> None:
-    name = probability_name(module)
-    if name is None:
-        raise ValueError(f"p={p} has nowhere to go in {path!r}: {type(module).__name__} has no probability")
-    setattr(module, name, p)
 
 
 def _note(old: nn.Module, elsewhere: Sequence[str]) -> str:
@@ -254,13 +211,13 @@ def _note(old: nn.Module, elsewhere: Sequence[str]) -> str:
 
 @dataclass
 class _Origin:
-    """Kept by a new module, out of sight of ``modules()``: the old one, and how to give it a probability.
+    """An attribute of a new module, hidden from ``modules()``, by which :func:`revert` restores the old one.
 
     Attributes:
-        module: the old one.
+        module: the old module.
         p: its probability when it was swapped.
-        built: what the new one's was for it.
-        unit: the factor from the old one's to the new one's.
+        built: the probability that the new module got for it.
+        unit: the factor from the old probability to the new one.
     """
 
     module: nn.Module
@@ -268,11 +225,21 @@ class _Origin:
     built: Any
     unit: float
 
+    def carry_over(self, new: nn.Module) -> None:
+        """Give the new module the mode, the hooks and the further attributes of the old one."""
+        new.training = self.module.training
+        _share_hooks(self.module, new)
+        skipped = probability_name(self.module)  # do not copy the old probability: nothing would read it
+        for name, value in vars(self.module).items():
+            if name != skipped:
+                vars(new).setdefault(name, value)
+        vars(new)[ORIGIN] = self
+
     def give_back(self, new: nn.Module) -> nn.Module:
-        old, p = self.module, _raw_probability(new)
-        name = probability_name(old)
+        """The old module with the current probability, mode, hooks, parameters and buffers."""
+        old, p, name = self.module, _raw_probability(new), probability_name(self.module)
         if name is not None and p is not None:
-            # An unchanged None, or a number that ours cut to 1, is not what the unit would make of it.
+            # Division by the unit would not restore None, or a p that the new module limited to 1.
             changed = p if self.unit == 1 else p / self.unit
             setattr(old, name, self.p if p == self.built else changed)
         old.training = new.training
@@ -284,35 +251,29 @@ class _Origin:
         return old
 
 
-def _carry_over(new: nn.Module, origin: _Origin) -> None:
-    old = origin.module
-    new.training = old.training
-    _share_hooks(old, new)
-    skipped = probability_name(old)  # under a name that nobody reads, it would deceive
-    for name, value in vars(old).items():
-        if name != skipped:
-            vars(new).setdefault(name, value)
-    vars(new)[ORIGIN] = origin
-
-
 def _share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """The same dictionaries, so that a handle removes its hook from wherever it is now."""
+    """Share the dictionaries themselves, so that a handle removes its hook from both modules."""
     for name in HOOKS:
         if name in vars(source):
             vars(target)[name] = vars(source)[name]
     hook: Any
     for hook in load_hooks_of(target).values():
-        if getattr(hook, "with_module", False):  # it passes on the module it was registered with
+        if getattr(hook, "with_module", False):  # its first argument is this module
             hook.module = weakref.ref(target)
 
 
 def _replace(model: Model, news: dict[int, nn.Module]) -> Model:
-    """Put the new modules in all places of the old ones: in the model, and in what new ones took over."""
+    """Put the new modules in all places of the old ones, in the model and in the new modules themselves."""
     roots: tuple[nn.Module, ...] = (model, *news.values())
-    found = [(root, *place) for root in roots for place in places(root)]
-    for root, parent, name, child in found:
+    places = [
+        (root, children_of(parent), name, child)
+        for root in roots
+        for parent in root.modules()
+        for name, child in children_of(parent).items()
+    ]
+    for root, children, name, child in places:
         new = news.get(id(child))
         if new is not None and new is not root:  # a new one may be built around its old one
-            children_of(parent)[name] = new
+            children[name] = new
     replaced: Any = news.get(id(model), model)
     return replaced  # type: ignore[no-any-return]

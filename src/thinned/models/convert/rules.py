@@ -1,4 +1,4 @@
-"""Which module of somebody else's becomes which of ours."""
+"""The rules by which a module of another library becomes one of ours."""
 
 from __future__ import annotations
 
@@ -11,22 +11,13 @@ from typing import Any
 from torch import nn
 
 from thinned import layers
+from thinned.models.walk import is_ours, qualified_name
 from thinned.torch_state import REPRESENTATION, buffers_of, children_of, parameters_of
 
-__all__ = [
-    "PROBABILITIES",
-    "Rule",
-    "UnsupportedError",
-    "is_known",
-    "is_ours",
-    "probability_name",
-    "qualified_name",
-    "register",
-    "rule_for",
-]
+__all__ = ["is_known", "make", "probability_name", "probability_of", "register"]
 
 Build = Callable[[Any], nn.Module]
-# Under these names a module keeps its probability.
+# The attributes in which modules keep their probability.
 PROBABILITIES = ("p", "drop_prob", "prob", "drop_rate", "dropout_rate", "dropout_p", "rate")
 # A subclass may define these and still do what its base does: a constructor has run already, how a module
 # prints changes with its type anyway, and the rest is metadata that Python and TorchScript keep in a class.
@@ -36,23 +27,19 @@ _METADATA |= {"__firstlineno__", "__static_attributes__"}
 HARMLESS = {"__init__", "__new__"} | REPRESENTATION | _METADATA
 
 
-class UnsupportedError(ValueError):
-    """A module does what ours cannot; its words say what, and the module is left and reported."""
-
-
 def _same(_: Any) -> float:
     return 1.0
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a module of ours is made from one of theirs.
+    """How to make a module of ours from one of theirs.
 
     Attributes:
-        build: makes it, and leaves theirs as it is.
-        unit: of theirs, the factor from its probability to that of ours.
-        p: the name under which theirs keeps its probability; empty for the first of ``PROBABILITIES``.
-        stateless: whether the type has no parameters, buffers and children, so that ours has none either.
+        build: makes ours and leaves theirs as it is; a ValueError says what ours cannot do.
+        unit: gives the factor from the probability of theirs to that of ours.
+        p: the attribute with the probability of theirs; empty for the first of ``PROBABILITIES``.
+        stateless: whether a module with parameters, buffers or children is more than the rule knows.
     """
 
     build: Build
@@ -70,15 +57,14 @@ def register(kind: type[nn.Module] | str, build: Build, *, unit: Callable[[Any],
 
     Args:
         kind: the class, or its full name, such as ``"package.module.Class"``, for a package that may not be
-            installed; a name may have the wildcards of :mod:`fnmatch`. What is registered last counts first,
-            and a class before a name.
-        build: makes the module to put in its place from the old one, which it must not change. It may raise
-            :class:`ValueError` where ours cannot do what the old one does: the module is then left, and the
-            words are reported. Training mode, hooks and further attributes are carried over for it. If it
-            keeps parameters or buffers, under the old names, ``state_dict`` stays as it was.
+            installed; a name may have the wildcards of :mod:`fnmatch`. A class takes precedence over a name,
+            and the latest name over earlier ones.
+        build: makes the new module from the old one, which it must not change. A :class:`ValueError` says
+            that no layer of ours is equivalent: the module stays and the message is reported. Training mode,
+            hooks and further attributes are carried over. If the new module keeps the parameters and buffers
+            under the old names, ``state_dict`` stays as it was.
         unit: gives, for an old module, the factor by which ``build`` multiplies its probability, such as
-            ``lambda old: 0.01`` for a type that counts in percent. :func:`thinned.revert` divides by it. By
-            default it is 1.
+            ``lambda old: 0.01`` for a type that counts in percent. :func:`thinned.revert` divides by it.
 
     Raises:
         TypeError: ``kind`` is neither a class of modules nor a name.
@@ -107,24 +93,29 @@ def _add(kind: type[nn.Module] | str, rule: Rule) -> None:
         raise TypeError(f"kind must be a class of modules or its full name, got {kind!r}")
 
 
-def rule_for(module: nn.Module) -> Rule | None:
-    """How to build ours from ``module``, or None where nothing is known of its type.
+def is_known(module: nn.Module) -> bool:
+    """Whether ``module`` is of a type that has a rule, even if it cannot be swapped."""
+    return _known_base(type(module)) is not None
 
-    A subclass that adds nothing but a constructor and a representation is what its base is.
+
+def make(module: nn.Module) -> tuple[nn.Module, Rule]:
+    """Our layer for a module of a known type, and the rule that made it.
+
+    A subclass that adds nothing but a constructor and a representation counts as its base.
 
     Raises:
-        UnsupportedError: the type is known, and the module has behaviour or state beyond it.
+        ValueError: our layer would not do what ``module`` does; the message is for the report.
     """
     found = _known_base(type(module))
     if found is None:
-        return None
+        raise ValueError(f"no rule for a {qualified_name(type(module))}")
     base, rule = found
     own = _own_names(module, base)
     if rule.stateless:
         own |= parameters_of(module).keys() | buffers_of(module).keys() | children_of(module).keys()
     if own:
-        raise UnsupportedError(f"a {qualified_name(base)} with its own {', '.join(sorted(own))}")
-    return rule
+        raise ValueError(f"a {qualified_name(base)} with its own {', '.join(sorted(own))}")
+    return rule.build(module), rule
 
 
 def _own_names(module: nn.Module, base: type[nn.Module]) -> set[str]:
@@ -143,42 +134,19 @@ def _own_names(module: nn.Module, base: type[nn.Module]) -> set[str]:
 def _known_base(kind: type[nn.Module]) -> tuple[type[nn.Module], Rule] | None:
     """The nearest class that has a rule, and the rule."""
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        rule = _rule_of(base)
-        if rule is not None:
-            return base, rule
+        if base in _by_type:
+            return base, _by_type[base]
+        # A class that pickles under another module is also known by the module of its own forward.
+        modules = {base.__module__, getattr(vars(base).get("forward"), "__module__", None)}
+        names = [f"{module}.{base.__qualname__}" for module in modules]
+        for pattern, rule in reversed(_by_name.items()):
+            if any(fnmatchcase(name, pattern) for name in names):
+                return base, rule
     return None
-
-
-def _rule_of(kind: type[nn.Module]) -> Rule | None:
-    if kind in _by_type:
-        return _by_type[kind]
-    names = _names(kind)
-    for pattern in reversed(_by_name):
-        if any(fnmatchcase(name, pattern) for name in names):
-            return _by_name[pattern]
-    return None
-
-
-def is_known(module: nn.Module) -> bool:
-    """Whether ``module`` is of a type that has a rule, even if it cannot be swapped."""
-    return _known_base(type(module)) is not None
-
-
-def is_ours(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer of thinned."""
-    return any(base.__module__.startswith("thinned.layers.") for base in type(module).__mro__)
-
-
-def qualified_name(kind: type) -> str:
-    """``thinned.Dropout``, ``torch.nn.Dropout``, or the module in which a class is written and its name."""
-    module, name = kind.__module__, kind.__qualname__
-    if module.startswith("thinned.layers."):
-        return f"thinned.{name}"
-    return f"torch.nn.{name}" if module.startswith("torch.nn.modules.") else f"{module}.{name}"
 
 
 def probability_name(module: nn.Module) -> str | None:
-    """The name of the attribute that holds the probability."""
+    """The attribute that holds the probability, or None."""
     names: tuple[str, ...] = PROBABILITIES
     if is_ours(module):
         names = ("drop_prob",) if isinstance(module, layers.DropPath) else ("p",)
@@ -187,51 +155,38 @@ def probability_name(module: nn.Module) -> str | None:
     return next((name for name in names if name in vars(module)), None)
 
 
-def _names(kind: type[nn.Module]) -> set[str]:
-    """By the class and by its forward, as a class may have been given another module to be pickled by."""
-    # An inherited forward would give a subclass of the same name the name of its base.
-    forward = vars(kind).get("forward")
-    modules = {kind.__module__, getattr(forward, "__module__", None) or ""}
-    return {f"{module}.{kind.__qualname__}" for module in modules}
+def probability_of(module: nn.Module) -> float | None:
+    """The probability that ``module`` has, or None where no attribute is a number."""
+    name = probability_name(module)
+    value = None if name is None else getattr(module, name)
+    return float(value) if isinstance(value, int | float) else None
 
 
-def _flags(ours: type[nn.Module], *names: str) -> Build:
-    return lambda old: ours(*(getattr(old, name) for name in names))
+def _flags(ours: type[nn.Module], *names: str, **flags: Any) -> Build:
+    return lambda old: ours(*(getattr(old, name) for name in names), **flags)
 
 
 def _drop_path(old: Any) -> nn.Module:
-    # Where nothing is dropped, some libraries say None.
+    # Some libraries say None for a probability of 0.
     return layers.DropPath(old.drop_prob or 0.0, getattr(old, "scale_by_keep", True))
 
 
 def _timm_drop_block(old: Any) -> nn.Module:
     if old.with_noise:
-        raise UnsupportedError("with_noise=True")
+        raise ValueError("with_noise=True")
     if not getattr(old, "scale_by_keep", True):
-        raise UnsupportedError("scale_by_keep=False")
+        raise ValueError("scale_by_keep=False")
     if not old.gamma_scale:
-        raise UnsupportedError(f"gamma_scale={old.gamma_scale}, which drops nothing at any drop_prob")
+        raise ValueError(f"gamma_scale={old.gamma_scale}, which drops nothing at any drop_prob")
     p = min(1.0, (old.drop_prob or 0.0) * old.gamma_scale)
     coupled = getattr(old, "couple_channels", True)
     return layers.DropBlock2d(p, old.block_size, old.inplace, couple_channels=coupled, scale="counted")
 
 
-def _torchvision_drop_block(ours: Callable[..., nn.Module]) -> Build:
-    return lambda old: ours(old.p, old.block_size, old.inplace, scale="counted")
-
-
-def _patch_dropout(return_indices: bool) -> Build:
-    return lambda old: layers.PatchDropout(old.prob, old.num_prefix_tokens, old.ordered, return_indices)
-
-
 def _stable_dropout(old: Any) -> nn.Module:
     if old.context_stack is not None:
-        raise UnsupportedError("it repeats the masks of a context")
+        raise ValueError("it repeats the masks of a context")
     return layers.Dropout(old.drop_prob)
-
-
-def _gamma_scale(old: Any) -> float:
-    return float(old.gamma_scale)
 
 
 def _theirs(kind: type[nn.Module] | str, p: str, build: Build, unit: Callable[[Any], float] = _same) -> None:
@@ -241,15 +196,17 @@ def _theirs(kind: type[nn.Module] | str, p: str, build: Build, unit: Callable[[A
 for _name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d"):
     _theirs(getattr(nn, _name), "p", _flags(getattr(layers, _name), "p", "inplace"))
 for _name in ("AlphaDropout", "FeatureAlphaDropout"):
-    # torch takes inplace=True here and ignores it: so has what was written around it.
+    # torch takes inplace=True here and ignores it, and so do models that pass it.
     _theirs(getattr(nn, _name), "p", _flags(getattr(layers, _name), "p"))
 for _place in ("timm.layers", "timm.models.layers"):
     _theirs(f"{_place}.drop.DropPath", "drop_prob", _drop_path)
-    _theirs(f"{_place}.drop.DropBlock2d", "drop_prob", _timm_drop_block, _gamma_scale)
-    _theirs(f"{_place}.patch_dropout.PatchDropout", "prob", _patch_dropout(False))
-    _theirs(f"{_place}.patch_dropout.PatchDropoutWithIndices", "prob", _patch_dropout(True))
+    _theirs(f"{_place}.drop.DropBlock2d", "drop_prob", _timm_drop_block, lambda old: float(old.gamma_scale))
+    for _name, _flag in (("PatchDropout", False), ("PatchDropoutWithIndices", True)):
+        _patches = _flags(layers.PatchDropout, "prob", "num_prefix_tokens", "ordered", return_indices=_flag)
+        _theirs(f"{_place}.patch_dropout.{_name}", "prob", _patches)
 _theirs("torchvision.ops.stochastic_depth.StochasticDepth", "p", _flags(layers.StochasticDepth, "p", "mode"))
-_theirs("torchvision.ops.drop_block.DropBlock2d", "p", _torchvision_drop_block(layers.DropBlock2d))
-_theirs("torchvision.ops.drop_block.DropBlock3d", "p", _torchvision_drop_block(layers.DropBlock3d))
+for _name in ("DropBlock2d", "DropBlock3d"):
+    _blocks = _flags(getattr(layers, _name), "p", "block_size", "inplace", scale="counted")
+    _theirs(f"torchvision.ops.drop_block.{_name}", "p", _blocks)
 _theirs("transformers.models.*.modeling_*.*DropPath", "drop_prob", _drop_path)
 _theirs("transformers.models.*.modeling_*.StableDropout", "drop_prob", _stable_dropout)

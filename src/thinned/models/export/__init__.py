@@ -1,4 +1,4 @@
-"""A model whose masks are functions of an argument, so that they still are when it has been exported."""
+"""Models with the key as an input, so that an exported graph draws nothing."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ from torch import Tensor, nn
 
 from thinned.keys import Key
 from thinned.models.address import address
-from thinned.models.address.hooks import sites_of
+from thinned.models.address.hooks import hooks_of
 
 __all__ = ["Keyed"]
 
 
 class Keyed(nn.Module):
-    r"""A module that calls another with masks that are a function of a key, which is one more input.
+    r"""A module that calls another with masks that are a function of a further input, the key.
 
     .. math:: \text{mask key} = \text{Key}(key).\text{fold}(0).\text{fold}(site)
         \;[.\text{fold}(sample) \text{ for each row}]
 
-    That is ``address(model, seed=Key.from_bits(key), step=0, samples=samples)``, where ``site`` is defined;
-    its ``mask_of`` gives the mask of any site. A graph of it that :func:`torch.export.export` or
-    :func:`torch.compile` makes asks no random number generator: equal keys give equal results, bit for bit
-    those of eager mode, and other keys give other draws. What drops is what is in training mode, or is
-    without one, when the graph is made.
+    That is ``address(model, seed=Key.from_bits(key), step=0, samples=samples)``: see :func:`thinned.address`
+    for ``site``, and for ``mask_of``, which gives the mask of any site. A graph of this module by
+    :func:`torch.export.export` or :func:`torch.compile` uses no random number generator. Equal keys give
+    equal results, bit for bit those of eager mode. The graph drops where a module is in training mode, or
+    where a call has no mode, at the time of the export.
 
-    It is about thinned's layers and functions; for those of torch see :func:`thinned.convert`, and
-    ``Keyed(thinned.Intercepted(model))`` for those that are no modules. An exported graph names the inputs
-    after ``model``'s own ``args_0``, ``args_1`` and so on, and ``dynamic_shapes`` takes them as ``args``;
-    PyTorch has no dynamic shapes for those given by name, the key and the samples apart.
+    Only thinned's layers and functions have these masks; see :func:`thinned.convert` for torch's modules, and
+    use ``Keyed(thinned.Intercepted(model))`` for torch's functions. An exported graph names the model's
+    positional inputs ``args_0``, ``args_1`` and so on, and ``dynamic_shapes`` takes them as ``args``. PyTorch
+    has no dynamic shapes for inputs given by name, except the key and the samples.
 
     Args:
-        model: what is called; its parameters are under ``model.`` in the ``state_dict``.
+        model: the module to call; its parameters are under ``model.`` in the ``state_dict``.
 
     Shape:
         - ``key``: ``()``, an int64 tensor, any 64 bits.
-        - ``samples``: ``(n,)``, int64, an id for each row of dimension 0 of what the sites are given, or
-          None. A row's mask is then a function of the key and its id, whatever its place in the batch: the
-          draws of a Monte-Carlo prediction are a batch of copies with ids of their own.
-        - All else, and what comes back, is the model's.
+        - ``samples``: ``(n,)``, int64, an id for each row of dimension 0 of the sites' inputs, or None. A
+          row's mask is then a function of the key and the row's id, at any place in the batch. The draws of a
+          Monte-Carlo prediction are a batch of copies with different ids.
+        - Other inputs and the output: those of ``model``.
 
     Raises:
         TypeError: ``key`` or ``samples`` are no int64 tensors.
         ValueError: ``key`` is more than one key.
 
     >>> import torch, thinned
-        >>> model = thinned.Keyed(torch.nn.Sequential(torch.nn.Linear(4, 4), thinned.Dropout(0.5)))
+    >>> model = thinned.Keyed(torch.nn.Sequential(torch.nn.Linear(4, 4), thinned.Dropout(0.5)))
     >>> x, key = torch.ones(2, 4), torch.tensor(7)
     >>> program = torch.export.export(model, (x,), {"key": key}, strict=False).module()
     >>> program(x, key=key).equal(model(x, key=key))
@@ -57,7 +57,7 @@ class Keyed(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        sites_of(model)  # now, as its hooks are not to be added while a graph is made
+        hooks_of(model)  # now: compiled and exported code cannot register hooks
 
     def forward(self, *args: Any, key: Tensor, samples: Tensor | None = None, **kwargs: Any) -> Any:
         seed = Key.from_bits(key)

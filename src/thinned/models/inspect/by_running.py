@@ -1,4 +1,4 @@
-"""What a run of a model drops, and in which of its modules."""
+"""A run of a model: each function that drops and each other use of random numbers, by module and line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,9 +17,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 import thinned
-from thinned.models.convert import probability_of
-from thinned.models.convert.rules import is_ours
-from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, recurrent
+from thinned.models.convert.rules import probability_of
+from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, Call, recurrent
+from thinned.models.walk import is_ours
 from thinned.torch_state import TorchDispatchMode, arguments_of, buffers_of
 
 __all__ = ["TORCH", "Event", "run_once"]
@@ -30,98 +30,90 @@ THINNED = str(Path(thinned.__file__).parent) + os.sep
 
 @dataclass
 class Event:
-    """Calls that drop, of one function, from one line, in one module.
+    """Calls of one function from one line while one module runs.
 
     Attributes:
-        module: the innermost that ran.
-        name: of the function.
-        function, file, line: from where it was called.
-        p: the probability, if the call has it.
-        calls: how many there were.
+        module: the innermost module that runs.
+        call: the function and the line.
+        p: the probability, if the call has one.
         evaluating: whether the model was in evaluation.
-        note: a word on it.
+        calls: the number of calls.
     """
 
     module: nn.Module
-    name: str
-    function: str
-    file: str
-    line: int
+    call: Call
     p: float | None
     evaluating: bool
-    note: str = ""
-    calls: int = field(default=0)
+    calls: int = 0
 
 
 def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Event]:
-    """What a call in training and one in evaluation drop; the model and the generators stay as they were."""
-    spy = _Spy()
+    """The events of a call in training and of one in evaluation; model and generators stay as they were."""
+    spy = _Spy(model)
     with _unchanged(model), torch.no_grad():
         for training in (True, False):
             model.train(training)
-            with spy.watching(model, training):
+            spy.stack, spy.evaluating = [model], not training
+            with (
+                register_module_forward_pre_hook(spy.enter),
+                register_module_forward_hook(spy.leave, always_call=True),
+                spy,
+                _Dispatch(spy),
+            ):
                 model(*args, **kwargs)
     return list(spy.events.values())
 
 
-class _Spy:
-    def __init__(self) -> None:
+class _Spy(TorchFunctionMode):
+    """Reports the functions that are known to drop, and the layers of ours."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.members = {id(module) for module in model.modules()}
         self.events: dict[tuple[Any, ...], Event] = {}
         self.stack: list[nn.Module] = []
-        self.accounted = False
-        self.evaluating = False
+        self.reported = self.evaluating = False
 
-    @contextlib.contextmanager
-    def watching(self, model: nn.Module, training: bool) -> Iterator[None]:
-        known = {id(module) for module in model.modules()}
+    def enter(self, module: nn.Module, _: Any) -> None:
+        # The calls of a module that a forward makes are those of the module whose forward it is.
+        self.stack.append(module if id(module) in self.members else self.stack[-1])
+        if module.training and is_ours(module) and (p := probability_of(module)):
+            self.add(module, Call("thinned", "", "", 0, 0), p)
 
-        def enter(module: nn.Module, _: Any) -> None:
-            # One that a forward made for itself belongs to the module that runs.
-            self.stack.append(module if id(module) in known else self.stack[-1])
-            if module.training and is_ours(module) and (p := probability_of(module)):
-                self.add(module, "thinned", ("", "", 0), p)
+    def leave(self, *_: Any) -> None:
+        if len(self.stack) > 1:
+            self.stack.pop()
 
-        def leave(*_: Any) -> None:
-            if len(self.stack) > 1:
-                self.stack.pop()
+    def report(self, name: str, p: float | None, note: str = "") -> None:
+        """Report a call, unless it is within one that is reported or within a layer of ours."""
+        frame = None if self.reported else _caller()
+        code = frame.f_code if frame else None
+        if self.reported or (code and code.co_filename.startswith(THINNED)):
+            return
+        call = Call(name, "", "", 0, 0, note=note)
+        if frame and code:
+            function = getattr(code, "co_qualname", code.co_name)
+            call = Call(name, function, code.co_filename, frame.f_lineno, frame.f_lineno, note=note)
+        self.add(self.stack[-1], call, p)
 
-        handles = [
-            register_module_forward_pre_hook(enter),
-            register_module_forward_hook(leave, always_call=True),
-        ]
-        self.stack, self.evaluating = [model], not training
-        try:
-            with _Functions(self), _Dispatch(self):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.stack = []
+    def add(self, module: nn.Module, call: Call, p: float | None) -> None:
+        event = Event(module, call, p, self.evaluating)
+        self.events.setdefault((id(module), call, self.evaluating), event).calls += 1
 
-    def saw(self, name: str, p: float | None, note: str = "") -> None:
-        frame = _caller()
-        where = ("", "", 0)
-        if frame is not None:
-            file = frame.f_code.co_filename
-            if file.startswith(THINNED):
-                return  # already ours
-            where = (getattr(frame.f_code, "co_qualname", frame.f_code.co_name), file, frame.f_lineno)
-        self.add(self.stack[-1], name, where, p, note)
-
-    def add(
-        self, module: nn.Module, name: str, where: tuple[str, str, int], p: float | None, note: str = ""
-    ) -> None:
-        key = (id(module), name, where, self.evaluating)
-        event = Event(module, name, *where, p, self.evaluating, note)
-        self.events.setdefault(key, event).calls += 1
-
-    def call(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Call a function that has been seen to drop: what it does in turn is not told again."""
-        before, self.accounted = self.accounted, True
+    def __torch_function__(
+        self, function: Callable[..., Any], _: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = TARGETS.get(function)
+        found = (target.name, target.rate(args, kwargs)) if target else recurrent(function, args)
+        if found is None or not found[1]:
+            return function(*args, **kwargs)
+        self.report(*found)
+        before, self.reported = self.reported, True
         try:
             return function(*args, **kwargs)
         finally:
-            self.accounted = before
+            self.reported = before
 
 
 def _caller() -> FrameType | None:
@@ -135,26 +127,8 @@ def _caller() -> FrameType | None:
     return None
 
 
-class _Functions(TorchFunctionMode):
-    def __init__(self, spy: _Spy) -> None:
-        super().__init__()
-        self.spy = spy
-
-    def __torch_function__(
-        self, function: Callable[..., Any], _: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        target = TARGETS.get(function)
-        found = (target.name, target.rate(args, kwargs)) if target else recurrent(function, args)
-        if found is None or not found[1]:
-            return function(*args, **kwargs)
-        if not self.spy.accounted:
-            self.spy.saw(*found)
-        return self.spy.call(function, args, kwargs)
-
-
 class _Dispatch(TorchDispatchMode):
-    """What comes to ATen without one of the known functions: every operation that draws random numbers."""
+    """Reports every further operation that uses random numbers."""
 
     def __init__(self, spy: _Spy) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -162,25 +136,22 @@ class _Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.spy.accounted and torch.Tag.nondeterministic_seeded in function.tags:
+        if torch.Tag.nondeterministic_seeded in function.tags:
             rate = _rate(function, args, kwargs)
-            name = f"aten.{function.overloadpacket.__name__}"
-            if rate is None:
-                self.spy.saw(name, None, HAND_WRITTEN)
-            elif rate:
-                self.spy.saw(name, rate)
+            if rate != 0:
+                name = f"aten.{function.overloadpacket.__name__}"
+                self.spy.report(name, rate, HAND_WRITTEN if rate is None else "")
         return function(*args, **kwargs)
 
 
 def _rate(function: Any, args: Any, kwargs: Any) -> float | None:
-    """Of an operation with an argument for it, such as attention, the rate; None if there is no such."""
-    given: dict[str, Any] = {}
-    for place, argument in enumerate(arguments_of(function)):
-        value = args[place] if place < len(args) else argument.default_value
-        given[argument.name] = kwargs.get(argument.name, value)
-    p = next((given[name] for name in ("dropout_p", "dropout") if name in given), None)
-    if p is None and "native_dropout" in function.name():
-        p = given["p"]
+    """The rate at which an operation such as attention drops; None if it has no argument for one."""
+    given: dict[str, Any] = {
+        argument.name: kwargs.get(argument.name, args[i] if i < len(args) else argument.default_value)
+        for i, argument in enumerate(arguments_of(function))
+    }
+    names = ("dropout_p", "dropout", *(["p"] if "native_dropout" in function.name() else []))
+    p = next((given[name] for name in names if given.get(name) is not None), None)
     if p is None:
         return None
     return float(p) if given.get("train", True) is not False else 0.0
@@ -188,23 +159,19 @@ def _rate(function: Any, args: Any, kwargs: Any) -> float | None:
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Training modes, buffers and generators come back."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, value, None if value is None else value.detach().clone())
-        for module in model.modules()
-        for name, value in buffers_of(module).items()
-    ]
+    """Restore the training modes, the buffers and the generators."""
+    modes = [(module, module.training, dict(buffers_of(module))) for module in model.modules()]
+    contents = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     tensors = (*model.parameters(), *model.buffers())
     devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
             yield
     finally:
-        for module, training in modes:
+        for module, training, buffers in modes:
             module.training = training
+            buffers_of(module).update(buffers)
         with torch.no_grad():
-            for module, name, value, content in buffers:
-                if value is not None and content is not None and not torch.equal(value, content):
-                    value.copy_(content)
-                buffers_of(module)[name] = value
+            for buffer, content in contents:
+                if not torch.equal(buffer, content):
+                    buffer.copy_(content)

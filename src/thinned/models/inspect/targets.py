@@ -1,4 +1,4 @@
-"""The functions through which a forward drops without a module, and where they have their probability."""
+"""The functions that drop, the arguments in which they take their probability, and a call of one."""
 
 from __future__ import annotations
 
@@ -9,38 +9,57 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-__all__ = ["HAND_WRITTEN", "TARGETS", "Argument", "Target", "recurrent"]
+__all__ = ["HAND_WRITTEN", "TARGETS", "Argument", "Call", "Target", "recurrent"]
+
+HAND_WRITTEN = "perhaps a dropout written by hand"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call that drops or may drop.
+
+    Attributes:
+        name: the function that is called.
+        function, file, line, last_line: where the call stands.
+        p: its probability in training; None if the source does not say it plainly.
+        note: a warning, such as ``HAND_WRITTEN``.
+    """
+
+    name: str
+    function: str
+    file: str
+    line: int
+    last_line: int
+    p: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a function: its name, its place, and what it is if not given."""
+    """One argument of a function: its name, its place, and its default."""
 
     name: str
     place: int
     default: Any
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Its value in a call."""
+        """The value of the argument in a call."""
         return kwargs.get(self.name, args[self.place] if self.place < len(args) else self.default)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A function that drops; ``training`` is None if it does so whenever it is called."""
+    """A function that drops; ``training`` is None if it drops whenever it is called."""
 
     name: str
     p: Argument
     training: Argument | None
 
     def rate(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-        """With what probability a call drops; 0 if it does not."""
+        """The probability with which a call drops; 0 if it does not."""
         on = self.training is None or self.training.of(args, kwargs)
-        p = self.p.of(args, kwargs)
-        return float(p) if on and p else 0.0
+        return float(self.p.of(args, kwargs) or 0.0) if on else 0.0
 
-
-HAND_WRITTEN = "perhaps a dropout written by hand"
 
 TARGETS: dict[Any, Target] = {
     F.scaled_dot_product_attention: Target(
@@ -51,29 +70,22 @@ TARGETS: dict[Any, Target] = {
     ),
 }
 for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"):
-    # torch's own defaults, which differ for the two alphas.
-    _on = not _name.endswith("alpha_dropout")
+    _on = not _name.endswith("alpha_dropout")  # torch's own defaults
     TARGETS[getattr(F, _name)] = Target(f"F.{_name}", Argument("p", 1, 0.5), Argument("training", 2, _on))
-for _name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"):
-    for _suffix in ("", "_"):
-        TARGETS[getattr(torch, _name + _suffix)] = Target(
-            f"torch.{_name}{_suffix}", Argument("p", 1, 0.0), Argument("train", 2, False)
-        )
-TARGETS[torch.native_dropout] = Target(
-    "torch.native_dropout", Argument("p", 1, 0.0), Argument("train", 2, False)
-)
-
-_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+_names = ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+for _name in (*_names, *(f"{_name}_" for _name in _names), "native_dropout"):
+    _train = Argument("train", 2, False)
+    TARGETS[getattr(torch, _name)] = Target(f"torch.{_name}", Argument("p", 1, 0.0), _train)
 
 
 def recurrent(function: Any, args: Sequence[Any]) -> tuple[str, float] | None:
-    """``torch.lstm`` and its like: the name and the rate of a call; None for other functions.
+    """The name and the rate of a call of ``torch.lstm`` and its like; None for other functions.
 
-    Whether the input is packed shifts the arguments: the first bool says whether there are biases, then
-    come the number of layers, the dropout and whether it is on.
+    A packed input shifts the arguments. The first bool says whether there are biases; then come the number of
+    layers, the dropout and whether it is on.
     """
     name = getattr(function, "__name__", "")
-    if name not in _RECURRENT or function is not getattr(torch, name, None):
+    if name not in ("lstm", "gru", "rnn_tanh", "rnn_relu") or function is not getattr(torch, name, None):
         return None
     first = next((i for i, value in enumerate(args) if isinstance(value, bool)), len(args))
     layers, p, train = (*args[first + 1 : first + 4], 1, 0.0, False)[:3]

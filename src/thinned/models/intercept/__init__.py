@@ -1,9 +1,9 @@
-"""The dropouts that are calls and not modules: within a context, thinned's take the place of torch's."""
+"""Calls of torch's dropout functions within a context run thinned's instead."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +18,7 @@ from thinned.layers._arguments import threshold_and_scale
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.intercept.attention import multi_head_attention_forward, scaled_dot_product_attention
 from thinned.models.intercept.fast_path import FastPath, is_innermost, remove_mode
-from thinned.models.intercept.recurrent import run_packed, run_padded
+from thinned.models.intercept.recurrent import Packed, Padded, run
 from thinned.torch_state import MODULE_CALL, compiler_is_imported, compiling, modes_of_thread, never_inlined
 
 __all__ = ["Intercept", "Intercepted", "intercept"]
@@ -27,31 +27,31 @@ __all__ = ["Intercept", "Intercepted", "intercept"]
 def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) -> Intercept:
     """A context in which torch's dropout functions draw their masks from thinned.
 
-    They are those that exchanging modules does not reach: the dropouts of ``torch`` and
-    ``torch.nn.functional``, ``scaled_dot_product_attention(dropout_p=)``, ``nn.MultiheadAttention(dropout=)``
-    and ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN(dropout=)``, also of packed sequences. The formulas are in
-    :mod:`thinned.models.intercept.attention` and :mod:`thinned.models.intercept.recurrent`. torch's dropout
-    modules call such a function too. A call that drops nothing, as in evaluation, has torch's result, bit for
-    bit.
+    It reaches the dropouts that :func:`thinned.convert` cannot, because they are no modules: those of
+    ``torch`` and ``torch.nn.functional``, ``scaled_dot_product_attention(dropout_p=)``,
+    ``nn.MultiheadAttention(dropout=)`` and ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN(dropout=)``, also for packed
+    sequences. :mod:`thinned.models.intercept.attention` and :mod:`thinned.models.intercept.recurrent` have
+    the formulas. torch's dropout modules call such functions too. A call that drops nothing, as in
+    evaluation, has torch's result, bit for bit.
 
-    It holds for the thread that enters it, and for regions of it that a backward pass computes again, also
-    after its end: by :func:`torch.utils.checkpoint.checkpoint`, or by an autograd Function that calls them in
-    its ``forward(ctx, ...)``, as those of Megatron and DeepSpeed do. Other code that a backward pass calls,
-    such as a gradient hook, has torch's dropouts. Under :func:`torch.compile` it may be entered outside of
-    the compiled function or in it. It does not reach into TorchScript, nor into graphs that were compiled or
-    exported without it.
+    The context holds for the thread that enters it. A region that a backward pass recomputes has the masks of
+    its first run, also after the context has ended, if it is recomputed by
+    :func:`torch.utils.checkpoint.checkpoint`, or by an autograd Function that calls it in
+    ``forward(ctx, ...)``, as in Megatron and DeepSpeed. Other code that a backward pass calls, such as a
+    gradient hook, has torch's dropouts. Under :func:`torch.compile` the context may be entered outside the
+    compiled function or inside it. It does not reach TorchScript, or graphs that were compiled or exported
+    without it.
 
     Args:
-        key: what the masks are functions of: the dropout with number ``n`` in the context, from 0, has
-            ``key.fold(n)``. Without one, keys are drawn from torch's default generator, or given by
-            :func:`thinned.address`.
-        sdpa_follows_training: let ``scaled_dot_product_attention`` drop nothing if the innermost module that
-            is running is in evaluation. By itself it drops whatever ``dropout_p`` says, and models forget
-            that (pytorch#99293, #124464). Not for compiled code.
+        key: dropout number ``n`` of the context, from 0, has ``key.fold(n)``. By default keys come from
+            :func:`thinned.address`, or from torch's default generator outside of one.
+        sdpa_follows_training: let ``scaled_dot_product_attention`` drop nothing if the innermost running
+            module is in evaluation. By default it always drops with ``dropout_p``, which models forget
+            (pytorch#99293, #124464). Not for compiled code.
 
     Raises:
         TypeError: ``key`` is no :class:`~thinned.Key`.
-        RuntimeError: at a dropout whose number is unknown, in a backward pass or in another asyncio task; at
+        RuntimeError: at a dropout with an unknown number, in a backward pass or in another asyncio task; at
             the end, if a context that was entered later is still active.
 
     >>> import torch, thinned
@@ -65,7 +65,7 @@ def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) ->
 
 
 class Intercept(Counting, TorchFunctionMode):
-    """What :func:`thinned.intercept` returns; it may be entered any number of times, by one thread at a time.
+    """The context that :func:`thinned.intercept` returns. One thread at a time may enter it, again and again.
 
     >>> import torch, thinned
     >>> from thinned.models.intercept import intercept
@@ -75,26 +75,27 @@ class Intercept(Counting, TorchFunctionMode):
     (3, tensor([0., 0., 0.]))
     """
 
+    _title = "thinned.intercept"
+
     def __init__(self, key: Key | None = None, sdpa_follows_training: bool = False) -> None:
         super().__init__()
-        if key is not None and not isinstance(key, Key):
-            raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}")
+        _check_key(key)
         self.key = key
         self.sdpa_follows_training = sdpa_follows_training
-        self._first: dict[str, int] = {}
-        self._reset({})
+        self._first: Mapping[str, int] = {}
+        self._reset()
 
     @property
     def count(self) -> int:
-        """How many dropouts have had a key in the context so far."""
+        """The number of dropouts that have had a key of this context since it was entered."""
         return self.calls.get("", 0)
 
     def __enter__(self) -> Intercept:
         self.calls = dict(self._first)
-        if not compiling():  # which does not trace this, and needs neither
-            modes_of_thread()  # which refuses before anything has changed
+        if not compiling():  # Dynamo cannot trace these
+            modes_of_thread()  # raises if PyTorch lacks its private functions, before anything changes
             close_failed()
-            self._enter_counting(None)
+            self._enter_counting(self._innermost.get())
             _fast_path.install()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -104,7 +105,7 @@ class Intercept(Counting, TorchFunctionMode):
     ) -> None:
         if not compiling():
             close_failed()
-        # A backward pass that raised has put back the modes that there were before it.
+        # A backward pass that raised has restored the modes from before it, perhaps without this one.
         if compiling() or is_innermost(self):
             super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         else:
@@ -113,21 +114,21 @@ class Intercept(Counting, TorchFunctionMode):
             _fast_path.remove()
             self._exit_counting()
 
-    def resumed(self, calls: dict[str, int], stack: list[str], region: Any = None) -> Intercept:  # noqa: ARG002
+    def resumed(self, calls: Mapping[str, int], stack: Sequence[str], region: Any = None) -> Intercept:  # noqa: ARG002
         twin = Intercept(self.key, self.sdpa_follows_training)
-        twin._reset({}, region=region, recomputes=True)
+        twin._reset(region=region, recomputes=True)
         twin._first = calls
         return twin
 
     def next_key(self) -> Key | None:
-        """The key of the next dropout, or None to have one drawn."""
+        """The key of the next dropout, or None to draw one."""
         if self.key is None:
             self.note("", 0)
             return None
         return self.key.fold(self.number(""))
 
     def _within(self, region: Callable[..., Any]) -> Callable[..., Any]:
-        """The region, in which a compiler does not apply the mode that it applies to the checkpoint."""
+        """Enter the mode in a checkpointed region: Dynamo applies it to the call of the checkpoint only."""
 
         def within(*args: Any, **kwargs: Any) -> Any:
             TorchFunctionMode.__enter__(self)
@@ -144,12 +145,14 @@ class Intercept(Counting, TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.utils.checkpoint.checkpoint and compiling():
             args = (self._within(args[0]), *args[1:])
-        site = _SITES.get(func)
-        if site is not None:
-            result = site(self, *args, **kwargs)
-            if result is not None:
-                return result
-        return func(*args, **kwargs)
+        handler = _HANDLERS.get(func)
+        result = None if handler is None else handler(self, *args, **kwargs)
+        return func(*args, **kwargs) if result is None else result
+
+
+def _check_key(key: Key | None) -> None:
+    if key is not None and not isinstance(key, Key):
+        raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}")
 
 
 _fast_path = FastPath(Intercept)
@@ -159,7 +162,7 @@ class Intercepted(nn.Module):
     """A module that calls another within :func:`thinned.intercept`.
 
     Args:
-        module: what is called; its parameters are under ``module.`` in the ``state_dict``.
+        module: the module to call; its parameters are under ``module.`` in the ``state_dict``.
         key: as for :func:`thinned.intercept`; each call counts from 0.
         sdpa_follows_training: as for :func:`thinned.intercept`.
 
@@ -174,7 +177,7 @@ class Intercepted(nn.Module):
         self, module: nn.Module, *, key: Key | None = None, sdpa_follows_training: bool = False
     ) -> None:
         super().__init__()
-        Intercept(key)
+        _check_key(key)
         self.module = module
         self.key = key
         self.sdpa_follows_training = sdpa_follows_training
@@ -184,15 +187,39 @@ class Intercepted(nn.Module):
             return self.module(*args, **kwargs)
 
 
-# A site has the mode and the arguments of torch's function; None, if nothing is dropped, leaves it to torch.
+# A handler takes the mode and the arguments of torch's function. It returns the result, or None to let
+# torch's own function run, as where nothing is dropped.
 
 
-def _like_torchs(
+def _drop(
+    ours: Callable[..., Tensor],
+    mode: Intercept,
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    rest: dict[str, Any],
+) -> Tensor | None:
+    """Call thinned's dropout, unless ``rest`` holds an argument that only torch knows.
+
+    A later PyTorch may pass a ``generator``, which torch's own function then has to draw from.
+    """
+    if any(value is not None for value in rest.values()):
+        return None
+    if training and p != 0:
+        return ours(input, p, True, inplace, key=mode.next_key())
+    # torch would return the input too, but would leave a node in an exported graph. Only these two functions
+    # check nothing but p.
+    is_identity = ours in (F.dropout, F.alpha_dropout) and isinstance(input, Tensor) and 0 <= p <= 1
+    return input if is_identity else None
+
+
+def _functional(
     ours: Callable[..., Tensor], training_by_default: bool = True
 ) -> Callable[..., Tensor | None]:
-    """A function of torch.nn.functional; thinned's has the same arguments."""
+    """The handler of a function of torch.nn.functional."""
 
-    def site(
+    def handler(
         mode: Intercept,
         input: Tensor,
         p: float = 0.5,
@@ -200,57 +227,28 @@ def _like_torchs(
         inplace: bool = False,
         **rest: Any,
     ) -> Tensor | None:
-        if _is_torchs(rest):
-            return None
-        if not training or p == 0:
-            return _unchanged(ours, input, p)
-        return ours(input, p, True, inplace, key=mode.next_key())
+        return _drop(ours, mode, input, p, training, inplace, rest)
 
-    return site
+    return handler
 
 
-def _is_torchs(rest: dict[str, Any]) -> bool:
-    """Whether a call has an argument that only torch knows, such as a generator in versions to come."""
-    return any(value is not None for value in rest.values())
+def _aten(ours: Callable[..., Tensor], inplace: bool = False) -> Callable[..., Tensor | None]:
+    """The handler of a function of ``torch``."""
+
+    def handler(mode: Intercept, input: Tensor, p: float, train: bool, **rest: Any) -> Tensor | None:
+        return _drop(ours, mode, input, p, train, inplace, rest)
+
+    return handler
 
 
-def _unchanged(ours: Callable[..., Tensor], input: Tensor, p: float) -> Tensor | None:
-    """What torch gives, without a node in an exported graph; where torch might object, it is torch's call."""
-    checks_nothing = ours in (F.dropout, F.alpha_dropout)
-    return input if checks_nothing and isinstance(input, Tensor) and 0 <= p <= 1 else None
-
-
-def _of_aten(ours: Callable[..., Tensor], inplace: bool = False) -> Callable[..., Tensor | None]:
-    """A function of ``torch``, with three arguments."""
-
-    def site(mode: Intercept, input: Tensor, p: float, train: bool, **rest: Any) -> Tensor | None:
-        if _is_torchs(rest):
-            return None
-        if not train or p == 0:
-            return _unchanged(ours, input, p)
-        return ours(input, p, True, inplace, key=mode.next_key())
-
-    return site
-
-
-def _feature_dropout(
-    input: Tensor,
-    p: float,
-    training: bool,
-    inplace: bool,
-    *,
-    key: Key | None,
-) -> Tensor:
+def _feature_dropout(input: Tensor, p: float, training: bool, inplace: bool, *, key: Key | None) -> Tensor:
     if input.dim() < 2 and p != 1:
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
     return F.dropout(input, p, training, inplace, key=key, broadcast_dims=range(2, input.dim()))
 
 
 def _native_dropout(
-    mode: Intercept,
-    input: Tensor,
-    p: float,
-    train: bool | None,
+    mode: Intercept, input: Tensor, p: float, train: bool | None
 ) -> tuple[Tensor, Tensor] | None:
     if train is False or p == 0:
         return None
@@ -281,7 +279,7 @@ def _sdpa(
 
 
 def _running_in_training() -> bool:
-    """Whether the innermost module that is running is in training; True if none is."""
+    """Whether the innermost running module is in training; True if none is running."""
     if compiling():
         raise RuntimeError("intercept(sdpa_follows_training=True) is not for compiled code")
     frame = sys._getframe()
@@ -295,71 +293,36 @@ def _running_in_training() -> bool:
 def _mha(
     mode: Intercept, *args: Any, training: bool = True, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None] | None:
-    # torch gives its function mode these by position: dropout_p, what is before it and two more.
-    dropout_p = args[10]
-    if dropout_p == 0 or not training:
+    # torch passes its function mode the arguments up to out_proj_bias by position; number 10 is dropout_p.
+    if args[10] == 0 or not training:
         return None
     return multi_head_attention_forward(*args, **kwargs, mask_key=mode.next_key())
 
 
 def _recurrent(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...] | None]:
-    def padded(
-        mode: Intercept,
-        input: Tensor,
-        hx: Any,
-        params: Any,
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool,
-    ) -> tuple[Tensor, ...] | None:
-        if not train or dropout == 0 or num_layers == 1:
-            return None
-        rest = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
-        return _outside_graphs(False, kernel, input, hx, params, *rest, next_key=mode.next_key)
-
-    def packed(
-        mode: Intercept,
-        data: Tensor,
-        batch_sizes: Tensor,
-        hx: Any,
-        params: Any,
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-    ) -> tuple[Tensor, ...] | None:
-        if not train or dropout == 0 or num_layers == 1:
-            return None
-        rest = (has_biases, num_layers, dropout, train, bidirectional)
-        return _outside_graphs(True, kernel, data, batch_sizes, hx, params, *rest, next_key=mode.next_key)
-
-    def site(mode: Intercept, *args: Any, **kwargs: Any) -> tuple[Tensor, ...] | None:
+    def handler(mode: Intercept, *args: Any, **kwargs: Any) -> tuple[Tensor, ...] | None:
         is_packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
-        return (packed if is_packed else padded)(mode, *args, **kwargs)
+        arguments = (Packed if is_packed else Padded)(*args, **kwargs)
+        if not arguments.train or arguments.dropout == 0 or arguments.num_layers == 1:
+            return None
+        return _outside_graphs(kernel, arguments, mode.next_key)
 
-    return site
+    return handler
 
 
 @never_inlined
-def _outside_graphs(is_packed: bool, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """Dynamo breaks its graph for recurrent networks, whose kernels it cannot train; so do we."""
-    run: Callable[..., tuple[Tensor, ...]] = run_packed if is_packed else run_padded
-    if compiler_is_imported():
-        run = torch.compiler.disable(run)
-    return run(*args, **kwargs)
+def _outside_graphs(*args: Any) -> tuple[Tensor, ...]:
+    """Break the graph, as Dynamo does itself for recurrent networks, whose kernels it cannot train."""
+    return (torch.compiler.disable(run) if compiler_is_imported() else run)(*args)
 
 
-_SITES: dict[Any, Callable[..., Any]] = {
-    torch_functional.dropout: _like_torchs(F.dropout),
-    torch_functional.dropout1d: _like_torchs(F.dropout1d),
-    torch_functional.dropout2d: _like_torchs(F.dropout2d),
-    torch_functional.dropout3d: _like_torchs(F.dropout3d),
-    torch_functional.alpha_dropout: _like_torchs(F.alpha_dropout, False),
-    torch_functional.feature_alpha_dropout: _like_torchs(F.feature_alpha_dropout, False),
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    torch_functional.dropout: _functional(F.dropout),
+    torch_functional.dropout1d: _functional(F.dropout1d),
+    torch_functional.dropout2d: _functional(F.dropout2d),
+    torch_functional.dropout3d: _functional(F.dropout3d),
+    torch_functional.alpha_dropout: _functional(F.alpha_dropout, False),
+    torch_functional.feature_alpha_dropout: _functional(F.feature_alpha_dropout, False),
     torch_functional.scaled_dot_product_attention: _sdpa,
     torch_functional.multi_head_attention_forward: _mha,
     torch.native_dropout: _native_dropout,
@@ -370,13 +333,13 @@ for _name, _ours in {
     "alpha_dropout": F.alpha_dropout,
     "feature_alpha_dropout": F.feature_alpha_dropout,
 }.items():
-    _SITES[getattr(torch, _name)] = _of_aten(_ours)
-    _SITES[getattr(torch, f"{_name}_")] = _of_aten(_ours, inplace=True)
+    _HANDLERS[getattr(torch, _name)] = _aten(_ours)
+    _HANDLERS[getattr(torch, f"{_name}_")] = _aten(_ours, inplace=True)
 for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-    _SITES[getattr(torch, _name)] = _recurrent(getattr(torch, _name))
-# Graphs call the same functions by other names.
+    _HANDLERS[getattr(torch, _name)] = _recurrent(getattr(torch, _name))
+# Exported graphs call the same functions by other names.
 for _name in ("dropout", "dropout_", "feature_dropout", "alpha_dropout", "native_dropout"):
     _packet = getattr(torch.ops.aten, _name)
-    _SITES[_packet] = _SITES[_packet.default] = _SITES[getattr(torch, _name)]
+    _HANDLERS[_packet] = _HANDLERS[_packet.default] = _HANDLERS[getattr(torch, _name)]
 _packet = torch.ops.aten.scaled_dot_product_attention
-_SITES[_packet] = _SITES[_packet.default] = _sdpa
+_HANDLERS[_packet] = _HANDLERS[_packet.default] = _sdpa

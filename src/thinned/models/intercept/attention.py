@@ -1,8 +1,9 @@
-"""Attention whose weights are dropped by thinned's masks, with the arguments of torch.nn.functional."""
+"""Attention with thinned's dropout of its weights, called with the arguments of torch.nn.functional."""
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from thinned import functional as F
 from thinned.keys import Key
-from thinned.layers._arguments import key_for, threshold_and_scale
+from thinned.layers._arguments import check_p, key_for
 from thinned.torch_state import (
     canonical_mask,
     in_projection,
@@ -21,7 +22,7 @@ from thinned.torch_state import (
 
 __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
 
-torch_functional: Any = torch.nn.functional  # some of what is used here has no types
+torch_functional: Any = torch.nn.functional  # pad and linear have no types
 
 
 def scaled_dot_product_attention(
@@ -42,29 +43,29 @@ def scaled_dot_product_attention(
         D(w)_i = \begin{cases} w_i / q & u(i) < T \\ 0 & \text{otherwise} \end{cases}
 
     ``B`` is ``attn_mask``, or ``-inf`` where a boolean ``attn_mask`` is False or, if ``is_causal``, where
-    the weight's column is greater than its row. ``i`` is the weight's position in the weights of shape
-    ``(N, ..., H, L, S)``. As in PyTorch, a query that may attend to nothing gives zeros, and autocast
+    the weight's column is greater than its row. ``i`` is the row-major position in the weights, which have
+    shape ``(N, ..., H, L, S)``. As in PyTorch, a query that may attend to nothing gives zeros, and autocast
     applies to the arguments.
 
     Args:
         query: of shape ``(N, ..., H, L, E)``.
         key: of shape ``(N, ..., H, S, E)``.
         value: of shape ``(N, ..., H, S, E_v)``.
-        attn_mask: a boolean tensor, True where attention is allowed, or one to add to the logits; its shape
-            broadcasts to that of the weights.
+        attn_mask: a boolean tensor, True where attention is allowed, or a tensor to add to the logits; it
+            broadcasts to the shape of the weights.
         dropout_p: the probability of dropping a weight, in [0, 1]; in evaluation as well.
         is_causal: forbid a query to attend to later keys; without an ``attn_mask`` only.
         scale: the logits' factor; default: ``1 / sqrt(E)``.
-        enable_gqa: let ``key`` and ``value`` have fewer heads than ``query``, each for several of its heads
-            in a row.
-        mask_key: what the mask is a function of, as ``key`` is for :func:`~thinned.functional.dropout`.
+        enable_gqa: let ``key`` and ``value`` have fewer heads than ``query``. Consecutive heads of ``query``
+            then share one.
+        mask_key: the mask's key, as ``key`` of :func:`~thinned.functional.dropout`.
 
     Returns:
         A tensor of shape ``(N, ..., H, L, E_v)``.
 
     Raises:
         ValueError: ``dropout_p`` outside [0, 1] or NaN.
-        RuntimeError: ``is_causal`` with an ``attn_mask``, shapes or dtypes that do not fit.
+        RuntimeError: ``is_causal`` with an ``attn_mask``; shapes or dtypes that do not fit.
         NotImplementedError: nested tensors.
 
     Source: Vaswani et al., "Attention is all you need", NeurIPS 2017, section 3.2.1; the signature is
@@ -75,24 +76,21 @@ def scaled_dot_product_attention(
     >>> scaled_dot_product_attention(q, q, v, dropout_p=0.5, mask_key=thinned.Key(3)).flatten()
     tensor([1.0000, 2.0000, 1.5000, 1.5000])
     """
-    threshold_and_scale(dropout_p)
+    check_p(dropout_p)
     if any(x.is_nested for x in (query, key, value)):
         raise NotImplementedError(
             "scaled_dot_product_attention of nested tensors has no dropout of thinned's; pad them first"
         )
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = _cast(query, dtype), _cast(key, dtype), _cast(value, dtype)
-        if attn_mask is not None:
-            attn_mask = _cast(attn_mask, dtype)
-        with torch.autocast(device, enabled=False):
-            weights = _weights(query, key, attn_mask, is_causal, scale, enable_gqa)
-            weights = F.dropout(weights, dropout_p, key=key_for(weights, mask_key))
-            return weights @ _repeated(value, query, enable_gqa)
-    weights = _weights(query, key, attn_mask, is_causal, scale, enable_gqa)
-    weights = F.dropout(weights, dropout_p, key=key_for(weights, mask_key))
-    return weights @ _repeated(value, query, enable_gqa)
+        attn_mask = None if attn_mask is None else _cast(attn_mask, dtype)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        weights = _weights(query, key, attn_mask, is_causal, scale, enable_gqa)
+        weights = F.dropout(weights, dropout_p, key=key_for(weights, mask_key))
+        return weights @ _repeated(value, query, enable_gqa)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,14 +166,13 @@ def multi_head_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """All heads of attention, as :func:`torch.nn.functional.multi_head_attention_forward` in training.
 
-    Its arguments are those of PyTorch's, without ``training``.
-    The mask is that of weights of shape ``(N, num_heads, L, S)``, with ``need_weights`` and without; with
-    it, as in PyTorch, the weights that come back are the dropped ones. ``mask_key`` is as for
-    :func:`scaled_dot_product_attention`.
+    The arguments are PyTorch's, without ``training``, and ``mask_key`` as for
+    :func:`scaled_dot_product_attention`. The mask has shape ``(N, num_heads, L, S)``, whether
+    ``need_weights`` or not. As in PyTorch, the weights that are returned are those after dropout.
 
     Raises:
         ValueError: ``dropout_p`` outside [0, 1] or NaN.
-        RuntimeError, AssertionError: arguments that do not fit each other, as PyTorch.
+        RuntimeError, AssertionError: arguments that do not fit each other, as in PyTorch.
 
     >>> import thinned
     >>> from thinned.models.intercept import intercept
@@ -222,7 +219,15 @@ def multi_head_attention_forward(
     added = (bias_k is not None and bias_v is not None) + add_zero_attn
     bias = _merged(None if hint else attn_mask, key_padding_mask, added, q, k)
 
-    y, weights = _attend(q, k, v, bias, dropout_p, hint, need_weights, mask_key)
+    weights: Tensor | None = None
+    if need_weights:
+        # Not scaled_dot_product_attention: torch gives NaN here, not 0, where nothing may be attended to.
+        logits = (q * math.sqrt(1 / q.shape[-1])) @ k.transpose(-2, -1)
+        weights = (logits if bias is None else logits + bias).softmax(-1)
+        weights = F.dropout(weights, dropout_p, key=key_for(weights, mask_key))
+        y = weights @ v
+    else:
+        y = scaled_dot_product_attention(q, k, v, bias, dropout_p, hint, mask_key=mask_key)
     y = y.permute(2, 0, 1, 3).reshape(length * batch, embed_dim)
     y = torch_functional.linear(y, out_proj_weight, out_proj_bias)
     y = y.reshape(length, batch, y.shape[1])
@@ -233,30 +238,10 @@ def multi_head_attention_forward(
     return y, weights
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    need_weights: bool,
-    mask_key: Key | None,
-) -> tuple[Tensor, Tensor | None]:
-    if not need_weights:
-        y = scaled_dot_product_attention(q, k, v, bias, dropout_p, is_causal, mask_key=mask_key)
-        return y, None
-    # As PyTorch here: no weights, NaN and not zero, where nothing may be attended to.
-    logits = (q * math.sqrt(1 / q.shape[-1])) @ k.transpose(-2, -1)
-    weights = (logits if bias is None else logits + bias).softmax(-1)
-    weights = F.dropout(weights, dropout_p, key=key_for(weights, mask_key))
-    return weights @ v, weights
-
-
 def _merged(
     attn_mask: Tensor | None, padding: Tensor | None, added: int, q: Tensor, k: Tensor
 ) -> Tensor | None:
-    """What is added to the logits of shape (N, H, L, S), whose last ``added`` columns the masks lack."""
+    """Both masks as one bias for logits of shape (N, H, L, S); neither has the last ``added`` columns."""
     (batch, num_heads, length, _), source = q.shape, k.shape[2]
     if attn_mask is not None:
         attn_mask = _additive(attn_mask, "attn_mask", added, q)

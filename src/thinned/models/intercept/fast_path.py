@@ -1,9 +1,9 @@
-"""torch's fast path of transformers in evaluation, which it does not take where a function mode is active."""
+"""Lets torch take its fast path for transformers in evaluation while thinned's function mode is active."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,42 +17,42 @@ overrides: Any = torch.overrides
 
 
 class FastPath:
-    """While installed, modes of the given type do not count when torch asks whether it may take the path.
+    """While installed, torch's check for its fast path ignores function modes of the type ``transparent``.
 
-    ``nn.MultiheadAttention``, ``nn.TransformerEncoder`` and its layer ask ``torch.overrides``; the functions
-    of PyTorch themselves ask elsewhere. What is asked is about modes of this thread.
+    ``nn.MultiheadAttention``, ``nn.TransformerEncoder`` and its layer make this check, by
+    ``torch.overrides.has_torch_function``. The functions of torch use another one.
     """
 
     def __init__(self, transparent: type[torch.overrides.TorchFunctionMode]) -> None:
         self._transparent = transparent
         self._lock = threading.Lock()
         self._installed = 0
-        self._torchs: Any = None
+        self._original: Any = None
 
     def install(self) -> None:
-        """Take the place of what torch asks, unless that has been done."""
+        """Replace torch's check, unless that has been done."""
         with self._lock:
             if not self._installed:
-                self._torchs = overrides.has_torch_function
+                self._original = overrides.has_torch_function
                 overrides.has_torch_function = self._has_torch_function
             self._installed += 1
 
     def remove(self) -> None:
-        """Put it back with the last of those who installed it."""
+        """Restore torch's check when the last of those who installed it remove it."""
         with self._lock:
             self._installed -= 1
             if not self._installed:
-                overrides.has_torch_function = self._torchs
+                overrides.has_torch_function = self._original
 
     def _has_torch_function(self, relevant_args: Iterable[Any]) -> bool:
-        ask = self._torchs
+        original: Callable[[Iterable[Any]], bool] = self._original
         if torch.compiler.is_compiling():
-            return ask(relevant_args)  # type: ignore[no-any-return]
+            return original(relevant_args)
         modes = modes_of_thread()
         others = [mode for mode in modes if not isinstance(mode, self._transparent)]
         _replace(modes, others)
         try:
-            return ask(relevant_args)  # type: ignore[no-any-return]
+            return original(relevant_args)
         finally:
             _replace(others, modes)
 
@@ -65,12 +65,12 @@ def _replace(old: list[Any], new: list[Any]) -> None:
 
 
 def is_innermost(mode: torch.overrides.TorchFunctionMode) -> bool:
-    """Whether no other function mode of this thread was entered later, or the mode was left already."""
+    """Whether ``mode`` is the last function mode that this thread entered and has not left."""
     modes = modes_of_thread()
     return bool(modes) and modes[-1] is mode
 
 
 def remove_mode(mode: torch.overrides.TorchFunctionMode) -> None:
-    """Leave a function mode of this thread that others were entered after, if it has not been left."""
+    """Leave a function mode of this thread, also if later ones are active or the mode was left already."""
     modes = modes_of_thread()
-    _replace(modes, [each for each in modes if each is not mode])
+    _replace(modes, [other for other in modes if other is not mode])

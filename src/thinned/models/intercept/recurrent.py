@@ -1,9 +1,11 @@
-"""Recurrent networks whose layers are separated by thinned's dropout, with the arguments of torch.lstm."""
+"""Recurrent networks with thinned's dropout between their layers, called with the arguments of torch.lstm."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections import namedtuple
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,39 +13,39 @@ from torch import Tensor
 
 from thinned import functional as F
 from thinned.keys import Key
-from thinned.layers._arguments import key_for, threshold_and_scale
+from thinned.layers._arguments import check_p, key_for
 
-__all__ = ["run_packed", "run_padded"]
+__all__ = ["Packed", "Padded", "run"]
 
 
-def run_padded(
+# The arguments of torch.lstm, torch.gru, torch.rnn_tanh and torch.rnn_relu, and those for a packed sequence.
+Padded = namedtuple("Padded", "input hx params has_biases num_layers dropout train bidirectional batch_first")
+Packed = namedtuple("Packed", "data batch_sizes hx params has_biases num_layers dropout train bidirectional")
+
+
+def run(
     kernel: Callable[..., Any],
-    input: Tensor,
-    hx: Tensor | Sequence[Tensor],
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    *,
+    arguments: Padded | Packed,
     next_key: Callable[[], Key | None] = lambda: None,
 ) -> tuple[Tensor, ...]:
-    r"""All layers of a recurrent network, each a call of ``kernel``, with dropout between them.
+    r"""Call ``kernel`` once for each layer of the network, with dropout between the layers.
 
     .. math:: x^{(0)} = \text{input}, \qquad
         x^{(l)} = \operatorname{dropout}_l(\operatorname{layer}_l(x^{(l-1)})) \quad (l < L), \qquad
         y = \operatorname{layer}_L(x^{(L-1)})
 
-    Each layer's mask is one of shape ``(N, T, D * H)``, whatever the layout: ``N`` samples of ``T`` steps,
-    ``D`` directions.
+    Each layer's mask has shape ``(N, T, D * H)`` in either layout: ``N`` samples of ``T`` steps, ``D``
+    directions. For a packed sequence it has the data's shape, ``(steps of all samples, D * H)``. The data do
+    not say which row belongs to which sample, so within :func:`thinned.address` that mask does not depend on
+    ``samples``.
 
-    ``kernel`` is ``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh`` or ``torch.rnn_relu``, and what follows
-    are its arguments; ``next_key`` gives the key of each dropout in turn, or None to draw one.
+    Args:
+        kernel: ``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh`` or ``torch.rnn_relu``.
+        arguments: the arguments of ``kernel``.
+        next_key: returns the key of each dropout in turn, or None to draw one.
 
     Returns:
-        What ``kernel`` returns.
+        The result of ``kernel`` for all layers.
 
     Source: Zaremba et al., "Recurrent neural network regularization", 2014, section 3.2; the signature is
     PyTorch's.
@@ -56,74 +58,30 @@ def run_padded(
     >>> y.shape, h.shape
     (torch.Size([5, 2, 4]), torch.Size([2, 2, 4]))
     """
-
-    def layer(x: Tensor, state: Any, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return kernel(x, state, weights, has_biases, 1, 0.0, train, bidirectional, batch_first)  # type: ignore[no-any-return]
-
-    def drop(x: Tensor) -> Tensor:
-        rows = x if batch_first else x.transpose(0, 1)
-        y = F.dropout(rows, dropout, key=key_for(rows, next_key()))
-        return y if batch_first else y.transpose(0, 1)
-
-    return _layers(layer, drop, input, hx, params, num_layers, dropout, bidirectional)
-
-
-def run_packed(
-    kernel: Callable[..., Any],
-    data: Tensor,
-    batch_sizes: Tensor,
-    hx: Tensor | Sequence[Tensor],
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    *,
-    next_key: Callable[[], Key | None] = lambda: None,
-) -> tuple[Tensor, ...]:
-    """:func:`run_padded` of the data of a packed sequence.
-
-    Each layer's mask is one of the data's shape ``(steps of all samples, D * H)``: which row is of which
-    sample the data do not say, so that within :func:`thinned.address` a mask does not depend on ``samples``.
-    """
-
-    def layer(x: Tensor, state: Any, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return kernel(x, batch_sizes, state, weights, has_biases, 1, 0.0, train, bidirectional)  # type: ignore[no-any-return]
+    x, hx, params, p = arguments[0], arguments.hx, arguments.params, arguments.dropout
+    check_p(p)
+    batch_sizes = (arguments.batch_sizes,) if isinstance(arguments, Packed) else ()
+    batch_first = (arguments.batch_first,) if isinstance(arguments, Padded) else ()
+    options = arguments.has_biases, 1, 0.0, arguments.train, arguments.bidirectional, *batch_first
 
     def drop(x: Tensor) -> Tensor:
-        return F.dropout(x, dropout, key=key_for(x, next_key(), rows=None))
+        transposed = batch_first == (False,)
+        x = x.transpose(0, 1) if transposed else x
+        y = F.dropout(x, p, key=key_for(x, next_key(), sample_dim=None if batch_sizes else 0))
+        return y.transpose(0, 1) if transposed else y
 
-    return _layers(layer, drop, data, hx, params, num_layers, dropout, bidirectional)
-
-
-def _layers(
-    layer: Callable[[Tensor, Any, Sequence[Tensor]], tuple[Tensor, ...]],
-    drop: Callable[[Tensor], Tensor],
-    x: Tensor,
-    hx: Tensor | Sequence[Tensor],
-    params: Sequence[Tensor],
-    num_layers: int,
-    dropout: float,
-    bidirectional: bool,
-) -> tuple[Tensor, ...]:
-    threshold_and_scale(dropout)
-    rows, each = 1 + bidirectional, len(params) // num_layers
-    states: list[tuple[Tensor, ...]] = []
-    for i in range(num_layers):
-        if i:
-            x = drop(x)
-        own = slice(i * rows, (i + 1) * rows)
-        state = hx[own] if isinstance(hx, Tensor) else [h[own] for h in hx]
-        weights = params[i * each : (i + 1) * each]
-        if x.is_cuda and not torch.compiler.is_compiling():
-            with warnings.catch_warnings():
-                # One layer's weights are no single chunk where all layers' are.
-                warnings.filterwarnings(
-                    "ignore", "RNN module weights are not part of single contiguous chunk"
-                )
-                x, *last = layer(x, state, weights)
-        else:
-            x, *last = layer(x, state, weights)
-        states.append(tuple(last))
+    directions, params_each = 1 + arguments.bidirectional, len(params) // arguments.num_layers
+    states: list[list[Tensor]] = []
+    may_warn = x.is_cuda and not torch.compiler.is_compiling()
+    with warnings.catch_warnings() if may_warn else nullcontext():
+        if may_warn:
+            # cuDNN's chunk holds the weights of all layers, so one layer's are no whole chunk.
+            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        for i in range(arguments.num_layers):
+            x = drop(x) if i else x
+            own = slice(i * directions, (i + 1) * directions)
+            state = hx[own] if isinstance(hx, Tensor) else [h[own] for h in hx]
+            weights = params[i * params_each : (i + 1) * params_each]
+            x, *last = kernel(x, *batch_sizes, state, weights, *options)
+            states.append(last)
     return x, *(torch.cat(each_layers) for each_layers in zip(*states, strict=True))
