@@ -1,4 +1,4 @@
-"""What is examined: an implementation, and what a layer's entry says of inputs, arguments and mask."""
+"""An implementation, and the description of the layer as which it is examined: inputs, arguments, mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from thinned.compare.settings import Settings
 
-__all__ = ["Case", "Example", "Implementation", "Masked", "NotOfferedError", "first", "normal", "ones"]
+__all__ = ["Case", "Example", "Implementation", "Masked", "NotOfferedError", "P", "first", "normal", "ones"]
 
 P = 0.3  # of the masks of layers that have a shape of their own
 
@@ -35,7 +35,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Example:
-    """How to call a layer, for the laws that every layer is held to.
+    """A small call of a layer, for the laws of every layer.
 
     Attributes:
         inputs: the arguments of a call in a dtype; gradients are those of the first, and ``vmap`` maps over
@@ -78,7 +78,7 @@ class Masked:
 
 @dataclass(frozen=True)
 class Case:
-    """An implementation in the place of a layer: what the check of a law is given."""
+    """The argument of a law's check: an implementation, and the layer in whose place it is examined."""
 
     implementation: Implementation
     example: Example
@@ -124,7 +124,7 @@ class Case:
         return layer, x.requires_grad_(), list(layer.parameters())
 
     def settled(self, settings: Settings) -> Settings:
-        """The settings, with what the layer's mask fixes."""
+        """The settings, with p, shape and dtype of a layer that does not take any."""
         if self.masked is None or self.takes_any_shape:
             return settings
         return replace(settings, p=P, shape=self.masked.shape, dtype=torch.float32)
@@ -134,7 +134,7 @@ class Case:
         return self.mask.shape or shape
 
     def module(self, p: float, **arguments: Any) -> Any:
-        """The layer as a module of one tensor that sets what it drops to 0."""
+        """The layer as a module of one tensor, with 0 for dropped elements."""
         layer = self.make(**{self.example.p_name: p, **self.mask.arguments, **arguments})
         return layer if self.mask.through is None else _Through(layer, self.mask.through(p))
 

@@ -99,7 +99,7 @@ def model_of(text: str) -> nn.Module:
 
 
 def resolve_all(texts: Iterable[str]) -> list[Implementation]:
-    """The implementations behind ``texts``; where two classes share a name, the whole text is the name."""
+    """The implementations behind ``texts``; where two classes share a name, the full text is the name."""
     texts = list(dict.fromkeys(texts))
     found = [resolve(text) for text in texts]
     names = [each.name for each in found]

@@ -1,4 +1,4 @@
-"""What a layer keeps alive between forward and backward."""
+"""Memory that a layer keeps alive between forward and backward."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def bytes_saved(implementation: Implementation, settings: Settings) -> float | N
         return None
 
 
-def saved_by_call(layer: Callable[[Tensor], Tensor], x: Tensor, held: Iterable[Tensor] = ()) -> float:
-    """Bytes an element of ``x`` that a call leaves for backward, apart from ``x``, output and ``held``."""
+def saved_by_call(layer: Callable[[Tensor], Tensor], x: Tensor, not_counted: Iterable[Tensor] = ()) -> float:
+    """Bytes an element of ``x`` that a call leaves for backward, beside ``x``, output and ``not_counted``."""
     seen: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def saved_by_call(layer: Callable[[Tensor], Tensor], x: Tensor, held: Iterable[T
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         y = layer(x)
     seen |= {address: size for address, size in _living_storages().items() if address not in before}
-    for needed_anyway in (x, y, *held):
+    for needed_anyway in (x, y, *not_counted):
         seen.pop(needed_anyway.untyped_storage().data_ptr(), None)
     return sum(seen.values()) / x.numel()
 

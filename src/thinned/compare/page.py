@@ -1,4 +1,4 @@
-"""What a browser reads: the whole report as one page that needs nothing beside it."""
+"""The report for a browser: one self-contained page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program reads: the whole report as JSON."""
+"""The report for a program: JSON."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ PACKAGES = ("torch", "numpy", "scipy")
 
 @dataclass(frozen=True)
 class Sample:
-    """What became of the tutorial's ``torch.ones(1000, 100)`` at p = 0.5."""
+    """Mean and standard deviation of the tutorial's ``torch.ones(1000, 100)`` at p = 0.5."""
 
     mean: float
     deviation: float
@@ -36,7 +36,7 @@ class Report:
 
     Attributes:
         names: the implementations, in the order of their columns.
-        laws: what they are examined by; ``subject`` is what these are laws of.
+        laws: of the layer that ``subject`` names, one row each.
         tutorial: a sample for each, or what it raised.
         masks: a small mask of each that can draw one, True where kept.
         findings: a finding for each, under the name of the law.

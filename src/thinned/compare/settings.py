@@ -1,4 +1,4 @@
-"""What a comparison is run with, and the inputs that follow from it."""
+"""The settings of a comparison, and inputs that follow from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person reads: tables on standard output, a progress bar on standard error."""
+"""The report for a person: tables on standard output, a progress bar on standard error."""
 
 from __future__ import annotations
 

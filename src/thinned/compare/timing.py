@@ -1,4 +1,4 @@
-"""What dropout costs: nanoseconds an element, beside a plain multiply of the same tensor."""
+"""Nanoseconds an element of dropout, beside a plain multiply of the same tensor."""
 
 from __future__ import annotations
 

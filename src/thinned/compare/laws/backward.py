@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from thinned.compare.implementation import Case
 from thinned.compare.laws.law import Finding, Law, has_mask, holds_if, is_random, nothing_wrong
-from thinned.compare.laws.seed import same, under_seed
-from thinned.compare.laws.values import departure, scale_of
+from thinned.compare.laws.values import departure, same, scale_of, under_seed
 from thinned.compare.memory import saved_by_call
 from thinned.compare.settings import Settings
 from thinned.torch_state import version_of

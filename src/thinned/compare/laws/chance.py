@@ -1,4 +1,4 @@
-"""What chance allows: bounds computed from the law and the number of elements, never tuned.
+"""Statistical bounds, computed from the law and the number of elements, never tuned.
 
 A statistical cell raises a false alarm with a probability below ``FALSE_ALARM``; samples are so large that
 the bias which a law promises to show is missed with a probability below ``MISS``.
@@ -66,7 +66,7 @@ def within_binomial(count: int, n: int, p: float) -> Finding:
 
 @dataclass(frozen=True)
 class Association:
-    """How two sets of disjoint pairs hang together: the correlation phi and Fisher's exact p-value."""
+    """The dependence within disjoint pairs: the correlation phi and Fisher's exact p-value."""
 
     correlation: float
     pvalue: float
@@ -122,8 +122,8 @@ def disjoint_pairs(values: Tensor, lag: int) -> list[tuple[Tensor, Tensor]]:
     """
     sets = []
     for start in (0, lag):
-        whole = max(0, len(values) - start) // (2 * lag)
-        if whole:
-            blocks = values[start : start + whole * 2 * lag].reshape(whole, 2, lag, -1)
+        count = max(0, len(values) - start) // (2 * lag)
+        if count:
+            blocks = values[start : start + count * 2 * lag].reshape(count, 2, lag, -1)
             sets.append((blocks[:, 0].flatten(), blocks[:, 1].flatten()))
     return sets

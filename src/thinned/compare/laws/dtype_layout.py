@@ -1,4 +1,4 @@
-"""What comes out has the dtype, shape and memory format of what went in."""
+"""The output has the dtype, shape and memory format of the input."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from thinned.compare.implementation import Case, first
 from thinned.compare.laws.law import P_FOR_EQUALITY, Finding, Law, has_mask, holds_if, nothing_wrong
-from thinned.compare.laws.seed import under_seed
-from thinned.compare.laws.values import departure
+from thinned.compare.laws.values import departure, under_seed
 from thinned.compare.settings import DTYPES, Settings
 
 __all__ = ["LAWS"]
@@ -115,11 +114,11 @@ def expanded(layer: Case, settings: Settings) -> Finding:
 def sliced(layer: Case, settings: Settings) -> Finding:
     """Every second column of a tensor: the columns between them are neither read nor written."""
     rows, *others, columns = layer.sized(59, 40)
-    whole = settings.normal(1 + rows, *others, 2 * columns)
-    before = whole.clone()
-    x = whole[1:, ..., ::2]
+    base = settings.normal(1 + rows, *others, 2 * columns)
+    before = base.clone()
+    x = base[1:, ..., ::2]
     complaint = departure(layer.module(settings.p)(x), x)
-    if complaint is None and not torch.equal(whole, before):
+    if complaint is None and not torch.equal(base, before):
         complaint = "changes its input"
     return nothing_wrong(complaint, "base untouched")
 

@@ -44,7 +44,7 @@ def p_one(layer: Case, settings: Settings) -> Finding:
 
 
 def _kinds(values: Tensor) -> str:
-    """What a tensor holds, in words: zeros, NaN, infinities, other numbers."""
+    """The kinds of numbers in a tensor, in words."""
     kinds = {
         "NaN": values.isnan(),
         "inf": values.isinf(),

@@ -1,4 +1,4 @@
-"""What a law is, and what examining an implementation by one finds."""
+"""A law, the examination of an implementation by it, and the finding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PyTorch does to a layer: compile it, map it over examples, copy it, save it."""
+"""A layer under torch.compile, vmap, copies and state_dict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from thinned.compare.implementation import Case, first
 from thinned.compare.laws.law import Finding, Law, holds_if, is_random
-from thinned.compare.laws.seed import same, under_seed
+from thinned.compare.laws.values import same, under_seed
 from thinned.compare.settings import Settings
 
 __all__ = ["LAWS"]

@@ -1,25 +1,30 @@
-"""What is wrong, in words, with a tensor that should be the dropout of another."""
+"""Calls under a seed, and comparisons of their values that say in words how they differ."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["TOLERANCE_ULP", "departure", "scale_of", "ulps_off"]
+from thinned.compare.implementation import first
+from thinned.compare.settings import Settings
+
+__all__ = ["TOLERANCE_ULP", "departure", "same", "scale_of", "ulps_off", "under_seed"]
 
 TOLERANCE_ULP = 2.0  # a rounded scale costs up to 1 ulp of the product, rounding the product 1/2
 
 
 def departure(y: Tensor, x: Tensor, kept: Tensor | None = None, scale: float | None = None) -> str | None:
-    """Nothing, if each element of ``y`` is ``x * scale`` where kept and 0 elsewhere.
+    """None if each element of ``y`` is ``x * scale`` where kept and 0 elsewhere, else a complaint.
 
     Args:
         y: the tensor to judge.
-        x: what was dropped from; without zeros, so that a zero in ``y`` means dropped.
-        kept: the mask that ``y`` has to have; if not given, any will do.
-        scale: what kept elements are multiplied by; if not given, any will do, but one for all.
+        x: the input, without zeros, so that a zero in ``y`` means dropped.
+        kept: the mask that ``y`` has to have; without it, any mask.
+        scale: the factor of kept elements; without it, any factor that is the same for all.
     """
     if y.shape != x.shape:
         return f"shape {tuple(x.shape)} became {tuple(y.shape)}"
@@ -39,7 +44,7 @@ def departure(y: Tensor, x: Tensor, kept: Tensor | None = None, scale: float | N
 
 
 def scale_of(y: Tensor, x: Tensor) -> float:
-    """What kept elements were multiplied by: the median of ``y/x``."""
+    """The factor of kept elements: the median of ``y/x``."""
     kept = y != 0
     return float((y[kept].double() / x[kept].double()).median())
 
@@ -58,3 +63,14 @@ def ulps_off(y: Tensor, x: Tensor, scale: float) -> float:
     ulp = torch.ldexp(torch.full_like(exact, limits.eps), binade).clamp(min=limits.tiny * limits.eps)
     error = (y[kept].double() - exact).abs() - exact.abs() * 2**-32 * scale
     return float((error.clamp(min=0) / ulp).nan_to_num(nan=torch.inf).max())
+
+
+def under_seed(settings: Settings, call: Callable[..., Any], *inputs: Tensor, offset: int = 0) -> Tensor:
+    """The first output of a call, from the settings' seed plus ``offset``."""
+    torch.manual_seed(settings.seed + offset)
+    return first(call(*inputs))
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal in shape and values, NaN included."""
+    return a.shape == b.shape and torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))

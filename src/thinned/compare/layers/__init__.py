@@ -1,4 +1,4 @@
-"""Every layer: its names, source, peer, and the laws that it is held to."""
+"""The catalogue: an entry for each layer, with its source, its peer and its laws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the catalogue says of a layer."""
+"""An entry of the catalogue of layers."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Entry:
-    """One layer: where it comes from, how to call it, and what else than the laws of every layer it obeys.
+    """One layer: its origin, calls of it, its mask, and the laws that are its own.
 
     Attributes:
-        layer: the class, and ``make`` what builds one from arguments by name, if not the class itself.
+        layer: the class; ``make`` builds one from arguments by name, where the class itself does not.
         mask: the shape of the mask, for inputs of the shape that users of the layer have.
-        source: who made it known, and where its formula is.
+        source: the paper, with the section of its formula, and the library that users know it from.
         peer: the implementation beside which it is examined, with the same arguments.
-        masked: its mask, where it multiplies by one.
+        masked: its mask, for the laws of masks; None for a layer of another kind.
         special: laws of this layer alone.
-        exempt: the laws of every layer that are none of this one, with the reason.
-        functional: the functions it is made of, if not the one of the same name.
+        exempt: shared laws that this layer does not obey, each with the reason.
+        functional: its functions, where they are not the one of the same name.
     """
 
     layer: type[Any]
@@ -82,7 +82,7 @@ class Entry:
 
 
 def for_mask(masked: Masked, words: str, *names: str) -> list[Law]:
-    """Some of the laws of every layer, for another mask of the same layer, that ``words`` tell apart."""
+    """Some of the shared laws for another mask of the same layer; ``words`` go into their names."""
 
     def check(layer: Case, settings: Settings, law: Law) -> Finding:
         layer = replace(layer, masked=masked)

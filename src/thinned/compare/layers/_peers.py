@@ -62,8 +62,8 @@ def from_torch(layer: type[nn.Module]) -> Implementation:
 def library_class(path: str) -> Any:
     """The class at ``module:name``, or None where its library is not installed.
 
-    The module's file is loaded without the packages around it, which import much more than a layer needs,
-    and fail where their compiled parts do not fit the installed PyTorch.
+    Its file is loaded without its packages: they import much more, and fail where their compiled parts do
+    not fit the installed PyTorch.
     """
     module_name, _, name = path.partition(":")
     library = module_name.partition(".")[0]

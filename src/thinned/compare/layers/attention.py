@@ -71,7 +71,7 @@ def share_of_kept(layer: Case, settings: Settings) -> Finding:
 
 
 def mean_of_kept(layer: Case, settings: Settings) -> Finding:
-    """Of ones, a sample's mean is 1, or 0 where all of its heads are dropped, which is binomial."""
+    """A sample of ones has mean 1, or 0 without any head; the number of those is binomial."""
     p = 0.4
     y = layer.make(p=p)(settings.ones(SAMPLES, HEADS, 1, 1, dtype=torch.float32)).double()
     mean = y.mean((1, 2, 3))

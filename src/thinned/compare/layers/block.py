@@ -140,13 +140,13 @@ def positions(layer: Case, settings: Settings, *, blocks: Blocks) -> Finding:
 
 
 def union(layer: Case, settings: Settings, *, blocks: Blocks) -> Finding:
-    """Every dropped position lies in a whole dropped block: exact, for each mask."""
+    """Every dropped position lies in a block that is dropped: exact, for each mask."""
     dropped = blocks.drops(layer, 1000, settings).flatten(0, 1)[:, None].float()
     dims = len(blocks.sizes)
     block = [min(blocks.block, size) for size in blocks.sizes]
-    whole = -MAX_POOL[dims](-dropped, block, stride=1)
-    around = [n - 1 for n in reversed(block) for _ in range(2)]
-    covered = MAX_POOL[dims](F.pad(whole, around), block, stride=1)
+    seeds = -MAX_POOL[dims](-dropped, block, stride=1)
+    padding = [n - 1 for n in reversed(block) for _ in range(2)]
+    covered = MAX_POOL[dims](F.pad(seeds, padding), block, stride=1)
     outside = int((dropped > covered).sum())
     return holds_if(outside == 0 and bool(dropped.any()), f"{outside} of {int(dropped.sum())} outside")
 

@@ -1,4 +1,4 @@
-"""Dropout of whole channels: Dropout1d, Dropout2d, Dropout3d."""
+"""Dropout of channels: Dropout1d, Dropout2d, Dropout3d."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from thinned.compare.implementation import Case, Example, Masked, normal, ones
 from thinned.compare.laws.law import Finding, Law, holds_if
-from thinned.compare.laws.seed import under_seed
+from thinned.compare.laws.values import under_seed
 from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.layers._peers import from_torch
 from thinned.compare.settings import Settings

@@ -16,7 +16,7 @@ __all__ = ["ENTRIES"]
 
 
 class EmbeddingDropoutFormula(nn.Module):
-    """That of the code of AWD-LSTM, which masks the whole embedding."""
+    """AWD-LSTM's code: masks all of the embedding for a few words."""
 
     def __init__(self, embedding: nn.Embedding, p: float = 0.1) -> None:
         super().__init__()

@@ -118,11 +118,11 @@ def bound_of_alpha(layer: Case, settings: Settings) -> Finding:
     if abs(variance - 1) > DEVIATIONS * math.sqrt(2 / y.numel()):
         return holds_if(False, f"variance {variance:.4f}")
     back = float(gradient.sum()) > 0
-    return holds_if(back, "held, and goes back" if back else "held, and stays")
+    return holds_if(back, "bounded, and goes back" if back else "bounded, and stays")
 
 
 def divergence(layer: Case, settings: Settings) -> Finding:
-    """Against the integral of the log-uniform prior; both are known up to a constant, hence the range."""
+    """Against the integral of the log-uniform prior; both are right up to a constant, hence the range."""
     errors = []
     for p in (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5):
         module = layer.make(p=p).to(settings.device)

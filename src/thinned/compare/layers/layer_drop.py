@@ -1,4 +1,4 @@
-"""Dropout of whole layers: LayerDrop."""
+"""Dropout of layers: LayerDrop."""
 
 from __future__ import annotations
 

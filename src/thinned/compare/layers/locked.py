@@ -13,7 +13,7 @@ __all__ = ["ENTRIES"]
 
 
 class LockedDropoutFormula(Formula):
-    """That of the code of AWD-LSTM."""
+    """AWD-LSTM's code."""
 
     def drop(self, x: Tensor) -> Tensor:
         mask = x.new_empty(1, *x.shape[1:]).bernoulli_(1 - self.p) / (1 - self.p)

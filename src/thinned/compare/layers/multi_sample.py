@@ -95,7 +95,7 @@ def mean_of_samples(layer: Case, settings: Settings) -> Finding:
 
 
 def expectation(layer: Case, settings: Settings) -> Finding:
-    """Of a linear head on N equal rows: its variance is sum((w x)²) p / (1-p) / samples / N."""
+    """A linear head on N equal rows: the variance of its mean is sum((w x)²) p / (1-p) / samples / N."""
     n = 20_000
     x = settings.normal(1, 6, dtype=torch.float64)
     module = layer.make(inputs=6, outputs=3, p=P, samples=SAMPLES).to(x)

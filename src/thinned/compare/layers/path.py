@@ -1,4 +1,4 @@
-"""Dropout of whole branches: DropPath, StochasticDepth."""
+"""Dropout of branches: DropPath, StochasticDepth."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ __all__ = ["ENTRIES"]
 
 
 class TargetedDropoutFormula(Formula):
-    """The authors' way to the candidates: what is below the sorted magnitude at the fraction."""
+    """The authors' candidates: weights below the sorted magnitude at the fraction."""
 
     def __init__(self, p: float = 0.5, target: float = 0.5, kind: str = "weight") -> None:
         super().__init__(p)
@@ -109,8 +109,8 @@ def others(layer: Case, settings: Settings, kind: str) -> Finding:
     y = layer.make(p=P, target=TARGET, kind=kind)(weight)
     stays = torch.equal(y[~chosen], weight[~chosen])
     unscaled = torch.equal(y[y != 0], weight[y != 0])
-    whole = kind == "weight" or bool(((y == 0) == (y[:, :1] == 0)).all())
-    return holds_if(stays and unscaled and whole, "as they were" if stays and unscaled else "changed")
+    together = kind == "weight" or bool(((y == 0) == (y[:, :1] == 0)).all())
+    return holds_if(stays and unscaled and together, "as they were" if stays and unscaled else "changed")
 
 
 FAMILY = "targeted"

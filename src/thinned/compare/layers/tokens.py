@@ -1,4 +1,4 @@
-"""Dropout of whole tokens: PatchDropout, TokenDropout."""
+"""Dropout of tokens: PatchDropout, TokenDropout."""
 
 from __future__ import annotations
 

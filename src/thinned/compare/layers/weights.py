@@ -27,7 +27,7 @@ class DropConnectFormula(Formula):
 
 
 class WeightDropFormula(nn.Module):
-    """That of the code of AWD-LSTM: the parameter gets another name, and its dropout takes its place."""
+    """AWD-LSTM's code: the parameter gets another name, and its dropout takes its place."""
 
     def __init__(self, module: nn.Module, weights: list[str], p: float = 0.5) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def multiply(weight: nn.Module, w: Tensor) -> Tensor:
 
 
 def mean_product(layer: Case, settings: Settings) -> Finding:
-    """The products of all rows and masks, as one sum of independent Bernoulli variables of known variance."""
+    """The sum over rows and masks: independent Bernoulli variables, whose variance the law gives."""
     w = settings.uniform(OUTPUTS, INPUTS, dtype=torch.float32)
     x = settings.uniform(INPUTS, dtype=torch.float32)
     drop = layer.module(P)
