@@ -19,7 +19,7 @@ from thinned.models.address.hooks import Sites, module_at, sites_of
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.convert.rules import is_ours
 from thinned.nested import shape_of
-from thinned.op.vmap_keys import for_each_member
+from thinned.op.vmap_keys import key_per_call
 from thinned.torch_state import compiling
 
 __all__ = ["Address", "address"]
@@ -306,7 +306,7 @@ class _Running(Counting):
             key = _rows(root.fold(site).fold(samples), samples, input, rows, path)
         if key.bits.device != device:
             key = key.to(device)
-        return for_each_member(key)
+        return key_per_call(key)
 
 
 def _site(path: str, call: int) -> str:
