@@ -151,37 +151,40 @@ def concrete_regularization(
     logsigmoid = torch.nn.functional.logsigmoid
     # By the logit's logarithms nothing is NaN where p is 0 or 1 to rounding.
     negative_entropy = p * logsigmoid(logit) + (1 - p) * logsigmoid(-logit)
-    odds = logit.clamp(max=_LARGEST_LOGIT).exp()
-    return weight_regularizer * squares * (1 + odds) + dropout_regularizer * num_features * negative_entropy
+    cost = weight_regularizer * squares * (1 + _odds(logit))
+    return cost + dropout_regularizer * num_features * negative_entropy
+
+
+def _odds(logit: Tensor) -> Tensor:
+    """``p / (1 - p)``."""
+    return logit.clamp(max=_LARGEST_LOGIT).exp()
 
 
 def _logistic(key: Key, shape: Sequence[int], dtype: torch.dtype, broadcast_dims: Sequence[int]) -> Tensor:
     return logistic(key, shape, dtype=dtype, broadcast_dims=broadcast_dims)
 
 
-def _factor(noise: Tensor, logit: Tensor, out: Tensor | None, temperature: float) -> Tensor:
+def _factor(noise: Tensor, logit: Tensor, inplace: bool, temperature: float) -> Tensor:
     """``(1 - z) / (1 - p)``."""
-    odds = logit.clamp(max=_LARGEST_LOGIT).exp()
-    kept = _kept(noise, logit, out, temperature)
-    return torch.mul(kept, 1 + odds, out=None if out is None else kept)
+    kept = _kept(noise, logit, inplace, temperature)
+    return torch.mul(kept, 1 + _odds(logit), out=kept if inplace else None)
 
 
 def _factor_and_slope(
-    noise: Tensor, logit: Tensor, out: Tensor | None, temperature: float
+    noise: Tensor, logit: Tensor, inplace: bool, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    odds = logit.clamp(max=_LARGEST_LOGIT).exp()
-    kept = _kept(noise, logit, out, temperature)
+    odds, kept = _odds(logit), _kept(noise, logit, inplace, temperature)
     steep = (1 + odds) / temperature
     slope = (odds - steep + steep * kept) * kept
-    return torch.mul(kept, 1 + odds, out=None if out is None else kept), slope
+    return torch.mul(kept, 1 + odds, out=kept if inplace else None), slope
 
 
-def _kept(noise: Tensor, logit: Tensor, out: Tensor | None, temperature: float) -> Tensor:
-    """``1 - z``, by exp: torch.sigmoid rounds another way in a vector's last lanes."""
-    scaled = torch.add(noise, logit, out=out).mul_(1 / temperature)
-    if out is None:
-        return (1 + scaled.exp()).reciprocal()
-    return scaled.exp_().add_(1).reciprocal_()
+def _kept(noise: Tensor, logit: Tensor, inplace: bool, temperature: float) -> Tensor:
+    """``1 - z``, by exp: torch.sigmoid's vector tail rounds differently, so a result would show its place."""
+    scaled = torch.add(noise, logit, out=noise if inplace else None).mul_(1 / temperature)
+    if inplace:
+        return scaled.exp_().add_(1).reciprocal_()
+    return (1 + scaled.exp()).reciprocal()
 
 
 class ConcreteDropout(nn.Module):

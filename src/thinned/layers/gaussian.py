@@ -156,12 +156,16 @@ def _normal(key: Key, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return normal(key, shape, dtype=dtype)
 
 
-def _factor(noise: Tensor, log_alpha: Tensor, out: Tensor | None) -> Tensor:
-    return torch.mul(noise, (0.5 * log_alpha).exp(), out=out).add_(1)
+def _deviation(noise: Tensor, log_alpha: Tensor, inplace: bool) -> Tensor:
+    return torch.mul(noise, (0.5 * log_alpha).exp(), out=noise if inplace else None)
 
 
-def _factor_and_slope(noise: Tensor, log_alpha: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    deviation = torch.mul(noise, (0.5 * log_alpha).exp(), out=out)
+def _factor(noise: Tensor, log_alpha: Tensor, inplace: bool) -> Tensor:
+    return _deviation(noise, log_alpha, inplace).add_(1)
+
+
+def _factor_and_slope(noise: Tensor, log_alpha: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    deviation = _deviation(noise, log_alpha, inplace)
     return 1 + deviation, deviation.mul_(0.5)
 
 

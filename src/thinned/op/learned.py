@@ -19,8 +19,8 @@ __all__ = ["Noisy", "apply_noisy", "check_parameter"]
 class Noisy(NamedTuple):
     """A factor ``f(noise, parameter)``.
 
-    ``factor`` and ``both`` take the noise, the parameter, and the noise once more, if they may write over it,
-    or None. What they call autograd knows, since that is how second derivatives come about.
+    ``factor`` and ``both`` take ``(noise, parameter, inplace)`` and may overwrite the noise if ``inplace``.
+    They use differentiable operations only, because second derivatives go through them.
 
     Attributes:
         noise: the noise for a tensor of some shape, in some dtype.
@@ -29,8 +29,8 @@ class Noisy(NamedTuple):
     """
 
     noise: Callable[[Key, Sequence[int], torch.dtype], Tensor]
-    factor: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    both: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    factor: Callable[[Tensor, Tensor, bool], Tensor]
+    both: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
 def apply_noisy(noisy: Noisy, x: Tensor, parameter: Tensor, key: Key) -> Tensor:
@@ -113,10 +113,11 @@ class _Both(_Rule, torch.autograd.Function):
         return tangent.to(x.dtype)
 
 
-def _noise(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> tuple[Tensor, Tensor, Tensor | None]:
+def _noise(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> tuple[Tensor, Tensor, bool]:
     """The arguments of ``noisy.factor``."""
     dtype = opmath(x.dtype)
     noise, parameter = noisy.noise(Key.from_bits(bits), x.shape, dtype), parameter.to(dtype)
-    free = not (torch.is_grad_enabled() or transforming() or compiling())
-    whole = parameter.dim() == 0 or noise.shape == x.shape  # which is what the factor has
-    return noise, parameter, noise if free and whole else None
+    may_overwrite = not (torch.is_grad_enabled() or transforming() or compiling())
+    # The factor has the noise's shape only then: a parameter with dimensions may broadcast the noise.
+    same_shape = parameter.dim() == 0 or noise.shape == x.shape
+    return noise, parameter, may_overwrite and same_shape
