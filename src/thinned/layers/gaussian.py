@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_input, key_for, threshold_and_scale
+from thinned.layers._arguments import check_input, check_parameter, key_for, threshold_and_scale
 from thinned.nested import elementwise, refuse
 from thinned.op.from_key import apply_linear
-from thinned.op.learned import Noisy, apply_noisy, check_parameter
+from thinned.op.learned import Noisy, apply_noisy
 from thinned.op.noise import multiply, normal, opmath
 
 __all__ = [
