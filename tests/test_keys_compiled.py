@@ -204,7 +204,7 @@ def test_generated_code_has_no_undefined_behaviour(tmp_path: Path) -> None:
         from thinned.backends import portable
         config.cpp.cxx, config.cpp.simdlen = (None, {str(compiler)!r}), 1
         keys = torch.tensor({BITS})
-        fold, data = portable.fold_many, keys.flip(0)
+        fold, data = portable.fold, keys.flip(0)
         print(torch.compile(fold)(keys, data).equal(fold(keys, data)))
         """,
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
