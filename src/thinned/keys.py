@@ -1,4 +1,4 @@
-"""Keys: where one comes from, and its children."""
+"""Keys: from a seed, from bits, drawn from a generator, or folded from another key."""
 
 from __future__ import annotations
 
@@ -138,13 +138,13 @@ class Key:
         return (Key, (int(self),)) if not self.shape else (Key.from_bits, (self.bits,))
 
 
-# Compilers take the children of keys for one node, and not for the 150 that a philox4x32 of 10 rounds has.
+# For a compiler a fold is one node instead of the 150 nodes of a philox4x32 with 10 rounds.
 _library = torch.library.Library("thinned", "FRAGMENT")
 _library.define("fold(Tensor keys, Tensor data) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _fold(keys: Tensor, data: Tensor) -> Tensor:
-    """The children of keys; one on the CPU may meet data on another device, and the other way round."""
+    """The children of keys; either argument may be one number on the CPU and the other on another device."""
     device = data.device if keys.is_cpu else keys.device
     return backends.for_device_type(device.type).fold(keys, data)
 

@@ -56,60 +56,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-__all__ = [
-    "COMPILED",
-    "MISSING",
-    "MODULE_CALL",
-    "REPRESENTATION",
-    "WRAPPERS",
-    "SingleLevelFunction",
-    "TorchDispatchMode",
-    "add_batch_dim",
-    "arguments_of",
-    "base_of",
-    "below_autograd",
-    "budget_of",
-    "buffers_of",
-    "canonical_mask",
-    "checkpoint_generator",
-    "children_of",
-    "compiler_is_imported",
-    "compiling",
-    "constant_when_compiled",
-    "dense",
-    "forward_mode",
-    "function_of",
-    "functionalizing",
-    "graph_task_is_running",
-    "in_projection",
-    "in_projection_packed",
-    "is_batched",
-    "is_eager",
-    "is_legacy_batched",
-    "is_odd_view",
-    "is_replica",
-    "is_traced",
-    "let_compiled_checkpoints_count",
-    "load_hooks_of",
-    "mha_shape_check",
-    "modes_of_thread",
-    "never_inlined",
-    "node_of",
-    "on_proxies",
-    "parameters_of",
-    "pop_mode",
-    "pre_hooks_of",
-    "push_mode",
-    "ragged_dim",
-    "safe_softmax",
-    "seqlens",
-    "single_level_functions",
-    "transforming",
-    "version_of",
-    "vmaps",
-    "without_transforms",
-]
-
 SUPPORTED = "PyTorch 2.11 to 2.15"  # the oldest and the newest that are tested
 MISSING: list[str] = []
 
@@ -138,15 +84,16 @@ def _guarded(feature: str, holder: Any, name: str) -> Any:
 # Needed. Functions that every call uses are bound to names of this module: torch._C.name costs 20 ns more.
 compiling = torch.compiler.is_dynamo_compiling  # public
 try:
-    from torch._C._functorch import TransformType, is_legacy_batchedtensor
-    from torch._C._functorch import is_batchedtensor as is_batched
+    from torch._C._functorch import TransformType, is_batchedtensor, is_legacy_batchedtensor
     from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
-    from torch._functorch.utils import enable_single_level_autograd_function as single_level_functions
-    from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.function import _SingleLevelFunction
     from torch.fx import traceback
     from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_slot, proxy_call
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # for by_running.py
 
+    is_batched, single_level_functions = is_batchedtensor, enable_single_level_autograd_function
+    SingleLevelFunction = _SingleLevelFunction
     transforming = torch._C._are_functorch_transforms_active
     _graph_task_id = torch._C._current_graph_task_id
     without_transforms = torch._C._DisableFuncTorch
