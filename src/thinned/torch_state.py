@@ -112,20 +112,11 @@ try:
         _budget_of_region = getattr(traceback, "_get_memory_budget_annotation", lambda _: None)
     # The other names are used only later; a missing one has to be noticed now.
     forward_ad._current_level  # noqa: B018
-    for _name in ("_base", "_is_view", "_is_zerotensor", "_version"):
-        getattr(Tensor, _name)
+    attrgetter("_base", "_is_view", "_is_zerotensor", "_version")(Tensor)
     _module = nn.Module()
-    # The dictionaries themselves.
-    children_of: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_modules")
-    parameters_of: Callable[[nn.Module], dict[str, Parameter | None]] = attrgetter("_parameters")
-    buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
-    pre_hooks_of: Callable[[nn.Module], dict[int, Callable[..., Any]]] = attrgetter("_forward_pre_hooks")
-    load_hooks_of: Callable[[nn.Module], dict[int, Callable[..., Any]]] = attrgetter(
-        "_load_state_dict_pre_hooks"
-    )
-    for _of in (children_of, parameters_of, buffers_of, pre_hooks_of, load_hooks_of):
-        _of(_module)
-    _module._get_name  # noqa: B018
+    attrgetter(
+        "_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_load_state_dict_pre_hooks", "_get_name"
+    )(_module)
     _module._replicate_for_data_parallel()._is_replica  # noqa: B018
     torch.ops.aten.native_dropout.default.py_impl  # noqa: B018
     # The arguments in an operation's schema, each with ``name`` and ``default_value``.
@@ -363,6 +354,32 @@ COMPILED = "_orig_mod"  # torch.compile(module)
 WRAPPERS = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # The methods of nn.Module that only print.
 REPRESENTATION = {"__repr__", "extra_repr", "_get_name"}
+
+
+# Functions, since Dynamo traces no attrgetter.
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dictionary of children itself."""
+    return module._modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, Parameter | None]:
+    """The dictionary of parameters itself."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary of buffers itself."""
+    return module._buffers
+
+
+def pre_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The hooks that run before ``module.forward``."""
+    return module._forward_pre_hooks
+
+
+def load_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The hooks that run before ``module.load_state_dict``."""
+    return module._load_state_dict_pre_hooks
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -117,28 +117,24 @@ def test_no_tensor_of_its_size_is_held_by_the_graph() -> None:
     assert sum(tensor.numel() for tensor in held) <= 1
 
 
-def test_forward_mode() -> None:
-    x, tangent = torch.randn(2, 30, 40)
-    with forward_ad.dual_level():
-        y = dropout(forward_ad.make_dual(x, tangent), 0.4, key=KEY)
-        primal, derivative = forward_ad.unpack_dual(y)
-    assert derivative is not None
-    oracle.assert_same(primal, dropout(x, 0.4, key=KEY))
-    oracle.assert_same(derivative, dropout(tangent, 0.4, key=KEY))
-
-
 class Subclass(Tensor):
     pass
 
 
-def test_forward_mode_of_a_subclass() -> None:
-    x, tangent = torch.randn(2, 30, 40).as_subclass(Subclass)
+@pytest.mark.parametrize("kind", [Tensor, Subclass])
+def test_both_modes_keep_the_class(kind: type[Tensor]) -> None:
+    x, tangent = torch.randn(2, 30, 40).as_subclass(kind)
     with forward_ad.dual_level():
         y = dropout(forward_ad.make_dual(x, tangent), 0.4, key=KEY)
-        derivative = forward_ad.unpack_dual(y).tangent
-    assert type(y) is Subclass
+        assert type(y) is kind
+        primal, derivative = forward_ad.unpack_dual(y)
     assert derivative is not None
+    oracle.assert_same(primal, dropout(x, 0.4, key=KEY))
     oracle.assert_same(derivative, dropout(tangent, 0.4, key=KEY))
+    leaf = x.detach().requires_grad_()
+    y = dropout(leaf, 0.4, key=KEY)
+    assert type(y) is kind
+    oracle.assert_same(torch.autograd.grad(y.sum(), leaf)[0], dropout(torch.ones(30, 40), 0.4, key=KEY))
 
 
 def test_vectorised_jacobian_in_forward_mode() -> None:
@@ -147,13 +143,6 @@ def test_vectorised_jacobian_in_forward_mode() -> None:
         lambda x: dropout(x, 0.4, key=KEY), x, vectorize=True, strategy="forward-mode"
     )
     assert jacobian.equal(torch.diag(dropout(torch.ones(30), 0.4, key=KEY)))
-
-
-def test_gradient_of_a_subclass() -> None:
-    x = torch.randn(30, 40).as_subclass(Subclass).requires_grad_()
-    y = dropout(x, 0.4, key=KEY)
-    assert type(y) is Subclass
-    oracle.assert_same(torch.autograd.grad(y.sum(), x)[0], dropout(torch.ones(30, 40), 0.4, key=KEY))
 
 
 def test_forward_over_reverse() -> None:
