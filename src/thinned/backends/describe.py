@@ -1,4 +1,4 @@
-"""What is installed, what serves which device, and how the kernel was built, in words."""
+"""The installation in words: versions, backends, which one serves a device, how the kernel was built."""
 
 from __future__ import annotations
 
