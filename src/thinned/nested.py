@@ -27,7 +27,7 @@ def shape_of(x: Tensor) -> tuple[Any, ...]:
     if not x.is_nested or x.layout is torch.jagged:
         return tuple(x.shape)
     shapes = {tuple(component.shape) for component in x.unbind()}
-    sizes = (each.pop() if len(each) == 1 else "*" for each in map(set, zip(*shapes, strict=True)))
+    sizes = (size.pop() if len(size) == 1 else "*" for size in map(set, zip(*shapes, strict=True)))
     return (x.size(0), *sizes)
 
 
@@ -77,12 +77,12 @@ def elementwise(name: str, function: Callable[..., Tensor], x: Any, key: Key, *o
     if not parts:
         return x.clone()  # type: ignore[no-any-return]
     if one:
-        flat = (torch.cat([part.flatten() for part in each]) for each in zip(*parts, strict=True))
+        flat = (torch.cat([part.flatten() for part in tensor]) for tensor in zip(*parts, strict=True))
         pieces = function(*flat, key=key).split([part.numel() for part, *_ in parts])
         rows = [piece.unflatten(0, part.shape) for piece, (part, *_) in zip(pieces, parts, strict=True)]
     else:
         keys = key.bits.unbind()
-        rows = [function(*part, key=Key.from_bits(each)) for part, each in zip(parts, keys, strict=True)]
+        rows = [function(*part, key=Key.from_bits(bits)) for part, bits in zip(parts, keys, strict=True)]
     return of_values(x, torch.cat(rows, ragged_dim(x) - 1)) if jagged else torch.nested.as_nested_tensor(rows)
 
 
@@ -161,8 +161,8 @@ def _strided(x: Tensor, bits: Tensor | None, shared_dims: list[int], *constants:
     geometries = _geometries(shapes, shared_dims, key.dim() > 0)
     return torch.nested.as_nested_tensor(
         [
-            op.masked_affine(part, each, geometry, *constants)
-            for part, each, geometry in zip(parts, keys, geometries, strict=True)
+            op.masked_affine(part, key, geometry, *constants)
+            for part, key, geometry in zip(parts, keys, geometries, strict=True)
         ]
     )
 

@@ -61,7 +61,7 @@ def _devices() -> list[str]:
 
 def _torch() -> str:
     found = _version("torch")
-    tested, this = (tuple(map(int, each.split(".")[:2])) for each in (NEWEST_TESTED, torch.__version__))
+    tested, this = (tuple(map(int, name.split(".")[:2])) for name in (NEWEST_TESTED, torch.__version__))
     return f"{found}, untested (newest tested: {NEWEST_TESTED})" if this > tested else found
 
 
