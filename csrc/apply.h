@@ -104,15 +104,15 @@ struct Span {
 
 // How many elements `apply` can stop after: whole vectors, and whole bytes of mask.
 template <class Element>
-struct Granule {
+struct ApplyUnit {
     static constexpr int size = std::max(8, Vector<Element>::type::lanes);
 };
 template <class Part>
-struct Granule<Complex<Part>> {
+struct ApplyUnit<Complex<Part>> {
     static constexpr int size = 8;
 };
 template <>
-struct Granule<Bool> {
+struct ApplyUnit<Bool> {
     static constexpr int size = chunk;
 };
 
@@ -121,7 +121,7 @@ template <bool plain, class Element>
 void apply_some(Span<const Element> x, Span<Element> y, int n, const uint8_t* mask, Constants constants) {
     int done = 0;
     if (x.stride == 1 && y.stride == 1) {
-        done = n - n % Granule<Element>::size;
+        done = n - n % ApplyUnit<Element>::size;
         if (done) apply<plain>(x.at, y.at, mask, constants, done);
         if (done == n) return;
     }
@@ -189,7 +189,7 @@ inline void apply_one(Span<const Element> x, Span<Element> y, int64_t n, Constan
     const bool together = x.stride == 1 && y.stride == 1;
     if (plain && together && n >= long_row<Element> && !bits)
         std::memset(static_cast<void*>(y.at), 0, n * sizeof(Element));
-    else if (plain && together && n >= Granule<Element>::size)
+    else if (plain && together && n >= ApplyUnit<Element>::size)
         scale_or_zero(x.at, y.at, n, constants, bits);
     else
         apply_row<plain>(x, y, n, constants, Same{bits});

@@ -63,8 +63,7 @@ void group_rows(Plan& plan) {
 }  // namespace
 
 Plan make_plan(const Task& task) {
-    constexpr Dim one = {1, 1, 1, 0, 0};
-    Plan plan{task, Row::run, one, {}, 1, {}, -1, -1, segment, one, -1, 1, 1, 1};
+    Plan plan{task};
     std::vector<Dim> dims = normalised(task.dims);
     for (const Dim& dim : dims) plan.elements *= dim.size;
 
@@ -83,7 +82,7 @@ Plan make_plan(const Task& task) {
     } else {
         plan.kind = Row::constant;  // element by element
         dims.push_back(plan.row);
-        plan.row = one;
+        plan.row = Plan{}.row;
     }
 
     auto first_shared = std::stable_partition(dims.begin(), dims.end(), [](const Dim& dim) {

@@ -43,12 +43,12 @@ inline void transpose(uint64_t (&rows)[64]) {
 }
 
 // A count in the mixed radix of nested loops, and where it stands in x, y, mask and keys.
-struct Place {
+struct LoopPosition {
     const std::vector<Dim>& loops;
     int64_t count[max_dims + 2];
     int64_t x = 0, y = 0, mask = 0, key = 0;
 
-    Place(const std::vector<Dim>& loops, int64_t steps) : loops(loops) {
+    LoopPosition(const std::vector<Dim>& loops, int64_t steps) : loops(loops) {
         for (int d = static_cast<int>(loops.size()) - 1; d >= 0; --d) {
             count[d] = steps % loops[d].size;
             steps /= loops[d].size;
@@ -78,7 +78,7 @@ class Walk {
         : plan_(plan), constants_{plan.task.scale, plan.task.shift, plan.task.fill} {}
 
     void units(int64_t from, int64_t to) {
-        for (Place place(plan_.loops, from); from < to; ++from, place.next()) {
+        for (LoopPosition place(plan_.loops, from); from < to; ++from, place.next()) {
             if (plan_.kind == Row::tile)
                 add_tile(place);
             else
@@ -88,12 +88,12 @@ class Walk {
     }
 
   private:
-    static constexpr int most_rows = 1024;
+    static constexpr int max_rows = 1024;
     static constexpr int64_t pattern_bits = segment;
 
     // Elements of memory under mask bits at a position among the generated ones; a tile's rows lie under 64
     // of them each, whose positions are in `lines_` from `position` on.
-    struct Piece {
+    struct PendingRows {
         Span<const Element> x;
         Span<Element> y;
         int64_t n, rows;
@@ -104,15 +104,15 @@ class Walk {
     const Plan& plan_;
     const Constants constants_;
     Blocks blocks_;
-    Piece pieces_[most_rows];
-    int lines_[most_rows];
+    PendingRows pieces_[max_rows];
+    int lines_[max_rows];
     uint64_t pattern_[pattern_bits / 64 + 2];
     int piece_count_ = 0, line_count_ = 0;
     uint64_t last_key_ = 0, last_start_ = 0;
     int64_t last_bits_ = 0;
     int last_position_ = 0;
 
-    Piece piece(const Place& place, int64_t n) const {
+    PendingRows piece(const LoopPosition& place, int64_t n) const {
         const auto* x = static_cast<const Element*>(plan_.task.x) + place.x;
         auto* y = static_cast<Element*>(plan_.task.y) + place.y;
         return {{x, plan_.row.x}, {y, plan_.row.y}, n, 1, 0, 0, 0};
@@ -136,24 +136,24 @@ class Walk {
         return last_position_ = first * block_bits + static_cast<int>(start % block_bits);
     }
 
-    void add_row(const Place& place) {
-        Piece piece = this->piece(place, left(plan_.row.size, plan_.row_step, place.count[plan_.row_loop]));
+    void add_row(const LoopPosition& place) {
+        PendingRows piece = this->piece(place, left(plan_.row.size, plan_.row_step, place.count[plan_.row_loop]));
         if (plan_.group_loop >= 0)
             piece.rows = left(plan_.group.size, plan_.group_step, place.count[plan_.group_loop]);
         const int64_t bits = plan_.kind == Row::run ? piece.n : plan_.group.mask ? piece.rows : 1;
         const uint64_t start = plan_.task.base + place.mask;
-        if (piece_count_ == most_rows || blocks_.count + blocks_for(start, bits) > capacity) flush();
+        if (piece_count_ == max_rows || blocks_.count + blocks_for(start, bits) > capacity) flush();
         piece.position = request(plan_.task.keys[place.key], start, bits);
         pieces_[piece_count_++] = piece;
     }
 
-    void add_tile(const Place& place) {
-        Piece piece = this->piece(place, left(plan_.row.size, plan_.row_step, place.count[plan_.row_loop]));
+    void add_tile(const LoopPosition& place) {
+        PendingRows piece = this->piece(place, left(plan_.row.size, plan_.row_step, place.count[plan_.row_loop]));
         piece.first_column = tile_columns * place.count[plan_.column_loop];
         piece.columns = left(plan_.column_count, tile_columns, place.count[plan_.column_loop]);
         const uint64_t start = plan_.task.base + place.mask;
         const int most = static_cast<int>(piece.n) * (static_cast<int>(piece.columns - 1) / block_bits + 2);
-        if (piece_count_ == most_rows || line_count_ + piece.n > most_rows || blocks_.count + most > capacity)
+        if (piece_count_ == max_rows || line_count_ + piece.n > max_rows || blocks_.count + most > capacity)
             flush();
         piece.position = line_count_;
         for (int64_t i = 0; i < piece.n; ++i)
@@ -177,19 +177,19 @@ class Walk {
         piece_count_ = line_count_ = 0;
     }
 
-    Span<const Element> x_of(const Piece& piece, int64_t row) const {
+    Span<const Element> x_of(const PendingRows& piece, int64_t row) const {
         return {piece.x.at + row * plan_.group.x, piece.x.stride};
     }
-    Span<Element> y_of(const Piece& piece, int64_t row) const {
+    Span<Element> y_of(const PendingRows& piece, int64_t row) const {
         return {piece.y.at + row * plan_.group.y, piece.y.stride};
     }
 
-    bool adjoining(const Piece& piece) const {
+    bool adjoining(const PendingRows& piece) const {
         return piece.x.stride == 1 && piece.y.stride == 1 && plan_.group.x == piece.n && plan_.group.y == piece.n;
     }
 
     // Short rows that lie side by side under the same bits: one long row under those bits over and over.
-    void apply_pattern(const Piece& piece) {
+    void apply_pattern(const PendingRows& piece) {
         const int64_t repeats = std::min(piece.rows, pattern_bits / piece.n);
         std::memset(pattern_, 0, sizeof pattern_);
         for (int64_t row = 0; row < repeats; ++row)
@@ -206,7 +206,7 @@ class Walk {
                              mask);
     }
 
-    void apply_run(const Piece& piece) {
+    void apply_run(const PendingRows& piece) {
         const auto* bytes = reinterpret_cast<const uint8_t*>(blocks_.below) + piece.position / 8;
         if (piece.rows > 1 && piece.n <= pattern_bits / 4 && adjoining(piece)) return apply_pattern(piece);
         for (int64_t row = 0; row < piece.rows; ++row) {
@@ -222,7 +222,7 @@ class Walk {
     static uint64_t kept(const uint64_t* bits, int64_t bit) { return 0 - (bits[bit >> 6] >> (bit & 63) & 1); }
 
     // Short rows that lie side by side, a decision each: one long row under as many copies of each bit.
-    void apply_copies(const Piece& piece) {
+    void apply_copies(const PendingRows& piece) {
         const int64_t words = piece.n / 64, rest = piece.n % 64, step = plan_.group.mask;
         const uint64_t ones = (uint64_t{1} << rest) - 1;
         uint64_t* to = pattern_;
@@ -247,8 +247,8 @@ class Walk {
         apply_row<plain>(piece.x, piece.y, piece.rows * piece.n, constants_, mask);
     }
 
-    void apply_constant(const Piece& piece) {
-        const bool apart = plain ? piece.n < Granule<Element>::size : piece.n < long_row<Element> && piece.n % chunk;
+    void apply_constant(const PendingRows& piece) {
+        const bool apart = plain ? piece.n < ApplyUnit<Element>::size : piece.n < long_row<Element> && piece.n % chunk;
         if (apart && piece.rows > 1 && adjoining(piece)) return apply_copies(piece);
         for (int64_t row = 0; row < piece.rows; ++row) {
             const uint64_t bits = kept(blocks_.below, piece.position + row * plan_.group.mask);
@@ -256,9 +256,9 @@ class Walk {
         }
     }
 
-    void apply_tile(const Piece& piece) {
+    void apply_tile(const PendingRows& piece) {
         uint64_t rows[64];
-        Place at(plan_.columns, piece.first_column);
+        LoopPosition at(plan_.columns, piece.first_column);
         for (int64_t column = 0; column < piece.columns; column += 64) {
             for (int i = 0; i < 64; ++i)
                 rows[i] = i < piece.n ? bits_at(blocks_.below, lines_[piece.position + i] + column) : 0;

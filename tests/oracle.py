@@ -60,15 +60,20 @@ def _uniform(key: int, index: bytes) -> NDArray[np.uint32]:
     return spec.uniform(key, np.frombuffer(index, np.uint64))
 
 
-def keep_mask(key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> NDArray[np.bool_]:
-    """``u(m(i)) < T``, each leading index of ``key`` under its own key."""
+def numbers(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> NDArray[np.uint32]:
+    """``u(m(i))``, each leading index of ``key`` under its own key."""
     number = np.empty(shape, np.uint32)
     index = positions(shape, geometry)
     for one in key.unique().tolist():
         under = (key == one).numpy()
         distinct, inverse = np.unique(index[under], return_inverse=True)
         number[under] = _uniform(one % 2**64, distinct.tobytes())[inverse].reshape(index[under].shape)
-    return np.asarray(number.astype(np.uint64) < np.uint64(T))
+    return number
+
+
+def keep_mask(key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> NDArray[np.bool_]:
+    """``u(m(i)) < T``, each leading index of ``key`` under its own key."""
+    return np.asarray(numbers(key, shape, geometry).astype(np.uint64) < np.uint64(T))
 
 
 def masked_affine(

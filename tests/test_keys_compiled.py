@@ -27,93 +27,50 @@ def compiled(request: pytest.FixtureRequest) -> Compiler:
     return lambda function: torch.compile(function, fullgraph=True, backend=request.param)
 
 
-def test_another_key_is_no_recompile(compiled: Compiler) -> None:
-    def f(x: Tensor, key: Key) -> Tensor:
-        return thinned.functional.dropout(x, 0.5, key=key)
+def thin(x: Tensor, key: Key) -> Tensor:
+    return thinned.functional.dropout(x, 0.5, key=key)
 
-    fast = compiled(f)
-    fast(X, Key(1))
+
+def twice(x: Tensor, key: Key, step: int) -> Tensor:
+    key = key.fold("encoder").fold(step)
+    return thinned.functional.dropout(thin(x, key.fold("attention")), 0.3, key=key.fold("output"))
+
+
+# A function, arguments that may compile it, and arguments that must not compile it again.
+CALLS: dict[str, tuple[Callable[..., Tensor], list[tuple[Any, ...]], list[tuple[Any, ...]]]] = {
+    "another key": (thin, [(X, Key(1))], [(X, Key(seed)) for seed in (2, 2**64 - 1, 0)]),
+    "another integer to fold": (
+        lambda x, key, step: thin(x, key.fold(step)),
+        [(X, Key(1), 5), (X, Key(1), 6)],  # the second makes it dynamic
+        [(X, Key(3), step) for step in (7, 2**40, 1000)],
+    ),
+    "a negative integer": (
+        lambda x, key, step: thin(x, key.fold(step)),
+        [(X, Key(1), step) for step in (-1, -(2**63), -5)],
+        [],
+    ),
+    "strings and chains": (twice, [(X, Key(9), step) for step in range(4)], []),
+    "a key made inside": (lambda x: thin(x, Key(2**63 + 5).fold(3)), [(X,)], []),
+    "a seed from outside": (lambda x, seed: thin(x, Key(seed)), [(X, seed) for seed in (3, 4, 5, -6)], []),
+    "a key for each row": (
+        lambda x, key, ids: thin(x, key.fold(ids)),
+        [(X, Key(1), torch.arange(4))],
+        [(X, Key(2), torch.tensor([9, 9, -1, 2**62]))],
+    ),
+    "a key that comes out": (lambda key, step: key.fold(step).bits, [(Key(5), 3)], []),
+    "the mask": (lambda key: thinned.keep_mask(key, (4, 50), 0.3), [(Key(1),)], [(Key(2),)]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_are_the_eager_ones(compiled: Compiler, name: str) -> None:
+    function, first, then = CALLS[name]
+    fast = compiled(function)
+    for arguments in first:
+        assert fast(*arguments).equal(function(*arguments))
     with torch.compiler.set_stance("fail_on_recompile"):
-        for seed in (2, 2**64 - 1, 0):
-            assert fast(X, Key(seed)).equal(f(X, Key(seed)))
-
-
-def test_another_integer_to_fold_is_no_recompile(compiled: Compiler) -> None:
-    def f(x: Tensor, key: Key, step: int) -> Tensor:
-        return thinned.functional.dropout(x, 0.5, key=key.fold(step))
-
-    fast = compiled(f)
-    for step in (5, 6):  # the second makes it dynamic
-        fast(X, Key(1), step)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for step in (7, 2**40, 1000):
-            assert fast(X, Key(3), step).equal(f(X, Key(3), step))
-
-
-def test_a_negative_integer_is_the_same_child(compiled: Compiler) -> None:
-    def f(x: Tensor, key: Key, step: int) -> Tensor:
-        return thinned.functional.dropout(x, 0.5, key=key.fold(step))
-
-    fast = compiled(f)
-    for step in (-1, -(2**63), -5):
-        assert fast(X, Key(1), step).equal(f(X, Key(1), step))
-
-
-def test_strings_and_chains(compiled: Compiler) -> None:
-    def f(x: Tensor, key: Key, step: int) -> Tensor:
-        key = key.fold("encoder").fold(step)
-        y = thinned.functional.dropout(x, 0.5, key=key.fold("attention"))
-        return thinned.functional.dropout(y, 0.3, key=key.fold("output"))
-
-    fast = compiled(f)
-    for step in range(4):
-        assert fast(X, Key(9), step).equal(f(X, Key(9), step))
-
-
-def test_keys_made_inside(compiled: Compiler) -> None:
-    def f(x: Tensor) -> Tensor:
-        return thinned.functional.dropout(x, 0.5, key=Key(2**63 + 5).fold(3))
-
-    assert compiled(f)(X).equal(f(X))
-
-
-def test_a_seed_from_outside(compiled: Compiler) -> None:
-    def f(x: Tensor, seed: int) -> Tensor:
-        return thinned.functional.dropout(x, 0.5, key=Key(seed))
-
-    fast = compiled(f)
-    for seed in (3, 4, 5, -6):
-        assert fast(X, seed).equal(f(X, seed))
-
-
-def test_a_key_for_each_row(compiled: Compiler) -> None:
-    def f(x: Tensor, key: Key, ids: Tensor) -> Tensor:
-        return thinned.functional.dropout(x, 0.5, key=key.fold(ids))
-
-    fast = compiled(f)
-    fast(X, Key(1), torch.arange(4))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        ids = torch.tensor([9, 9, -1, 2**62])
-        y = fast(X, Key(2), ids)
-    assert y.equal(f(X, Key(2), ids))
-    assert y[0].equal(y[1])
-
-
-def test_a_key_that_comes_out(compiled: Compiler) -> None:
-    def f(key: Key, step: int) -> Tensor:
-        return key.fold(step).bits
-
-    assert int(compiled(f)(Key(5), 3)) % 2**64 == spec.fold(5, 3)
-
-
-def test_the_mask(compiled: Compiler) -> None:
-    def f(key: Key) -> Tensor:
-        return thinned.keep_mask(key, (4, 50), 0.3)
-
-    fast = compiled(f)
-    fast(Key(1))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        assert fast(Key(2)).equal(f(Key(2)))
+        for arguments in then:
+            assert fast(*arguments).equal(function(*arguments))
 
 
 BITS = [7, -1, 2**63 - 1, -(2**63), 0x3243F6A8885A308D, -0x61C8864680B583EB]
@@ -204,7 +161,7 @@ def test_generated_code_has_no_undefined_behaviour(tmp_path: Path) -> None:
         from thinned.backends import portable
         config.cpp.cxx, config.cpp.simdlen = (None, {str(compiler)!r}), 1
         keys = torch.tensor({BITS})
-        fold, data = portable.fold_many, keys.flip(0)
+        fold, data = portable.fold, keys.flip(0)
         print(torch.compile(fold)(keys, data).equal(fold(keys, data)))
         """,
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),

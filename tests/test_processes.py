@@ -114,17 +114,11 @@ def at_once(function: Callable[[int], Tensor], threads: int) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("keys", [[KEY] * 6, [KEY.fold(i) for i in range(6)]], ids=["one key", "keys"])
 @pytest.mark.parametrize("x", [LARGE, LARGE[:3, :40]], ids=["large", "small"])
-def test_threads_under_one_key(x: Tensor) -> None:
-    expected = dropout(x, 0.1, key=KEY)
-    for y in at_once(lambda _: dropout(x, 0.1, key=KEY), 6):
-        oracle.assert_same(y, expected)
-
-
-@pytest.mark.usefixtures("restore_threads")
-def test_threads_under_keys_of_their_own() -> None:
-    expected = [dropout(LARGE, 0.1, key=KEY.fold(i)) for i in range(6)]
-    for y, wanted in zip(at_once(lambda i: dropout(LARGE, 0.1, key=KEY.fold(i)), 6), expected, strict=True):
+def test_threads(x: Tensor, keys: list[thinned.Key]) -> None:
+    expected = [dropout(x, 0.1, key=key) for key in keys]
+    for y, wanted in zip(at_once(lambda i: dropout(x, 0.1, key=keys[i]), 6), expected, strict=True):
         oracle.assert_same(y, wanted)
 
 

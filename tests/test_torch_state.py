@@ -262,10 +262,11 @@ def test_a_budget_without_its_option_is_refused(monkeypatch: pytest.MonkeyPatch)
         torch_state.budget_of(graph.placeholder("x"))
 
 
-def test_an_intercept_that_is_refused_has_changed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> Any:
-        raise RuntimeError("no such name")
+def refuse() -> Any:
+    raise RuntimeError("no such name")
 
+
+def test_an_intercept_that_is_refused_has_changed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     context = thinned.intercept(key=thinned.Key(1))
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["thinned.models.intercept"], "modes_of_thread", refuse)
@@ -277,9 +278,6 @@ def test_an_intercept_that_is_refused_has_changed_nothing(monkeypatch: pytest.Mo
 
 
 def test_an_address_that_is_refused_has_changed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> Any:
-        raise RuntimeError("no such name")
-
     model, recompute = nn.Sequential(thinned.Dropout(0.5)), sys.modules["thinned.models.checkpoint"]
     context = thinned.address(model, seed=1, step=0)
     with monkeypatch.context() as patch:

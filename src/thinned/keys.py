@@ -1,4 +1,4 @@
-"""Keys: where one comes from, and its children."""
+"""Keys: from a seed, from bits, drawn from a generator, or folded from another key."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ from torch import Tensor
 
 from thinned import backends
 from thinned.backends import portable
-from thinned.philox import high32, join, low32, philox4x32, signed64
+from thinned.philox import signed64
 from thinned.torch_state import constant_when_compiled, is_eager, is_legacy_batched
-
-try:
-    from thinned.backends import native
-except ImportError:
-    native = None  # type: ignore[assignment]
 
 __all__ = ["Key", "draw", "draw_int"]
 
@@ -109,7 +104,7 @@ class Key:
             if not torch.compiler.is_compiling():
                 data = signed64(operator.index(data))
                 if self.bits.is_cpu and not self.bits.dim() and is_eager(self.bits):
-                    return self._fold_int(data)
+                    return Key.from_bits(backends.for_device_type("cpu").fold(self.bits, data))
             data = torch.full((), data, dtype=torch.int64, device=self.bits.device)
         else:
             raise TypeError(
@@ -118,12 +113,6 @@ class Key:
             )
         eager = is_eager(self.bits) and is_eager(data)
         return Key.from_bits(_fold(self.bits, data) if eager else _fold_traced(self.bits, data))
-
-    def _fold_int(self, data: int) -> Key:
-        if native is not None:
-            return Key.from_bits(native.fold(self.bits, data))
-        low, high, _, _ = philox4x32((low32(data), high32(data), 0, 1), int(self), rounds=10)
-        return Key(join(low, high))
 
     def to(self, device: torch.device | str) -> Key:
         """The same key with its bits on a device."""
@@ -149,20 +138,20 @@ class Key:
         return (Key, (int(self),)) if not self.shape else (Key.from_bits, (self.bits,))
 
 
-# Compilers take the children of keys for one node, and not for the 150 that a philox4x32 of 10 rounds has.
+# For a compiler a fold is one node instead of the 150 nodes of a philox4x32 with 10 rounds.
 _library = torch.library.Library("thinned", "FRAGMENT")
 _library.define("fold(Tensor keys, Tensor data) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _fold(keys: Tensor, data: Tensor) -> Tensor:
-    """The children of keys; one on the CPU may meet data on another device, and the other way round."""
+    """The children of keys; either argument may be one number on the CPU and the other on another device."""
     device = data.device if keys.is_cpu else keys.device
-    return backends.for_device_type(device.type).fold_many(keys, data)
+    return backends.for_device_type(device.type).fold(keys, data)
 
 
 def _fold_traced(keys: Tensor, data: Tensor) -> Tensor:
     if is_legacy_batched(keys) or is_legacy_batched(data):
-        return portable.fold_many(keys, data)
+        return portable.fold(keys, data)
     return torch.ops.thinned.fold(keys, data)  # type: ignore[no-any-return]
 
 

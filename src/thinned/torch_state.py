@@ -1,40 +1,43 @@
-"""PyTorch's state around a call, and every private name of PyTorch that thinned uses.
+"""Which PyTorch machinery is active (compiler, vmap, forward AD, tracing), and every private name of PyTorch.
 
-No other file uses a private name; ``tests/test_torch_state.py`` reads the source tree for that. Each name was
-seen in PyTorch 2.11, 2.13, 2.14.1 and 2.15, unless a comment says otherwise. A name that is missing has one
-of these consequences, and no other:
+No other file uses a private name; ``tests/test_torch_state.py`` searches the source tree for them. Each name
+was seen in PyTorch 2.11, 2.13, 2.14.1 and 2.15, unless a comment says otherwise. A missing name has one of
+these consequences:
 
 needed
-    ``import thinned`` raises ImportError, which repeats the name and the supported versions.
+    ``import thinned`` raises ImportError with the name and the supported versions.
 guarded
-    The feature raises RuntimeError when it is used, in the same words; ``MISSING`` lists such names.
+    The feature raises RuntimeError with the same message when it is used; ``MISSING`` lists such names.
 tested
-    A mark or a name that PyTorch reads or sets, and that cannot be looked up: a test uses it.
+    A mark or a name that PyTorch reads or sets, which cannot be looked up. A test uses it.
 
 ====================================  =======  =========================================================
-name in here                          missing  its use
+name in here                          missing  used for
 ====================================  =======  =========================================================
 transforming, is_traced, is_eager     needed   the code path of each call
-is_legacy_batched, is_batched         needed   the tensors of both vmaps
-functionalizing, vmaps                needed   the transforms that are active
+is_legacy_batched, is_batched         needed   tensors of both vmaps
+functionalizing, vmaps                needed   the active transforms
 without_transforms, below_autograd    needed   a random draw under a transform; the registered operation
 SingleLevelFunction                   needed   autograd, 1.4 us faster than ``Function.apply``
 single_level_functions                needed   the same within the dispatcher
-forward_mode                          needed   whether forward-mode differentiation is active
+forward_mode                          needed   forward-mode differentiation
 base_of, is_odd_view, version_of      needed   in-place checks
-on_proxies, node_of, budget_of        needed   the mark on random draws in compiled graphs
-graph_task_is_running                 needed   the refusal of dropouts that a backward pass calls
-MODULE_CALL                           needed   frames of modules that are running
-children_of and its like, is_replica  needed   the dictionaries and marks of a module
+on_proxies, node_of, budget_of        needed   the tag on random draws in compiled graphs
+graph_task_is_running                 needed   the refusal of dropouts called within a backward pass
+MODULE_CALL                           needed   frames of running modules
+children_of ... load_hooks_of         needed   dictionaries of a module
+is_replica                            needed   modules of ``DataParallel``
 arguments_of, TorchDispatchMode       needed   ``thinned.inspect`` with a run
 add_batch_dim                         guarded  keys under ``torch.vmap(randomness="different")``
 modes_of_thread, pop_mode, push_mode  guarded  ``thinned.intercept`` beside other function modes
-mha_shape_check and its like          guarded  ``thinned.intercept`` of attention
+mha_shape_check ... safe_softmax      guarded  ``thinned.intercept`` of attention
 ragged_dim, seqlens                   guarded  jagged tensors
 checkpoint_generator                  guarded  ``thinned.address`` and ``thinned.intercept``
+function_of                           tested   ``thinned.address`` in a reentrant checkpoint
 constant_when_compiled                tested   functions that Dynamo calls while it traces
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
-WRAPPERS, REPRESENTATION              tested   the names of wrappers in paths; a method of ``nn.Module``
+let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
+WRAPPERS, REPRESENTATION              tested   wrappers in module paths; methods that only print
 ====================================  =======  =========================================================
 """
 
@@ -44,6 +47,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -51,60 +55,6 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-
-__all__ = [
-    "COMPILED",
-    "MISSING",
-    "MODULE_CALL",
-    "REPRESENTATION",
-    "WRAPPERS",
-    "SingleLevelFunction",
-    "TorchDispatchMode",
-    "add_batch_dim",
-    "arguments_of",
-    "base_of",
-    "below_autograd",
-    "budget_of",
-    "buffers_of",
-    "canonical_mask",
-    "checkpoint_generator",
-    "children_of",
-    "compiler_is_imported",
-    "compiling",
-    "constant_when_compiled",
-    "dense",
-    "forward_mode",
-    "function_of",
-    "functionalizing",
-    "graph_task_is_running",
-    "in_projection",
-    "in_projection_packed",
-    "is_batched",
-    "is_eager",
-    "is_legacy_batched",
-    "is_odd_view",
-    "is_replica",
-    "is_traced",
-    "let_compiled_checkpoints_count",
-    "load_hooks_of",
-    "mha_shape_check",
-    "modes_of_thread",
-    "never_inlined",
-    "node_of",
-    "on_proxies",
-    "parameters_of",
-    "pop_mode",
-    "pre_hooks_of",
-    "push_mode",
-    "ragged_dim",
-    "safe_softmax",
-    "seqlens",
-    "single_level_functions",
-    "transforming",
-    "version_of",
-    "vmaps",
-    "without_transforms",
-]
 
 SUPPORTED = "PyTorch 2.11 to 2.15"  # the oldest and the newest that are tested
 MISSING: list[str] = []
@@ -131,18 +81,19 @@ def _guarded(feature: str, holder: Any, name: str) -> Any:
     return refuse
 
 
-# Needed. Functions of each call are bound to names of this module, as torch._C.name costs 20 ns more.
+# Needed. Functions that every call uses are bound to names of this module: torch._C.name costs 20 ns more.
 compiling = torch.compiler.is_dynamo_compiling  # public
 try:
-    from torch._C._functorch import TransformType, is_legacy_batchedtensor
-    from torch._C._functorch import is_batchedtensor as is_batched
+    from torch._C._functorch import TransformType, is_batchedtensor, is_legacy_batchedtensor
     from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
-    from torch._functorch.utils import enable_single_level_autograd_function as single_level_functions
-    from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.function import _SingleLevelFunction
     from torch.fx import traceback
     from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_slot, proxy_call
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # for by_running.py
 
+    is_batched, single_level_functions = is_batchedtensor, enable_single_level_autograd_function
+    SingleLevelFunction = _SingleLevelFunction
     transforming = torch._C._are_functorch_transforms_active
     _graph_task_id = torch._C._current_graph_task_id
     without_transforms = torch._C._DisableFuncTorch
@@ -159,35 +110,30 @@ try:
         _budget_of_region = traceback._get_memory_budget_annotation
     else:
         _budget_of_region = getattr(traceback, "_get_memory_budget_annotation", lambda _: None)
-    # The rest is looked up when it is used, which is too late to find that it is missing.
+    # The other names are used only later; a missing one has to be noticed now.
     forward_ad._current_level  # noqa: B018
-    for _name in ("_base", "_is_view", "_is_zerotensor", "_version"):
-        getattr(Tensor, _name)
+    attrgetter("_base", "_is_view", "_is_zerotensor", "_version")(Tensor)
     _module = nn.Module()
-    for _name in (
-        "_modules",
-        "_parameters",
-        "_buffers",
-        "_forward_pre_hooks",
-        "_load_state_dict_pre_hooks",
-        "_get_name",
-    ):
-        getattr(_module, _name)
+    attrgetter(
+        "_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_load_state_dict_pre_hooks", "_get_name"
+    )(_module)
     _module._replicate_for_data_parallel()._is_replica  # noqa: B018
     torch.ops.aten.native_dropout.default.py_impl  # noqa: B018
-    torch.ops.aten.native_dropout.default._schema.arguments  # noqa: B018
+    # The arguments in an operation's schema, each with ``name`` and ``default_value``.
+    arguments_of: Callable[[Any], Any] = attrgetter("_schema.arguments")
+    arguments_of(torch.ops.aten.native_dropout.default)
 except (AttributeError, ImportError) as error:
-    version = next((each.version for each in metadata.distributions(name="thinned")), "")
+    version = next((found.version for found in metadata.distributions(name="thinned")), "")
     raise ImportError(_lacks(f"thinned {version}", error)) from error
 
 _PLAIN = (Tensor, Parameter)
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether PyTorch must see the operation itself: a compiler, a mode, or a tensor that is not plain.
+    """Whether PyTorch must see the operation itself: under a compiler or a mode, or if ``x`` is not plain.
 
-    A plain tensor is a ``Tensor`` or ``Parameter``, strided, with its elements in memory. A sparse, mkldnn or
-    meta tensor is not, nor is a ZeroTensor, which autograd makes for gradients that are known to be zero.
+    A plain tensor is a strided ``Tensor`` or ``Parameter`` with its elements in memory. Sparse, mkldnn and
+    meta tensors are not plain, nor is the ZeroTensor that autograd makes for some gradients.
     """
     return bool(
         compiling()
@@ -201,7 +147,7 @@ def is_traced(x: Tensor) -> bool:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether nothing but autograd's backward mode has to know of the operation, and ``x`` is plain."""
+    """Whether ``x`` is plain and nothing but reverse-mode autograd is active."""
     if (
         compiling()
         or type(x) not in _PLAIN
@@ -212,7 +158,7 @@ def is_eager(x: Tensor) -> bool:
     ):
         return False
     try:
-        # All that a plain tensor is asked: 58 ns, against 270 for its layout and what else is_traced asks.
+        # This suffices for a plain tensor: 58 ns, against 270 ns for the layout and the rest of is_traced.
         if x.data_ptr():
             return True
     except RuntimeError:  # sparse, mkldnn, or of the legacy vmap
@@ -226,8 +172,8 @@ def forward_mode() -> bool:
 
 
 def dense(grad: Tensor) -> Tensor:
-    """A gradient that is no COO tensor, as that of ``F.embedding(sparse=True)`` is."""
-    # Compiled code has none, and Dynamo does not let a backward function ask.
+    """The gradient as a dense tensor; ``F.embedding(sparse=True)`` gives a COO tensor."""
+    # Compiled code has no COO gradients, and Dynamo refuses is_sparse in a backward function.
     return grad.to_dense() if not compiling() and grad.is_sparse else grad
 
 
@@ -235,7 +181,7 @@ def dense(grad: Tensor) -> Tensor:
 
 
 def is_legacy_batched(x: Tensor) -> bool:
-    """Whether ``x`` is of the vmap behind ``torch.autograd.grad(is_grads_batched=True)``.
+    """Whether ``x`` belongs to the vmap of ``torch.autograd.grad(is_grads_batched=True)``.
 
     ``torch.autograd.functional.jacobian(vectorize=True)`` uses it too. It has no rule for our operations.
     """
@@ -244,15 +190,15 @@ def is_legacy_batched(x: Tensor) -> bool:
 
 def functionalizing() -> bool:
     """Whether ``torch.func.functionalize`` is among the active transforms."""
-    return any(each.key() == TransformType.Functionalize for each in retrieve_all_functorch_interpreters())
+    return any(level.key() == TransformType.Functionalize for level in retrieve_all_functorch_interpreters())
 
 
 def vmaps() -> list[VmapInterpreter]:
     """Every active vmap, outermost first: ``level()``, ``batch_size()`` and ``randomness()``."""
-    return [each for each in retrieve_all_functorch_interpreters() if isinstance(each, VmapInterpreter)]
+    return [level for level in retrieve_all_functorch_interpreters() if isinstance(level, VmapInterpreter)]
 
 
-# (tensor, dimension, level) -> the tensor as the calls that a vmap maps see it.
+# (tensor, dimension, level) -> the tensor as one call under vmap sees it.
 add_batch_dim: Callable[[Tensor, int, int], Tensor] = _guarded(
     'torch.vmap(randomness="different")', sys.modules.get("torch._functorch.vmap"), "_add_batch_dim"
 )
@@ -261,26 +207,20 @@ add_batch_dim: Callable[[Tensor, int, int], Tensor] = _guarded(
 # In-place writes.
 
 
-def base_of(x: Tensor) -> Tensor | None:
-    """The tensor of which ``x`` is a view."""
-    return x._base
+base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # the tensor of which another is a view
+version_of: Callable[[Tensor], int] = attrgetter("_version")  # how often a tensor was overwritten
 
 
 def is_odd_view(x: Tensor) -> bool:
-    """Whether ``x`` is a view that autograd may refuse to write over: of ``unbind``, or made without grad."""
+    """Whether autograd may refuse to overwrite ``x``: a view from ``unbind``, or made under ``no_grad``."""
     return x._is_view() and bool(_creation_meta(x) != _made_plainly)
-
-
-def version_of(x: Tensor) -> int:
-    """How often ``x`` was written over."""
-    return x._version
 
 
 # Compiled code.
 
 
 def constant_when_compiled(function: _Function) -> _Function:
-    """Mark a function that Dynamo calls while it traces; the result is a constant of the graph.
+    """Let Dynamo call a function while it traces; the result becomes a constant of the graph.
 
     ``torch.compiler.assume_constant_result`` sets the same mark, and imports the compiler.
     """
@@ -289,7 +229,7 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 
 def never_inlined(function: _Function) -> _Function:
-    """Mark a function for which Dynamo breaks its graph; the function's own frame may be compiled.
+    """Let Dynamo break its graph at a function, whose own frame may still be compiled.
 
     ``torch.compiler.disable`` sets the same mark, and imports the compiler.
     """
@@ -298,19 +238,19 @@ def never_inlined(function: _Function) -> _Function:
 
 
 def compiler_is_imported() -> bool:
-    """Whether there can be compiled code in this process."""
+    """Whether this process can have compiled code."""
     return "torch._dynamo" in sys.modules
 
 
 def on_proxies(draw: Any, trace: Callable[..., Any]) -> None:
-    """Let ``trace(mode, *args)`` make the node of an operation in every graph that is being made."""
+    """Let ``trace(mode, *args)`` add the node of an operation to every graph that is traced."""
     draw.py_impl(ProxyTorchDispatchMode)(trace)
 
 
 def node_of(draw: Any, mode: Any, args: tuple[Any, ...]) -> tuple[Any, torch.fx.Node]:
-    """The result of an operation for a graph that is being made, and its node there."""
-    drawn: Any = proxy_call(mode, draw, mode.pre_dispatch, args, {})
-    return drawn, get_proxy_slot(drawn, mode.tracer).proxy.node
+    """Trace an operation; its result and its node in the graph."""
+    result: Any = proxy_call(mode, draw, mode.pre_dispatch, args, {})
+    return result, get_proxy_slot(result, mode.tracer).proxy.node
 
 
 def budget_of(node: torch.fx.Node) -> float:
@@ -328,9 +268,9 @@ def budget_of(node: torch.fx.Node) -> float:
 
 
 def let_compiled_checkpoints_count(allowed: bool) -> bool | None:
-    """Let checkpointed regions write to Python objects in compiled code, or forbid it; the setting before.
+    """Allow or forbid compiled checkpointed regions to write to Python objects; returns the former setting.
 
-    None where the compiler is not imported. Without the setting, Dynamo refuses such a region itself.
+    None if the compiler is not imported. If the setting is missing, Dynamo refuses such a region itself.
     """
     name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
     config = getattr(sys.modules.get("torch._dynamo"), "config", None)
@@ -350,7 +290,7 @@ def graph_task_is_running() -> bool:
 
 
 def function_of(ctx: Any) -> Any:
-    """The autograd Function of a context, or None: recompute.py then tells its calls by the random state."""
+    """The autograd Function of a context; None makes models/checkpoint.py compare random states instead."""
     return getattr(type(ctx), "_forward_cls", None)
 
 
@@ -359,10 +299,10 @@ class _Called(BaseException):
 
 
 def checkpoint_generator() -> str:
-    """The name by which ``torch.utils.checkpoint`` looks up its generator, found by one that goes no further.
+    """The name under which ``torch.utils.checkpoint`` looks up its generator.
 
     Raises:
-        RuntimeError: it is by none that is known, so that recomputations would have other masks.
+        RuntimeError: the name is none of those listed here; recomputations would get other masks.
     """
     # The first from 2.14 on, the second before.
     names = "_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator"
@@ -376,7 +316,7 @@ def checkpoint_generator() -> str:
 
         setattr(torch_checkpoint, name, generator)
         try:
-            # Unwrapped, since what it is wrapped in imports the compiler.
+            # Unwrapped, since the wrapper imports the compiler.
             inspect.unwrap(torch_checkpoint.checkpoint)(lambda: None, use_reentrant=False)
         except _Called:
             return name
@@ -389,7 +329,7 @@ def checkpoint_generator() -> str:
     )
 
 
-# Function modes of this thread, the innermost last.
+# The function modes of this thread, innermost last.
 modes_of_thread: Callable[[], list[Any]]
 modes_of_thread, pop_mode, push_mode = (
     _guarded("thinned.intercept", torch.overrides, name)
@@ -409,13 +349,14 @@ safe_softmax = _guarded(
 
 # Modules.
 
-# The children that PyTorch puts around modules; they are no part of a site's path.
-COMPILED = "_orig_mod"  # of torch.compile(module)
+# Children that PyTorch's wrappers add; module paths leave them out.
+COMPILED = "_orig_mod"  # torch.compile(module)
 WRAPPERS = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # The methods of nn.Module that only print.
 REPRESENTATION = {"__repr__", "extra_repr", "_get_name"}
 
 
+# Functions, since Dynamo traces no attrgetter.
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """The dictionary of children itself."""
     return module._modules
@@ -446,11 +387,6 @@ def is_replica(module: nn.Module) -> bool:
     return getattr(module, "_is_replica", False)
 
 
-def arguments_of(operation: Any) -> Any:
-    """The arguments in the schema of an operation, each with ``name`` and ``default_value``."""
-    return operation._schema.arguments
-
-
 # Jagged tensors.
 
 
@@ -466,5 +402,5 @@ def ragged_dim(x: Tensor) -> int:
 
 
 def seqlens(x: Tensor) -> tuple[int | None, int | None]:
-    """The shortest and the longest size along the ragged dimension, where they are known already."""
+    """The shortest and longest size along the ragged dimension, or None where torch has not computed them."""
     return _of_jagged(x, "_maybe_min_seqlen"), _of_jagged(x, "_maybe_max_seqlen")

@@ -60,23 +60,29 @@ def test_layouts_and_types(x: str, key: Key | None) -> None:
     assert_agree(lambda x: dropout(x, 0.3, key=key), INPUTS[x])
 
 
-def test_a_key_for_each_row() -> None:
-    assert_agree(lambda x: dropout(x, 0.3, key=ROWS), INPUTS["permuted"])
+def written(x: Tensor, key: Key | None = KEY) -> Tensor:
+    y = x.abs()
+    dropout(y, 0.3, inplace=True, key=key)
+    return y * 2
 
 
-def test_shared_dimensions() -> None:
-    assert_agree(lambda x: dropout(x, 0.3, key=KEY, broadcast_dims=(1, -1)), INPUTS["float32"])
+LAYER, NONE, ALL = thinned.Dropout(0.5), thinned.Dropout(0.0), thinned.Dropout(1.0)
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a key for each row": lambda x: dropout(x, 0.3, key=ROWS),
+    "shared dimensions": lambda x: dropout(x, 0.3, key=KEY, broadcast_dims=(1, -1)),
+    "p = 0 amid others": lambda x: NONE(x * 2).abs() - NONE(x),
+    "p = 1 amid others": lambda x: ALL(x * 2).abs() - ALL(x),
+    "three masks": lambda x: torch.stack([LAYER(x), LAYER(x), LAYER(x * 2)]),
+    "in place": written,
+    "in place, drawn": lambda x: written(x, None),
+}
 
 
-@pytest.mark.parametrize("p", [0.0, 1.0])
-def test_layer_amid_others(p: float) -> None:
-    layer = thinned.Dropout(p)
-    assert_agree(lambda x: layer(x * 2).abs() - layer(x), INPUTS["float32"])
-
-
-def test_each_layer_draws_its_own_mask() -> None:
-    layer = thinned.Dropout(0.5)
-    assert_agree(lambda x: torch.stack([layer(x), layer(x), layer(x * 2)]), torch.ones(10, 10))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name: str) -> None:
+    assert_agree(FUNCTIONS[name], INPUTS["float32"])
+    if "in place" not in name:
+        assert_agree(FUNCTIONS[name], INPUTS["permuted"])
 
 
 def test_training_and_evaluation() -> None:
@@ -91,16 +97,6 @@ def test_training_and_evaluation() -> None:
         assert fast(x).equal(y)
 
 
-@pytest.mark.parametrize("key", [KEY, None], ids=["key", "drawn"])
-def test_inplace(key: Key | None) -> None:
-    def f(x: Tensor) -> Tensor:
-        y = x.abs()
-        dropout(y, 0.3, inplace=True, key=key)
-        return y * 2
-
-    assert_agree(f, INPUTS["float32"])
-
-
 def test_inplace_on_an_input() -> None:
     def f(x: Tensor) -> Tensor:
         return dropout(x, 0.3, inplace=True, key=KEY)
@@ -112,18 +108,15 @@ def test_inplace_on_an_input() -> None:
     assert y.data_ptr() == x.data_ptr()
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_inductor(inplace: bool) -> None:
-    assert_agree(
-        lambda x: dropout(x.abs(), 0.3, inplace=inplace, key=KEY) * 2, INPUTS["permuted"], "inductor"
-    )
+@pytest.mark.parametrize("function", [lambda x: dropout(x.abs(), 0.3, key=KEY) * 2, written])
+def test_inductor(function: Callable[[Tensor], Tensor]) -> None:
+    assert_agree(function, INPUTS["permuted"], "inductor")
 
 
 def test_inductor_draws_what_eager_draws() -> None:
     """Two draws of one size are two masks, and the backward pass draws no third."""
-    layer = thinned.Dropout(0.5)
-    assert_agree(lambda x: torch.stack([layer(x), layer(x)]) * 2, torch.ones(20, 30), "inductor")
-    first, second = compiled(lambda x: torch.stack([layer(x), layer(x)]), "inductor")(torch.ones(20, 30))
+    assert_agree(lambda x: torch.stack([LAYER(x), LAYER(x)]) * 2, torch.ones(20, 30), "inductor")
+    first, second = compiled(lambda x: torch.stack([LAYER(x), LAYER(x)]), "inductor")(torch.ones(20, 30))
     assert not first.equal(second)
 
 

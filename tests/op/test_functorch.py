@@ -1,4 +1,4 @@
-"""torch.func's transforms: derivatives, and maps over tensors, keys and both."""
+"""torch.func's transforms: derivatives, and vmap over tensors, keys and both."""
 
 from __future__ import annotations
 
@@ -81,38 +81,24 @@ def test_jacobian(jacobian: Callable[..., Callable[[Tensor], Tensor]], key: Key)
     assert matrix.equal(torch.diag(torch.where(kept, SCALE, 0.0)))
 
 
-def test_map_over_the_tensor_shares_the_mask() -> None:
-    y = vmap(lambda x: dropout(x, 0.4, key=KEY))(X)
-    oracle.assert_same(y, torch.stack([dropout(x, 0.4, key=KEY) for x in X]))
-
-
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])
-def test_map_over_any_dimension(dim: int) -> None:
+def test_vmap_over_the_tensor_shares_the_mask(dim: int) -> None:
     y = vmap(lambda x: dropout(x, 0.4, key=KEY), in_dims=dim, out_dims=dim)(X)
     oracle.assert_same(y, torch.stack([dropout(x, 0.4, key=KEY) for x in X.unbind(dim)], dim))
 
 
-def test_map_over_the_key() -> None:
-    y = vmap(thin, in_dims=(None, 0))(X, KEYS)
-    oracle.assert_same(y, torch.stack([thin(X, bits) for bits in KEYS]))
-
-
-def test_map_over_both() -> None:
-    y = vmap(thin)(X, KEYS)
-    oracle.assert_same(y, torch.stack([thin(x, bits) for x, bits in zip(X, KEYS, strict=True)]))
-    oracle.assert_same(y, thin(X, KEYS))
-
-
+@pytest.mark.parametrize("keys", [KEYS, ROWS], ids=["one key a call", "a key for each row"])
 @pytest.mark.parametrize(("x_dim", "key_dim"), [(0, 0), (0, None), (None, 0)])
-def test_map_over_batches_of_keys(x_dim: int | None, key_dim: int | None) -> None:
-    """Each mapped call has a key for each of its rows."""
-    x, keys = X if x_dim == 0 else X[0], ROWS if key_dim == 0 else ROWS[0]
-    y = vmap(thin, in_dims=(x_dim, key_dim))(x, keys)
-    rows = [thin(x[i] if x_dim == 0 else x, keys[i] if key_dim == 0 else keys) for i in range(5)]
+def test_vmap_over_keys(keys: Tensor, x_dim: int | None, key_dim: int | None) -> None:
+    x, bits = X if x_dim == 0 else X[0], keys if key_dim == 0 else keys[0]
+    y = vmap(thin, in_dims=(x_dim, key_dim))(x, bits)
+    rows = [thin(x[i] if x_dim == 0 else x, bits[i] if key_dim == 0 else bits) for i in range(5)]
     oracle.assert_same(y, torch.stack(rows))
+    if keys is KEYS and x_dim == key_dim:
+        oracle.assert_same(y, thin(X, keys))
 
 
-def test_nested_maps() -> None:
+def test_nested_vmaps() -> None:
     y = vmap(vmap(thin))(X, ROWS)
     expected = [[thin(X[i, j], ROWS[i, j]) for j in range(6)] for i in range(5)]
     oracle.assert_same(y, torch.stack([torch.stack(row) for row in expected]))
@@ -120,18 +106,18 @@ def test_nested_maps() -> None:
     oracle.assert_same(over, torch.stack([torch.stack([thin(x, bits) for bits in KEYS]) for x in X]))
 
 
-def test_map_folds_inside() -> None:
+def test_vmap_folds_inside() -> None:
     y = vmap(lambda x, i: dropout(x, 0.4, key=KEY.fold(i)))(X, torch.arange(5))
     oracle.assert_same(y, torch.stack([dropout(x, 0.4, key=KEY.fold(i)) for i, x in enumerate(X)]))
 
 
-def test_map_of_the_mask() -> None:
+def test_vmap_of_the_mask() -> None:
     masks = vmap(lambda bits: thinned.keep_mask(Key.from_bits(bits), (6, 20), 0.4))(KEYS)
     expected = [thinned.keep_mask(Key.from_bits(bits), (6, 20), 0.4) for bits in KEYS]
     assert masks.equal(torch.stack(expected))
 
 
-def test_map_in_place() -> None:
+def test_vmap_in_place() -> None:
     x = X.clone()
     y = vmap(lambda x, bits: dropout(x, 0.4, inplace=True, key=Key.from_bits(bits)))(x, KEYS)
     oracle.assert_same(y, thin(X, KEYS))
@@ -157,18 +143,6 @@ def test_per_sample_gradients() -> None:
 def test_randomness_error() -> None:
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(lambda x: dropout(x, 0.5))(X)
-
-
-def test_randomness_same() -> None:
-    y = vmap(lambda x: dropout(x, 0.5), randomness="same")(torch.ones(5, 100))
-    assert y.equal(y[:1].expand(5, 100))
-    assert set(y.unique().tolist()) == {0, 2}
-
-
-def test_randomness_different() -> None:
-    y = vmap(lambda x: dropout(x, 0.5), randomness="different")(torch.ones(5, 100))
-    assert len({tuple(row) for row in y.tolist()}) == 5
-    assert set(y.unique().tolist()) == {0, 2}
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])

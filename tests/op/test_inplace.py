@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import oracle
 import thinned
@@ -89,42 +89,39 @@ def test_a_value_that_backward_needs_is_guarded() -> None:
         y.sum().backward()
 
 
-def refused(x: Tensor, message: str) -> None:
-    before, version = x.detach().clone(), x._version if not x.is_inference() else 0
+def inference() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(8)
+
+
+LEAF, VIEW = "a leaf Variable that requires grad", "a view of a leaf Variable that requires grad"
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "leaf": (lambda leaf: leaf, LEAF),
+    "parameter": (nn.Parameter, LEAF),
+    "view of a leaf": (lambda leaf: leaf[1:], VIEW),
+    "view of a view of a leaf": (lambda leaf: leaf.T[1:][:2], VIEW),
+    "one of several views": (lambda leaf: (leaf * 1).split(2)[0], "a function that returns multiple views"),
+    "expanded": (lambda _: torch.ones(1, 3).expand(4, 3), "single memory location"),
+    "expanded, with a gradient": (lambda leaf: (leaf[:, :1] * 1).expand(4, 8), "single memory location"),
+    "inference": (lambda _: inference(), "Inplace update to inference tensor outside InferenceMode"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_writing(case: str) -> None:
+    make, message = REFUSED[case]
+    x = make(torch.ones(4, 8, requires_grad=True))
+    before, version = x.detach().clone(), None if x.is_inference() else x._version
     with pytest.raises(RuntimeError, match=message):
         over(x)
     oracle.assert_same(x.detach(), before)
-    assert (x._version if not x.is_inference() else 0) == version
+    assert (None if x.is_inference() else x._version) == version
+    if x.grad_fn is not None:
+        x.sum().backward()  # the graph is as it was
 
 
-def test_leaf_is_refused() -> None:
-    refused(torch.ones(8, requires_grad=True), "a leaf Variable that requires grad")
-    refused(torch.nn.Parameter(torch.ones(8)), "a leaf Variable that requires grad")
-
-
-def test_view_of_a_leaf_is_refused() -> None:
-    leaf = torch.ones(4, 8, requires_grad=True)
-    refused(leaf[1:], "a view of a leaf Variable that requires grad")
-    refused(leaf.T[1:][:2], "a view of a leaf Variable that requires grad")
-
-
-def test_one_of_several_views_of_a_function_is_refused() -> None:
-    leaf = torch.ones(8, requires_grad=True)
-    first, _ = (leaf * 1).split(4)
-    refused(first, "a function that returns multiple views")
-    first.sum().backward()
-    assert leaf.grad is not None
-
-
-def test_overlapping_memory_is_refused() -> None:
-    refused(torch.ones(1, 3).expand(4, 3), "single memory location")
-    refused((torch.ones(3, 1, requires_grad=True) * 1).expand(3, 4), "single memory location")
-
-
-def test_inference_tensor_is_refused_outside_inference_mode() -> None:
-    with torch.inference_mode():
-        x = torch.ones(8)
-    refused(x, "Inplace update to inference tensor outside InferenceMode")
+def test_inference_tensor_in_inference_mode() -> None:
+    x = inference()
     with torch.inference_mode():
         assert over(x) is x
     assert set(x.tolist()) == {0, 2}

@@ -22,6 +22,7 @@ ZERO = torch.zeros((), dtype=torch.float64)
 LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": partial(F.dropout, key=KEY),
     "dropout of p": partial(F.dropout, p=0.3, key=KEY),
+    "in place": lambda x: F.dropout(x * 1, inplace=True, key=KEY),
     "shared": partial(F.dropout, broadcast_dims=(1,), key=KEY),
     "keys for rows": partial(F.dropout, key=KEY.fold(torch.arange(3))),
     "dropout1d": partial(F.dropout1d, key=KEY),

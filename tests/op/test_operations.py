@@ -47,8 +47,9 @@ def test_opcheck_of_masked_affine(sample: str) -> None:
 
 
 @pytest.mark.parametrize("key", [KEYS[0], KEYS], ids=["one key", "a key for each row"])
-def test_opcheck_of_keep_mask(key: torch.Tensor) -> None:
+def test_opcheck_of_keep_mask_and_uniform(key: torch.Tensor) -> None:
     torch.library.opcheck(torch.ops.thinned.keep_mask.default, (key, [3, 50], [50, 1], 2**40, T))
+    torch.library.opcheck(torch.ops.thinned.uniform.default, (key, [3, 50], [50, 1], 2**40))
 
 
 def test_opcheck_of_draw_key() -> None:
@@ -61,25 +62,25 @@ def test_opcheck_of_draw_key() -> None:
 
 @pytest.mark.usefixtures("subject")
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_the_way_through_the_dispatcher_is_the_short_way(sample: str) -> None:
-    x, key, strides, base, *rest = SAMPLES[sample]
-    short = op.masked_affine(x, key, Geometry(tuple(strides), base), *rest)
-    dispatched = torch.ops.thinned.masked_affine(*SAMPLES[sample])
-    oracle.assert_same(short, dispatched)
-    assert short.stride() == dispatched.stride()
-    oracle.assert_same(short, oracle.masked_affine(x, key, Geometry(tuple(strides), base), *rest))
-
-
-@pytest.mark.parametrize("sample", [name for name, sample in SAMPLES.items() if sample[0].requires_grad])
-def test_gradients_of_both_ways(sample: str) -> None:
+def test_both_code_paths_agree(sample: str) -> None:
+    """Values, gradients and their strides: straight to the backend, and through the dispatcher."""
     x, key, strides, base, T, scale, *rest = SAMPLES[sample]
     geometry = Geometry(tuple(strides), base)
     weights = torch.randn_like(x)
-    (short,) = torch.autograd.grad(op.masked_affine(x, key, geometry, T, scale, *rest), x, weights)
-    (dispatched,) = torch.autograd.grad(torch.ops.thinned.masked_affine(*SAMPLES[sample]), x, weights)
-    oracle.assert_same(short, dispatched)
-    assert short.stride() == dispatched.stride()
-    oracle.assert_same(short, oracle.masked_affine(weights, key, geometry, T, scale))
+    results = []
+    for y in (
+        op.masked_affine(x, key, geometry, T, scale, *rest),
+        torch.ops.thinned.masked_affine(*SAMPLES[sample]),
+    ):
+        results.append((y, *torch.autograd.grad(y, x, weights)) if x.requires_grad else (y,))
+    expected = (
+        oracle.masked_affine(x, key, geometry, T, scale, *rest),
+        oracle.masked_affine(weights, key, geometry, T, scale),
+    )
+    for short, dispatched, wanted in zip(*results, expected, strict=False):
+        oracle.assert_same(short, dispatched)
+        assert short.stride() == dispatched.stride()
+        oracle.assert_same(short, wanted)
 
 
 def test_schemas() -> None:

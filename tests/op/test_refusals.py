@@ -163,7 +163,7 @@ def test_fold_of_other_than_one_key() -> None:
         native.fold(torch.tensor(7, dtype=torch.int32), 1)
     for keys, ids in ((torch.int32, torch.int64), (torch.int64, torch.int32)):
         with pytest.raises(RuntimeError, match=f"must be int64, got {keys} and {ids}"):
-            native.fold_many(torch.arange(3).to(keys), torch.arange(3).to(ids))
+            native.fold(torch.arange(3).to(keys), torch.arange(3).to(ids))
 
 
 @pytest.mark.parametrize(

@@ -59,13 +59,6 @@ def test_product_and_sum_are_rounded_one_after_the_other(subject: Subject) -> No
 
 
 @pytest.mark.usefixtures("subject")
-@each_dtype
-def test_conversion_of_the_public_function(dtype: torch.dtype) -> None:
-    x = oracle.specials((9, 61), dtype)
-    oracle.assert_same(dropout(x, 0.1, key=thinned.Key(7)), oracle.dropout(x, torch.tensor(7), 0.1))
-
-
-@pytest.mark.usefixtures("subject")
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64", "complex128"])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_public_function_is_the_specification(dtype: str, p: float) -> None:
@@ -102,14 +95,6 @@ def test_layouts(layout: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Non
     torch.manual_seed(3)
     oracle.assert_same(dropout(x, 0.1), oracle.dropout(x, drawn, 0.1))
     assert oracle.bits(x).equal(before)
-
-
-@pytest.mark.usefixtures("subject")
-def test_channels_last_3d() -> None:
-    x = torch.randn(2, 5, 3, 4, 6).contiguous(memory_format=torch.channels_last_3d)
-    y = dropout(x, 0.1, key=thinned.Key(7))
-    assert y.is_contiguous(memory_format=torch.channels_last_3d)
-    oracle.assert_same(y, oracle.dropout(x, torch.tensor(7), 0.1))
 
 
 @pytest.mark.usefixtures("subject")
@@ -152,17 +137,8 @@ def assert_values(subject: Subject, task: tuple[Tensor, Tensor, tuple[Any, ...]]
     oracle.assert_same(subject.masked_affine(x, *arguments, out=out), expected)
 
 
-@settings(max_examples=200)
-@given(tasks())
-def test_any_value(subject: Subject, task: tuple[Tensor, Tensor, tuple[Any, ...]]) -> None:
-    assert_values(subject, task)
-
-
-@pytest.mark.slow
-@settings(max_examples=3000)
-@given(tasks())
-def test_any_value_at_length(subject: Subject, task: tuple[Tensor, Tensor, tuple[Any, ...]]) -> None:
-    assert_values(subject, task)
+test_any_value = settings(max_examples=200)(given(tasks())(assert_values))
+test_any_value_at_length = pytest.mark.slow(settings(max_examples=3000)(given(tasks())(assert_values)))
 
 
 def test_neighbours_in_memory_are_not_written(subject: Subject) -> None:

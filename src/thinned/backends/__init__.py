@@ -1,6 +1,4 @@
-"""The table of backends, which one serves a device, and why one is missing.
-
-A backend is a module with four functions, ``masked_affine``, ``keep_mask``, ``uniform`` and ``fold_many``.
+"""The table of backends: which one serves a device, and why one is missing.
 
 >>> for_device(torch.device("cpu")) in available().values()
 True
@@ -29,7 +27,15 @@ __all__ = ["Backend", "available", "describe", "for_device", "missing", "name_fo
 
 
 class Backend(Protocol):
-    """What a backend offers: the operations of :mod:`thinned.op`, on tensors that are what they seem."""
+    """What a backend is asked for: a module with these four functions, and nothing else.
+
+    They take plain tensors: no subclass, no conjugate or negative bit except a conjugate ``x``, no autograd.
+
+    - ``masked_affine``: the masked values.
+    - ``keep_mask``: the mask.
+    - ``uniform``: the random numbers behind the mask.
+    - ``fold``: the children of keys.
+    """
 
     def masked_affine(
         self,
@@ -42,19 +48,19 @@ class Backend(Protocol):
         fill: float,
         out: Tensor | None = None,
     ) -> Tensor:
-        """``keep ? x * scale + shift : fill``, into ``out``, which may be ``x``, or a tensor like ``x``.
+        """``keep ? x * scale + shift : fill``, in a new tensor like ``x`` or in ``out``, which may be ``x``.
 
         Without a geometry the mask indices are ``x``'s own positions in row-major order.
         """
 
     def keep_mask(self, key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
-        """Which elements are kept, as a bool tensor on the key's device, an int's being the CPU."""
+        """Which elements are kept, as a bool tensor on the key's device; an ``int`` stands for the CPU."""
 
     def uniform(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
-        """The numbers behind the masks, less ``2**31``, as an int32 tensor on the key's device."""
+        """``u - 2**31`` of each element, as an int32 tensor on the key's device."""
 
-    def fold_many(self, keys: Tensor, data: Tensor) -> Tensor:
-        """The children of int64 keys, which broadcast against int64 data."""
+    def fold(self, keys: Tensor, data: int | Tensor) -> Tensor:
+        """The children of int64 keys: of one key for an ``int``; an int64 tensor broadcasts against them."""
 
 
 def available() -> dict[str, Backend]:

@@ -1,4 +1,4 @@
-"""The arguments that every backend refuses, before anything is read or written."""
+"""Argument checks that every backend makes before it reads or writes anything."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 def check_out(x: Tensor, out: Tensor) -> None:
-    """Raise RuntimeError unless ``out`` is a place for what is made of ``x``."""
+    """Raise RuntimeError unless ``out`` has the shape, dtype and device of ``x``."""
     if out is not x and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
         raise RuntimeError(
             f"out of shape {tuple(out.shape)}, {out.dtype} on {out.device} does not fit x of shape "
@@ -52,7 +52,7 @@ def check_key(key: Tensor, shape: tuple[int, ...], device: torch.device | None =
 
 
 def check_mask(shape: tuple[int, ...], geometry: Geometry, T: int = 0) -> None:
-    """Raise RuntimeError for a geometry that does not fit ``shape``, or a threshold that is none."""
+    """Raise RuntimeError for a geometry that does not fit ``shape`` or a ``T`` outside 0 .. 2**32."""
     _check_geometry(shape, *geometry)
     if not 0 <= T <= 2**32:
         raise RuntimeError(f"T must be in 0 .. 2**32, got {T}")

@@ -1,4 +1,4 @@
-"""What is installed, what serves which device, and how the kernel was built, in words."""
+"""The installation in words: versions, backends, which one serves a device, how the kernel was built."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _devices() -> list[str]:
 
 def _torch() -> str:
     found = _version("torch")
-    tested, this = (tuple(map(int, each.split(".")[:2])) for each in (NEWEST_TESTED, torch.__version__))
+    tested, this = (tuple(map(int, name.split(".")[:2])) for name in (NEWEST_TESTED, torch.__version__))
     return f"{found}, untested (newest tested: {NEWEST_TESTED})" if this > tested else found
 
 

@@ -16,7 +16,7 @@ from thinned.backends.arguments import check_dtype, check_key, check_mask, check
 from thinned.backends.rows import by_rows
 from thinned.geometry import Geometry, shared_cached
 
-__all__ = ["fold", "fold_many", "keep_mask", "masked_affine", "uniform"]
+__all__ = ["fold", "keep_mask", "masked_affine", "uniform"]
 
 if wanted := os.environ.get("THINNED_ISA"):
     _native.set_isa(wanted)
@@ -36,7 +36,7 @@ def masked_affine(
     fill: float,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``keep ? x * scale + shift : fill``, into ``out`` if given; see :func:`thinned.op.masked_affine`."""
+    """See :meth:`thinned.backends.Backend.masked_affine`."""
     try:
         code = _CODES[x.dtype]
     except KeyError:
@@ -48,7 +48,7 @@ def masked_affine(
         target = torch.empty_like(x)
     else:
         if out is not x and (out.dtype is not x.dtype or out.shape != x.shape or not out.is_cpu):
-            check_out(x, out)  # which has the words, and takes twice as long
+            check_out(x, out)  # raises with the reason, and takes twice as long
         target = out
     if (
         geometry is None
@@ -56,7 +56,7 @@ def masked_affine(
         and x.is_contiguous()
         and (out is None or out.is_contiguous())
     ):
-        # Positions in memory are mask indices: one dimension says it all.
+        # Positions in memory are mask indices: shape and strides are not needed.
         _native.flat(x.data_ptr(), target.data_ptr(), code, x.numel(), T, scale, shift, fill, key)
     else:
         _strided(x, target, code, key, geometry, T, scale, shift, fill)
@@ -93,44 +93,40 @@ def _strided(
             scale, shift, fill, one_key, keys, key_shape, key_strides,
         )  # fmt: skip
     except ValueError:
-        # The kernel checks the same in 0.1 us where Python takes 1.4; these have the words of every backend.
+        # The kernel checks in 0.1 us what takes Python 1.4 us; these raise the message of every backend.
         check_mask(shape, Geometry(strides, base), T)
         if isinstance(key, Tensor):
             check_key(key, shape, x.device)
         raise
 
 
-def fold(key: Tensor, data: int) -> Tensor:
-    """The child of one key; see :meth:`thinned.Key.fold`."""
-    if key.nbytes != 8:  # cheaper to ask than shape and dtype, 65 ns and not 170
-        check_key(key, ())
-    out = torch.empty_like(key)
-    _native.fold(out.data_ptr(), key.data_ptr(), data)
-    return out
-
-
-def fold_many(keys: Tensor, data: Tensor) -> Tensor:
-    """The children of int64 keys, which broadcast against int64 data; see :meth:`thinned.Key.fold`."""
+def fold(keys: Tensor, data: int | Tensor) -> Tensor:
+    """See :meth:`thinned.backends.Backend.fold`."""
+    if isinstance(data, int):
+        if keys.nbytes != 8:  # cheaper to ask than shape and dtype, 65 ns and not 170
+            check_key(keys, ())
+        out = torch.empty_like(keys)
+        _native.fold(out.data_ptr(), keys.data_ptr(), data)
+        return out
     if keys.dtype != torch.int64 or data.dtype != torch.int64:
         raise RuntimeError(f"keys and ids must be int64, got {keys.dtype} and {data.dtype}")
-    if keys.dim() and data.dim():
-        keys, data = torch.broadcast_tensors(keys, data)
-    keys, data = keys.contiguous(), data.contiguous()
-    out = torch.empty_like(data if data.dim() else keys)
-    steps = int(keys.dim() > 0), int(data.dim() > 0)
-    _native.fold_many(out.data_ptr(), keys.data_ptr(), steps[0], data.data_ptr(), steps[1], out.numel())
+    keys, ids = torch.broadcast_tensors(keys, data) if keys.dim() and data.dim() else (keys, data)
+    keys, ids = keys.contiguous(), ids.contiguous()
+    out = torch.empty_like(ids if ids.dim() else keys)
+    steps = int(keys.dim() > 0), int(ids.dim() > 0)
+    _native.fold_many(out.data_ptr(), keys.data_ptr(), steps[0], ids.data_ptr(), steps[1], out.numel())
     return out
 
 
 def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
-    """Which elements are kept, as a bool tensor; see :func:`thinned.op.keep_mask`."""
+    """See :meth:`thinned.backends.Backend.keep_mask`."""
     out = torch.empty(shape, dtype=torch.bool, device="cpu")
     _strided(out, out, _MASK, key, geometry, T)
     return out
 
 
 def uniform(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
-    """The numbers behind the masks, less ``2**31``, as int32; see :func:`thinned.op.uniform`."""
+    """See :meth:`thinned.backends.Backend.uniform`."""
     check_key(key, shape)
     check_mask(shape, geometry)
     if not math.prod(shape):

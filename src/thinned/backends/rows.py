@@ -1,4 +1,4 @@
-"""Positions of any geometry as rows of consecutive mask indices, and back."""
+"""Splits any geometry into rows of consecutive mask indices."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["by_rows"]
 def by_rows(
     key: Tensor, shape: tuple[int, ...], geometry: Geometry, of_rows: Callable[[Tensor, Tensor, int], Tensor]
 ) -> Tensor:
-    """What ``of_rows(first, key, count)`` gives for ``count`` mask indices from each ``first`` on.
+    """The values that ``of_rows(first, key, count)`` gives, one for each element of a non-empty ``shape``.
 
-    ``shape`` is not empty of elements; ``of_rows`` is given the first index and the key of each row, and adds
-    a dimension of size ``count`` to their shape.
+    ``of_rows`` takes the first mask index and the key of each row, and adds a dimension of size ``count``:
+    the values of ``count`` mask indices from the first on.
     """
     strides = geometry.strides
     rows = split_rows(shape, strides, key.dim())

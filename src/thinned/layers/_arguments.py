@@ -14,7 +14,16 @@ from thinned.key_source import active
 from thinned.keys import Key
 from thinned.torch_state import compiling
 
-__all__ = ["apply", "bits_for", "check_input", "check_key", "check_p", "key_for", "threshold_and_scale"]
+__all__ = [
+    "apply",
+    "bits_for",
+    "check_input",
+    "check_key",
+    "check_p",
+    "check_parameter",
+    "key_for",
+    "threshold_and_scale",
+]
 
 
 def apply(
@@ -103,6 +112,23 @@ def check_input(name: str, input: Tensor, key: Key | None, *, dense: bool = Fals
         nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
     if key is not None:
         check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
+
+
+def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) -> Tensor:
+    """The learned parameter in a shape that broadcasts to ``input``'s; raise if it has no such shape."""
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{function}(): argument {name!r} must be Tensor, not {type(parameter).__name__}")
+    if not parameter.is_floating_point():
+        raise RuntimeError(f"{name} has to be a floating-point tensor, got {parameter.dtype}")
+    if parameter.dim() == 1 and parameter.shape[0] == 1:
+        return parameter.reshape(())  # fits a 0-d input too
+    shape = nested.shape_of(input)
+    sizes = zip(reversed(parameter.shape), reversed(shape), strict=False)
+    if parameter.dim() > len(shape) or any(size not in (1, wanted) for size, wanted in sizes):
+        raise RuntimeError(
+            f"{name} of shape {tuple(parameter.shape)} does not broadcast to an input of shape {shape}"
+        )
+    return parameter
 
 
 def check_key(key: Key, shape: Sequence[int]) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_input, key_for
+from thinned.layers._arguments import check_input, check_parameter, key_for
 from thinned.nested import elementwise, refuse
-from thinned.op.learned import Noisy, apply_noisy, check_parameter
+from thinned.op.learned import Noisy, apply_noisy
 from thinned.op.noise import logistic
 
 __all__ = ["ConcreteDropout", "concrete_dropout", "concrete_regularization"]

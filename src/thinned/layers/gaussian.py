@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_input, check_p, key_for
+from thinned.layers._arguments import check_input, check_p, check_parameter, key_for
 from thinned.layers._module import Layer
 from thinned.nested import elementwise, refuse
 from thinned.op.from_key import apply_linear
-from thinned.op.learned import Noisy, apply_noisy, check_parameter
+from thinned.op.learned import Noisy, apply_noisy
 from thinned.op.noise import multiply, normal, opmath
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Element-wise linear maps that are a function of a key: what autograd keeps of one is the key."""
+"""Autograd for ``y = factor(key) * x``: only the key is saved; backward regenerates the factor."""
 
 from __future__ import annotations
 
@@ -11,35 +11,66 @@ from torch import Tensor
 from thinned.keys import Key
 from thinned.torch_state import SingleLevelFunction, compiling, dense, is_eager
 
-__all__ = ["Map", "apply_linear"]
+__all__ = ["KeyedMap", "apply_linear", "modes_of", "result_of"]
 
-Map = Callable[[Tensor, Key], Tensor]
+KeyedMap = Callable[[Tensor, Key], Tensor]
 
 
-def apply_linear(linear: Map, x: Tensor, key: Key, value: Map | None = None) -> Tensor:
-    """``linear(x, key)``, for a map that multiplies each element by a factor that the key alone decides.
+def modes_of(rule: Any) -> tuple[Any, Any]:
+    """Two autograd functions from one rule: reverse mode only, for compiled code, and both modes.
 
-    The map is its own derivative, so that it is made again for backward from the key, and neither the factor
-    nor ``x`` is saved. Differentiable in ``x`` to any order, in both modes.
+    Dynamo refuses to trace a function that has a ``jvp``. A rule has ``forward``, ``setup_context`` and
+    ``backward`` as :class:`torch.autograd.Function` has them, and ``tangent`` for its ``jvp``.
+    """
+
+    class ReverseMode(rule, torch.autograd.Function):  # type: ignore[misc]
+        generate_vmap_rule = True
+
+    class BothModes(rule, torch.autograd.Function):  # type: ignore[misc]
+        generate_vmap_rule = True
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            rule.setup_context(ctx, inputs, output)
+            ctx.save_for_forward(*ctx.to_save)
+
+        jvp = staticmethod(rule.tangent)
+
+    return ReverseMode, BothModes
+
+
+def result_of(y: Tensor) -> Tensor:
+    """The result of a rule's ``forward``.
+
+    Without the copy, Dynamo in PyTorch 2.11 gives a zero gradient where ``y`` is also another value in there,
+    such as the tensor that ``.to(x.dtype)`` was called on.
+    """
+    return y.clone() if compiling() else y
+
+
+def apply_linear(linear: KeyedMap, x: Tensor, key: Key, value: KeyedMap | None = None) -> Tensor:
+    """``linear(x, key)``, which multiplies each element of ``x`` by a factor that the key alone decides.
+
+    Such a function is its own derivative, so backward calls it again, and neither the factor nor ``x`` is
+    saved. Differentiable in ``x`` to any order, in both modes.
 
     Args:
-        linear: the map.
-        x: what it is applied to.
+        linear: the function.
+        x: its input.
         key: one key, or a batch of keys.
-        value: a function whose derivative ``linear`` is, to be called in its place.
+        value: a function whose derivative is ``linear``, to be called in its place.
     """
-    if is_eager(x) and not (x.requires_grad and torch.is_grad_enabled()):
+    eager = is_eager(x)
+    if eager and not (x.requires_grad and torch.is_grad_enabled()):
         return (value or linear)(x, key)
-    function: Any = _Compiled if compiling() else _Eager if is_eager(x) else _Transformed
+    function: Any = _ReverseMode if compiling() else _Eager if eager else _BothModes
     return function.apply(x, key.bits, linear, value)  # type: ignore[no-any-return]
 
 
-class _Rule:
-    """The map and its derivative, which is the map."""
-
+class _Linear:
     @staticmethod
-    def forward(x: Tensor, bits: Tensor, linear: Map, value: Map | None) -> Tensor:
-        return (value or linear)(x, Key.from_bits(bits))
+    def forward(x: Tensor, bits: Tensor, linear: KeyedMap, value: KeyedMap | None) -> Tensor:
+        return result_of((value or linear)(x, Key.from_bits(bits)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
@@ -48,33 +79,15 @@ class _Rule:
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return apply_linear(ctx.linear, dense(grad), Key.from_bits(ctx.saved_tensors[0])), None, None, None
-
-
-class _Eager(_Rule, SingleLevelFunction):
-    pass
-
-
-class _Compiled(_Rule, torch.autograd.Function):
-    """Without forward mode, which Dynamo refuses to trace."""
-
-    generate_vmap_rule = True
+        return _Linear.tangent(ctx, dense(grad)), None, None, None
 
     @staticmethod
-    def forward(x: Tensor, bits: Tensor, linear: Map, value: Map | None) -> Tensor:
-        # Without the copy, Dynamo in PyTorch 2.11 gives a zero gradient where the output is also another
-        # value in here, such as what `.to(x.dtype)` was called on.
-        return _Rule.forward(x, bits, linear, value).clone()
-
-
-class _Transformed(_Rule, torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Rule.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[1])
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    def tangent(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return apply_linear(ctx.linear, tangent, Key.from_bits(ctx.saved_tensors[0]))
+
+
+class _Eager(_Linear, SingleLevelFunction):
+    """Plain tensors, reverse mode only: 1.4 us faster than ``torch.autograd.Function.apply``."""
+
+
+_ReverseMode, _BothModes = modes_of(_Linear)

@@ -1,4 +1,4 @@
-"""Whether a tensor may be written over: torch's own rules and words, checked before anything is written."""
+"""In-place checks with torch's own messages, made before any element changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["count_write", "refuse_leaf", "refuse_overlap"]
 
 
 def refuse_leaf(x: Tensor) -> None:
-    """Raise RuntimeError if autograd forbids to write over ``x``, which requires grad."""
+    """Raise RuntimeError if autograd forbids overwriting ``x``, which requires grad."""
     if x.is_leaf:
         raise RuntimeError(
             "a leaf Variable that requires grad is being used in an in-place operation: "
@@ -24,11 +24,11 @@ def refuse_leaf(x: Tensor) -> None:
             f"{tuple(x.shape)} of {tuple(base.shape)} {x.dtype}; use inplace=False"
         )
     if is_odd_view(x):
-        x.mul_(1)  # torch's refusal, before anything is written
+        x.mul_(1)  # raises torch's own error, before any element changes
 
 
 def refuse_overlap(x: Tensor) -> None:
-    """Raise RuntimeError if two elements of ``x`` are one place in memory."""
+    """Raise RuntimeError if two elements of ``x`` share one memory location."""
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a single memory "
@@ -37,7 +37,7 @@ def refuse_overlap(x: Tensor) -> None:
 
 
 def count_write(x: Tensor) -> None:
-    """Tell autograd that ``x`` is written over, for those who saved it; RuntimeError if it may not be."""
+    """Bump ``x``'s version, which a backward pass that saved ``x`` checks; RuntimeError if x is read-only."""
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)
     elif not torch.is_inference_mode_enabled():

@@ -1,4 +1,4 @@
-"""Multiplication by a factor that a key and a learned parameter decide: autograd keeps no noise."""
+"""Autograd for ``y = f(noise(key), parameter) * x``: backward regenerates the noise from the key."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from thinned.keys import Key
-from thinned.nested import shape_of
+from thinned.op.from_key import modes_of, result_of
 from thinned.op.noise import multiply, opmath
 from thinned.torch_state import compiling, dense, transforming
 
-__all__ = ["Noisy", "apply_noisy", "check_parameter"]
+__all__ = ["Noisy", "apply_noisy"]
 
 
 class Noisy(NamedTuple):
@@ -36,34 +36,18 @@ class Noisy(NamedTuple):
 def apply_noisy(noisy: Noisy, x: Tensor, parameter: Tensor, key: Key) -> Tensor:
     """``x * f(noise, parameter)``, computed in float32 or float64 and rounded once to ``x``'s dtype.
 
-    The noise is made again for backward, so that ``x``, the parameter and the key are all that is saved.
-    Differentiable in ``x`` and the parameter to any order, in both modes.
+    Only ``x``, the parameter and the key are saved. Differentiable in ``x`` and the parameter to any order,
+    in both modes.
     """
-    function = _Compiled if compiling() else _Both
-    return function.apply(x, parameter, key.bits, noisy)  # type: ignore[no-any-return,no-untyped-call]
+    function = _ReverseMode if compiling() else _BothModes
+    return function.apply(x, parameter, key.bits, noisy)  # type: ignore[no-any-return]
 
 
-def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) -> Tensor:
-    """The parameter in a shape that broadcasts to ``input``'s; raise where it has none."""
-    if not isinstance(parameter, Tensor):
-        raise TypeError(f"{function}(): argument {name!r} must be Tensor, not {type(parameter).__name__}")
-    if not parameter.is_floating_point():
-        raise RuntimeError(f"{name} has to be a floating-point tensor, got {parameter.dtype}")
-    if parameter.dim() == 1 and parameter.shape[0] == 1:
-        return parameter.reshape(())  # which fits a tensor without dimensions too
-    shape = shape_of(input)
-    sizes = zip(reversed(parameter.shape), reversed(shape), strict=False)
-    if parameter.dim() > len(shape) or any(size not in (1, whole) for size, whole in sizes):
-        raise RuntimeError(
-            f"{name} of shape {tuple(parameter.shape)} does not broadcast to an input of shape {shape}"
-        )
-    return parameter
-
-
-class _Rule:
+class _NoisyProduct:
     @staticmethod
     def forward(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> Tensor:
-        return multiply(x, noisy.factor(*_noise(x, parameter, bits, noisy))).to(x.dtype)
+        y = multiply(x, noisy.factor(*_noise(x, parameter, bits, noisy)))
+        return result_of(y.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Noisy], output: Tensor) -> None:  # noqa: ARG004
@@ -78,39 +62,22 @@ class _Rule:
         if not ctx.needs_input_grad[1]:
             return multiply(grad, ctx.noisy.factor(*arguments)).to(x.dtype), None, None, None
         factor, slope = ctx.noisy.both(*arguments)
-        each = multiply(x.conj(), multiply(grad, slope))
-        each = each.real if each.is_complex() else each
-        grad_parameter = each.sum_to_size(parameter.shape).to(parameter.dtype)
+        summands = multiply(x.conj(), multiply(grad, slope))
+        summands = summands.real if summands.is_complex() else summands
+        grad_parameter = summands.sum_to_size(parameter.shape).to(parameter.dtype)
         return multiply(grad, factor).to(x.dtype), grad_parameter, None, None
 
-
-class _Compiled(_Rule, torch.autograd.Function):
-    """Without forward mode, which Dynamo refuses to trace."""
-
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> Tensor:
-        # For the copy see thinned.op.from_key.
-        return _Rule.forward(x, parameter, bits, noisy).clone()
-
-
-class _Both(_Rule, torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Noisy], output: Tensor) -> None:
-        _Rule.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:3])
-
-    @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor | None, parameter_tangent: Tensor | None, *_: None) -> Tensor:
+    def tangent(ctx: Any, x_tangent: Tensor | None, parameter_tangent: Tensor | None, *_: None) -> Tensor:
         x, parameter, bits = ctx.saved_tensors
         factor, slope = ctx.noisy.both(*_noise(x, parameter, bits, ctx.noisy))
         tangent = torch.zeros_like(x) if x_tangent is None else x_tangent * factor
         if parameter_tangent is not None:
             tangent = tangent + x * (slope * parameter_tangent)
         return tangent.to(x.dtype)
+
+
+_ReverseMode, _BothModes = modes_of(_NoisyProduct)
 
 
 def _noise(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> tuple[Tensor, Tensor, bool]:

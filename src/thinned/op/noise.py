@@ -1,4 +1,4 @@
-"""Numbers with a continuous law, each a function of a key and a position: uniform, normal, logistic."""
+"""Random numbers as functions of a key and a position: uniform, normal, logistic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thinned import op
-from thinned.geometry import shared
+from thinned.geometry import dims_of, shared
 from thinned.keys import Key
 from thinned.torch_state import compiling, is_legacy_batched, transforming
 
@@ -23,12 +23,12 @@ def uniform(
 
     .. math:: (u(i) + 1/2) / 2^{32}
 
-    In float32 they are drawn together by ``2**-24`` of their distance from 1/2, so that they end at
-    ``2**-24`` and ``1 - 2**-24``.
+    In float32 the numbers are pulled towards 1/2 by ``2**-24`` of their distance, so that they end at
+    ``2**-24`` and ``1 - 2**-24`` and cannot be 0 or 1.
 
     Args:
-        key: what the numbers are a function of: one key, or a batch of ``shape[0]`` keys.
-        shape: of a tensor that the numbers broadcast to.
+        key: one key, or a batch of ``shape[0]`` keys.
+        shape: the shape of a tensor that the numbers broadcast to.
         dtype: float32 or float64.
         broadcast_dims: dimensions along which all elements share one number; they have size 1 in the result.
 
@@ -79,12 +79,12 @@ def logistic(
     """
     centred = _centred(key, shape, dtype, broadcast_dims)
     above = 1 + centred
-    # Not torch.logit or atanh: in a vector's last lanes they round another way, and a row's place would show.
+    # Not torch.logit or atanh: their vector tail rounds differently, so a row would depend on its place.
     return above.div_(centred.neg_().add_(1)).log_()
 
 
 def multiply(x: Tensor, factor: Tensor) -> Tensor:
-    """``x * factor`` in the factor's dtype. It may be written over the factor."""
+    """``x * factor`` in the factor's dtype. May overwrite ``factor``."""
     plain = not (torch.is_grad_enabled() or compiling() or transforming() or is_legacy_batched(x))
     if plain and factor.dtype == x.dtype and factor.shape == x.shape and x.is_contiguous():
         return factor.mul_(x)
@@ -92,7 +92,7 @@ def multiply(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def opmath(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of ``dtype`` are computed in."""
+    """The dtype that numbers of ``dtype`` are computed in."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
@@ -104,14 +104,13 @@ def _centred(
     half_width: float = 1.0,
     shrink: float = 2**-24,
 ) -> Tensor:
-    """``((u + 1/2) / 2**31 - 1) * half_width``, drawn together by ``shrink`` in float32.
+    """``((u + 1/2) / 2**31 - 1) * half_width``, in float32 pulled towards 0 by ``shrink`` of it.
 
-    Without that the last numbers would be rounded to the ends, where a quantile is infinite.
+    Otherwise the outermost numbers would be rounded to the ends, where a quantile is infinite.
     """
     key_dims = key.bits.dim()
-    geometry = shared(shape, broadcast_dims, key_dims)
-    held = {dim % len(shape) for dim in broadcast_dims} - set(range(key_dims))
-    once = tuple(1 if dim in held else size for dim, size in enumerate(shape))
-    numbers = op.uniform(key.bits, once, geometry).to(dtype)
+    single = dims_of(shape, broadcast_dims).difference(range(key_dims))
+    drawn = tuple(1 if dim in single else size for dim, size in enumerate(shape))
+    numbers = op.uniform(key.bits, drawn, shared(shape, broadcast_dims, key_dims)).to(dtype)
     inside = 1 - shrink if dtype == torch.float32 else 1.0
     return numbers.add_(0.5).mul_(2**-31 * half_width * inside)

@@ -1,4 +1,4 @@
-"""Keys within :func:`torch.vmap`: the mapped calls share one, or each has its own, as its randomness says."""
+"""Keys under :func:`torch.vmap`: one for all calls (``randomness="same"``) or one each (``"different"``)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from thinned.torch_state import (
     without_transforms,
 )
 
-__all__ = ["for_each_member"]
+__all__ = ["key_per_call"]
 
 
-def for_each_member(key: Key, *, drawn: bool = False) -> Key:
-    """``key.fold(i)`` for call ``i`` of each map with randomness "different", the outermost first.
+def key_per_call(key: Key, *, is_random: bool = False) -> Key:
+    """``key.fold(i)`` for call ``i`` of each vmap with randomness "different", the outermost first.
 
     Args:
-        key: outside of a map it stays as it is.
-        drawn: whether it is a random number, which a map with randomness "error" does not allow.
+        key: is returned as it is outside of vmap.
+        is_random: whether the key was drawn, which a vmap with randomness "error" does not allow.
 
     Raises:
-        RuntimeError: ``drawn`` within such a map.
+        RuntimeError: ``is_random`` within such a vmap.
     """
     if not (compiling() or transforming()):
         return key
-    if drawn and "error" in _randomness():
+    if is_random and "error" in _randomness():
         raise RuntimeError(
             "vmap: called random operation while in randomness error mode, a dropout without a key; give it "
             "a key, or use the 'same' or 'different' randomness flags on vmap"
@@ -41,22 +41,22 @@ def for_each_member(key: Key, *, drawn: bool = False) -> Key:
 
 
 def _numbers(size: int, device: torch.device) -> Tensor:
-    if compiling():  # which does not trace what follows
+    if compiling():  # Dynamo does not trace the context below
         return torch.arange(size, device=device)
-    with without_transforms():  # a plain tensor, which a transform within the map would wrap
+    with without_transforms():  # else a transform inside the vmap would wrap the result
         return torch.arange(size, device=device)
 
 
 # Dynamo calls the next two while it traces, within the vmaps; another size compiles once more.
 @constant_when_compiled
 def _randomness() -> tuple[str, ...]:
-    """The randomness of every active vmap, outermost first."""
-    return tuple(each.randomness() for each in vmaps())
+    """The randomness setting of every active vmap, outermost first."""
+    return tuple(vmap.randomness() for vmap in vmaps())
 
 
 @constant_when_compiled
 def _different() -> tuple[tuple[int, int], ...]:
-    """Level and size of each map with randomness "different"."""
+    """Level and size of every vmap with randomness "different"."""
     return tuple(
-        (each.level(), int(each.batch_size())) for each in vmaps() if each.randomness() == "different"
+        (vmap.level(), int(vmap.batch_size())) for vmap in vmaps() if vmap.randomness() == "different"
     )

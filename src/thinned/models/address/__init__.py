@@ -19,7 +19,7 @@ from thinned.models.address.hooks import ModuleHooks, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.walk import is_ours
 from thinned.nested import shape_of
-from thinned.op.vmap_keys import for_each_member
+from thinned.op.vmap_keys import key_per_call
 from thinned.torch_state import compiling
 
 __all__ = ["Address", "address"]
@@ -280,7 +280,7 @@ class _Running(Counting):
         key = root.fold(_site(path, self.number(path)))
         if samples is not None and sample_dim is not None and input.dim():
             key = _of_samples(key, samples, input, sample_dim, path)
-        return for_each_member(key if key.bits.device == input.device else key.to(input.device))
+        return key_per_call(key if key.bits.device == input.device else key.to(input.device))
 
 
 def _site(path: str, call: int) -> str:

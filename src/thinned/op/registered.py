@@ -1,0 +1,121 @@
+"""``torch.ops.thinned``: schemas, kernels, shapes for compilers, and rules for vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinned import backends
+from thinned.geometry import Geometry
+from thinned.keys import Key, draw
+from thinned.op.partitioner import repeat_draws
+from thinned.op.vmap_keys import key_per_call
+from thinned.torch_state import compiling, is_eager, transforming, without_transforms
+
+__all__ = ["call_backend", "draw_for", "keep_mask", "key_tensor", "library", "stack_keys", "uniform"]
+
+library = torch.library.Library("thinned", "FRAGMENT")
+for _schema, *_tags in (
+    (
+        "masked_affine(Tensor x, Tensor key, SymInt[] strides, SymInt base, int T, float scale, float shift, "
+        "float fill) -> Tensor",
+    ),
+    ("keep_mask(Tensor key, SymInt[] shape, SymInt[] strides, SymInt base, int T) -> Tensor",),
+    ("uniform(Tensor key, SymInt[] shape, SymInt[] strides, SymInt base) -> Tensor",),
+    ("draw_key(Tensor place) -> Tensor", torch.Tag.nondeterministic_seeded),
+):
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, *_tags))
+
+
+def keep_mask(key: Tensor, shape: Sequence[int], geometry: Geometry, T: int) -> Tensor:
+    """``keep(m(i))`` as a bool tensor of ``shape`` on the key's device."""
+    return torch.ops.thinned.keep_mask(key, shape, *geometry, T)  # type: ignore[no-any-return]
+
+
+def uniform(key: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
+    """``u(m(i)) - 2**31`` as an int32 tensor of ``shape`` on the key's device."""
+    return torch.ops.thinned.uniform(key, shape, *geometry)  # type: ignore[no-any-return]
+
+
+def draw_for(x: Tensor) -> Tensor:
+    """One key's bits from the default generator of ``x``'s device, also under compile, vmap and export."""
+    return draw(x.device) if is_eager(x) else key_tensor(None, x)
+
+
+def key_tensor(key: int | Tensor | None, x: Tensor) -> Tensor:
+    """The key as a tensor on ``x``'s device; None draws one."""
+    if isinstance(key, Tensor):
+        return key
+    if key is not None:
+        return torch.tensor(key, dtype=torch.int64, device=x.device)
+    if transforming() and not compiling():
+        with without_transforms():
+            bits = draw(x.device)
+    else:
+        # Without this argument CSE would merge two draws; a fresh empty tensor keeps them distinct.
+        bits = torch.ops.thinned.draw_key(torch.empty((), dtype=torch.int64, device=x.device))
+    return key_per_call(Key.from_bits(bits), is_random=True).bits
+
+
+def call_backend(
+    x: Tensor,
+    key: int | Tensor,
+    geometry: Geometry | None,
+    T: int,
+    scale: float,
+    shift: float = 0.0,
+    fill: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:meth:`thinned.backends.Backend.masked_affine` of the backend for ``x``'s device."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    backend = backends.for_device_type("cpu" if x.is_cpu else x.device.type)
+    return backend.masked_affine(x, key, geometry, T, scale, shift, fill, out)
+
+
+def _masked_affine(x: Tensor, key: Tensor, strides: list[int], base: int, *constants: Any) -> Tensor:
+    return call_backend(x, key, Geometry(tuple(strides), base), *constants)
+
+
+def _keep_mask(key: Tensor, shape: list[int], strides: list[int], base: int, T: int) -> Tensor:
+    return backends.for_device(key.device).keep_mask(key, tuple(shape), Geometry(tuple(strides), base), T)
+
+
+def _uniform(key: Tensor, shape: list[int], strides: list[int], base: int) -> Tensor:
+    return backends.for_device(key.device).uniform(key, tuple(shape), Geometry(tuple(strides), base))
+
+
+for _name, _kernel, _fake in (
+    ("masked_affine", _masked_affine, lambda x, *_: torch.empty_like(x)),
+    ("keep_mask", _keep_mask, lambda key, shape, *_: key.new_empty(shape, dtype=torch.bool)),
+    ("uniform", _uniform, lambda key, shape, *_: key.new_empty(shape, dtype=torch.int32)),
+    ("draw_key", lambda place: draw(place.device), torch.empty_like),
+):
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"thinned::{_name}", _fake, lib=library)
+repeat_draws(torch.ops.thinned.draw_key.default)
+
+
+def stack_keys(key: Tensor, dim: int | None, size: int) -> Tensor:
+    """The keys of ``size`` calls under vmap, along dimension 0."""
+    return key.expand(size, *key.shape) if dim is None else key.movedim(dim, 0)
+
+
+def _vmap_rule(operation: Any) -> Any:
+    def rule(
+        info: Any, in_dims: tuple[Any, ...], key: Tensor, shape: list[int], strides: list[int], *rest: int
+    ) -> tuple[Tensor, int]:
+        size = info.batch_size
+        return operation(stack_keys(key, in_dims[0], size), (size, *shape), (0, *strides), *rest), 0
+
+    return rule
+
+
+for _name in ("keep_mask", "uniform"):
+    torch.library.register_vmap(
+        f"thinned::{_name}", _vmap_rule(getattr(torch.ops.thinned, _name)), lib=library
+    )
