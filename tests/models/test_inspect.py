@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from thinned.compare.model import model_of
+from thinned.compare.loading import model_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
