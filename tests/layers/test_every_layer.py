@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
@@ -73,8 +74,11 @@ def test_compiles_with_inductor(entry: Entry) -> None:
 
 
 @each_entry
-def test_names_of_laws_are_unique(entry: Entry) -> None:
+def test_names_of_laws_are_unique_and_families_together(entry: Entry) -> None:
+    """Each name is a row of the table, and each family a section."""
     assert len({law.name for law in entry.laws}) == len(entry.laws)
+    families = [law.family for law in entry.laws]
+    assert len(set(families)) == len(list(groupby(families)))
 
 
 @each_entry

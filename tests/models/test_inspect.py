@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from thinned.compare.loading import model_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
@@ -20,6 +19,7 @@ from typer.testing import CliRunner
 import thinned
 from models import zoo
 from thinned.cli import app
+from thinned.compare.loading import model_of
 from thinned.models.convert import convert
 from thinned.models.inspect import IN_EVALUATION, UNKNOWN, Inspection, inspect
 from thinned.models.inspect.by_reading import UNCONDITIONAL

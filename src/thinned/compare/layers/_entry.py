@@ -89,7 +89,7 @@ def for_mask(masked: Masked, words: str, *names: str) -> list[Law]:
         return law.check(layer, layer.settled(settings))
 
     return [
-        replace(law, name=f"{law.name}, {words}", check=partial(check, law=law))
+        replace(law, family=words, name=f"{law.name}, {words}", check=partial(check, law=law))
         for law in LAWS
         if law.name in names
     ]
