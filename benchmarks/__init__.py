@@ -1,1 +1,1 @@
-"""What thinned costs beside its peers: `python -m benchmarks`."""
+"""The cost of thinned beside its peers: `python -m benchmarks`."""

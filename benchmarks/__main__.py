@@ -23,7 +23,7 @@ from thinned.compare.settings import Settings
 
 # As many threads as any case asks for, whatever the machine has.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-# What an earlier run compiled does not count.
+# Compile again what an earlier run compiled.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 

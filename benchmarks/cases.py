@@ -174,7 +174,7 @@ def _compiled() -> Iterator[Case]:
 
 
 def _compiling() -> Iterator[Case]:
-    """What a compiler takes for two layers of BERT and their backward pass, within an address and without."""
+    """The time to compile two layers of BERT and their backward pass, within an address and without."""
 
     def make() -> Work:
         try:
@@ -204,7 +204,7 @@ def _compiling() -> Iterator[Case]:
 
 
 def _addressed() -> Iterator[Case]:
-    """What it costs a step to give each site its key: divide by the sites, subtract what is without."""
+    """The cost of a key for each site of a step: divide by the sites, subtract the time without."""
     sites = 20
     model = nn.Sequential(*(thinned.Dropout(0.5) for _ in range(sites)))
     x, ids = torch.ones(4, 16), torch.arange(4)

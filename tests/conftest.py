@@ -34,9 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:.torch.jit.script:{category}")
     # And Dynamo of itself: it makes an instance of a Function's context to trace with.
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
-    # In 2.11 the first sparse tensor of a process warns, even one that is told not to be checked.
+    # In 2.11 the first sparse tensor of a process warns, even one with check_invariants=False.
     config.addinivalue_line("filterwarnings", "ignore:Sparse invariant checks:UserWarning")
-    # Threads that wait for each other on a busy machine make a test of one second take ten.
+    # On a loaded machine, threads that wait for each other make a test of one second take ten.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
@@ -80,7 +80,7 @@ def frozen() -> None:
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """What was compiled before, in this process or an earlier one, does not count against a test."""
+    """Start without compiled code of this process or an earlier one."""
     import torch._functorch.config
     import torch._inductor.config
 

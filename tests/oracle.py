@@ -139,7 +139,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 def dropout(x: Tensor, key: Tensor, p: float, broadcast_dims: tuple[int, ...] = ()) -> Tensor:
-    """What :func:`thinned.functional.dropout` returns, contiguous, for one key or one for each row."""
+    """The result of :func:`thinned.functional.dropout`, contiguous, for one key or one for each row."""
     T = spec.threshold(p)
     geometry = shared(x.shape, broadcast_dims, key.dim())
     return masked_affine(x, key, geometry, T, spec.scale(T))

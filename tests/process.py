@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 
-PATIENCE = 600  # seconds after which something hangs: far more than a busy machine needs
+PATIENCE = 600  # seconds after which something hangs: far more than a loaded machine needs
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -24,7 +24,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def output(code: str, **environment: str) -> str:
-    """What code prints that runs without an error."""
+    """The output of code that runs without an error."""
     done = python(code, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -137,7 +137,7 @@ def test_a_thousand_addressed_steps_under_inductor() -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_children_in_plain_operations(backend: str) -> None:
-    """What exported graphs have in the place of the operation."""
+    """Exported graphs have the decomposition in place of the operation."""
     decomposed = thinned.decompositions()[torch.ops.thinned.fold.default]
     fast = torch.compile(decomposed, fullgraph=True, backend=backend)
     keys = torch.tensor(BITS)

@@ -1,4 +1,4 @@
-"""Which mask index each element of a tensor has: a stride for each dimension and a base."""
+"""The mask index of each element of a tensor: a stride for each dimension and a base."""
 
 from __future__ import annotations
 

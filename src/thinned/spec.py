@@ -101,7 +101,7 @@ def scale(T: int) -> float:
 
 
 def keep_mask(key: int, shape: int | Sequence[int], p: float, *, start: int = 0) -> NDArray[np.bool_]:
-    """Which elements are kept: ``u(i) < T``, ``i`` the row-major position plus ``start``.
+    """True where ``u(i) < T``; ``i`` is the row-major position plus ``start``.
 
     >>> keep_mask(7, (2, 6), p=0.5).astype(int)
     array([[0, 0, 0, 1, 1, 1],

@@ -1,4 +1,4 @@
-"""Which PyTorch machinery is active (compiler, vmap, forward AD, tracing), and every private name of PyTorch.
+"""The active machinery of PyTorch (compiler, vmap, forward AD, tracing), and every private name of PyTorch.
 
 No other file uses a private name; ``tests/test_torch_state.py`` searches the source tree for them. Each name
 was seen in PyTorch 2.11, 2.13, 2.14.1 and 2.15, unless a comment says otherwise. A missing name has one of

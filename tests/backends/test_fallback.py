@@ -23,7 +23,7 @@ WITHOUT_NATIVE = """
 
 
 def test_native_runs() -> None:
-    """The CPU is served by the compiled kernel; in CI it must be, elsewhere its absence is told."""
+    """The CPU is served by the compiled kernel; in CI it must be, elsewhere its absence is reported."""
     if reason := backends.missing().get("native"):
         assert os.environ.get("CI") != "true", f"the compiled kernel is missing: {reason}"
         pytest.skip(reason)

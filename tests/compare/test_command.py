@@ -88,7 +88,7 @@ def test_a_missing_extra_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
-    """What one comparison prints, its page and its record."""
+    """The output of one comparison, its page and its record."""
     folder = tmp_path_factory.mktemp("compared")
     html, record = folder / "page.html", folder / "record.json"
     result = thinned_command(

@@ -46,7 +46,7 @@ def test_times_each_beside_a_multiply(direction: str) -> None:
 
 
 class Clock:
-    """Goes on by a millisecond whenever it is read."""
+    """Advances by a millisecond whenever it is read."""
 
     now = 0.0
 

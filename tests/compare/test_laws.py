@@ -37,7 +37,7 @@ def test_each_law_has_its_culprit_and_a_layer() -> None:
 
 @pytest.mark.parametrize("name", CULPRITS)
 def test_law_catches_its_culprit(name: str) -> None:
-    """That it holds for each layer of thinned is tested with all layers."""
+    """tests/layers/test_every_layer.py holds each layer of thinned to it."""
     assert examine(ALL[name], CULPRITS[name], QUICK).verdict.is_breach
 
 

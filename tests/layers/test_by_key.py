@@ -1,4 +1,4 @@
-"""What layers of attention, blocks and noise have in common: backward regenerates a factor from the key."""
+"""The layers of attention, blocks and noise: backward regenerates a factor from the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is true of every layer in the catalogue."""
+"""Laws and properties of every layer in the catalogue."""
 
 from __future__ import annotations
 

@@ -591,7 +591,7 @@ def test_what_a_dropout_has_of_its_own_is_named_and_it_stays(make: Callable[[], 
 
 
 class Documented(nn.Dropout):
-    """A dropout of one's own name."""
+    """A dropout with a name that no library has."""
 
     p: float
     other: int

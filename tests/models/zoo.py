@@ -153,7 +153,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def inputs(model: nn.Module, batch: int = 4, seed: int = 0) -> dict[str, Tensor]:
-    """What to call a model of this file with, by the names of its arguments."""
+    """The arguments of a call of a model of this file, by name."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(1, VOCABULARY, (batch, LENGTH), generator=generator)
     vectors = torch.randn(batch, LENGTH, WIDTH, generator=generator)

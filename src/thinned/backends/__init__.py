@@ -27,7 +27,7 @@ __all__ = ["Backend", "available", "describe", "for_device", "missing", "name_fo
 
 
 class Backend(Protocol):
-    """What a backend is asked for: a module with these four functions, and nothing else.
+    """A backend is a module with these four functions, and nothing else is asked of it.
 
     They take plain tensors: no subclass, no conjugate or negative bit except a conjugate ``x``, no autograd.
 
@@ -54,7 +54,7 @@ class Backend(Protocol):
         """
 
     def keep_mask(self, key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
-        """Which elements are kept, as a bool tensor on the key's device; an ``int`` stands for the CPU."""
+        """True where kept, in a bool tensor on the key's device; an ``int`` key stands for the CPU."""
 
     def uniform(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
         """``u - 2**31`` of each element, as an int32 tensor on the key's device."""

@@ -18,7 +18,7 @@ from thinned import Key
 
 
 class Offloaded(torch.autograd.Function):
-    """A checkpoint of one's own, which does not restore the random state: what a fast default makes of it."""
+    """A checkpoint that does not restore the random state, with the code that a fast default makes of it."""
 
     @staticmethod
     def forward(ctx: Any, block: nn.Module, x: Tensor) -> Tensor:

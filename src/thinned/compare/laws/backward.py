@@ -21,7 +21,7 @@ __all__ = ["LAWS"]
 
 
 def gradient(layer: Case, settings: Settings) -> Finding:
-    """That of every input and parameter, in float64."""
+    """The gradient of every input and parameter, in float64."""
     call, x, others = layer.differentiable(settings, torch.float64)
     # gradcheck changes its inputs in place, so that the others reach the call by themselves.
     return _checked(

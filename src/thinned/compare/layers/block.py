@@ -80,7 +80,7 @@ class Blocks:
 
     @cached_property
     def cover(self) -> Tensor:
-        """Which seeds' blocks cover a position: 1 or 0 for each position and each seed."""
+        """1 where the block of a seed covers a position, for each position and each seed."""
         cover = torch.ones(1, 1, dtype=torch.float64)
         for size in self.sizes:
             block = min(self.block, size)

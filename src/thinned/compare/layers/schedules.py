@@ -78,7 +78,7 @@ def rates(layer: Case, settings: Settings, name: str) -> Finding:
 
 
 def resumes(layer: Case, settings: Settings) -> Finding:
-    """The state of step 3, loaded into a new model, goes on with the probabilities of the first."""
+    """A new model that loads the state of step 3 has the first model's probabilities from there."""
     del settings
     first, second = (layer.make(p=p, schedule=SCHEDULES["cosine"]) for p in (0.4, 0.9))
     if not hasattr(first, "schedule"):

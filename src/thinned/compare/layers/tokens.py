@@ -77,7 +77,7 @@ def _positions(samples: int, tokens: int, settings: Settings) -> Tensor:
 
 
 def _kept(layer: Case, settings: Settings) -> Tensor:
-    """Which of the tokens behind the prefix each sample keeps: ``(SAMPLES, TOKENS)`` bools."""
+    """True for the tokens behind the prefix that a sample keeps: ``(SAMPLES, TOKENS)`` bools."""
     y = first(layer.make(p=0.5)(_positions(SAMPLES, 1 + TOKENS, settings)))
     places = y[:, 1:, 1].long() - 1
     return torch.zeros(SAMPLES, TOKENS, dtype=torch.bool, device=places.device).scatter(1, places, True)
