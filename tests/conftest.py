@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from subject import SUBJECTS, Subject, why_missing
+from backend_under_test import BACKENDS, BackendUnderTest, why_missing
 from thinned import backends
 
 settings.register_profile(
@@ -52,8 +52,8 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[name for name in SUBJECTS if not why_missing(name)])
-def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
+@pytest.fixture(params=[name for name in BACKENDS if not why_missing(name)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[BackendUnderTest]:
     """Each backend in turn, which serves the public functions too; native under each instruction set."""
     name: str = request.param
     ran.add(name)
@@ -61,13 +61,13 @@ def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if kind == "portable":
         portable = backends.available()["portable"]
         monkeypatch.setattr(backends, "for_device_type", lambda _: portable)
-        yield Subject(portable, rest.removeprefix("on ") or "cpu")
+        yield BackendUnderTest(portable, rest.removeprefix("on ") or "cpu")
         return
     from thinned.backends import _native
 
     before = _native.isa()
     _native.set_isa(rest)
-    yield Subject(backends.available()["native"])
+    yield BackendUnderTest(backends.available()["native"])
     _native.set_isa(before)
 
 
@@ -120,7 +120,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not ran:
         return
     terminalreporter.section("backends and instruction sets")
-    terminalreporter.line("ran: " + (", ".join(name for name in SUBJECTS if name in ran)))
-    for name in SUBJECTS:
+    terminalreporter.line("ran: " + (", ".join(name for name in BACKENDS if name in ran)))
+    for name in BACKENDS:
         if name not in ran:
             terminalreporter.line(f"did not run: {name} ({why_missing(name) or 'not asked for'})")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from subject import Subject
+from backend_under_test import BackendUnderTest
 from thinned import spec
 from thinned.geometry import Geometry
 from thinned.philox import high32, join, low32, philox4x32, signed64
@@ -67,11 +67,11 @@ def test_tensors(rounds: int) -> None:
     assert words.tolist() == [list(answer.words) for answer in answers]
 
 
-def test_backends(subject: Subject) -> None:
+def test_backends(backend: BackendUnderTest) -> None:
     """At p = 0.5 plane 0 decides alone, so that the mask of block 0 is the complement of its words."""
     answer = ANSWERS[0]
     assert answer[:3] == (7, (0, 0, 0, 0), (0, 0))
-    mask = subject.keep_mask(torch.tensor(0), (128,), Geometry((1,)), 2**31)
+    mask = backend.keep_mask(torch.tensor(0), (128,), Geometry((1,)), 2**31)
     words = [sum(1 << b for b in range(32) if not mask[32 * w + b]) for w in range(4)]
     assert tuple(words) == answer.words
 

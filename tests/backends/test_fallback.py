@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import thinned
+from backend_under_test import BACKENDS, why_missing
 from process import output, python
-from subject import SUBJECTS, why_missing
 from thinned import backends
 
 WITHOUT_NATIVE = """
@@ -31,7 +31,7 @@ def test_native_runs() -> None:
     assert not backends.missing()
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_backend_can_run_here(name: str) -> None:
     if reason := why_missing(name):
         pytest.skip(f"{name}: {reason}")

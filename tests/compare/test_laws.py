@@ -22,12 +22,12 @@ ALL = {law.name: law for law in entry_of("LockedDropout").laws} | DROPOUT
 MEANS = {f"mean in {dtype}" for dtype in ("float16", "bfloat16", "float32", "float64")}
 
 
-def findings(subject: Implementation, names: Container[str] = DROPOUT) -> dict[str, Finding]:
-    return {name: examine(law, subject, QUICK) for name, law in DROPOUT.items() if name in names}
+def findings(implementation: Implementation, names: Container[str] = DROPOUT) -> dict[str, Finding]:
+    return {name: examine(law, implementation, QUICK) for name, law in DROPOUT.items() if name in names}
 
 
-def breaches(subject: Implementation) -> set[str]:
-    return {name for name, finding in findings(subject).items() if finding.verdict.is_breach}
+def breaches(implementation: Implementation) -> set[str]:
+    return {name for name, finding in findings(implementation).items() if finding.verdict.is_breach}
 
 
 def test_each_law_has_its_culprit_and_a_layer() -> None:

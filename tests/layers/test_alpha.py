@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import oracle
 import thinned
-from subject import Subject
+from backend_under_test import BackendUnderTest
 from thinned.compare.implementation import Implementation
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers.alpha import ENTRIES, Affine
@@ -38,18 +38,18 @@ def constants(p: float) -> tuple[float, float, float]:
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9])
 def test_every_backend_is_the_formula(
-    subject: Subject, dims: tuple[int, ...], dtype: torch.dtype, p: float
+    backend: BackendUnderTest, dims: tuple[int, ...], dtype: torch.dtype, p: float
 ) -> None:
     function = feature_alpha_dropout if dims else alpha_dropout
     T = thinned.spec.threshold(p)
     x = oracle.specials((6, 10, 4, 3), dtype)
     expected = oracle.masked_affine(x, KEY.bits, shared(x.shape, dims), T, *constants(p))
     for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
-        y = function(laid_out.to(subject.device), p, training=True, key=KEY)
+        y = function(laid_out.to(backend.device), p, training=True, key=KEY)
         oracle.assert_same(y.cpu(), expected)
         assert y.stride() == laid_out.stride()
     keys = KEY.fold(torch.arange(6))
-    y = function(x.to(subject.device), p, training=True, key=keys.to(subject.device))
+    y = function(x.to(backend.device), p, training=True, key=keys.to(backend.device))
     oracle.assert_same(
         y.cpu(), oracle.masked_affine(x, keys.bits, shared(x.shape, dims, 1), T, *constants(p))
     )

@@ -27,7 +27,7 @@ REAL = [dtype for dtype in oracle.DTYPES if not dtype.is_complex]
 normalizations = pytest.mark.parametrize("normalize", ["kept", "expected"])
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("p", [0.5, 1.0])
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
@@ -76,7 +76,7 @@ def test_the_heads_dimension(normalize: Any) -> None:
     assert drop_head(x[0], 0.5, dim=0, normalize=normalize, key=KEY).equal(y[0])
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dims", [(), (1,), (1, 2), (-1,), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
 @pytest.mark.parametrize("dtype", REAL, ids=str)

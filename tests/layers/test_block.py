@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import chance
 import oracle
-from subject import Subject
+from backend_under_test import BackendUnderTest
 from thinned import Key, spec
 from thinned.compare.layers.block import ENTRIES, Blocks
 from thinned.layers.block import (
@@ -76,9 +76,9 @@ def brute_force(key: int, masks: tuple[int, ...], sizes: tuple[int, ...], block:
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize(("sizes", "block"), MAPS)
 def test_every_backend_drops_the_blocks_of_the_specification(
-    subject: Subject, sizes: tuple[int, ...], block: Any, coupled: bool
+    backend: BackendUnderTest, sizes: tuple[int, ...], block: Any, coupled: bool
 ) -> None:
-    x = torch.randn(3, 4, *sizes, device=subject.device)
+    x = torch.randn(3, 4, *sizes, device=backend.device)
     y = FUNCTIONS[len(sizes)](x, 0.4, block, couple_channels=coupled, key=KEY).cpu()
     keep = brute_force(7, (3, 1 if coupled else 4), sizes, block, 0.4).expand(x.shape)
     _, _, kept_share = solved(sizes, block, 0.4)

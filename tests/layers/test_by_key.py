@@ -54,7 +54,7 @@ def each(calls: dict[str, Call]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("call", calls.values(), ids=calls)
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @each(MASKS | NOISE)
 def test_a_samples_result_depends_on_its_key_alone(call: Call) -> None:
     x, order = torch.randn(SHAPE), torch.tensor([2, 0, 3, 1])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import oracle
 import thinned
-from subject import Subject
+from backend_under_test import BackendUnderTest
 from thinned.compare.implementation import Implementation
 from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers.channels import ENTRIES
@@ -34,15 +34,15 @@ Function = Callable[..., Tensor]
 @pytest.mark.parametrize(("function", "shape"), CASES)
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_every_backend_is_the_specification(
-    subject: Subject, function: Function, shape: tuple[int, ...], dtype: torch.dtype
+    backend: BackendUnderTest, function: Function, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x = oracle.specials(shape, dtype)
     expected = oracle.dropout(x, KEY.bits, P, tuple(range(2, len(shape))))
     for laid_out in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
-        y = function(laid_out.to(subject.device), P, key=KEY)
+        y = function(laid_out.to(backend.device), P, key=KEY)
         oracle.assert_same(y.cpu(), expected)
     keys = KEY.fold(torch.arange(6))
-    y = function(x.to(subject.device), P, key=keys.to(subject.device))
+    y = function(x.to(backend.device), P, key=keys.to(backend.device))
     geometry = shared(shape, range(2, len(shape)), 1)
     T = thinned.spec.threshold(P)
     oracle.assert_same(y.cpu(), oracle.masked_affine(x, keys.bits, geometry, T, thinned.spec.scale(T)))

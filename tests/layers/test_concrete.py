@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import chance
 import thinned
-from subject import Subject
+from backend_under_test import BackendUnderTest
 from thinned import op
 from thinned.compare.layers.concrete import ENTRIES, ConcreteDropoutFormula
 from thinned.layers.concrete import ConcreteDropout, concrete_dropout, concrete_regularization
@@ -85,14 +85,14 @@ def test_agrees_with_the_authors_formula_in_distribution() -> None:
 @pytest.mark.parametrize(("p", "t"), [(0.05, 0.125), (0.3, 0.5), (0.8, 2.0)])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_values_are_those_of_the_formula_and_rounded_once(
-    subject: Subject, dtype: torch.dtype, p: float, t: float
+    backend: BackendUnderTest, dtype: torch.dtype, p: float, t: float
 ) -> None:
     x, logit = torch.randn(6, 50, dtype=torch.float64).to(dtype), torch.tensor(p).logit()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     noise = logistic(KEY, (6, 50), dtype=wide)
-    y = concrete_dropout(x.to(subject.device), logit.to(subject.device), temperature=t, key=KEY).cpu()
+    y = concrete_dropout(x.to(backend.device), logit.to(backend.device), temperature=t, key=KEY).cpu()
     kept = 1 / (1 + ((noise + logit) / t).exp())
-    if subject.device == "cpu":
+    if backend.device == "cpu":
         assert y.equal((x.to(wide) * (kept * (1 + logit.to(wide).exp()))).to(dtype))
     exact = x.double() * torch.sigmoid(-(noise.double() + logit) / t) * (1 + logit.double().exp())
     torch.testing.assert_close(y, exact.to(dtype), rtol=max(4, 2 / t) * torch.finfo(dtype).eps, atol=1e-6)

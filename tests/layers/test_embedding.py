@@ -20,7 +20,7 @@ from verdicts import verdict
 KEY = thinned.Key(7)
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_specification(dtype: torch.dtype) -> None:
     """The weight under a mask of (words, 1), rounded once, for words of either dtype and of no dimension."""

@@ -106,7 +106,7 @@ def test_a_key_decides(entry: Entry, references: dict[str, Tensor]) -> None:
 
 
 @each_keyed_entry
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 def test_backends_agree(references: dict[str, Tensor], entry: Entry) -> None:
     oracle.assert_same(result(entry, KEY), references[entry.name])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import thinned
-from subject import Subject
+from backend_under_test import BackendUnderTest
 from thinned.compare.layers.gaussian import ENTRIES, VariationalDropoutFormula, true_divergence
 from thinned.layers.gaussian import (
     GaussianDropout,
@@ -74,18 +74,18 @@ def test_law_of_alpha_catches(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_factor_is_that_of_the_noise_and_rounded_once(subject: Subject, dtype: torch.dtype) -> None:
+def test_factor_is_that_of_the_noise_and_rounded_once(backend: BackendUnderTest, dtype: torch.dtype) -> None:
     x = torch.randn(6, 50, dtype=torch.float64).to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     z = normal(KEY, (6, 50), dtype=wide)
     for p in (0.01, 0.3, 0.5, 0.9):
         sigma = math.sqrt(p / (1 - p))
         expected = (x.to(wide) * (1 + z * sigma)).to(dtype)
-        y = gaussian_dropout(x.to(subject.device), p, key=KEY)
+        y = gaussian_dropout(x.to(backend.device), p, key=KEY)
         log_alpha = torch.tensor(p / (1 - p), dtype=torch.float64).log()
-        learned = variational_dropout(x.to(subject.device), log_alpha.to(subject.device), key=KEY)
+        learned = variational_dropout(x.to(backend.device), log_alpha.to(backend.device), key=KEY)
         assert y.dtype == learned.dtype == dtype
-        if subject.device == "cpu":
+        if backend.device == "cpu":
             assert y.equal(expected)
         torch.testing.assert_close(y.cpu(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
         # exp rounds this sigma to float32.

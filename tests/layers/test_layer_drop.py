@@ -33,7 +33,7 @@ def run(layers: LayerDrop, x: Tensor, key: thinned.Key) -> Tensor:
     return x
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 def test_runs_what_the_mask_keeps() -> None:
     x, layers = torch.randn(5, 4), stack(12)
     for seed in range(10):

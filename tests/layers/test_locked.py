@@ -21,7 +21,7 @@ KEYS = KEY.fold(torch.arange(4))
 each_layout = pytest.mark.parametrize("batch_first", [False, True])
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("key", [KEY, KEYS], ids=["one key", "a key for each sample"])
 def test_specification(dtype: torch.dtype, key: thinned.Key) -> None:

@@ -25,7 +25,7 @@ KEY = thinned.Key(7)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.complex64], ids=str)
 @pytest.mark.parametrize("shape", [(5, 7), (3, 4, 20), (6,), (), (0, 3)])
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 def test_a_sample_is_a_dropout_under_its_own_key(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(shape).to(dtype)
     for key in (KEY, KEY.fold(torch.arange(shape[0])) if shape else KEY):

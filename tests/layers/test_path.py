@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import oracle
 import thinned
-from subject import Subject
+from backend_under_test import BackendUnderTest
 from thinned import spec
 from thinned.compare.implementation import Implementation
 from thinned.compare.laws import Verdict, examine
@@ -40,13 +40,13 @@ def call(name: str, x: Tensor, p: float, key: thinned.Key) -> Tensor:
 @pytest.mark.parametrize("p", [0.3, 0.9])
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_every_backend_is_the_specification(
-    subject: Subject, name: str, p: float, dtype: torch.dtype
+    backend: BackendUnderTest, name: str, p: float, dtype: torch.dtype
 ) -> None:
     x, T = oracle.specials((40, 3, 7), dtype), spec.threshold(p)
     scale = 1.0 if "without" in name else spec.scale(T)
     for key in (KEY, KEY.fold(torch.arange(40))):
         geometry = shared(x.shape, range("batch" not in name, 3), key.bits.dim())
-        y = call(name, x.to(subject.device), p, key.to(subject.device))
+        y = call(name, x.to(backend.device), p, key.to(backend.device))
         oracle.assert_same(y.cpu(), oracle.masked_affine(x, key.bits, geometry, T, scale))
 
 

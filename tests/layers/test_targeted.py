@@ -52,7 +52,7 @@ def candidates(weight: Tensor, target: float, kind: str, dim: int = 0) -> Tensor
     ],
 )
 @pytest.mark.parametrize(("p", "target"), [(0.5, 0.5), (0.3, 0.75), (1.0, 0.29), (0.9, 1.0), (0.9, 0.0)])
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 def test_formula(
     kind: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, p: float, target: float
 ) -> None:

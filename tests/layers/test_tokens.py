@@ -47,7 +47,7 @@ def lowest(key: Key, samples: int, tokens: int, prefix: int, count: int) -> Tens
     return torch.from_numpy(np.stack(rows))
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @each_key
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_as_many_stay_as_with_timm(p: float) -> None:
         assert PatchDropout(p)(x).shape == TIMM(p)(x).shape
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("prefix", [0, 2, 30])
 @each_key

@@ -53,7 +53,7 @@ def by_hand(module: nn.Module, weights: list[str], p: float, key: thinned.Key) -
     return module
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("key", [KEY, KEY.fold(torch.arange(40))], ids=["one key", "a key for each row"])
 def test_specification(dtype: torch.dtype, key: thinned.Key) -> None:

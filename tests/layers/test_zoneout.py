@@ -19,7 +19,7 @@ from verdicts import verdict
 KEY = thinned.Key(7)
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("key", [KEY, KEY.fold(torch.arange(30))], ids=["one key", "a key for each row"])
 def test_specification(dtype: torch.dtype, key: thinned.Key) -> None:

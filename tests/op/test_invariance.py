@@ -8,7 +8,7 @@ from torch import Tensor
 
 import oracle
 import thinned
-from subject import KNOWN_ISAS, Subject, why_missing
+from backend_under_test import KNOWN_ISAS, BackendUnderTest, why_missing
 from thinned import backends, spec
 from thinned.functional import dropout
 from thinned.geometry import Geometry, shared
@@ -30,12 +30,12 @@ LARGE = {
 
 @pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize("name", LARGE)
-def test_threads(subject: Subject, name: str) -> None:
+def test_threads(backend: BackendUnderTest, name: str) -> None:
     x = LARGE[name]
     results = []
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
-        results.append(subject.masked_affine(x, KEY, shared(x.shape, ()), T, spec.scale(T)))
+        results.append(backend.masked_affine(x, KEY, shared(x.shape, ()), T, spec.scale(T)))
     for other in results[1:]:
         oracle.assert_same(other, results[0])
 
@@ -70,35 +70,35 @@ def test_instruction_sets(name: str) -> None:
 
 @pytest.mark.parametrize("base", [0, 2**39 - 500])
 @pytest.mark.parametrize("cut", [(5, 37), (1, 128), (13, 64), (24, 11)])
-def test_chunks_are_parts_of_the_whole(subject: Subject, cut: tuple[int, int], base: int) -> None:
+def test_chunks_are_parts_of_the_whole(backend: BackendUnderTest, cut: tuple[int, int], base: int) -> None:
     """The two-dimensional pieces of a tensor, each computed alone under the geometry of its place."""
     x = torch.randn(24, 300)
     geometry = Geometry((300, 1), base)
-    whole = subject.masked_affine(x, KEY, geometry, T, spec.scale(T))
+    whole = backend.masked_affine(x, KEY, geometry, T, spec.scale(T))
     pieces = torch.full_like(x, float("nan"))
     for row in range(0, 24, cut[0]):
         for column in range(0, 300, cut[1]):
             place = slice(row, row + cut[0]), slice(column, column + cut[1])
             part = geometry.shard((row, column))
-            pieces[place] = subject.masked_affine(x[place], KEY, part, T, spec.scale(T))
+            pieces[place] = backend.masked_affine(x[place], KEY, part, T, spec.scale(T))
     oracle.assert_same(pieces, whole)
 
 
-def test_row_by_row_under_a_batch_of_keys(subject: Subject) -> None:
+def test_row_by_row_under_a_batch_of_keys(backend: BackendUnderTest) -> None:
     x, key = torch.randn(30, 77), thinned.Key(7).fold(torch.arange(30))
-    whole = subject.masked_affine(x, key.bits, shared(x.shape, (), key_dims=1), T, spec.scale(T))
+    whole = backend.masked_affine(x, key.bits, shared(x.shape, (), key_dims=1), T, spec.scale(T))
 
     def row(i: int) -> Tensor:
-        return subject.masked_affine(x[i], thinned.Key(7).fold(i).bits, Geometry((1,)), T, spec.scale(T))
+        return backend.masked_affine(x[i], thinned.Key(7).fold(i).bits, Geometry((1,)), T, spec.scale(T))
 
     oracle.assert_same(torch.stack([row(i) for i in range(30)]), whole)
 
 
 @pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (2, 0, 1)])
-def test_memory_layout_does_not_matter(subject: Subject, order: tuple[int, int, int]) -> None:
+def test_memory_layout_does_not_matter(backend: BackendUnderTest, order: tuple[int, int, int]) -> None:
     x = torch.randn(12, 35, 20)
     permuted = x.permute(order).contiguous().permute([order.index(d) for d in range(3)])
     assert permuted.stride() != x.stride()
     geometry = shared(x.shape, ())
-    y = subject.masked_affine(permuted, KEY, geometry, T, spec.scale(T))
-    oracle.assert_same(y, subject.masked_affine(x, KEY, geometry, T, spec.scale(T)))
+    y = backend.masked_affine(permuted, KEY, geometry, T, spec.scale(T))
+    oracle.assert_same(y, backend.masked_affine(x, KEY, geometry, T, spec.scale(T)))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import oracle
 import strategies
 import thinned
-from subject import Subject
+from backend_under_test import BackendUnderTest
 from thinned import spec
 from thinned.geometry import Geometry, shared
 
@@ -18,29 +18,29 @@ PROBABILITIES = (0.001, 0.1, 0.25, 0.3, 0.5, 0.9, 1.0, 2.0**-32, 1e-9, 1e-12)
 
 
 def assert_mask(
-    subject: Subject, key: torch.Tensor, shape: tuple[int, ...], geometry: Geometry, T: int
+    backend: BackendUnderTest, key: torch.Tensor, shape: tuple[int, ...], geometry: Geometry, T: int
 ) -> None:
     expected = torch.from_numpy(oracle.keep_mask(key, shape, geometry, T))
-    oracle.assert_same(subject.keep_mask(key, shape, geometry, T), expected)
+    oracle.assert_same(backend.keep_mask(key, shape, geometry, T), expected)
 
 
 @pytest.mark.parametrize("p", PROBABILITIES)
-def test_probabilities(subject: Subject, p: float) -> None:
-    assert_mask(subject, oracle.key_bits(2**64 - 7), (3, 700), Geometry((700, 1)), spec.threshold(p))
+def test_probabilities(backend: BackendUnderTest, p: float) -> None:
+    assert_mask(backend, oracle.key_bits(2**64 - 7), (3, 700), Geometry((700, 1)), spec.threshold(p))
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 def test_public_function_is_the_specification() -> None:
     mask = thinned.keep_mask(thinned.Key(2**63 + 9), (5, 77), 0.3)
     assert (mask.numpy() == spec.keep_mask(2**63 + 9, (5, 77), 0.3)).all()
 
 
 @pytest.mark.parametrize("base", [2**32 - 100, 2**39 - 100, 2**40, 2**46 - 100, 2**63 - 700])
-def test_far_positions(subject: Subject, base: int) -> None:
+def test_far_positions(backend: BackendUnderTest, base: int) -> None:
     """2**39 is where a block's number reaches its high half, 2**63 where an int64 index ends."""
     for key in (torch.tensor(7), torch.arange(2)):
         geometry = Geometry((300, 1), base)
-        assert_mask(subject, key, (2, 300), geometry, spec.threshold(0.3))
+        assert_mask(backend, key, (2, 300), geometry, spec.threshold(0.3))
 
 
 @pytest.mark.parametrize(
@@ -60,40 +60,40 @@ def test_far_positions(subject: Subject, base: int) -> None:
         pytest.param((50, 60), Geometry((1, 1)), id="overlapping rows"),
     ],
 )  # fmt: skip
-def test_geometries(subject: Subject, shape: tuple[int, ...], geometry: Geometry) -> None:
-    assert_mask(subject, torch.tensor(7), shape, geometry, spec.threshold(0.1))
+def test_geometries(backend: BackendUnderTest, shape: tuple[int, ...], geometry: Geometry) -> None:
+    assert_mask(backend, torch.tensor(7), shape, geometry, spec.threshold(0.1))
     if len(shape) > 1:
-        assert_mask(subject, torch.arange(shape[0]) % 7 * 2**40, shape, geometry, spec.threshold(0.1))
+        assert_mask(backend, torch.arange(shape[0]) % 7 * 2**40, shape, geometry, spec.threshold(0.1))
 
 
-def test_key_for_each_row(subject: Subject) -> None:
+def test_key_for_each_row(backend: BackendUnderTest) -> None:
     """A row's mask depends on its key alone."""
     batch = thinned.Key(7).fold(torch.arange(33))
-    mask = subject.keep_mask(batch.bits, (33, 200), shared((33, 200), (), key_dims=1), spec.threshold(0.3))
+    mask = backend.keep_mask(batch.bits, (33, 200), shared((33, 200), (), key_dims=1), spec.threshold(0.3))
     for row in (0, 1, 32):
         assert (mask[row].numpy() == spec.keep_mask(spec.fold(7, row), 200, 0.3)).all()
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), ()])
-def test_zero_size_and_zero_dimensions(subject: Subject, shape: tuple[int, ...]) -> None:
+def test_zero_size_and_zero_dimensions(backend: BackendUnderTest, shape: tuple[int, ...]) -> None:
     for T in (0, 1, 2**31, 2**32):
-        assert_mask(subject, torch.tensor(7), shape, shared(shape, ()), T)
+        assert_mask(backend, torch.tensor(7), shape, shared(shape, ()), T)
     if shape:
-        assert_mask(subject, torch.arange(shape[0]), shape, shared(shape, (), 1), 2**31)
+        assert_mask(backend, torch.arange(shape[0]), shape, shared(shape, (), 1), 2**31)
 
 
 @given(st.data(), strategies.shapes(), strategies.thresholds)
-def test_any_mask(subject: Subject, data: st.DataObject, shape: tuple[int, ...], T: int) -> None:
+def test_any_mask(backend: BackendUnderTest, data: st.DataObject, shape: tuple[int, ...], T: int) -> None:
     key = data.draw(strategies.batches(shape))
     geometry = data.draw(strategies.geometries(shape, key.dim()))
-    assert_mask(subject, key, shape, geometry, T)
+    assert_mask(backend, key, shape, geometry, T)
 
 
 @pytest.mark.parametrize("p", [(0.1, 0.3), (0.25, 0.5), (0.5, 0.9), (0.999, 1 - 2**-32)])
-def test_masks_are_nested(subject: Subject, p: tuple[float, float]) -> None:
+def test_masks_are_nested(backend: BackendUnderTest, p: tuple[float, float]) -> None:
     """Under one key, what a larger p keeps, a smaller p keeps too."""
     smaller, larger = (
-        subject.keep_mask(torch.tensor(7), (20000,), Geometry((1,)), spec.threshold(probability))
+        backend.keep_mask(torch.tensor(7), (20000,), Geometry((1,)), spec.threshold(probability))
         for probability in p
     )
     assert not (larger & ~smaller).any()

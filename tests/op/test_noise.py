@@ -13,7 +13,7 @@ from torch import Tensor
 
 import chance
 import thinned
-from subject import Subject
+from backend_under_test import BackendUnderTest
 from thinned import op, spec
 from thinned.op.noise import logistic, multiply, normal, uniform
 
@@ -91,7 +91,9 @@ def test_ends(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_every_backend_gives_the_same_bits(subject: Subject, function: Noise, dtype: torch.dtype) -> None:
+def test_every_backend_gives_the_same_bits(
+    backend: BackendUnderTest, function: Noise, dtype: torch.dtype
+) -> None:
     """From the specification's numbers, on one device; another device has an erfinv of its own."""
     v = torch.from_numpy(centred(dtype, 1000))
     expected = {
@@ -99,14 +101,14 @@ def test_every_backend_gives_the_same_bits(subject: Subject, function: Noise, dt
         normal: v.erfinv() * 2**0.5,
         logistic: ((1 + v) / (1 - v)).log(),
     }[function]
-    found = function(thinned.Key.from_bits(KEY.bits.to(subject.device)), (1000,), dtype=dtype).cpu()
+    found = function(thinned.Key.from_bits(KEY.bits.to(backend.device)), (1000,), dtype=dtype).cpu()
     if expected is None:
         u = centred(torch.float64, 1000)
         shrunk = np.float32(2**-32 * (1 - 2**-23)) if dtype == torch.float32 else 2**-32
         kind = np.float32 if dtype == torch.float32 else np.float64
         numbers = (u * 2**31 - 0.5).astype(kind) + kind(0.5)
         expected = torch.from_numpy(numbers * kind(shrunk) + kind(0.5))
-    if subject.device == "cpu":
+    if backend.device == "cpu":
         assert found.equal(expected)
     else:
         torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)

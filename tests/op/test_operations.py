@@ -60,7 +60,7 @@ def test_opcheck_of_draw_key() -> None:
     )
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_both_code_paths_agree(sample: str) -> None:
     """Values, gradients and their strides: straight to the backend, and through the dispatcher."""

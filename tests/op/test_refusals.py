@@ -12,7 +12,7 @@ from torch import Tensor
 
 import oracle
 import thinned
-from subject import Subject
+from backend_under_test import BackendUnderTest
 from thinned import spec
 from thinned.backends import _native, native
 from thinned.functional import dropout
@@ -34,7 +34,7 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 
 
 @every_call
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
     "keys", [(3,), (1,), (999,), (1001,), (3, 1000), (1000, 1), (1000, 3, 1), (0,)], ids=str
 )
@@ -46,14 +46,14 @@ def test_keys_of_another_shape(call: Callable[..., Tensor], keys: tuple[int, ...
 
 
 @every_call
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("keys", [(), (1000,), (1000, 3)], ids=str)
 def test_keys_of_leading_dimensions(call: Callable[..., Tensor], keys: tuple[int, ...]) -> None:
     assert call(torch.zeros(keys, dtype=torch.int64)).equal(call(torch.tensor(0)))
 
 
 @every_call
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float64, torch.bool], ids=str)
 def test_keys_of_another_dtype(call: Callable[..., Tensor], dtype: torch.dtype) -> None:
     for keys in ((), (1000,)):
@@ -61,10 +61,10 @@ def test_keys_of_another_dtype(call: Callable[..., Tensor], dtype: torch.dtype) 
             call(torch.zeros(keys, dtype=dtype))
 
 
-def test_keys_on_another_device(subject: Subject) -> None:
+def test_keys_on_another_device(backend: BackendUnderTest) -> None:
     for keys in ((), (1000,)):
         with pytest.raises(RuntimeError, match="the keys are on meta and the tensor is on cpu"):
-            subject.backend.masked_affine(
+            backend.module.masked_affine(
                 torch.ones(SHAPE),
                 torch.zeros(keys, dtype=torch.int64, device="meta"),
                 Geometry(STRIDES),
@@ -74,7 +74,7 @@ def test_keys_on_another_device(subject: Subject) -> None:
 
 
 @every_call
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -95,7 +95,7 @@ def test_geometries(call: Callable[..., Tensor], changed: dict[str, Any], messag
             call(key, **changed)
 
 
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("call", ["masked_affine", "keep_mask"])
 @pytest.mark.parametrize("T", [-1, 2**32 + 1])
 def test_thresholds(call: str, T: int) -> None:
@@ -105,27 +105,27 @@ def test_thresholds(call: str, T: int) -> None:
 
 
 @every_call
-@pytest.mark.usefixtures("subject")
+@pytest.mark.usefixtures("backend")
 def test_the_last_mask_index(call: Callable[..., Tensor]) -> None:
     assert call(torch.tensor(7), base=FAR - 3000).shape == SHAPE
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8, torch.float8_e5m2], ids=str)
-def test_dtypes(subject: Subject, dtype: torch.dtype) -> None:
+def test_dtypes(backend: BackendUnderTest, dtype: torch.dtype) -> None:
     x = torch.zeros(SHAPE, dtype=dtype)
     with pytest.raises(
         RuntimeError, match=f"needs a floating-point or complex tensor, got {dtype}; accepted: "
     ):
         ops.masked_affine(x, torch.tensor(7), STRIDES, BASE, T, 2.0, 0.0, 0.0)
     with pytest.raises(RuntimeError, match=f"got {dtype}"):
-        subject.backend.masked_affine(x, 7, None, T, 2.0, 0.0, 0.0)
+        backend.module.masked_affine(x, 7, None, T, 2.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("out", [torch.ones(999, 3), torch.ones(SHAPE[::-1]), torch.ones(SHAPE).half()])
-def test_another_place_for_the_result(subject: Subject, out: Tensor) -> None:
+def test_another_place_for_the_result(backend: BackendUnderTest, out: Tensor) -> None:
     for geometry in (None, Geometry(STRIDES)):
         with pytest.raises(RuntimeError, match=r"does not fit x of shape \(1000, 3\), torch.float32"):
-            subject.backend.masked_affine(torch.zeros(SHAPE), 7, geometry, T, 2.0, 0.0, 0.0, out)
+            backend.module.masked_affine(torch.zeros(SHAPE), 7, geometry, T, 2.0, 0.0, 0.0, out)
     assert out.eq(1).all()
 
 

@@ -11,42 +11,44 @@ from hypothesis import strategies as st
 import chance
 import oracle
 import strategies
-from subject import Subject
+from backend_under_test import BackendUnderTest
 from thinned import op, spec
 from thinned.geometry import Geometry, shared
 
 KEY = torch.tensor(7)
 
 
-def assert_numbers(subject: Subject, key: torch.Tensor, shape: tuple[int, ...], geometry: Geometry) -> None:
-    found = subject.uniform(key, shape, geometry)
+def assert_numbers(
+    backend: BackendUnderTest, key: torch.Tensor, shape: tuple[int, ...], geometry: Geometry
+) -> None:
+    found = backend.uniform(key, shape, geometry)
     expected = oracle.numbers(key, shape, geometry).astype(np.int64) - 2**31
     oracle.assert_same(found, torch.from_numpy(np.asarray(expected)).to(torch.int32))
     assert found.is_contiguous()
 
 
 @given(data=st.data())
-def test_any_geometry_and_keys(subject: Subject, data: st.DataObject) -> None:
+def test_any_geometry_and_keys(backend: BackendUnderTest, data: st.DataObject) -> None:
     shape = data.draw(strategies.shapes(most=1500))
     key = data.draw(strategies.batches(shape))
-    assert_numbers(subject, key, shape, data.draw(strategies.geometries(shape, key.dim())))
+    assert_numbers(backend, key, shape, data.draw(strategies.geometries(shape, key.dim())))
 
 
 @pytest.mark.parametrize("base", [127, 2**32 - 100, 2**39 - 100, 2**63 - 700])
-def test_far_positions(subject: Subject, base: int) -> None:
+def test_far_positions(backend: BackendUnderTest, base: int) -> None:
     for key in (KEY, torch.arange(2)):
-        assert_numbers(subject, key, (2, 300), Geometry((300, 1), base))
+        assert_numbers(backend, key, (2, 300), Geometry((300, 1), base))
 
 
-def test_more_blocks_than_are_made_at_once(subject: Subject) -> None:
-    assert_numbers(subject, KEY, (70000,), Geometry((1,)))
+def test_more_blocks_than_are_made_at_once(backend: BackendUnderTest) -> None:
+    assert_numbers(backend, KEY, (70000,), Geometry((1,)))
 
 
-def test_a_number_below_the_threshold_is_kept(subject: Subject) -> None:
+def test_a_number_below_the_threshold_is_kept(backend: BackendUnderTest) -> None:
     geometry = shared((5000,))
     T = spec.threshold(0.3)
-    below = subject.uniform(KEY, (5000,), geometry) < T - 2**31
-    assert below.equal(subject.keep_mask(KEY, (5000,), geometry, T))
+    below = backend.uniform(KEY, (5000,), geometry) < T - 2**31
+    assert below.equal(backend.keep_mask(KEY, (5000,), geometry, T))
 
 
 def test_distribution() -> None:

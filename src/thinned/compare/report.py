@@ -36,7 +36,7 @@ class Report:
 
     Attributes:
         names: the implementations, in the order of their columns.
-        laws: of the layer that ``subject`` names, one row each.
+        laws: of the layer that ``layer`` names, one row each.
         tutorial: a sample for each, or what it raised.
         masks: a small mask of each that can draw one, True where kept.
         findings: a finding for each, under the name of the law.
@@ -46,7 +46,7 @@ class Report:
     names: list[str]
     settings: Settings
     laws: Sequence[Law]
-    subject: str = "dropout"
+    layer: str = "dropout"
     tutorial: dict[str, Sample | str] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     findings: dict[str, dict[str, Finding]] = field(default_factory=dict)

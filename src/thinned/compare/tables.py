@@ -66,7 +66,7 @@ def laws(report: Report) -> Table:
         ]
         for family, members in groupby(report.laws, key=lambda law: law.family)
     }
-    return Table(f"The law of {report.subject}", report.names, sections)
+    return Table(f"The law of {report.layer}", report.names, sections)
 
 
 def _finding(finding: Finding) -> Cell:

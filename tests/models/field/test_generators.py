@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import oracle
 import thinned
+from backend_under_test import BackendUnderTest
 from benchmarks.case import Bound
 from benchmarks.cases import cases
 from models.field.halves import Operations, in_torch, seeded
-from subject import Subject
 from thinned import Key
 
 X = torch.ones(2, 10, 12)
@@ -81,10 +81,10 @@ def test_pytorch_2976_torch() -> None:
     assert not seeded(F.dropout, X).equal(seeded(F.dropout, X.cuda()).cpu())
 
 
-def test_pytorch_2976_thinned(subject: Subject) -> None:
+def test_pytorch_2976_thinned(backend: BackendUnderTest) -> None:
     """Every backend, on every device there is, has the mask of the specification."""
     x = oracle.specials((40, 60), torch.float32)
-    y = thinned.functional.dropout(x.to(subject.device), 0.3, key=Key(7))
+    y = thinned.functional.dropout(x.to(backend.device), 0.3, key=Key(7))
     oracle.assert_same(y.cpu(), oracle.dropout(x, Key(7).bits, 0.3))
 
 
@@ -97,9 +97,9 @@ def test_pytorch_25690_torch() -> None:
     assert len(sums) == 2
 
 
-def test_pytorch_25690_thinned(subject: Subject) -> None:
+def test_pytorch_25690_thinned(backend: BackendUnderTest) -> None:
     """The issue's program has one answer, whatever it runs on."""
-    y = thinned.functional.dropout(torch.ones(1000, 1000, device=subject.device), 0.5, key=Key(0))
+    y = thinned.functional.dropout(torch.ones(1000, 1000, device=backend.device), 0.5, key=Key(0))
     assert float(y.double().sum()) == 1000612
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import oracle
 import thinned
+from backend_under_test import BackendUnderTest
 from benchmarks.case import MULTIPLY, Bound
 from benchmarks.cases import cases
 from models.field.halves import Operations, in_torch
-from subject import Subject
 from thinned import Key
 from thinned.models.intercept import intercept
 
@@ -87,13 +87,13 @@ def test_pytorch_59421_torch() -> None:
 
 
 @pytest.mark.parametrize("number", [INF, -INF, math.nan])
-def test_pytorch_59421_thinned(subject: Subject, number: float) -> None:
+def test_pytorch_59421_thinned(backend: BackendUnderTest, number: float) -> None:
     """A dropped element is +0, whatever its value was."""
     kept = thinned.keep_mask(Key(7), (100,), 0.5)
     expected = torch.where(kept, number, 0.0)
-    x = torch.full((100,), number, device=subject.device)
+    x = torch.full((100,), number, device=backend.device)
     oracle.assert_same(thinned.functional.dropout(x, 0.5, key=Key(7)).cpu(), expected)
-    leaf = torch.ones(100, device=subject.device, requires_grad=True)
+    leaf = torch.ones(100, device=backend.device, requires_grad=True)
     (grad,) = torch.autograd.grad(thinned.functional.dropout(leaf, 0.5, key=Key(7)), leaf, x)
     oracle.assert_same(grad.cpu(), expected)
 

@@ -11,24 +11,24 @@ from thinned.geometry import Geometry
 
 KNOWN_ISAS = ("baseline", "avx2", "avx512")
 ACCELERATORS = ("cuda", "xpu")
-SUBJECTS = (
+BACKENDS = (
     *(f"native {isa}" for isa in KNOWN_ISAS),
     "portable",
     *(f"portable on {device}" for device in ACCELERATORS),
 )
 
 
-class Subject:
+class BackendUnderTest:
     """A backend on a device, called with CPU tensors and answering with them."""
 
-    def __init__(self, backend: Backend, device: str = "cpu") -> None:
-        self.backend, self.device = backend, device
+    def __init__(self, module: Backend, device: str = "cpu") -> None:
+        self.module, self.device = module, device
 
     def keep_mask(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
-        return self.backend.keep_mask(key.to(self.device), shape, geometry, T).cpu()
+        return self.module.keep_mask(key.to(self.device), shape, geometry, T).cpu()
 
     def uniform(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
-        return self.backend.uniform(key.to(self.device), shape, geometry).cpu()
+        return self.module.uniform(key.to(self.device), shape, geometry).cpu()
 
     def masked_affine(
         self,
@@ -43,11 +43,11 @@ class Subject:
     ) -> Tensor:
         x = x.to(self.device)
         out = torch.empty_like(x) if out is None else out.to(self.device)
-        return self.backend.masked_affine(x, key.to(self.device), geometry, T, scale, shift, fill, out).cpu()
+        return self.module.masked_affine(x, key.to(self.device), geometry, T, scale, shift, fill, out).cpu()
 
 
 def why_missing(name: str) -> str:
-    """Why this machine cannot run a subject; empty if it can."""
+    """Why this machine cannot run a backend; empty if it can."""
     kind, _, rest = name.partition(" ")
     if kind == "native":
         if "native" in backends.missing():
