@@ -118,7 +118,7 @@ def drop_block2d(
         RuntimeError: as :func:`~thinned.functional.dropout`, or a batch of keys without a batch of samples.
 
     Source: Ghiasi, Lin & Le, "DropBlock: a regularization method for convolutional networks", NeurIPS 2018,
-    section 3s 3 and 3.1; the order of the arguments is torchvision's.
+    sections 3 and 3.1; the order of the arguments is torchvision's.
 
     >>> import torch, thinned
     >>> thinned.functional.drop_block2d(torch.ones(1, 1, 5, 7), 0.3, (2, 3), key=thinned.Key(4))
