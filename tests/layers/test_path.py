@@ -14,13 +14,11 @@ import oracle
 import thinned
 from backend_under_test import BackendUnderTest
 from thinned import spec
-from thinned.compare.implementation import Implementation
-from thinned.compare.laws import Verdict, examine
 from thinned.compare.layers import Entry
 from thinned.compare.layers.path import ENTRIES
-from thinned.compare.settings import Settings
 from thinned.functional import drop_path, drop_path_rates, stochastic_depth
 from thinned.geometry import shared
+from verdicts import breaks
 
 KEY = thinned.Key(7)
 CALLS: dict[str, Callable[..., Tensor]] = {
@@ -107,6 +105,4 @@ CULPRITS: dict[str, Callable[..., nn.Module]] = {
 @pytest.mark.parametrize("law", CULPRITS)
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_a_wrong_layer_is_caught(law: str, entry: Entry) -> None:
-    (check,) = [one for one in entry.laws if one.name == law]
-    found = examine(check, Implementation("culprit", CULPRITS[law]), Settings(quick=True))
-    assert found.verdict is Verdict.BROKEN, found.measured
+    assert breaks(entry, law, CULPRITS[law])

@@ -81,15 +81,17 @@ class Entry:
         return tuple(1 if dim in self.masked.shared else size for dim, size in enumerate(x.shape))
 
 
-def for_mask(masked: Masked, words: str, *names: str) -> list[Law]:
-    """Some of the shared laws for another mask of the same layer; ``words`` go into their names."""
+def for_mask(
+    masked: Masked, words: str, names: Sequence[str] = ("mean, variance", "sharing", "neighbours")
+) -> list[Law]:
+    """Some of the shared laws for another mask of the same layer, in a family called ``words``."""
 
     def check(layer: Case, settings: Settings, law: Law) -> Finding:
         layer = replace(layer, masked=masked)
         return law.check(layer, layer.settled(settings))
 
+    laws = {law.name: law for law in LAWS}
     return [
-        replace(law, family=words, name=f"{law.name}, {words}", check=partial(check, law=law))
-        for law in LAWS
-        if law.name in names
+        replace(laws[name], family=words, name=f"{name} ({words})", check=partial(check, law=laws[name]))
+        for name in names
     ]

@@ -157,7 +157,7 @@ ENTRIES = [
             *for_mask(
                 Masked((4000, 8, 2, 3), shared=(2, 3)),
                 "by kept",
-                *(f"drop rate at p = {P}", "sharing", "neighbours", "calls", "p = 1", "dropped NaN or inf"),
+                (f"drop rate at p = {P}", "sharing", "neighbours", "calls", "p = 1", "dropped NaN or inf"),
             ),
             _heads("share of kept", "kept heads and their gradients count H / kept", share_of_kept),
             _heads("mean of kept", "E[y] = (1 - p^H) x, and a sample's mean is kept", mean_of_kept),
@@ -184,7 +184,7 @@ ENTRIES = [
                     through=lambda _: zeros_for_dropped,
                 ),
                 "whole keys",
-                "sharing",
+                ("sharing",),
             ),
             _keys("weights", "the softmax is that of the kept keys alone", weights),
             _keys("no keys", "at p = 1 all weights are equal, in each dtype", no_keys),

@@ -57,8 +57,7 @@ ENTRIES = [
         special=for_mask(
             Masked((20, 2, 3), shared=(0, 1, 2), arguments={"mode": "batch"}),
             "batch",
-            "sharing",
-            "kept values",
+            ("sharing", "kept values"),
         ),
     ),
 ]
