@@ -180,6 +180,14 @@ def test_a_sample_depends_on_its_key_and_not_on_its_place(entry: Entry) -> None:
     oracle.assert_same(other, y.index_select(dim, order))
 
 
+@each_keyed_entry
+def test_p_is_checked_as_a_float(entry: Entry) -> None:
+    if not entry.example.p_name:
+        pytest.skip("p is a parameter to learn")
+    with pytest.raises(ValueError, match=r"but got 2\.0$"):
+        entry.own.make(**{**entry.example.arguments, entry.example.p_name: 2})
+
+
 @pytest.mark.parametrize("p", [-0.1, 1.5, math.nan])
 @each_keyed_entry
 def test_p_that_is_set_later_is_checked_and_used(entry: Entry, p: float) -> None:
