@@ -110,3 +110,11 @@ def test_a_wrong_layer_is_caught(law: str, entry: Entry) -> None:
     (check,) = [one for one in entry.laws if one.name == law]
     found = examine(check, Implementation("culprit", CULPRITS[law]), Settings(quick=True))
     assert found.verdict is Verdict.BROKEN, found.measured
+
+
+def test_repr_of_a_subclass_with_a_constructor_of_its_own() -> None:
+    class Fixed(thinned.StochasticDepth):
+        def __init__(self) -> None:
+            super().__init__(0.2, "row")
+
+    assert repr(Fixed()) == "Fixed(p=0.2, mode='row')"
