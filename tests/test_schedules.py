@@ -188,6 +188,13 @@ def test_resumed_is_as_if_never_stopped(name: str) -> None:
     assert resumed.last_step == 137
 
 
+def test_pickled_before() -> None:
+    """What a checkpoint of an earlier version holds: the private function's and its arguments' names."""
+    pickled = b"cfunctools\npartial\np0\n(cthinned.schedules\n_linear\np1\ntp2\nRp3\n(g1\n(t(dp4\n"
+    pickled += b"Vstart\np5\nF1.0\nsVend\np6\nF0.0\nsVsteps\np7\nI4\nsNtp8\nb."
+    assert pickle.loads(pickled)(1) == 0.75
+
+
 def test_state_of_another_model() -> None:
     schedule = DropoutSchedule(model(), schedules.early(5))
     other = DropoutSchedule(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3)), schedules.early(5))

@@ -142,10 +142,10 @@ def linear(start: float, end: float, steps: int) -> Schedule:
     >>> [linear(0.0, 1.0, steps=4)(step) for step in range(6)]
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
-    return partial(_linear, start, end, _positive("steps", steps))
+    return partial(_linear, start=start, end=end, steps=_positive("steps", steps))
 
 
-def _linear(start: float, end: float, steps: int, step: int) -> float:
+def _linear(step: int, start: float, end: float, steps: int) -> float:
     return start + (end - start) * min(step / steps, 1.0)
 
 
@@ -158,10 +158,10 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
     >>> [round(cosine(1.0, 0.0, steps=4)(step), 3) for step in range(6)]
     [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
     """
-    return partial(_cosine, start, end, _positive("steps", steps))
+    return partial(_cosine, start=start, end=end, steps=_positive("steps", steps))
 
 
-def _cosine(start: float, end: float, steps: int, step: int) -> float:
+def _cosine(step: int, start: float, end: float, steps: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
 
@@ -184,7 +184,7 @@ def early(until: int, decay: Literal["constant", "linear"] = "constant") -> Sche
     if decay not in ("constant", "linear"):
         raise ValueError(f"decay has to be either 'constant' or 'linear', but got {decay!r}")
     _positive("until", until)
-    return linear(1.0, 0.0, until) if decay == "linear" else partial(_switch, 1.0, 0.0, until)
+    return linear(1.0, 0.0, until) if decay == "linear" else partial(_switch, at=until, before=1.0, after=0.0)
 
 
 def late(start: int) -> Schedule:
@@ -198,10 +198,10 @@ def late(start: int) -> Schedule:
     >>> [late(2)(step) for step in range(4)]
     [0.0, 0.0, 1.0, 1.0]
     """
-    return partial(_switch, 0.0, 1.0, _positive("start", start))
+    return partial(_switch, at=_positive("start", start), before=0.0, after=1.0)
 
 
-def _switch(before: float, after: float, at: int, step: int) -> float:
+def _switch(step: int, at: int, before: float, after: float) -> float:
     return before if step < at else after
 
 
@@ -219,10 +219,10 @@ def curriculum(steps: int) -> Schedule:
     >>> [round(curriculum(10)(step), 3) for step in (0, 1, 5, 10)]
     [0.0, 0.632, 0.993, 1.0]
     """
-    return partial(_curriculum, 10.0 / _positive("steps", steps))
+    return partial(_curriculum, rate=10.0 / _positive("steps", steps))
 
 
-def _curriculum(rate: float, step: int) -> float:
+def _curriculum(step: int, rate: float) -> float:
     return -math.expm1(-rate * step)
 
 
@@ -239,11 +239,11 @@ def v_shape(bottom: int, steps: int) -> Schedule:
     """
     if not 1 <= bottom < steps:
         raise ValueError(f"bottom has to be from 1 to below steps, but got {bottom} and {steps}")
-    return partial(_v_shape, bottom, steps)
+    return partial(_v_shape, bottom=bottom, steps=steps)
 
 
-def _v_shape(bottom: int, steps: int, step: int) -> float:
-    return max(1 - step / bottom, _linear(0.0, 1.0, steps - bottom, step - bottom))
+def _v_shape(step: int, bottom: int, steps: int) -> float:
+    return max(1 - step / bottom, _linear(step - bottom, 0.0, 1.0, steps - bottom))
 
 
 def _positive(name: str, steps: int) -> int:

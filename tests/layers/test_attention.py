@@ -136,8 +136,10 @@ def test_wrong_arguments() -> None:
         drop_head(x, dim=2)
     with pytest.raises(IndexError, match="a tensor with a dimension for the heads"):
         drop_head(torch.ones(()), dim=0)
+    state = torch.get_rng_state()
     with pytest.raises(IndexError, match=re.escape("names dimension 2, but for shape (2, 3)")):
         drop_key(x, broadcast_dims=(2,))
+    assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(RuntimeError, match="needs real logits, got torch"):
         drop_key(x.to(torch.complex64))
 

@@ -19,6 +19,7 @@ from thinned.compare.implementation import first
 from thinned.compare.laws import Law, Verdict, examine
 from thinned.compare.layers import ENTRIES, Entry
 from thinned.compare.settings import Settings
+from thinned.layers._module import TorchLayer
 
 QUICK = Settings(quick=True)
 KEY = thinned.Key(7)
@@ -178,6 +179,15 @@ def test_a_sample_depends_on_its_key_and_not_on_its_place(entry: Entry) -> None:
     y = first(layer(*inputs, key=KEY.fold(order.sort().values)))
     other = first(layer(*(x.index_select(dim, order) for x in inputs), key=KEY.fold(order)))
     oracle.assert_same(other, y.index_select(dim, order))
+
+
+@each_keyed_entry
+def test_p_is_checked_as_a_float(entry: Entry) -> None:
+    if not entry.example.p_name:
+        pytest.skip("p is a parameter to learn")
+    shown = "2" if issubclass(entry.layer, TorchLayer) else "2.0"  # as torch.nn, or as the function
+    with pytest.raises(ValueError, match=f"but got {re.escape(shown)}$"):
+        entry.own.make(**{**entry.example.arguments, entry.example.p_name: 2})
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.5, math.nan])

@@ -106,3 +106,11 @@ CULPRITS: dict[str, Callable[..., nn.Module]] = {
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_a_wrong_layer_is_caught(law: str, entry: Entry) -> None:
     assert breaks(entry, law, CULPRITS[law])
+
+
+def test_repr_of_a_subclass_with_a_constructor_of_its_own() -> None:
+    class Fixed(thinned.StochasticDepth):
+        def __init__(self) -> None:
+            super().__init__(0.2, "row")
+
+    assert repr(Fixed()) == "Fixed(p=0.2, mode='row')"

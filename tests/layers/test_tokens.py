@@ -206,6 +206,8 @@ IN_EVALUATION = {"input": torch.ones(2, 3, 4), "training": False}
         *(({"p": p}, ValueError, f"between 0 and 1, but got {p}") for p in (-0.1, 1.5, math.nan)),
         ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens has to be at least 0, but got -1"),
         ({"num_prefix_tokens": 1.0}, TypeError, "num_prefix_tokens must be int, got 1.0 of type float"),
+        ({"num_prefix_tokens": None}, TypeError, "num_prefix_tokens must be int, got None of type NoneType"),
+        ({"p": "half"}, ValueError, "could not convert string to float: 'half'"),
     ],
 )
 def test_wrong_arguments(
@@ -213,6 +215,11 @@ def test_wrong_arguments(
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
         make(**arguments)
+
+
+def test_no_prefix_in_training() -> None:
+    with pytest.raises(TypeError, match="num_prefix_tokens must be int, got None"):
+        token_dropout(torch.ones(2, 3), num_prefix_tokens=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("function", [patch_dropout, token_dropout])

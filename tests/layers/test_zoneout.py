@@ -54,6 +54,12 @@ def test_evaluation_rounds_once(dtype: torch.dtype) -> None:
     assert ((y.double() - exact).abs() <= ulp / 2 + inexact).all()
 
 
+def test_evaluation_exports_as_two_operations() -> None:
+    x = torch.ones(2, 3)
+    nodes = torch.export.export(thinned.Zoneout(0.3).eval(), (x, x)).graph.nodes
+    assert [str(n.target) for n in nodes if n.op == "call_function"] == ["aten.mul.Tensor", "aten.add.Tensor"]
+
+
 def test_as_the_formula_in_distribution() -> None:
     ones, zeros = torch.ones(50_000, 5), torch.zeros(50_000, 5)
     taken = [

@@ -249,6 +249,13 @@ def test_a_tensor_of_a_probability_comes_back() -> None:
     assert revert(model)[0].p is p
 
 
+def test_a_builder_that_makes_nothing_leaves_the_module() -> None:
+    register(Noise, lambda _: None)  # type: ignore[arg-type, return-value]
+    model = nn.Sequential(Noise(0.2))
+    assert not len(thinned.convert(model))
+    assert all(site.kind != "module" for site in thinned.inspect(model))
+
+
 def test_a_registered_type_says_its_unit() -> None:
     register(Noise, lambda old: thinned.Dropout(old.rate / 100), unit=lambda _: 0.01)
     conversion = convert(nn.Sequential(Noise(20)))

@@ -65,7 +65,8 @@ def apply(
 
 
 def check_p(p: float) -> None:
-    """Raise ValueError for a probability outside [0, 1], or NaN."""
+    """Raise ValueError for a probability outside [0, 1], or NaN; TypeError or ValueError for no number."""
+    p = float(p)
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 from torch import nn
 
@@ -20,7 +21,9 @@ class Layer(nn.Module):
         self.p = p
 
     def extra_repr(self) -> str:
-        parameters = inspect.signature(type(self)).parameters
+        # A subclass from elsewhere may have a constructor of its own.
+        ours = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("thinned."))
+        parameters = inspect.signature(ours).parameters
         stored = {name: vars(self)[name] for name in parameters if name in vars(self)}
         return ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v}" for k, v in stored.items())
 
@@ -29,5 +32,6 @@ class TorchLayer(nn.Module):
     """The base before a dropout of torch.nn; refuses NaN, which torch's constructor accepts."""
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        check_p(p)
+        if math.isnan(p):
+            check_p(p)
         super().__init__(p, inplace)

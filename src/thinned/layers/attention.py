@@ -86,8 +86,9 @@ def drop_head(
 
     def by_kept(x: Tensor, key: Key) -> Tensor:
         y = apply(x, key, shared_dims, False, T, 1.0)
-        kept = _keep_mask(x, key, shared_dims, T).sum(dim, keepdim=True)
-        factor = x.shape[dim] / kept.clamp(min=1).to(opmath(x.dtype))
+        shape = _mask_shape(x, key, shared_dims)
+        keep = op.keep_mask(key.bits, shape, shared(shape, (), key.bits.dim()), T)
+        factor = x.shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1).to(opmath(x.dtype))
         if y.is_complex():
             # A complex product would make NaN of the finite part beside an infinite one.
             torch.view_as_real(y).mul_(factor.unsqueeze(-1))
@@ -103,13 +104,10 @@ def _check_normalize(normalize: str) -> None:
         raise ValueError(f"normalize has to be either 'kept' or 'expected', but got {normalize!r}")
 
 
-def _keep_mask(x: Tensor, key: Key, shared_dims: Sequence[int], T: int) -> Tensor:
-    """``x``'s mask, of size 1 along shared dimensions; samples with keys of their own share nothing."""
-    key_dims = key.bits.dim()
-    geometry = shared(x.shape, shared_dims, key_dims)
-    once = {dim % x.dim() for dim in shared_dims} - set(range(key_dims))
-    shape = [1 if dim in once else size for dim, size in enumerate(x.shape)]
-    return op.keep_mask(key.bits, shape, geometry, T)
+def _mask_shape(x: Tensor, key: Key, shared_dims: Sequence[int]) -> list[int]:
+    """``x``'s shape, with size 1 along shared dimensions; samples with keys of their own share nothing."""
+    once = {dim % x.dim() for dim in shared_dims} - set(range(key.bits.dim()))
+    return [1 if dim in once else size for dim, size in enumerate(x.shape)]
 
 
 class DropHead(Layer):
@@ -184,6 +182,7 @@ def drop_key(
         raise RuntimeError(f"drop_key needs real logits, got {input.dtype} of shape {tuple(input.shape)}")
     if not training or p == 0:
         return input
+    shared(input.shape, broadcast_dims)  # raises IndexError before a key is drawn
     dims, lowest = tuple(broadcast_dims), torch.finfo(input.dtype).min
 
     def derivative(x: Tensor, key: Key) -> Tensor:
@@ -191,8 +190,9 @@ def drop_key(
 
     def value(x: Tensor, key: Key) -> Tensor:
         if dims:
-            keep = _keep_mask(x, key, dims, T)
-            return torch.minimum(x, x.new_full((), lowest).masked_fill(keep, math.inf))
+            # One pass of the kernel over the mask; a bool mask and masked_fill would take twice as long.
+            no_limit = x.new_full((), math.inf).expand(_mask_shape(x, key, dims))
+            return torch.minimum(x, apply(no_limit, key, (), False, T, 1.0, fill=lowest))
         # One pass more only for -inf, the one number below the fill.
         y = apply(x, key, (), False, T, 1.0, fill=lowest)
         return torch.minimum(y, x, out=y if is_eager(y) else None)

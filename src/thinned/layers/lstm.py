@@ -185,14 +185,15 @@ class VariationalLSTM(nn.RNNBase):
                 [w_ih, _dropped(drop_connect, w_hh, self.weight_p, key, f"weight_hh_{name}"), *biases]
                 for (w_ih, w_hh, *biases), name in zip(self.all_weights[states], names, strict=True)
             ]
+            h_0, c_0 = (h[states], c[states]) if by_layer else (h, c)
             if looped:
-                x, h_n, c_n = self._loop(x, h[states], c[states], weights, names, key)
+                x, h_n, c_n = self._loop(x, h_0, c_0, weights, names, key)
             else:
-                x, h_n, c_n = self._kernel(x, h[states], c[states], weights, len(layers))
+                x, h_n, c_n = self._kernel(x, h_0, c_0, weights, len(layers))
             hidden.append(h_n)
             cells.append(c_n)
         x = _dropped(locked_dropout, x, self.output_p, key, "output")
-        return x, torch.cat(hidden), torch.cat(cells)
+        return (x, torch.cat(hidden), torch.cat(cells)) if by_layer else (x, h_n, c_n)
 
     def _kernel(self, x: Tensor, h: Tensor, c: Tensor, weights: list[list[Tensor]], layers: int) -> Result:
         flat = [weight for direction in weights for weight in direction]

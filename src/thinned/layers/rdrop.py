@@ -77,22 +77,23 @@ def r_drop_loss(
     wide = torch.promote_types(dtype, torch.float32)
     classes = min(1, logits1.dim() - 1)
     log1, log2 = (torch.log_softmax(logits, classes, dtype=wide) for logits in (logits1, logits2))
-    # A class with probability 0 in both passes has log1 - log2 = NaN and adds nothing.
-    ratio = (log1 - log2).masked_fill((log1 == -torch.inf) & (log2 == -torch.inf), 0)
-    divergence = ((log1.exp() - log2.exp()) * ratio).sum(classes) / 2
     weight = None if weight is None else weight.to(wide)
     is_index = not target.is_floating_point()
-    ignored = torch.zeros_like(divergence, dtype=torch.bool) if padding_mask is None else padding_mask
-    if is_index:
-        target = target if padding_mask is None else target.masked_fill(padding_mask, ignore_index)
-        ignored = target == ignore_index
-    else:
+    if not is_index:
         target = target.to(wide)
+    elif padding_mask is not None:
+        target = target.masked_fill(padding_mask, ignore_index)
     of_log: Callable[..., Tensor] = partial(F.cross_entropy, label_smoothing=label_smoothing)
     if is_index and label_smoothing == 0:
         of_log = F.nll_loss  # cross_entropy would take the log_softmax of a log_softmax
     cross_entropy = partial(of_log, target=target, weight=weight, ignore_index=ignore_index, reduction="none")
     entropy = (cross_entropy(log1) + cross_entropy(log2)) / 2
+    # A class with probability 0 in both passes has log1 - log2 = NaN and adds nothing.
+    ratio = (log1 - log2).masked_fill((log1 == -torch.inf) & (log2 == -torch.inf), 0)
+    divergence = ((log1.exp() - log2.exp()) * ratio).sum(classes) / 2
+    ignored = torch.zeros_like(divergence, dtype=torch.bool) if padding_mask is None else padding_mask
+    if is_index:
+        ignored = target == ignore_index
     entropy, divergence = entropy.masked_fill(ignored, 0), divergence.masked_fill(ignored, 0)
     if reduction == "mean":
         total = count = (~ignored).sum()

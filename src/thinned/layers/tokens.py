@@ -209,7 +209,7 @@ def token_dropout(
     """
     T, factor = threshold_and_scale(p)
     is_active = training and p != 0
-    _check("token_dropout", input, num_prefix_tokens, key, dense=is_active and num_prefix_tokens > 0)
+    _check("token_dropout", input, num_prefix_tokens, key, dense=is_active and num_prefix_tokens != 0)
     if not is_active:
         return input
     factor = factor if scale else 1.0

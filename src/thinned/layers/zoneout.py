@@ -64,9 +64,9 @@ def zoneout(
     if T == 2**32:
         return input
     if not training and T:
-        # In float32 at least, so that a float16 result is rounded once.
-        wide, q = torch.promote_types(input.dtype, torch.float32), T / 2**32
-        return torch.add(input.to(wide) * q, previous.to(wide), alpha=1 - q).to(input.dtype)
+        if input.dtype in (torch.float16, torch.bfloat16):  # in float32, so that the result is rounded once
+            return zoneout(input.float(), previous.float(), p, training=False).to(input.dtype)
+        return torch.add(input * (T / 2**32), previous, alpha=1 - T / 2**32)
     key = key_for(input, key, elementwise=True)
     if input.is_nested:
         return elementwise("zoneout", partial(zoneout, p=p), input, key, previous)

@@ -150,9 +150,11 @@ def _of_module(module: nn.Module, paths: tuple[str, ...]) -> Site | None:
         return Site(paths, "argument", f"{name}(dropout=)", p, INTERCEPT) if p else None
     if is_known(module):
         try:
-            return Site(paths, "module", name, p, qualified_name(type(make(module)[0])))
+            new, _ = make(module)
         except ValueError as error:
             return Site(paths, "module", name, p, "", note=f"left: {error}")
+        if new is not None:
+            return Site(paths, "module", name, p, qualified_name(type(new)))
     if "drop" in kind.__name__.lower() and not list(module.parameters()) and not list(module.children()):
         return Site(paths, "module", name, p, "", note=UNKNOWN)
     return None
