@@ -81,7 +81,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name: str) -> None:
     assert_agree(FUNCTIONS[name], INPUTS["float32"])
-    if "in place" not in name:
+    if "in place" not in name and "p = 0" not in name:  # PyTorch 2.11 gives that one other strides
         assert_agree(FUNCTIONS[name], INPUTS["permuted"])
 
 

@@ -70,7 +70,8 @@ def apply_linear(linear: KeyedMap, x: Tensor, key: Key, value: KeyedMap | None =
 class _Linear:
     @staticmethod
     def forward(x: Tensor, bits: Tensor, linear: KeyedMap, value: KeyedMap | None) -> Tensor:
-        return result_of((value or linear)(x, Key.from_bits(bits)))
+        # Dynamo in PyTorch 2.11 cannot branch on a function, as in `value or linear`.
+        return result_of((linear if value is None else value)(x, Key.from_bits(bits)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
