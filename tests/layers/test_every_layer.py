@@ -95,15 +95,12 @@ def test_is_public_and_documented(entry: Entry) -> None:
 
 @each_keyed_entry
 def test_a_key_decides(entry: Entry, references: dict[str, Tensor]) -> None:
-    state = torch.get_rng_state()
     oracle.assert_same(result(entry, KEY), references[entry.name])
     others = [result(entry, KEY.fold(i)) for i in range(20)]
     assert any(
         other.shape != references[entry.name].shape or not other.equal(references[entry.name])
         for other in others
     )
-    torch.manual_seed(3)
-    torch.set_rng_state(state)
 
 
 @each_keyed_entry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Entry:
     def own(self) -> Implementation:
         return Implementation("thinned", self.make or self.layer, f"thinned.{self.name}")
 
-    @property
+    @cached_property
     def laws(self) -> list[Law]:
         """Those of every layer that apply to this one, and its own."""
         case = Case(self.own, self.example, self.masked)

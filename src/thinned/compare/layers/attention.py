@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -136,13 +137,7 @@ def zeros_for_dropped(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.where(y < -1e10, 0, y)
 
 
-def _heads(name: str, statement: str, check: Callable[[Case, Settings], Finding]) -> Law:
-    return Law("heads", name, statement, check)
-
-
-def _keys(name: str, statement: str, check: Callable[[Case, Settings], Finding]) -> Law:
-    return Law("keys", name, statement, check)
-
+_heads, _keys = partial(Law, "heads"), partial(Law, "keys")
 
 ENTRIES = [
     Entry(

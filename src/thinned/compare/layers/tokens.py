@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,9 +195,7 @@ def _chi_squared(counts: Sequence[float], expected: Sequence[float]) -> Finding:
     return holds_if(pvalue >= FALSE_ALARM, f"χ² = {statistic:.3g} of {len(counts) - 1}", pvalue=pvalue)
 
 
-def _patches(name: str, statement: str, check: Callable[[Case, Settings], Finding]) -> Law:
-    return Law("patches", name, statement, check)
-
+_patches, _tokens = partial(Law, "patches"), partial(Law, "tokens")
 
 ENTRIES = [
     Entry(
@@ -226,8 +225,8 @@ ENTRIES = [
         workload=Workload(ones(16, 257, 256), {"p": 0.2, "num_prefix_tokens": 1}),
         masked=Masked((5000, 4, 3), shared=(2,)),
         special=[
-            Law("tokens", "prefix", "the prefix is neither dropped nor scaled", prefix_untouched),
-            Law("tokens", "scale=False", "a kept token stays as it is", without_scale),
+            _tokens("prefix", "the prefix is neither dropped nor scaled", prefix_untouched),
+            _tokens("scale=False", "a kept token stays as it is", without_scale),
         ],
     ),
 ]
