@@ -76,7 +76,7 @@ def number(p: float) -> float:
                 f"{learned if p.requires_grad else ''}"
             )
     # float() accepts strings, and arrays of one element, which have a length.
-    elif not hasattr(p, "__float__") or hasattr(p, "__len__"):
+    elif not isinstance(p, float | int) and (not hasattr(p, "__float__") or hasattr(p, "__len__")):
         raise TypeError(f"p must be a float, got {p!r} of type {type(p).__name__}")
     return float(p)
 
