@@ -120,7 +120,7 @@ class MultiSampleDropout(Layer):
         if not self.training:
             return self.head(input)
         features = multi_sample_dropout(input, self.p, samples=self.samples, key=key)
-        if input.dim() < 2:
+        if not isinstance(input, Proxy) and input.dim() < 2:
             raise RuntimeError(
                 f"MultiSampleDropout needs a batch of features, got shape {tuple(input.shape)}"
             )
