@@ -375,7 +375,7 @@ def odd_tensors() -> Iterator[tuple[str, Tensor]]:
     yield "complex32", torch.ones(2, 2, 2, dtype=torch.complex32)
 
 
-@pytest.mark.filterwarnings("ignore", "ignore:dropout.d. Received", "ignore:Sparse CSR", "ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore")  # of torch, on the odd tensors
 @pytest.mark.parametrize(
     ("p", "training"), [(0.5, False), (1.0, False), (0.0, True), (0, True), (0.0, False)]
 )
@@ -389,55 +389,51 @@ def test_what_passes_where_nothing_is_dropped(
     for name, x in odd_tensors():
         expected = outcome(torchs, x, p, training, inplace)
         found = outcome(function, x, p, training, inplace)
-        if isinstance(expected, type) and training:
-            assert found in (expected, "itself"), name
-        else:
-            assert found == ("itself" if expected == "a result" else expected), name
-    assert outcome(torchs, [1.0], p, training) is outcome(function, [1.0], p, training) is TypeError
-    with pytest.raises(TypeError, match="key must be a thinned.Key, got 7"):
+        if not isinstance(expected, type):
+            assert found == "itself", name
+        elif x.layout is torch.strided:  # what torch has not implemented for the others is no rule
+            assert found is expected, name
+    assert outcome(function, [1.0], p, training) is TypeError
+    with pytest.raises(TypeError, match=r"key must be a thinned\.Key, got 7"):
         function(torch.ones(shape), p, training, key=7)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    "p",
-    [
-        *(nn.Parameter(torch.full(size, 0.5)) for size in ((), (1,), (2,))),
-        *(torch.full(size, 0.5) for size in ((), (1,), (2,))),
-        *(torch.tensor(1), torch.tensor(True), nn.Parameter(torch.tensor(0.5), requires_grad=False)),
-        *(
-            1,
-            True,
-            np.float32(0.5),
-            np.float16(1),
-            np.int64(0),
-            np.bool_(True),
-            np.array(0.5),
-            np.array([0.5]),
-        ),
-        *("0.5", "half", b"0.5", None, 0.5j, [0.5], (0.5,), {0.5}, object(), torch.float32),
-    ],
-    ids=repr,
-)
-@each_layer
-def test_what_is_a_probability(layer: type, torchs: type, function: str, p: object, training: bool) -> None:
-    """What torch's own call and constructor take; the same error from a layer whose ``p`` is set later."""
-    x = torch.ones(SHAPES[function])
+PROBABILITIES = [
+    *(nn.Parameter(torch.full(size, 0.5)) for size in ((), (1,), (2,))),
+    *(torch.full(size, 0.5) for size in ((), (1,), (2,))),
+    *(torch.tensor(1), torch.tensor(True), nn.Parameter(torch.tensor(0.5), requires_grad=False)),
+    *(1, True, np.float32(0.5), np.float16(1), np.int64(0), np.bool_(True), np.array(0.5), np.array([0.5])),
+    *("0.5", "half", b"0.5", None, 0.5j, [0.5], (0.5,), {0.5}, object(), torch.float32),
+]
 
-    def later(kind: type) -> object:
+
+@pytest.mark.filterwarnings("ignore:dropout2d. Received a 3D input")
+@pytest.mark.parametrize("training", [True, False])
+@each_layer
+def test_what_is_a_probability(
+    layer: type, torchs: type, function: Callable[..., Tensor], training: bool
+) -> None:
+    """The errors of torch's functions and layers, whether ``p`` is given to a layer or set later."""
+    name = function.__name__
+    x = torch.ones(SHAPES[name])
+
+    def made(kind: type, p: object) -> object:
+        return outcome(lambda x: kind(p).train(training)(x), x)
+
+    def set_later(kind: type, p: object) -> object:
         module = kind(0.25).train(training)
         module.p = p
         return outcome(module, x)
 
-    ours, theirs = FUNCTIONS[function], getattr(nn.functional, function)
-    for expected, found in (
-        (outcome(theirs, x, p, training), outcome(ours, x, p, training)),
-        (later(torchs), later(layer)),
-        (outcome(lambda _: torchs(p)(x), x), outcome(lambda _: layer(p)(x), x)),
-    ):
-        if isinstance(expected, type) or isinstance(found, type):
-            # A tensor of several elements is a RuntimeError of its comparison in torch.
-            assert found is expected or {found, expected} == {TypeError, RuntimeError}
+    for p in PROBABILITIES:
+        for expected, found in (
+            (outcome(getattr(nn.functional, name), x, p, training), outcome(function, x, p, training)),
+            (made(torchs, p), made(layer, p)),
+            (set_later(torchs, p), set_later(layer, p)),
+        ):
+            if isinstance(expected, type) or isinstance(found, type):
+                several = isinstance(p, Tensor) and p.numel() > 1
+                assert found is (TypeError if several and found is TypeError else expected), p
 
 
 @pytest.mark.filterwarnings("ignore:dropout2d. Received a 3D input")
