@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, Argument, Call
 
-__all__ = ["UNCONDITIONAL", "calls_in_source"]
+__all__ = ["UNCONDITIONAL", "calls_in_source", "read_source"]
 
 UNCONDITIONAL = "does not ask whether the module is training"
 UNKNOWN = object()
@@ -29,6 +29,7 @@ BY_HAND = {"bernoulli", "bernoulli_", "rand", "rand_like"}
 NEARBY = re.compile("drop|atten", re.IGNORECASE)
 TRAINING = {"training", "is_training", "train"}
 
+Read = tuple[Any, str]  # an object and the name of its attribute
 Given = Mapping[str, Callable[[bool], Any]]  # values by name, as functions of the training mode
 
 
@@ -39,12 +40,20 @@ def calls_in_source(module: nn.Module) -> list[Call]:
     >>> calls_in_source(torch.nn.Linear(2, 2))
     []
     """
+    return read_source(module)[0]
+
+
+def read_source(module: nn.Module) -> tuple[list[Call], list[Read]]:
+    """The functional dropouts that ``module.forward`` may reach, and all attributes that it may read."""
     found: dict[Any, list[Call]] = {}
-    _read(module.forward, {}, {base.__module__ for base in type(module).__mro__}, found)
-    return [call for calls in found.values() for call in calls]
+    reads: list[Read] = []
+    _read(module.forward, {}, {base.__module__ for base in type(module).__mro__}, found, reads)
+    return [call for calls in found.values() for call in calls], reads
 
 
-def _read(called: Any, given: Given, homes: set[str], found: dict[Any, list[Call]]) -> None:
+def _read(
+    called: Any, given: Given, homes: set[str], found: dict[Any, list[Call]], reads: list[Read]
+) -> None:
     """Collect from a function and from those it mentions, if of its file or of a name like ``attention``."""
     undecorated = inspect.unwrap(called) if callable(called) else None
     function = getattr(undecorated, "__func__", undecorated)
@@ -60,27 +69,27 @@ def _read(called: Any, given: Given, homes: set[str], found: dict[Any, list[Call
     receiver = getattr(undecorated, "__self__", getattr(called, "__self__", None))
     if receiver is not None:
         given = {**given, function.__code__.co_varnames[0]: lambda _: receiver}
-    names = _Names(function, tree, given)
+    names = _Names(function, tree, given, reads)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     found[function.__code__] = []
     for call in calls:
         if dropout := names.dropout(call):
-            name, p, note = dropout
+            name, p, note, rates = dropout
             lines = call.lineno + before, (call.end_lineno or call.lineno) + before
-            found[function.__code__].append(Call(name, function.__qualname__, file, *lines, p, note))
+            found[function.__code__].append(Call(name, function.__qualname__, file, *lines, p, note, rates))
     # A look-up that succeeds mentions a default that it does not choose.
     looked_up = {id(part) for call in calls if names.value(call) is not UNKNOWN for part in ast.walk(call)}
     passed = {id(call.func): names.keywords(call) for call in calls}
     for node in ast.walk(tree):
         if isinstance(getattr(node, "ctx", None), ast.Load) and id(node) not in looked_up:
-            _read(names.value(node), passed.get(id(node), {}), homes, found)
+            _read(names.value(node), passed.get(id(node), {}), homes, found, reads)
 
 
 class _Names:
     """The values of one function's names: some arguments, what is assigned once, and its globals."""
 
-    def __init__(self, function: FunctionType, tree: ast.AST, given: Given) -> None:
-        self.function, self.given = function, given
+    def __init__(self, function: FunctionType, tree: ast.AST, given: Given, reads: list[Read]) -> None:
+        self.function, self.given, self.reads = function, given, reads
         nodes = list(ast.walk(tree))
         stored = Counter(n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
         stored.update(n.arg for n in nodes if isinstance(n, ast.arg))
@@ -120,6 +129,7 @@ class _Names:
             case ast.Name(name) if name not in self.function.__code__.co_varnames:
                 return self.function.__globals__[name]
             case ast.Attribute(owner, name) if not isinstance(holder := value(owner), Tensor):
+                self.reads.append((holder, name))
                 return getattr(holder, name)
             case ast.IfExp(test, body, otherwise):
                 return value(body if value(test) else otherwise)
@@ -131,36 +141,44 @@ class _Names:
                 return value(owner).get(value(key), value(default))  # transformers chooses attention so
         raise LookupError(node)
 
-    def dropout(self, call: ast.Call) -> tuple[str, float | None, str] | None:
-        """The name, the probability and the note of a call that drops; None for other calls."""
+    def dropout(self, call: ast.Call) -> tuple[str, float | None, str, tuple[Read, ...]] | None:
+        """The name, probability, note and probability's attribute of a call that drops; None for others."""
         called = self.value(call.func)
         try:
             target = TARGETS.get(called)
         except TypeError:  # not hashable, so no function
             target = None
         if target is not None:
-            p, p_in_evaluation = self._argument(call, target.p)
-            on, on_in_evaluation = self._argument(call, target.training) if target.training else (1.0, 1.0)
+            p, p_in_evaluation, rates = self._argument(call, target.p)
+            on, on_in_evaluation, _ = self._argument(call, target.training) if target.training else (1, 1, ())
             always = p_in_evaluation and on_in_evaluation and not self.asks_for_training
-            return target.name, 0.0 if on == 0 else p, UNCONDITIONAL if always else ""
+            return target.name, 0.0 if on == 0 else p, UNCONDITIONAL if always else "", rates
         if isinstance(call.func, ast.Attribute) and (name := call.func.attr) in BY_HAND:
             owner = self.value(call.func.value)
             if owner is torch or (hasattr(Tensor, name) and (owner is UNKNOWN or isinstance(owner, Tensor))):
-                return f"{'torch' if owner is torch else 'Tensor'}.{name}", None, HAND_WRITTEN
+                return f"{'torch' if owner is torch else 'Tensor'}.{name}", None, HAND_WRITTEN, ()
         return None
 
-    def _argument(self, call: ast.Call, argument: Argument) -> tuple[float | None, float | None]:
-        """The number that is passed, in training and in evaluation; None if it is not plain."""
+    def _argument(
+        self, call: ast.Call, argument: Argument
+    ) -> tuple[float | None, float | None, tuple[Read, ...]]:
+        """The number that is passed, in training and in evaluation, and the attribute that holds it.
+
+        None stands for a number that is not plain.
+        """
         keywords = {each.arg or "**": each.value for each in call.keywords}
         starred = "**" in keywords or any(isinstance(each, ast.Starred) for each in call.args)
         if starred and argument.name not in keywords:
-            return None, None
+            return None, None, ()
         passed = argument.of(call.args, keywords)
         if not isinstance(passed, ast.AST):  # torch's default
-            return passed, passed
-        values = (self.value(passed, training) for training in (True, False))
+            return passed, passed, ()
+        before = len(self.reads)
+        values = [self.value(passed, training) for training in (True, False)]
+        # Other attributes are read on the way to the number, or to decide whether it is passed.
+        reads = [read for read in self.reads[before:] if getattr(*read, None) is values[0]]
         in_training, in_evaluation = (float(v) if isinstance(v, int | float) else None for v in values)
-        return in_training, in_evaluation
+        return in_training, in_evaluation, tuple(reads)
 
 
 @lru_cache(maxsize=4096)

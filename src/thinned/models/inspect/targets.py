@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Call:
         function, file, line, last_line: where the call stands.
         p: its probability in training; None if the source does not say it plainly.
         note: a warning, such as ``HAND_WRITTEN``.
+        rates: the attributes from which ``p`` is read, as objects and names.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Call:
     last_line: int
     p: float | None = None
     note: str = ""
+    rates: tuple[tuple[Any, str], ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
