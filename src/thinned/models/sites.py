@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from thinned.models.convert.rules import is_known, probability_name
-from thinned.models.inspect.by_reading import read_source
+from thinned.models.inspect.by_reading import look_up, read_source
 from thinned.models.walk import is_ours, modules_with_paths
 
 __all__ = ["Rate", "is_dropout", "is_number", "rates_of"]
@@ -18,7 +18,7 @@ __all__ = ["Rate", "is_dropout", "is_number", "rates_of"]
 # Such as dropout, layerdrop, attn_pdrop, drop_path_rate or hidden_dropout_prob. A name such as drop_last or
 # dropout_keep_prob is another number's.
 NAME = re.compile(
-    r"\w*drop(out)?s?_?(path|connect|block|head|key|edge|node|token)?(_?(rate|ratio|prob|probs|probability|p|\d+))*",
+    r"\w*drop(out[a-z]?)?s?_?(path|connect|block|head|key|edge|node|token)?(_?(rate|ratio|prob|probs|probability|p|\d+))*",
     re.IGNORECASE,
 )
 LAYERDROP = re.compile(r"layer_?drop", re.IGNORECASE)
@@ -31,8 +31,9 @@ class Rate:
     Attributes:
         module: the module that drops with it; the first, if several read the same config.
         paths: all places of the modules that drop with it.
-        owner: the object that has the attribute: the module, or a config that it reads at each call.
-        name: the attribute.
+        owner: the object that has the attribute: the module, or a config that it reads at each call; or a
+            dictionary.
+        name: the attribute, or the dictionary's key.
         key: the path of a dropout module; for other numbers, path and attribute, such as ``attn.dropout``.
         stays_off: whether a 0 says that the model does without this kind of dropout.
     """
@@ -47,12 +48,15 @@ class Rate:
     @property
     def value(self) -> float:
         """The number now."""
-        value: float = getattr(self.owner, self.name)
+        value: float = look_up(self.owner, self.name)
         return value
 
     @value.setter
     def value(self, value: float) -> None:
-        setattr(self.owner, self.name, value)
+        if isinstance(self.owner, dict):
+            self.owner[self.name] = value
+        else:
+            setattr(self.owner, self.name, value)
 
     @property
     def of_module(self) -> bool:
@@ -138,14 +142,19 @@ def _numbers(module: nn.Module) -> Iterator[tuple[Any, str]]:
         yield from ((module, name) for name, value in mine.items() if _is_named_rate(name, value))
     if not type(module).__module__.startswith("torch."):
         calls, reads = read_source(module)
-        yield from (rate for call in calls for rate in call.rates if is_number(getattr(*rate)))
+        yield from (rate for call in calls for rate in call.rates if is_number(look_up(*rate)))
         for owner, name in reads:
-            if not isinstance(owner, nn.Module) and _is_named_rate(name, getattr(owner, name, None)):
+            if not isinstance(owner, nn.Module) and _is_named_rate(name, look_up(owner, name)):
                 yield owner, name
 
 
-def _is_named_rate(name: str, value: Any) -> bool:
-    return isinstance(value, float) and 0 <= value <= 1 and NAME.fullmatch(name) is not None
+def _is_named_rate(name: Any, value: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, float)
+        and 0 <= value <= 1
+        and NAME.fullmatch(name) is not None
+    )
 
 
 def _can_be_set(rate: Rate) -> bool:

@@ -14,7 +14,7 @@ from thinned.layers import ConcreteDropout, VariationalDropout
 from thinned.layers._arguments import check_p
 from thinned.models.convert.rules import is_known, make, probability_name, probability_of, unit_of
 from thinned.models.inspect import Site, inspect
-from thinned.models.sites import Rate, rates_of
+from thinned.models.sites import Rate, is_dropout, rates_of
 from thinned.models.text import Listing, count, format_p
 from thinned.models.walk import (
     Choice,
@@ -272,22 +272,22 @@ def _set_all(
 
 
 class _Before(NamedTuple):
-    """A number before ``convert(p=)`` set it, kept in a hidden attribute of the module that drops with it."""
+    """A number that ``convert(p=)`` set."""
 
-    owner: Any
-    name: str
+    rate: Rate
     old: float
     new: float
 
 
 def _remember(rate: Rate, old: float) -> None:
+    """Keep what a number was, in a hidden attribute of the module that drops with it."""
     known: list[_Before] = vars(rate.module).setdefault(BEFORE, [])
     for i, before in enumerate(known):
-        if before.owner is rate.owner and before.name == rate.name:
+        if before.rate.owner is rate.owner and before.rate.name == rate.name:
             del known[i]
             old = before.old if before.new == old else old
             break
-    known.append(_Before(rate.owner, rate.name, old, rate.value))
+    known.append(_Before(rate, old, rate.value))
 
 
 def _unreached(
@@ -297,9 +297,12 @@ def _unreached(
     modules = dict(model.named_modules(remove_duplicate=False))
     for site in inspect(model):
         module = modules[site.path]
-        learned = isinstance(module, ConcreteDropout | VariationalDropout)
-        known = site.p in (p, 0) or (site.kind == "module" and (site.p is not None or is_ours(module)))
-        if (learned or not known) and chosen(site.paths, module):
+        # What a module called a dropout does beside functional dropouts, it does with its own probability.
+        own = site.kind != "call" and is_dropout(module)
+        reached = site.p in (p, 0) or (own and (is_ours(module) or probability_of(module) is not None))
+        if isinstance(module, ConcreteDropout | VariationalDropout):
+            reached = False  # it learns its probability
+        if not reached and chosen(site.paths, module):
             yield site
 
 
@@ -328,9 +331,9 @@ def revert(model: Model) -> Model:
     <class 'torch.nn.modules.dropout.Dropout'>
     """
     for module in model.modules():
-        for owner, name, before, set_to in vars(module).pop(BEFORE, ()):
-            if getattr(owner, name) == set_to:
-                setattr(owner, name, before)
+        for rate, before, now in vars(module).pop(BEFORE, ()):
+            if rate.value == now:
+                rate.value = before
     olds: dict[int, nn.Module] = {}
     for new in model.modules():
         origin = vars(new).get(ORIGIN)

@@ -1,18 +1,21 @@
 """Functional dropouts in the source of a forward: each call, its line, and its probability if that is plain.
 
 Plain are numbers, attributes of the module, ``a if self.training else b``, names that are assigned once and
-keywords that a caller passes. Every other probability is reported by a run (:mod:`.by_running`).
+arguments that a caller passes. Every other probability is reported by a run (:mod:`.by_running`).
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain, takewhile
 from types import FunctionType
 from typing import Any
 
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 
 from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, Argument, Call
 
-__all__ = ["UNCONDITIONAL", "calls_in_source", "read_source"]
+__all__ = ["UNCONDITIONAL", "calls_in_source", "look_up", "read_source"]
 
 UNCONDITIONAL = "does not ask whether the module is training"
 UNKNOWN = object()
@@ -29,8 +32,8 @@ BY_HAND = {"bernoulli", "bernoulli_", "rand", "rand_like"}
 NEARBY = re.compile("drop|atten", re.IGNORECASE)
 TRAINING = {"training", "is_training", "train"}
 
-Read = tuple[Any, str]  # an object and the name of its attribute
-Given = Mapping[str, Callable[[bool], Any]]  # values by name, as functions of the training mode
+Read = tuple[Any, Any]  # an object and the name of its attribute, or a dictionary and a key
+Given = Mapping[Any, Callable[[bool], Any]]  # values by name or place, as functions of the training mode
 
 
 def calls_in_source(module: nn.Module) -> list[Call]:
@@ -48,7 +51,18 @@ def read_source(module: nn.Module) -> tuple[list[Call], list[Read]]:
     found: dict[Any, list[Call]] = {}
     reads: list[Read] = []
     _read(module.forward, {}, {base.__module__ for base in type(module).__mro__}, found, reads)
-    return [call for calls in found.values() for call in calls], reads
+    merged: dict[Call, Call] = {}
+    for call in chain.from_iterable(found.values()):
+        line = replace(call, p=None)
+        if (known := merged.setdefault(line, call)) is not call:  # a function that is called several times
+            p = call.p if call.p == known.p else None
+            merged[line] = replace(known, p=p, rates=known.rates + call.rates)
+    return list(merged.values()), reads
+
+
+def look_up(owner: Any, name: Any) -> Any:
+    """The attribute of an object, or the item of a dictionary; None if there is none."""
+    return owner.get(name) if isinstance(owner, dict) else getattr(owner, str(name), None)
 
 
 def _read(
@@ -57,7 +71,7 @@ def _read(
     """Collect from a function and from those it mentions, if of its file or of a name like ``attention``."""
     undecorated = inspect.unwrap(called) if callable(called) else None
     function = getattr(undecorated, "__func__", undecorated)
-    if not isinstance(function, FunctionType) or function.__code__ in found:
+    if not isinstance(function, FunctionType):
         return
     home = function.__module__ or ""
     nearby = home in homes or NEARBY.search(function.__name__)
@@ -68,21 +82,37 @@ def _read(
     tree, before, file = parsed
     receiver = getattr(undecorated, "__self__", getattr(called, "__self__", None))
     if receiver is not None:
-        given = {**given, function.__code__.co_varnames[0]: lambda _: receiver}
+        given = {place + 1 if isinstance(place, int) else place: value for place, value in given.items()}
+        given[0] = lambda _: receiver
+    accepted = function.__code__.co_varnames[: function.__code__.co_argcount]
+    given = {**given, **{name: given[place] for place, name in enumerate(accepted) if place in given}}
+    if (reading := (function.__code__, _known(given))) in found:
+        return
     names = _Names(function, tree, given, reads)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    found[function.__code__] = []
+    found[reading] = []
     for call in calls:
         if dropout := names.dropout(call):
             name, p, note, rates = dropout
             lines = call.lineno + before, (call.end_lineno or call.lineno) + before
-            found[function.__code__].append(Call(name, function.__qualname__, file, *lines, p, note, rates))
+            found[reading].append(Call(name, function.__qualname__, file, *lines, p, note, rates))
     # A look-up that succeeds mentions a default that it does not choose.
     looked_up = {id(part) for call in calls if names.value(call) is not UNKNOWN for part in ast.walk(call)}
-    passed = {id(call.func): names.keywords(call) for call in calls}
+    passed = {id(call.func): names.arguments(call) for call in calls}
     for node in ast.walk(tree):
         if isinstance(getattr(node, "ctx", None), ast.Load) and id(node) not in looked_up:
             _read(names.value(node), passed.get(id(node), {}), homes, found, reads)
+
+
+def _known(given: Given) -> frozenset[tuple[Any, Any]]:
+    """The arguments that tell the calls of one function apart: numbers and modules."""
+    known = set()
+    for key, value in given.items():
+        with contextlib.suppress(Exception):
+            found = value(True)
+            if isinstance(found, int | float | nn.Module):
+                known.add((key, found))
+    return frozenset(known)
 
 
 class _Names:
@@ -103,9 +133,14 @@ class _Names:
                     mentioned = {getattr(n, "attr", getattr(n, "id", "")) for n in ast.walk(test)}
                     self.asks_for_training |= not mentioned.isdisjoint(TRAINING)
 
-    def keywords(self, call: ast.Call) -> Given:
-        """The arguments that a call passes by name."""
-        return {each.arg: partial(self.evaluate, each.value) for each in call.keywords if each.arg}
+    def arguments(self, call: ast.Call) -> Given:
+        """The arguments that a call passes: those before the first ``*args`` by place, the others by name."""
+        plain = takewhile(lambda each: not isinstance(each, ast.Starred), call.args)
+        passed: dict[Any, ast.expr] = {
+            **dict(enumerate(plain)),
+            **{k.arg: k.value for k in call.keywords if k.arg},
+        }
+        return {key: partial(self.evaluate, value) for key, value in passed.items()}
 
     def value(self, node: Any, training: bool = True) -> Any:
         """The value of an expression in training or in evaluation; ``UNKNOWN`` if it is not plain."""
@@ -136,7 +171,11 @@ class _Names:
             case ast.UnaryOp(ast.Not(), operand):
                 return not value(operand)
             case ast.Subscript(owner, key):
-                return value(owner)[value(key)]
+                holder, name = value(owner), value(key)
+                self.reads.append((holder, name))
+                return holder[name]
+            case ast.Call(ast.Name("float"), [number], []):
+                return float(value(number))
             case ast.Call(ast.Attribute(owner, "get" | "get_interface"), [key, default], []):
                 return value(owner).get(value(key), value(default))  # transformers chooses attention so
         raise LookupError(node)
@@ -176,7 +215,7 @@ class _Names:
         before = len(self.reads)
         values = [self.value(passed, training) for training in (True, False)]
         # Other attributes are read on the way to the number, or to decide whether it is passed.
-        reads = [read for read in self.reads[before:] if getattr(*read, None) is values[0]]
+        reads = [read for read in self.reads[before:] if look_up(*read) is values[0]]
         in_training, in_evaluation = (float(v) if isinstance(v, int | float) else None for v in values)
         return in_training, in_evaluation, tuple(reads)
 
