@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from thinned.models.convert.rules import is_known, probability_name
-from thinned.models.inspect.by_reading import look_up, read_source
+from thinned.models.inspect.by_reading import read_source
+from thinned.models.inspect.targets import look_up
 from thinned.models.walk import is_ours, modules_with_paths
 
 __all__ = ["Rate", "is_dropout", "is_number", "rates_of"]

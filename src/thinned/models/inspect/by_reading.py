@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, Argument, Call
+from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, Argument, Call, Read, remember
 
-__all__ = ["UNCONDITIONAL", "calls_in_source", "look_up", "read_source"]
+__all__ = ["UNCONDITIONAL", "calls_in_source", "read_source"]
 
 UNCONDITIONAL = "does not ask whether the module is training"
 UNKNOWN = object()
@@ -32,7 +32,6 @@ BY_HAND = {"bernoulli", "bernoulli_", "rand", "rand_like"}
 NEARBY = re.compile("drop|atten", re.IGNORECASE)
 TRAINING = {"training", "is_training", "train"}
 
-Read = tuple[Any, Any]  # an object and the name of its attribute, or a dictionary and a key
 Given = Mapping[Any, Callable[[bool], Any]]  # values by name or place, as functions of the training mode
 
 
@@ -58,11 +57,6 @@ def read_source(module: nn.Module) -> tuple[list[Call], list[Read]]:
             p = call.p if call.p == known.p else None
             merged[line] = replace(known, p=p, rates=known.rates + call.rates)
     return list(merged.values()), reads
-
-
-def look_up(owner: Any, name: Any) -> Any:
-    """The attribute of an object, or the item of a dictionary; None if there is none."""
-    return owner.get(name) if isinstance(owner, dict) else getattr(owner, str(name), None)
 
 
 def _read(
@@ -164,21 +158,23 @@ class _Names:
             case ast.Name(name) if name not in self.function.__code__.co_varnames:
                 return self.function.__globals__[name]
             case ast.Attribute(owner, name) if not isinstance(holder := value(owner), Tensor):
-                self.reads.append((holder, name))
-                return getattr(holder, name)
+                return self._read(holder, name, getattr(holder, name))
             case ast.IfExp(test, body, otherwise):
                 return value(body if value(test) else otherwise)
             case ast.UnaryOp(ast.Not(), operand):
                 return not value(operand)
             case ast.Subscript(owner, key):
                 holder, name = value(owner), value(key)
-                self.reads.append((holder, name))
-                return holder[name]
+                return self._read(holder, name, holder[name])
             case ast.Call(ast.Name("float"), [number], []):
-                return float(value(number))
+                return value(number) if isinstance(value(number), float) else float(value(number))
             case ast.Call(ast.Attribute(owner, "get" | "get_interface"), [key, default], []):
                 return value(owner).get(value(key), value(default))  # transformers chooses attention so
         raise LookupError(node)
+
+    def _read(self, owner: Any, name: Any, value: Any) -> Any:
+        self.reads.append((owner, name))
+        return remember(value, owner, name)
 
     def dropout(self, call: ast.Call) -> tuple[str, float | None, str, tuple[Read, ...]] | None:
         """The name, probability, note and probability's attribute of a call that drops; None for others."""
@@ -212,12 +208,10 @@ class _Names:
         passed = argument.of(call.args, keywords)
         if not isinstance(passed, ast.AST):  # torch's default
             return passed, passed, ()
-        before = len(self.reads)
         values = [self.value(passed, training) for training in (True, False)]
-        # Other attributes are read on the way to the number, or to decide whether it is passed.
-        reads = [read for read in self.reads[before:] if look_up(*read) is values[0]]
+        read = getattr(values[0], "read", None)
         in_training, in_evaluation = (float(v) if isinstance(v, int | float) else None for v in values)
-        return in_training, in_evaluation, tuple(reads)
+        return in_training, in_evaluation, () if read is None else (read,)
 
 
 @lru_cache(maxsize=4096)
