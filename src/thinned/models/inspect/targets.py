@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
-__all__ = ["HAND_WRITTEN", "TARGETS", "Argument", "Call", "Target", "recurrent"]
+__all__ = ["ELSEWHERE", "HAND_WRITTEN", "TARGETS", "Argument", "Call", "Kind", "Target", "recurrent"]
 
+Kind = Literal["module", "argument", "call", "random", "layer"]
 HAND_WRITTEN = "perhaps a dropout written by hand"
+ELSEWHERE = "drawn from Python's generator, beyond thinned"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Call:
         function, file, line, last_line: where the call stands.
         p: its probability in training; None if the source does not say it plainly.
         note: a warning, such as ``HAND_WRITTEN``.
+        kind: ``"call"``, ``"random"`` or ``"layer"``, as of :class:`thinned.models.inspect.Site`.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Call:
     last_line: int
     p: float | None = None
     note: str = ""
+    kind: Kind = "call"
 
 
 @dataclass(frozen=True)
