@@ -37,6 +37,7 @@ function_of                           tested   ``thinned.address`` in a reentran
 constant_when_compiled                tested   functions that Dynamo calls while it traces
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
 let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
+traced_lines                          tested   draws of random numbers that ``thinned.intercept`` compiles
 WRAPPERS, REPRESENTATION              tested   wrappers in module paths; methods that only print
 ====================================  =======  =========================================================
 """
@@ -235,6 +236,13 @@ def never_inlined(function: _Function) -> _Function:
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
+
+
+def traced_lines() -> list[tuple[str, int, str]]:
+    """File, line and function of what Dynamo traces in this thread, innermost first; empty if unknown."""
+    context = getattr(sys.modules.get("torch._guards"), "TracingContext", None)
+    frames = getattr(context, "extract_stack", list)()
+    return [(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)]
 
 
 def compiler_is_imported() -> bool:
