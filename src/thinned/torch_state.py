@@ -36,6 +36,7 @@ checkpoint_generator                  guarded  ``thinned.address`` and ``thinned
 function_of                           tested   ``thinned.address`` in a reentrant checkpoint
 constant_when_compiled                tested   functions that Dynamo calls while it traces
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
+traces_symbolically                   tested   LayerDrop in a symbolic trace of torch.fx
 let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
 traced_lines                          tested   draws of random numbers that ``thinned.intercept`` compiles
 WRAPPERS, REPRESENTATION              tested   wrappers in module paths; methods that only print
@@ -287,6 +288,12 @@ def let_compiled_checkpoints_count(allowed: bool) -> bool | None:
     before: bool = getattr(config, name)
     setattr(config, name, allowed)
     return before
+
+
+def traces_symbolically() -> bool:
+    """Whether ``torch.fx.symbolic_trace`` or another tracer calls a module with proxies for tensors."""
+    # make_fx and torch.export set the flag too, and trace tensors by a mode.
+    return getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False) and not _modes()
 
 
 # Backward passes and recomputation.
