@@ -207,6 +207,49 @@ def test_p_that_is_set_later_is_checked_and_used(entry: Entry, p: float) -> None
     oracle.assert_same(first(layer(*inputs, key=KEY)), first(expected(*inputs, key=KEY)))
 
 
+@each_keyed_entry
+def test_the_default_device_is_not_that_of_the_mask(entry: Entry, references: dict[str, Tensor]) -> None:
+    layer, inputs = example(entry)
+    drawn = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(1)
+        with torch.device(device):
+            oracle.assert_same(first(layer(*inputs, key=thinned.Key(7))).detach(), references[entry.name])
+            drawn.append(first(layer(*inputs)))
+        drawn.append(torch.get_rng_state())
+    assert drawn[0].equal(drawn[2])
+    assert drawn[1].equal(drawn[3])
+
+
+@each_keyed_entry
+def test_a_meta_tensor_gives_one(entry: Entry, references: dict[str, Tensor]) -> None:
+    layer, inputs = example(entry)
+    layer = copy.deepcopy(layer).to("meta")
+    for options in ({}, {"key": KEY}):
+        y = first(layer(*(x.to("meta") for x in inputs), **options))
+        assert y.is_meta
+        assert (y.shape, y.dtype) == (references[entry.name].shape, references[entry.name].dtype)
+
+
+COMPLEX = ["Dropout", "DropBlock2d", "DropHead", "GaussianDropout", "VariationalDropout", "ConcreteDropout"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [*COMPLEX, "Zoneout", "EmbeddingDropout"])
+def test_a_finite_part_beside_infinity_stays_finite(name: str, training: bool) -> None:
+    layer, inputs = example(next(entry for entry in ENTRIES if entry.name == name))
+    infinite = [torch.complex(x, x + math.inf) if x.is_floating_point() else x for x in inputs]
+    if isinstance(layer, thinned.EmbeddingDropout):
+        weight = layer.embedding.weight.data
+        layer.embedding.weight = nn.Parameter(
+            torch.complex(weight, torch.full_like(weight, math.inf)), requires_grad=False
+        )
+    y = torch.view_as_real(layer.train(training)(*infinite, key=KEY).detach())
+    assert y[..., 0].isfinite().all()
+    assert (y[..., 1] == math.inf).any()
+    assert not y.isnan().any()
+
+
 LEARNED: dict[str, partial[nn.Module]] = {
     "ConcreteDropout": partial(thinned.ConcreteDropout, 0.3, broadcast_dims=(1,)),
     "VariationalDropout": partial(thinned.VariationalDropout, 0.3, num_features=(4, 1)),
