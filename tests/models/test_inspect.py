@@ -132,11 +132,13 @@ FORWARDS = {
         (MASK, 0.3, UNCONDITIONAL),
         ("F.dropout", 0.1, UNCONDITIONAL),
     ],
+    "return helper(x, self.p, self.training)": [("F.dropout", 0.3, "")],
+    "return helper(x, self.p, training=self.training)": [("F.dropout", 0.3, "")],
+    "return F.dropout(x, float(self.p), self.training)": [("F.dropout", 0.3, "")],
     # Only a run knows p.
     "return F.dropout(x, max(0.1, self.p), self.training)": [("F.dropout", None, "")],
     "return F.dropout(*(x, 0.3, self.training))": [("F.dropout", None, "")],
     "p = self.p\nif self.training: p = 0.3\nreturn F.dropout(x, p, self.training)": [("F.dropout", None, "")],
-    "return helper(x, self.p, self.training)": [("F.dropout", None, "")],
 }
 
 

@@ -21,7 +21,9 @@ __all__ = [
     "check_key",
     "check_p",
     "check_parameter",
+    "drops",
     "key_for",
+    "number",
     "threshold_and_scale",
 ]
 
@@ -64,9 +66,24 @@ def apply(
     return op.masked_affine(input, bits, geometry, T, scale, shift, fill)
 
 
+def number(p: float) -> float:
+    """``p`` as a float; TypeError for what is no number, and for a tensor with a gradient, as in PyTorch."""
+    if isinstance(p, Tensor):
+        if p.dim() or p.requires_grad:
+            learned = " that requires grad; p gets no gradient, except in ConcreteDropout"
+            raise TypeError(
+                f"p must be a float, got a {type(p).__name__} of shape {tuple(p.shape)}"
+                f"{learned if p.requires_grad else ''}"
+            )
+    # float() accepts strings, and arrays of one element, which have a length.
+    elif not isinstance(p, float | int) and (not hasattr(p, "__float__") or hasattr(p, "__len__")):
+        raise TypeError(f"p must be a float, got {p!r} of type {type(p).__name__}")
+    return float(p)
+
+
 def check_p(p: float) -> None:
-    """Raise ValueError for a probability outside [0, 1], or NaN; TypeError or ValueError for no number."""
-    p = float(p)
+    """Raise ValueError for a probability outside [0, 1], or NaN; TypeError for no number."""
+    p = number(p)
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
 
@@ -81,9 +98,9 @@ _compute_cached = lru_cache(maxsize=1024)(_compute)
 
 
 def threshold_and_scale(p: float) -> tuple[int, float]:
-    """``T`` and ``1/q`` of the mask's specification; ValueError for a ``p`` outside [0, 1]."""
+    """``T`` and ``1/q`` of the mask's specification; the errors are those of :func:`check_p`."""
     if type(p) is not float:
-        p = float(p)
+        p = number(p)
     # Dynamo ignores lru_cache and warns when it traces a cached function.
     return _compute(p) if compiling() else _compute_cached(p)
 
@@ -113,6 +130,23 @@ def check_input(name: str, input: Tensor, key: Key | None, *, dense: bool = Fals
         nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
     if key is not None:
         check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
+
+
+def drops(
+    name: str, input: Tensor, p: float, training: bool, key: Key | None, *, dense: bool = False
+) -> bool:
+    """Whether the call drops: then ``input`` has passed :func:`check_input`.
+
+    Otherwise the call is the identity, which accepts any dtype, layout and shape, as in PyTorch.
+    """
+    if training and p != 0:
+        check_input(name, input, key, dense=dense)
+        return True
+    if not isinstance(input, Tensor):
+        check_input(name, input, key)
+    if key is not None:
+        check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
+    return False
 
 
 def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) -> Tensor:

@@ -6,11 +6,15 @@ import math
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned.keys import Key
-from thinned.layers._arguments import apply, threshold_and_scale
+from thinned.layers._arguments import apply, drops, threshold_and_scale
 from thinned.layers._module import TorchLayer
-from thinned.layers.channels import channel_dims, is_active
+from thinned.layers._overrides import module_node, overridden
+from thinned.layers.channels import channel_dims
+from thinned.torch_state import compiling
 
 __all__ = ["SATURATION", "AlphaDropout", "FeatureAlphaDropout", "alpha_dropout", "feature_alpha_dropout"]
 
@@ -51,6 +55,8 @@ def alpha_dropout(
     >>> thinned.functional.alpha_dropout(torch.zeros(6), 0.5, training=True, key=thinned.Key(7))
     tensor([-0.7792, -0.7792, -0.7792,  0.7792,  0.7792,  0.7792])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(alpha_dropout, locals())
     return _alpha_dropout(input, p, training, inplace, key, channels=False)
 
 
@@ -68,6 +74,8 @@ class AlphaDropout(TorchLayer, torch.nn.AlphaDropout):
     """
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return alpha_dropout(input, self.p, self.training, self.inplace, key=key)
 
 
@@ -91,6 +99,8 @@ def feature_alpha_dropout(
     >>> y.mean(2)
     tensor([[-0.7792, -0.7792,  0.7792,  0.7792]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(feature_alpha_dropout, locals())
     return _alpha_dropout(input, p, training, inplace, key, channels=True)
 
 
@@ -105,6 +115,8 @@ class FeatureAlphaDropout(TorchLayer, torch.nn.FeatureAlphaDropout):
     """
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return feature_alpha_dropout(input, self.p, self.training, self.inplace, key=key)
 
 
@@ -113,7 +125,7 @@ def _alpha_dropout(
 ) -> Tensor:
     name = "feature_alpha_dropout" if channels else "alpha_dropout"
     T, _ = threshold_and_scale(p)
-    if not is_active(name, input, p, training, key):
+    if not drops(name, input, p, training, key):
         return input
     broadcast_dims = channel_dims(input, p) if channels else ()
     if not T:  # a is infinite, and y tends to 0

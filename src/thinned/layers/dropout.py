@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_input, check_key, threshold_and_scale
+from thinned.layers._arguments import apply, check_key, drops, threshold_and_scale
 from thinned.layers._module import TorchLayer
+from thinned.layers._overrides import module_node, overridden
+from thinned.torch_state import compiling
 
 __all__ = ["Dropout", "dropout", "keep_mask"]
 
@@ -63,9 +67,10 @@ def dropout(
     tensor([[0., 0., 0., 2., 2., 2.],
             [0., 0., 0., 2., 0., 0.]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(dropout, locals())
     T, scale = threshold_and_scale(p)
-    check_input("dropout", input, key)
-    if not training or p == 0:
+    if not drops("dropout", input, p, training, key):
         return input
     return apply(input, key, broadcast_dims, inplace, T, scale, elementwise=True)
 
@@ -91,6 +96,8 @@ class Dropout(TorchLayer, torch.nn.Dropout):
             self.broadcast_dims = tuple(broadcast_dims)
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return dropout(
             input, self.p, self.training, self.inplace, key=key, broadcast_dims=self.broadcast_dims
         )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_input, check_key, threshold_and_scale
+from thinned.layers._arguments import apply, check_key, drops, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
 from thinned.nested import refuse, shape_of
+from thinned.torch_state import compiling
 
 __all__ = ["LockedDropout", "locked_dropout"]
 
@@ -53,12 +57,12 @@ def locked_dropout(
     tensor([[0., 0., 0., 2., 2., 2.],
             [0., 0., 0., 2., 2., 2.]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(locked_dropout, locals())
     T, scale = threshold_and_scale(p)
-    check_input("locked_dropout", input, None)
-    is_identity = not training or p == 0
+    if not drops("locked_dropout", input, p, training, None):
+        return input
     if input.is_nested and not (batch_first and input.dim() > 2):
-        if is_identity:
-            return input
         accepted = "one of shape (N, time, *) with batch_first=True"
         refuse(f"locked_dropout with batch_first={batch_first}", input, accepted)
     if input.dim() < 2:
@@ -70,8 +74,6 @@ def locked_dropout(
     samples = input.unsqueeze(0) if unbatched else input if batch_first else input.transpose(0, 1)
     if key is not None:
         check_key(key, shape_of(samples))
-    if is_identity:
-        return input
     y = apply(samples, key, (1,), inplace, T, scale)
     if inplace:
         return input
@@ -100,6 +102,8 @@ class LockedDropout(Layer):
         self.inplace = inplace
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return locked_dropout(
             input, self.p, training=self.training, batch_first=self.batch_first, inplace=self.inplace, key=key
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from thinned.keys import Key
 from thinned.layers._arguments import check_input, check_key, check_p, key_for
+from thinned.layers._overrides import module_node
 from thinned.layers.dropout import dropout, keep_mask
 from thinned.layers.locked import locked_dropout
 from thinned.layers.weights import check_one_key, cudnn_copies, drop_connect
@@ -131,6 +132,8 @@ class VariationalLSTM(nn.RNNBase):
     def forward(
         self, input: Tensor, hx: State | None = None, *, key: Key | None = None
     ) -> tuple[Tensor, State]:
+        if (node := module_node(self, input, hx, key=key)) is not None:
+            return node  # type: ignore[return-value]
         check_input("VariationalLSTM", input, None, dense=True)
         batched = input.dim() == 3
         x, h, c = self._time_first(input, hx, batched)

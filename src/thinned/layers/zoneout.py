@@ -6,12 +6,16 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_variadic
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_input, key_for, threshold_and_scale
+from thinned.layers._arguments import drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
 from thinned.layers.dropout import keep_mask
 from thinned.nested import alike, elementwise, shape_of
+from thinned.torch_state import compiling
 
 __all__ = ["Zoneout", "zoneout"]
 
@@ -52,10 +56,14 @@ def zoneout(
     >>> thinned.functional.zoneout(candidate, previous, p=0.5, training=False)
     tensor([3., 3., 3., 3., 3., 3.])
     """
+    if has_torch_function_variadic(input, previous) and not compiling():
+        return overridden(zoneout, locals())
     T, _ = threshold_and_scale(p)
-    check_input("zoneout", input, key)
+    active = drops("zoneout", input, p, True, key)
     if not isinstance(previous, Tensor):
         raise TypeError(f"zoneout(): argument 'previous' must be Tensor, not {type(previous).__name__}")
+    if not active:
+        return input
     if not alike(previous, input) or previous.dtype != input.dtype:
         raise RuntimeError(
             f"zoneout needs a previous state like its input, of shape {shape_of(input)} and "
@@ -96,4 +104,8 @@ class Zoneout(Layer):
         super().__init__(p)
 
     def forward(self, input: Tensor, previous: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) or isinstance(previous, Proxy):
+            node = module_node(self, input, previous, key=key)
+            if node is not None:
+                return node
         return zoneout(input, previous, self.p, training=self.training, key=key)

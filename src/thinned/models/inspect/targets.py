@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-__all__ = ["HAND_WRITTEN", "TARGETS", "Argument", "Call", "Target", "recurrent"]
+__all__ = [
+    "HAND_WRITTEN",
+    "TARGETS",
+    "Argument",
+    "Call",
+    "Read",
+    "Target",
+    "look_up",
+    "recurrent",
+    "remember",
+]
+
+Read = tuple[Any, Any]  # an object and the name of its attribute, or a dictionary and a key
 
 HAND_WRITTEN = "perhaps a dropout written by hand"
 
@@ -23,6 +35,7 @@ class Call:
         function, file, line, last_line: where the call stands.
         p: its probability in training; None if the source does not say it plainly.
         note: a warning, such as ``HAND_WRITTEN``.
+        rates: where ``p`` is read.
     """
 
     name: str
@@ -32,6 +45,29 @@ class Call:
     last_line: int
     p: float | None = None
     note: str = ""
+    rates: tuple[Read, ...] = field(default=(), compare=False, repr=False)
+
+
+class _Float(float):
+    read: Read
+
+
+class _Int(int):
+    read: Read
+
+
+def remember(value: Any, owner: Any, name: Any) -> Any:
+    """``value``; a number that knows where it was read, also as the argument of a call, if it is a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    number = (_Float if isinstance(value, float) else _Int)(value)
+    number.read = owner, name
+    return number
+
+
+def look_up(owner: Any, name: Any) -> Any:
+    """The attribute of an object, or the item of a dictionary; None if there is none."""
+    return owner.get(name) if isinstance(owner, dict) else getattr(owner, str(name), None)
 
 
 @dataclass(frozen=True)
