@@ -11,7 +11,7 @@ from thinned import nested, op
 from thinned.backends.arguments import DTYPES
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.key_source import active
-from thinned.keys import Key
+from thinned.keys import Key, savable
 from thinned.torch_state import compiling
 
 __all__ = [
@@ -188,7 +188,7 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
 
 def bits_for(key: Key, input: Tensor) -> Tensor:
     """The key's bits on ``input``'s device; RuntimeError for a batch of keys on another one."""
-    bits = key.bits
+    bits = savable(key.bits)
     if bits.device != input.device:
         if bits.dim():
             raise RuntimeError(

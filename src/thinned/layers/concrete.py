@@ -141,9 +141,11 @@ class ConcreteDropout(nn.Module):
         p: the probability of dropping that learning starts from, above 0 and below 1.
         temperature, broadcast_dims: as for the function.
         weight_regularizer, dropout_regularizer: as for :func:`thinned.functional.concrete_regularization`.
+        device, dtype: of ``p_logit``.
 
     Attributes:
         p_logit: the parameter, of shape ``(1,)``.
+        initial_p: the probability that :meth:`reset_parameters` restores.
 
     Raises:
         ValueError: ``p`` is not above 0 and below 1.
@@ -164,6 +166,8 @@ class ConcreteDropout(nn.Module):
         weight_regularizer: float = 1e-6,
         dropout_regularizer: float = 1e-5,
         broadcast_dims: Sequence[int] = (),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         p = number(p)
@@ -177,7 +181,13 @@ class ConcreteDropout(nn.Module):
         self.weight_regularizer = weight_regularizer
         self.dropout_regularizer = dropout_regularizer
         self.broadcast_dims = tuple(broadcast_dims)
-        self.p_logit = nn.Parameter(torch.full((1,), math.log(p) - math.log1p(-p)))
+        self.initial_p = float(p)
+        self.p_logit = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let ``p`` be ``initial_p`` again."""
+        nn.init.constant_(self.p_logit, math.log(self.initial_p) - math.log1p(-self.initial_p))
 
     @property
     def p(self) -> Tensor:

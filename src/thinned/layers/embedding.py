@@ -94,7 +94,9 @@ def embedding_dropout(
         key = key_for(words, key)
         keep = keep_mask(key, (*key.shape, len(weight)), p)
         keep = keep.gather(1, words.flatten(1).long()).reshape(words.shape) if key.shape else keep[words]
-        return torch.where(keep.unsqueeze(-1), y * scale, 0)
+        # By parts, as y * scale would be NaN beside an infinite part.
+        y = torch.view_as_complex(torch.view_as_real(y) * scale) if y.is_complex() else y * scale
+        return torch.where(keep.unsqueeze(-1), y, 0)
 
     if not isinstance(input, Tensor):
         raise TypeError(f"embedding_dropout(): argument 'input' must be Tensor, not {type(input).__name__}")

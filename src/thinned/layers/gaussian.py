@@ -202,9 +202,11 @@ class VariationalDropout(nn.Module):
         max_alpha: the bound of ``alpha``: above 1, which is p = 0.5, the authors found the gradients too
             noisy. At the bound ``log_alpha`` has a gradient only where a step leads back below. ``inf`` for
             no bound, with ``kl("sigmoid")``.
+        device, dtype: of ``log_alpha``.
 
     Attributes:
         log_alpha: the parameter, of shape ``(1,)`` or of ``num_features``.
+        initial_p: the probability that :meth:`reset_parameters` restores.
 
     Raises:
         ValueError: ``p`` is not above 0 and below 1, or its ``alpha`` is above ``max_alpha``.
@@ -218,7 +220,13 @@ class VariationalDropout(nn.Module):
     """
 
     def __init__(
-        self, p: float = 0.5, *, num_features: int | Sequence[int] | None = None, max_alpha: float = 1.0
+        self,
+        p: float = 0.5,
+        *,
+        num_features: int | Sequence[int] | None = None,
+        max_alpha: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         p = number(p)
@@ -232,11 +240,15 @@ class VariationalDropout(nn.Module):
             raise ValueError(
                 f"alpha = p / (1 - p) has to be at most max_alpha={max_alpha}, but p={p} gives {alpha}"
             )
-        shape = (1,) if num_features is None else num_features
-        self.log_alpha = nn.Parameter(
-            torch.full((shape,) if isinstance(shape, int) else tuple(shape), math.log(alpha))
-        )
+        self.initial_p = float(p)
         self.max_alpha = max_alpha
+        shape = (1,) if num_features is None else num_features
+        self.log_alpha = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let ``p`` be ``initial_p`` again."""
+        nn.init.constant_(self.log_alpha, math.log(self.initial_p / (1 - self.initial_p)))
 
     @property
     def alpha(self) -> Tensor:

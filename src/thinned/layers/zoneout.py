@@ -74,8 +74,12 @@ def zoneout(
     if not training and T:
         if input.dtype in (torch.float16, torch.bfloat16):  # in float32, so that the result is rounded once
             return zoneout(input.float(), previous.float(), p, training=False).to(input.dtype)
+        if input.is_complex():  # by parts: infinity times a real number would be NaN in the other part
+            new, old = (torch.view_as_real(state.resolve_conj()) for state in (input, previous))
+            return torch.view_as_complex(zoneout(new, old, p, training=False))
         return torch.add(input * (T / 2**32), previous, alpha=1 - T / 2**32)
-    key = key_for(input, key, elementwise=True)
+    # In evaluation p is 1 here: no key keeps anything, so none is drawn.
+    key = key_for(input, key if training else Key(0), elementwise=True)
     if input.is_nested:
         return elementwise("zoneout", partial(zoneout, p=p), input, key, previous)
     return torch.where(keep_mask(key, input.shape, p), input, previous)

@@ -14,7 +14,7 @@ from thinned import layers
 from thinned.models.walk import is_ours, qualified_name
 from thinned.torch_state import REPRESENTATION, buffers_of, children_of, parameters_of
 
-__all__ = ["is_known", "make", "probability_name", "probability_of", "register"]
+__all__ = ["is_known", "make", "probability_name", "probability_of", "register", "unit_of"]
 
 Build = Callable[[Any], nn.Module]
 # The attributes in which modules keep their probability.
@@ -160,6 +160,12 @@ def probability_of(module: nn.Module) -> float | None:
     name = probability_name(module)
     value = None if name is None else getattr(module, name)
     return float(value) if isinstance(value, int | float) else None
+
+
+def unit_of(module: nn.Module) -> float:
+    """The factor from the number that ``module`` has to its probability."""
+    found = None if is_ours(module) else _known_base(type(module))
+    return 1.0 if found is None else found[1].unit(module)
 
 
 def _flags(ours: type[nn.Module], *names: str, **flags: Any) -> Build:
