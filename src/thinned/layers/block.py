@@ -20,7 +20,7 @@ from thinned.layers._module import Layer
 from thinned.nested import shape_of
 from thinned.op.from_key import apply_linear
 from thinned.op.noise import opmath
-from thinned.torch_state import constant_when_compiled, is_legacy_batched, transforming
+from thinned.torch_state import compiling, constant_when_compiled, is_eager
 
 __all__ = [
     "DropBlock1d",
@@ -340,7 +340,7 @@ def _masked(x: Tensor, keep: Tensor, factor: float | Tensor) -> Tensor:
             factor = factor.unsqueeze(-1)
         parts = torch.view_as_real(x.resolve_conj())
         return torch.view_as_complex(_masked(parts, keep.unsqueeze(-1), factor))
-    if transforming() or is_legacy_batched(x):
+    if not (is_eager(x) or compiling()):  # a traced graph may be differentiated, as bits are not
         return torch.where(keep != 0, (x * factor).to(x.dtype), 0)
     # On the bits: 0.2 ms against 4.4 for torch.where, for a million float32 elements on one thread.
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
