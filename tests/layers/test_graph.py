@@ -61,17 +61,21 @@ def test_every_backend_removes_the_edges_of_the_specification(
     assert (kept.tolist(), columns.tolist()) == undirected(EDGES, mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("p", [1e-9, 0.3, 0.5, 1.0])
-def test_every_backend_removes_the_nodes_of_the_specification(backend: BackendUnderTest, p: float) -> None:
-    edges = EDGES.to(backend.device)
+def test_every_backend_removes_the_nodes_of_the_specification(
+    backend: BackendUnderTest, p: float, dtype: torch.dtype
+) -> None:
+    edges = EDGES.to(backend.device, dtype)
     nodes = keep_mask(KEY, (9,), p)
     mask = nodes[EDGES[0]] & nodes[EDGES[1]]
     kept, edge_mask, node_mask = dropout_node(edges, p, 9, key=KEY)
     assert node_mask.cpu().equal(nodes)
     assert edge_mask.cpu().equal(mask)
-    assert kept.cpu().equal(EDGES[:, mask])
+    assert kept.cpu().equal(EDGES[:, mask].to(dtype))
     names = {old: new for new, old in enumerate(nodes.nonzero().flatten().tolist())}
     relabelled, *masks = dropout_node(edges, p, 9, True, True, key=KEY)
+    assert relabelled.dtype == dtype
     assert relabelled.tolist() == [[names[i] for i in ends] for ends in EDGES[:, mask].tolist()]
     assert masks[0].equal(edge_mask)
     assert masks[1].equal(node_mask)
@@ -199,6 +203,34 @@ def test_compiled_without_a_break(function: Callable[..., Any]) -> None:
                 torch.manual_seed(3)
                 results.append(call(edges, 0.5))
             assert all(x.equal(y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_another_number_of_nodes_takes_no_other_graph() -> None:
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(dropout_node, fullgraph=True, backend="aot_eager", dynamic=True)
+        for stance, n in (("default", 7), ("fail_on_recompile", 9)):
+            expected = dropout_node(EDGES, 0.5, n, key=KEY)
+            with torch.compiler.set_stance(stance):
+                found = compiled(EDGES, 0.5, n, key=KEY)
+            assert all(x.equal(y) for x, y in zip(found, expected, strict=True))
+
+
+@each_function
+def test_exported_for_any_graph(function: Callable[..., Any]) -> None:
+    def forward(x: Tensor, edges: Tensor) -> Any:
+        return function(edges, 0.5, x.shape[0]) if function is dropout_node else function(edges, 0.5)
+
+    model, dynamic = nn.Module(), torch.export.Dim.DYNAMIC
+    model.forward = forward
+    shapes = ({0: dynamic} if function is dropout_node else {}, {1: dynamic})
+    program = torch.export.export(model, (torch.ones(9, 2), EDGES), dynamic_shapes=shapes, strict=False)
+    x = torch.ones(11 if function is dropout_node else 9, 2)
+    results = []
+    for call in (program.module(), forward):
+        torch.manual_seed(3)
+        results.append(call(x, EDGES[:, 3:]))
+    assert all(x.equal(y) for x, y in zip(*results, strict=True))
 
 
 @each_function

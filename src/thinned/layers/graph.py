@@ -12,7 +12,6 @@ from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import check_key, key_for, threshold_and_scale
-from thinned.torch_state import compiling
 
 __all__ = ["dropout_edge", "dropout_node"]
 
@@ -162,7 +161,7 @@ def _keep_mask(key: Key, size: int, T: int) -> Tensor:
 def _num_nodes(edge_index: Tensor, num_nodes: int | None) -> int:
     if num_nodes is None:
         return int(edge_index.max()) + 1 if edge_index.numel() else 0
-    if not compiling():  # where it may be symbolic
+    if not isinstance(num_nodes, int | torch.SymInt):
         try:
             num_nodes = index(num_nodes)
         except TypeError:
