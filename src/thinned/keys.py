@@ -137,6 +137,12 @@ class Key:
             return f"Key.from_bits({self.bits!r})"
         return f"Key({int(self)})"
 
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        """A node that makes this key, for torch.fx, in whose graphs a key as such cannot be an argument."""
+        if self.shape:
+            return tracer.create_node("call_function", _from_bits, (tracer.create_arg(self.bits),), {})
+        return tracer.create_node("call_function", Key, (int(self),), {})
+
     def __reduce__(self) -> tuple[Any, ...]:
         if self.shape or self.bits.is_meta:
             return Key, (0,), self.bits  # not from_bits: torch.load(weights_only=True) calls no methods
@@ -166,6 +172,10 @@ def savable(bits: Tensor) -> Tensor:
         return bits
     with torch.inference_mode(False):
         return bits.clone()
+
+
+def _from_bits(bits: Tensor) -> Key:
+    return Key.from_bits(bits)  # torch.fx writes the name of a function into code, but none of a method
 
 
 # For a compiler a fold is one node instead of the 150 nodes of a philox4x32 with 10 rounds.

@@ -37,7 +37,9 @@ checkpoint_generator                  guarded  ``thinned.address`` and ``thinned
 function_of                           tested   ``thinned.address`` in a reentrant checkpoint
 constant_when_compiled                tested   functions that Dynamo calls while it traces
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
+traces_symbolically                   tested   LayerDrop in a symbolic trace of torch.fx
 let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
+traced_lines                          tested   draws of random numbers that ``thinned.intercept`` compiles
 WRAPPERS, REPRESENTATION              tested   wrappers in module paths; methods that only print
 ====================================  =======  =========================================================
 """
@@ -243,6 +245,13 @@ def never_inlined(function: _Function) -> _Function:
     return function
 
 
+def traced_lines() -> list[tuple[str, int, str]]:
+    """File, line and function of what Dynamo traces in this thread, innermost first; empty if unknown."""
+    context = getattr(sys.modules.get("torch._guards"), "TracingContext", None)
+    frames = getattr(context, "extract_stack", list)()
+    return [(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)]
+
+
 def compiler_is_imported() -> bool:
     """Whether this process can have compiled code."""
     return "torch._dynamo" in sys.modules
@@ -285,6 +294,12 @@ def let_compiled_checkpoints_count(allowed: bool) -> bool | None:
     before: bool = getattr(config, name)
     setattr(config, name, allowed)
     return before
+
+
+def traces_symbolically() -> bool:
+    """Whether ``torch.fx.symbolic_trace`` or another tracer calls a module with proxies for tensors."""
+    # make_fx and torch.export set the flag too, and trace tensors by a mode.
+    return getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False) and not _modes()
 
 
 # Backward passes and recomputation.

@@ -24,6 +24,7 @@ __all__ = [
     "drops",
     "key_for",
     "number",
+    "refuse_nested",
     "threshold_and_scale",
 ]
 
@@ -126,10 +127,16 @@ def check_input(name: str, input: Tensor, key: Key | None, *, dense: bool = Fals
             f"{name} needs a floating-point or complex tensor, got {input.dtype} of shape "
             f"{nested.shape_of(input)}; accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
         )
-    if dense and input.is_nested:
-        nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
+    if dense:
+        refuse_nested(name, input)
     if key is not None:
         check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
+
+
+def refuse_nested(name: str, input: Tensor) -> None:
+    """Raise NotImplementedError for a nested tensor."""
+    if input.is_nested:
+        nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
 
 
 def drops(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 
 from torch import nn
 
@@ -32,6 +31,6 @@ class TorchLayer(nn.Module):
     """The base before a dropout of torch.nn; refuses NaN, which torch's constructor accepts."""
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        if math.isnan(p):
+        if p != p:  # not math.isnan, which warns of a tensor that requires grad
             check_p(p)
         super().__init__(p, inplace)

@@ -63,7 +63,7 @@ def module_node(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
     if proxy is None or not hasattr(proxy.tracer, "path_of_module"):
         return None
     forward = module.forward
-    if not (isinstance(forward, MethodType) and forward.__func__.__module__.startswith("thinned.layers.")):
+    if not (isinstance(forward, MethodType) and forward.__func__.__module__.startswith("thinned.")):
         return None
     try:
         path = proxy.tracer.path_of_module(module)

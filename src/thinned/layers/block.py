@@ -60,16 +60,16 @@ class _DropBlock(Layer):
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
             return node
-        return _drop_block(
-            self._dims,
+        function = (drop_block1d, drop_block2d, drop_block3d)[self._dims - 1]
+        return function(
             input,
             self.p,
             self.block_size,
             self.inplace,
-            self.couple_channels,
-            self.scale,
-            self.training,
-            key,
+            couple_channels=self.couple_channels,
+            scale=self.scale,
+            training=self.training,
+            key=key,
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.fx import Proxy
-from torch.overrides import has_torch_function_unary
+from torch.overrides import has_torch_function, has_torch_function_unary
 
 from thinned import op
 from thinned.geometry import shared
@@ -125,6 +125,8 @@ def keep_mask(
     tensor([[0, 0, 0, 1, 1, 1],
             [0, 0, 0, 1, 0, 0]], dtype=torch.int32)
     """
+    if not compiling() and (isinstance(shape, Proxy) or has_torch_function(shape)):
+        return overridden(keep_mask, locals())
     T, _ = threshold_and_scale(p)
     shape = tuple(shape)
     check_key(key, shape)

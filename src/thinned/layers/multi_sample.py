@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
 from thinned.keys import Key
-from thinned.layers._arguments import apply, drops, key_for, threshold_and_scale
+from thinned.layers._arguments import apply, drops, key_for, refuse_nested, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
 from thinned.torch_state import compiling
@@ -54,7 +54,8 @@ def multi_sample_dropout(
         return overridden(multi_sample_dropout, locals())
     T, scale = threshold_and_scale(p)
     _check_samples(samples)
-    active = drops("multi_sample_dropout", input, p, training, key, dense=True)
+    active = drops("multi_sample_dropout", input, p, training, key)
+    refuse_nested("multi_sample_dropout", input)
     stacked = input.expand(samples, *input.shape)
     if not active:
         return stacked
@@ -120,7 +121,7 @@ class MultiSampleDropout(Layer):
         if not self.training:
             return self.head(input)
         features = multi_sample_dropout(input, self.p, samples=self.samples, key=key)
-        if input.dim() < 2:
+        if not isinstance(input, Proxy) and input.dim() < 2:
             raise RuntimeError(
                 f"MultiSampleDropout needs a batch of features, got shape {tuple(input.shape)}"
             )

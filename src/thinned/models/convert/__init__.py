@@ -235,7 +235,9 @@ def convert(
     model = _replace(model, news)
     # A module within another that was swapped is gone unless the new one has it too.
     mine = [swaps[id(m)] for m in model.modules() if id(m) in swaps]
-    return Conversion(model, mine, left, settings, () if p is None else _unreached(model, float(p), chosen))
+    return Conversion(
+        model, mine, left, settings, () if p is None else list(_unreached(model, float(p), chosen))
+    )
 
 
 def _set_all(
