@@ -29,7 +29,8 @@ QUICK = Settings(quick=True)
 KEY = thinned.Key(7)
 KEYED = [entry for entry in ENTRIES if entry.name not in ("RDrop", "DropoutSchedule")]
 SAMPLE_DIM = {"LockedDropout": 1}
-OF_WEIGHTS = ("WeightDrop", "VariationalLSTM", "TargetedDropout", "LayerDrop")  # one key for all samples
+# The samples share a key.
+OF_WEIGHTS = ("WeightDrop", "VariationalLSTM", "VariationalGRU", "TargetedDropout", "LayerDrop")
 
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 each_keyed_entry = pytest.mark.parametrize("entry", KEYED, ids=lambda entry: entry.name)

@@ -13,7 +13,7 @@ from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_key, drops, threshold_and_scale
-from thinned.layers._module import TorchLayer
+from thinned.layers._module import SharingLayer
 from thinned.layers._overrides import module_node, overridden
 from thinned.torch_state import compiling
 
@@ -75,7 +75,7 @@ def dropout(
     return apply(input, key, broadcast_dims, inplace, T, scale, elementwise=True)
 
 
-class Dropout(TorchLayer, torch.nn.Dropout):
+class Dropout(SharingLayer, torch.nn.Dropout):
     """:func:`thinned.functional.dropout` as a module: everything :class:`torch.nn.Dropout` is, and a key.
 
     Source: Srivastava et al. 2014, as the function; ``broadcast_dims`` as in Flax.
@@ -88,23 +88,12 @@ class Dropout(TorchLayer, torch.nn.Dropout):
             [0., 0., 0., 2., 2., 2.]])
     """
 
-    broadcast_dims: Sequence[int] = ()  # on the class, so that layers pickled without it still run
-
-    def __init__(self, p: float = 0.5, inplace: bool = False, *, broadcast_dims: Sequence[int] = ()) -> None:
-        super().__init__(p, inplace)
-        if broadcast_dims:
-            self.broadcast_dims = tuple(broadcast_dims)
-
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
             return node
         return dropout(
             input, self.p, self.training, self.inplace, key=key, broadcast_dims=self.broadcast_dims
         )
-
-    def extra_repr(self) -> str:
-        dims = f", broadcast_dims={self.broadcast_dims}" if self.broadcast_dims else ""
-        return super().extra_repr() + dims
 
 
 def keep_mask(

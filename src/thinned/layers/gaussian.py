@@ -112,14 +112,20 @@ class GaussianDropout(Layer):
     tensor([1.4069, 1.4040, 1.8044])
     """
 
-    def __init__(self, p: float = 0.5) -> None:
+    broadcast_dims: Sequence[int] = ()  # on the class, so that layers pickled without it still run
+
+    def __init__(self, p: float = 0.5, *, broadcast_dims: Sequence[int] = ()) -> None:
         super().__init__(p)
         _check_gaussian_p(p)
+        if broadcast_dims:
+            self.broadcast_dims = tuple(broadcast_dims)
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
             return node
-        return gaussian_dropout(input, self.p, training=self.training, key=key)
+        return gaussian_dropout(
+            input, self.p, training=self.training, key=key, broadcast_dims=self.broadcast_dims
+        )
 
 
 def variational_dropout(
