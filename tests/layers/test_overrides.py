@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as torch_functional
+from thinned.layers.lstm import P_NAMES
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
@@ -20,7 +21,6 @@ import thinned
 from thinned import functional as F
 from thinned.compare.implementation import first
 from thinned.compare.layers import ENTRIES, Entry
-from thinned.layers.lstm import P_NAMES
 
 KEY = thinned.Key(7)
 LAYERS = [entry for entry in ENTRIES if entry.name != "DropoutSchedule"]
