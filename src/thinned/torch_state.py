@@ -37,12 +37,14 @@ function_of                           tested   ``thinned.address`` in a reentran
 constant_when_compiled                tested   functions that Dynamo calls while it traces
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
 let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
+SeenByTracer, ScriptedForward         tested   ``torch.jit.trace`` and ``torch.jit.script`` of layers
 WRAPPERS, REPRESENTATION              tested   wrappers in module paths; methods that only print
 ====================================  =======  =========================================================
 """
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import sys
 from collections.abc import Callable
@@ -54,6 +56,7 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.jit import frontend
 from torch.nn import Parameter
 
 SUPPORTED = "PyTorch 2.11 to 2.15"  # the oldest and the newest that are tested
@@ -83,6 +86,7 @@ def _guarded(feature: str, holder: Any, name: str) -> Any:
 
 # Needed. Functions that every call uses are bound to names of this module: torch._C.name costs 20 ns more.
 compiling = torch.compiler.is_dynamo_compiling  # public
+tracing = torch.jit.is_tracing  # public
 try:
     from torch._C._functorch import TransformType, is_batchedtensor, is_legacy_batchedtensor
     from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
@@ -385,6 +389,57 @@ def load_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
 def is_replica(module: nn.Module) -> bool:
     """Whether :class:`torch.nn.DataParallel` made ``module`` for one of its threads."""
     return getattr(module, "_is_replica", False)
+
+
+# TorchScript.
+
+
+class SeenByTracer(nn.Module):
+    """A module whose calls under :func:`torch.jit.trace` go to ``traced_forward()``, unless that is None."""
+
+    def traced_forward(self) -> Callable[..., Any] | None:
+        """A function of the module and the inputs."""
+        raise NotImplementedError
+
+    def _slow_forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        forward = None if kwargs else self.traced_forward()
+        return super()._slow_forward(*inputs, **kwargs) if forward is None else forward(self, *inputs)
+
+
+class EagerForward:
+    """Takes itself off its module, where it hides ``forward``, and calls that."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        vars(self.module).pop("forward", None)
+        return self.module.forward(*args, **kwargs)
+
+
+_Stub: Any = getattr(sys.modules.get("torch.jit._recursive"), "ScriptMethodStub", None)
+
+
+class ScriptedForward(*([] if _Stub is None else [_Stub])):  # type: ignore[misc]
+    """The ``forward`` that :func:`torch.jit.script` compiles for a module that has this attribute.
+
+    Without TorchScript's private class it compiles the module's own, and says what it cannot.
+    """
+
+    module: nn.Module
+    __call__ = EagerForward.__call__
+
+    @classmethod
+    def of(cls, module: nn.Module, forward: Callable[..., Any]) -> ScriptedForward:
+        """From a function in TorchScript's language, whose first argument is the module."""
+        definition = frontend.get_jit_def(forward, "forward", self_name="RecursiveScriptModule")
+        names = {**vars(builtins), **forward.__globals__}
+        stub = cls(names.get, definition, forward)
+        stub.module = module
+        return stub
+
+    def __reduce__(self) -> tuple[type[EagerForward], tuple[nn.Module]]:
+        return EagerForward, (self.module,)
 
 
 # Jagged tensors.

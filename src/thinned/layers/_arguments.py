@@ -12,7 +12,7 @@ from thinned.backends.arguments import DTYPES
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.key_source import active
 from thinned.keys import Key
-from thinned.torch_state import compiling
+from thinned.torch_state import compiling, tracing
 
 __all__ = [
     "apply",
@@ -89,7 +89,7 @@ def threshold_and_scale(p: float) -> tuple[int, float]:
 
 
 def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
-    if compiling():
+    if compiling() or tracing():  # in a trace sizes are tensors
         return shared(shape, broadcast_dims, key_dims)
     try:
         return shared_cached(shape, broadcast_dims, key_dims)

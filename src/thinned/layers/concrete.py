@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from thinned.keys import Key
 from thinned.layers._arguments import check_input, check_parameter, key_for
+from thinned.layers._torchscript import Scriptable
 from thinned.nested import elementwise, refuse
 from thinned.op.learned import Noisy, apply_noisy
 from thinned.op.noise import logistic
@@ -121,7 +122,7 @@ def _kept(noise: Tensor, logit: Tensor, inplace: bool, temperature: float) -> Te
     return (1 + scaled.exp()).reciprocal()
 
 
-class ConcreteDropout(nn.Module):
+class ConcreteDropout(Scriptable):
     """:func:`thinned.functional.concrete_dropout` as a module that learns ``p_logit``.
 
     Add :meth:`regularization` of the layer that follows to the loss::

@@ -130,6 +130,13 @@ class EmbeddingDropout(Layer):
             raise TypeError(f"embedding must be a torch.nn.Embedding, got {type(embedding).__name__}")
         self.embedding = embedding
 
+    def scriptable_forward(self, input: Tensor) -> Tensor:
+        e = self.embedding
+        if not self.training:
+            return e(input)
+        options = (e.padding_idx, e.max_norm, e.norm_type, e.scale_grad_by_freq, e.sparse)
+        return torch.ops.thinned.embedding_dropout(input, e.weight, self.p, True, *options)
+
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         e = self.embedding
         options = (e.padding_idx, e.max_norm, e.norm_type, e.scale_grad_by_freq, e.sparse)

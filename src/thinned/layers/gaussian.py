@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from thinned.keys import Key
 from thinned.layers._arguments import check_input, check_p, check_parameter, key_for
 from thinned.layers._module import Layer
+from thinned.layers._torchscript import Scriptable, operation
 from thinned.nested import elementwise, refuse
 from thinned.op.from_key import apply_linear
 from thinned.op.learned import Noisy, apply_noisy
@@ -176,7 +177,7 @@ def _factor_and_slope(noise: Tensor, log_alpha: Tensor, inplace: bool) -> tuple[
 _VARIATIONAL = Noisy(lambda key, shape, dtype: normal(key, shape, dtype=dtype), _factor, _factor_and_slope)
 
 
-class VariationalDropout(nn.Module):
+class VariationalDropout(Scriptable):
     """:func:`thinned.functional.variational_dropout` as a module that learns ``log_alpha``.
 
     Add :meth:`kl` to the loss: the divergence, in nats, of one noise variable from its prior. A layer of
@@ -229,6 +230,8 @@ class VariationalDropout(nn.Module):
         )
         self.max_alpha = max_alpha
 
+    __jit_unused_properties__ = ("alpha", "p")
+
     @property
     def alpha(self) -> Tensor:
         """The variance of the noise."""
@@ -238,6 +241,12 @@ class VariationalDropout(nn.Module):
     def p(self) -> Tensor:
         """The probability of dropping in a dropout of this variance."""
         return torch.sigmoid(self._bounded())
+
+    def scriptable_forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        log_alpha = torch.ops.thinned.at_most(self.log_alpha, math.log(self.max_alpha))
+        return torch.ops.thinned.variational_dropout(input, log_alpha)
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         return variational_dropout(input, self._bounded(), training=self.training, key=key)
@@ -258,7 +267,7 @@ class VariationalDropout(nn.Module):
     def _bounded(self) -> Tensor:
         if self.max_alpha == math.inf:
             return self.log_alpha
-        return _AtMost.apply(self.log_alpha, math.log(self.max_alpha))  # type: ignore[no-any-return,no-untyped-call]
+        return at_most(self.log_alpha, math.log(self.max_alpha))
 
     def extra_repr(self) -> str:
         shape = tuple(self.log_alpha.shape)
@@ -287,6 +296,12 @@ class _AtMost(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return torch.where((x >= ctx.bound) & (grad < 0), 0, grad), None
+
+
+@operation
+def at_most(x: Tensor, bound: float) -> Tensor:
+    """``min(x, bound)``, with the gradient of :class:`_AtMost`."""
+    return _AtMost.apply(x, bound)  # type: ignore[no-any-return,no-untyped-call]
 
 
 # -KL = log(alpha) / 2 - E log|e| + this constant, for e ~ N(1, alpha). It makes KL vanish as alpha grows.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from thinned.keys import Key
 from thinned.layers._arguments import check_input, check_key, check_p, key_for
+from thinned.layers._torchscript import Scriptable
 from thinned.layers.dropout import dropout, keep_mask
 from thinned.layers.locked import locked_dropout
 from thinned.layers.weights import check_one_key, cudnn_copies, drop_connect
@@ -25,7 +26,7 @@ State = tuple[Tensor, Tensor]
 Result = tuple[Tensor, Tensor, Tensor]  # output, h_n and c_n
 
 
-class VariationalLSTM(nn.RNNBase):
+class VariationalLSTM(Scriptable, nn.RNNBase):
     r"""A :class:`torch.nn.LSTM` with locked masks, dropped recurrent weights and zoneout.
 
     With the weights :math:`W, U` of a layer and direction of :class:`torch.nn.LSTM`, and :math:`b` the sum of
@@ -90,6 +91,8 @@ class VariationalLSTM(nn.RNNBase):
     >>> lstm
     VariationalLSTM(3, 5, num_layers=2, input_p=0.5, recurrent_p=0.25)
     """
+
+    instead_of_script = "load its state_dict into a torch.nn.LSTM for evaluation, or use torch.export"
 
     def __init__(
         self,

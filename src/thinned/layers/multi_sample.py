@@ -108,6 +108,14 @@ class MultiSampleDropout(Layer):
         self.samples = samples
         self.reduction = reduction
 
+    def scriptable_forward(self, input: Tensor) -> Any:
+        if not self.training:
+            return self.head(input)
+        features = torch.ops.thinned.multi_sample_dropout(input, self.p, samples=self.samples)
+        outputs = self.head(features.flatten(0, 1))
+        outputs = outputs.unflatten(0, features.shape[:2])
+        return outputs.mean(0) if self.reduction == "mean" else outputs
+
     def forward(self, input: Tensor, *, key: Key | None = None) -> Any:
         if not self.training:
             return self.head(input)

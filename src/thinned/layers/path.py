@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_input, check_p, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._torchscript import Scriptable
 
 __all__ = ["DropPath", "StochasticDepth", "drop_path", "drop_path_rates", "stochastic_depth"]
 
@@ -53,7 +54,7 @@ def drop_path(
     return apply(input, key, range(1, input.dim()), False, T, scale if scale_by_keep else 1.0)
 
 
-class DropPath(nn.Module):
+class DropPath(Scriptable):
     """:func:`thinned.functional.drop_path` as a module, with timm's arguments.
 
     Source: Huang et al. 2016, as the function.

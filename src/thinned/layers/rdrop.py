@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from thinned.layers._torchscript import Scriptable
 from thinned.nested import refuse
 
 __all__ = ["RDrop", "r_drop_loss"]
@@ -114,7 +115,7 @@ def _check(alpha: float, reduction: str) -> None:
         raise ValueError(f"{reduction} is not a valid value for reduction; accepted: mean, sum, none")
 
 
-class RDrop(nn.Module):
+class RDrop(Scriptable):
     """:func:`thinned.functional.r_drop_loss` as a module, for the logits of two passes under dropout.
 
     Two calls of a model have two masks, so a training step computes ``loss = r_drop(model(x), model(x),
