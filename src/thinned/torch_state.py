@@ -14,7 +14,8 @@ tested
 ====================================  =======  =========================================================
 name in here                          missing  used for
 ====================================  =======  =========================================================
-transforming, is_traced, is_eager     needed   the code path of each call
+transforming, tracing                 needed   the code path of each call
+is_traced, is_eager                   needed   the code path of each call
 is_legacy_batched, is_batched         needed   tensors of both vmaps
 functionalizing, vmaps                needed   the active transforms
 without_transforms, below_autograd    needed   a random draw under a transform; the registered operation
@@ -86,7 +87,6 @@ def _guarded(feature: str, holder: Any, name: str) -> Any:
 
 # Needed. Functions that every call uses are bound to names of this module: torch._C.name costs 20 ns more.
 compiling = torch.compiler.is_dynamo_compiling  # public
-tracing = torch.jit.is_tracing  # public
 try:
     from torch._C._functorch import TransformType, is_batchedtensor, is_legacy_batchedtensor
     from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
@@ -106,7 +106,7 @@ try:
     _made_plainly = torch._C._autograd.CreationMeta.DEFAULT
     _modes = torch._C._len_torch_dispatch_stack
     _is_wrapped = torch._C._dispatch_isTensorSubclassLike
-    _tracing = torch._C._is_tracing
+    tracing = torch._C._is_tracing
     MODULE_CALL = nn.Module._call_impl.__code__  # the code object of a frame that calls a module's forward
     # From 2.13 on; PyTorch 2.11 has no budgets of regions.
     _budget_of_region: Callable[[Any], Any]
@@ -146,7 +146,7 @@ def is_traced(x: Tensor) -> bool:
         or x.is_meta
         or x._is_zerotensor()
         or _modes()
-        or _tracing()
+        or tracing()
     )
 
 
@@ -157,7 +157,7 @@ def is_eager(x: Tensor) -> bool:
         or type(x) not in _PLAIN
         or transforming()
         or _modes()
-        or _tracing()
+        or tracing()
         or forward_ad._current_level >= 0
     ):
         return False
@@ -403,7 +403,9 @@ class SeenByTracer(nn.Module):
 
     def _slow_forward(self, *inputs: Any, **kwargs: Any) -> Any:
         forward = None if kwargs else self.traced_forward()
-        return super()._slow_forward(*inputs, **kwargs) if forward is None else forward(self, *inputs)
+        if forward is not None:
+            return forward(self, *inputs)
+        return super()._slow_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class EagerForward:

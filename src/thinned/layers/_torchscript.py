@@ -1,7 +1,7 @@
 """TorchScript of the layers and functions: an operation for each function, which scripted code calls.
 
 TorchScript cannot compile the functions' own code. It calls ``torch.ops.thinned.dropout`` and its like, which
-call the function in Python, so a scripted or traced call has the masks, the errors and the key source of an
+call the function in Python, so a scripted or traced call has the mask, the errors and the key source of an
 eager one. A process that loads a saved model has to import thinned first.
 """
 
@@ -12,11 +12,10 @@ import linecache
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, List, Optional, TypeVar  # noqa: UP035  TorchScript's names
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import BroadcastingList1
 
 from thinned.key_source import active
 from thinned.keys import Key
@@ -25,7 +24,7 @@ from thinned.torch_state import ScriptedForward, SeenByTracer
 
 __all__ = ["Scriptable", "operation", "register"]
 
-_Function = TypeVar("_Function", bound=Callable[..., Tensor])
+Drawing = TypeVar("Drawing", bound=Callable[..., Tensor])
 
 # The types of annotations, in a schema and in TorchScript; all others are strings, such as Literal["row"].
 _TYPES = {
@@ -41,19 +40,6 @@ _TYPES = {
     "Key | None": ("Tensor?", ""),
 }
 _STRING = ("str", "str")
-_NAMES = {
-    "BroadcastingList1": BroadcastingList1,
-    "List": List,  # noqa: UP006
-    "Optional": Optional,
-    "Tensor": Tensor,
-    "torch": torch,
-}
-
-
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters that scripted code can give; two results would need another operation."""
-    parameters = inspect.signature(function).parameters.values()
-    return [parameter for parameter in parameters if parameter.name != "return_indices"]
 
 
 def register(functions: Iterable[Callable[..., Any]]) -> None:
@@ -63,87 +49,77 @@ def register(functions: Iterable[Callable[..., Any]]) -> None:
             operation(function)
 
 
-def operation(function: _Function) -> _Function:
+def operation(function: Drawing) -> Drawing:
     """Define ``torch.ops.thinned.NAME``, which TorchScript calls in place of the function."""
-    name, arguments = function.__name__, _declared(_parameters(function), 0)
+    name, arguments = function.__name__, []
+    for parameter in _parameters(function):
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in arguments:
+            arguments.append("*")
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        arguments.append(f"{_type(parameter)[0]} {parameter.name}{default.replace('()', '[]')}")
     # Conservative: an operation may write to its input or return it, and two equal calls draw two masks.
     library.define(f"{name}({', '.join(arguments)}) -> Tensor", alias_analysis="CONSERVATIVE")
-    library.impl(name, _with_bits(function), "CompositeImplicitAutograd")
-    function.__prepare_scriptable__ = _Twin(function)  # type: ignore[attr-defined]
-    return function
-
-
-def _declared(parameters: Iterable[inspect.Parameter], language: int) -> list[str]:
-    """The parameters as a schema (0) or TorchScript (1) declares them."""
-    declared = []
-    keyword_only = False
-    for parameter in parameters:
-        kind = _TYPES.get(parameter.annotation, _STRING)[language]
-        if not kind:
-            continue
-        # TorchScript compiles no functions whose keyword-only arguments have defaults.
-        if parameter.kind is parameter.KEYWORD_ONLY and not (keyword_only or language):
-            keyword_only = True
-            declared.append("*")
-        default = parameter.default
-        value = "" if default is parameter.empty else "=[]" if default == () and not language else f"={default!r}"
-        name = parameter.name
-        declared.append(f"{name}: {kind}{value}" if language else f"{kind} {name}{value}")
-    return declared
-
-
-def _with_bits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function of keys as tensors, and of one size for all dimensions as a list of one."""
 
     def call(*args: Any, key: Tensor | None = None, **kwargs: Any) -> Tensor:
+        # A size for all dimensions comes as a list of one.
         args = tuple(arg[0] if isinstance(arg, list) and len(arg) == 1 else arg for arg in args)
         if key is not None:
             kwargs["key"] = Key.from_bits(key)
         return function(*args, **kwargs)
 
-    return call
+    library.impl(name, call, "CompositeImplicitAutograd")
+    function.__prepare_scriptable__ = lambda: _twin(function)  # type: ignore[attr-defined]
+    return function
 
 
-def _compiled(name: str, lines: list[str]) -> Callable[..., Any]:
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters that an operation has; with ``return_indices`` it would have two results."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter for parameter in parameters if parameter.name != "return_indices"]
+
+
+def _type(parameter: inspect.Parameter) -> tuple[str, str]:
+    return _TYPES.get(parameter.annotation, _STRING)
+
+
+def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What TorchScript compiles in place of a function: a call of the operation, without a key."""
+    name = function.__name__
+    given = [parameter for parameter in _parameters(function) if _type(parameter)[1]]
+    # All are positional: TorchScript compiles no keyword-only arguments with defaults.
+    declared = [
+        f"{each.name}: {_type(each)[1]}{'' if each.default is each.empty else f' = {each.default!r}'}"
+        for each in given
+    ]
+    return _compiled(
+        f"def {name}({', '.join(declared)}) -> Tensor:",
+        f"    return torch.ops.thinned.{name}({_arguments(given, [each.name for each in given])})",
+    )
+
+
+def _arguments(parameters: list[inspect.Parameter], values: list[str]) -> str:
+    return ", ".join(
+        f"{parameter.name}={value}" if parameter.kind is parameter.KEYWORD_ONLY else value
+        for parameter, value in zip(parameters, values, strict=True)
+    )
+
+
+def _compiled(*lines: str) -> Callable[..., Any]:
     """The function of a source, which TorchScript reads too."""
-    source = "\n".join(lines) + "\n"
-    place = f"<thinned {name}>"
+    source = "".join(f"{line}\n" for line in lines)
+    place = f"<{lines[-1].strip()}>"
     linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
-    namespace: dict[str, Any] = {**_NAMES, "__name__": __name__}
-    exec(compile(source, place, "exec", dont_inherit=True), namespace)  # noqa: S102
+    namespace: dict[str, Any] = {"torch": torch, "__name__": __name__}
+    # This file's own future import applies to what it compiles: annotations are not looked up.
+    exec(compile(source, place, "exec"), namespace)
     return namespace[lines[0].removeprefix("def ").partition("(")[0]]  # type: ignore[no-any-return]
-
-
-class _Twin:
-    """What TorchScript compiles in place of a function."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.twin: Callable[..., Any] | None = None
-
-    def __call__(self) -> Callable[..., Any]:
-        if self.twin is None:
-            name, parameters = self.function.__name__, _parameters(self.function)
-            given = [parameter for parameter in parameters if parameter.annotation != "Key | None"]
-            arguments = (_argument(parameter, parameter.name) for parameter in given)
-            self.twin = _compiled(
-                name,
-                [
-                    f"def {name}({', '.join(_declared(given, 1))}) -> Tensor:",
-                    f"    return torch.ops.thinned.{name}({', '.join(arguments)})",
-                ],
-            )
-        return self.twin
-
-
-def _argument(parameter: inspect.Parameter, value: str) -> str:
-    return f"{parameter.name}={value}" if parameter.kind is parameter.KEYWORD_ONLY else value
 
 
 class Scriptable(SeenByTracer):
     """A module that TorchScript compiles by its function's operation, and records as one node of a trace.
 
-    A layer that is more than a call of its function has a ``scriptable_forward``, in TorchScript's language.
+    A layer that is more than a call of its function has a ``scriptable_forward``, in TorchScript's language,
+    or ``instead_of_script``.
     """
 
     scriptable_forward: ClassVar[Callable[..., Any] | None] = None
@@ -158,16 +134,19 @@ class Scriptable(SeenByTracer):
                 )
             if getattr(self, "return_indices", False):
                 raise NotImplementedError(f"{self} has two results, and TorchScript's operation has one")
-            # The scripted module gets this forward; the next eager call takes it off the eager one.
+            # The scripted module gets this forward; the next eager call takes it off the eager module. To
+            # return another module would put that into the eager model.
             vars(self)["forward"] = ScriptedForward.of(self, forward)
         return self
 
     def traced_forward(self) -> Callable[..., Any] | None:
         """What :func:`torch.jit.trace` records in place of ``forward``, or None for ``forward`` itself."""
-        if not self.training or active.key_source is not None or getattr(self, "return_indices", False):
-            return None
         kind = _definer(type(self))
-        return None if kind is None else _forward_of(kind, self)
+        if kind is None or active.key_source is not None or getattr(self, "return_indices", False):
+            return None
+        forward = _forward_of(kind, self)
+        # In evaluation no node of ours, nor the eager code, whose checks of shapes warn in a trace.
+        return forward if self.training or kind not in _NOT_IDENTICAL else None
 
 
 def _definer(kind: type) -> type | None:
@@ -177,47 +156,36 @@ def _definer(kind: type) -> type | None:
     return ours if definer.__module__ == ours.__module__ else None
 
 
+_NOT_IDENTICAL: set[type] = set()  # the layers that do something in evaluation
 _forwards: dict[type, Callable[..., Any] | None] = {}
 
 
 def _forward_of(kind: type, module: nn.Module) -> Callable[..., Any] | None:
     """The ``forward`` of a layer in TorchScript's language, or None if it has none."""
     if kind not in _forwards:
-        _forwards[kind] = _make_forward(kind, module)
+        _forwards[kind] = vars(kind).get("scriptable_forward") or _call_of_function(kind, module)
     return _forwards[kind]
 
 
-def _make_forward(kind: type, module: nn.Module) -> Callable[..., Any] | None:
-    written: Callable[..., Any] | None = vars(kind).get("scriptable_forward")
-    if written is not None:
-        return written
+def _call_of_function(kind: type, module: nn.Module) -> Callable[..., Any] | None:
+    """A ``forward`` that calls the operation of the function in the layer's file."""
     name = re.sub("(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
     function = vars(sys.modules[kind.__module__]).get(name)
     if function is None:
         return None
-    # forward(self, ..., *, key)
-    inputs = list(inspect.signature(kind.forward).parameters)[1:-1]  # type: ignore[attr-defined]
-    parameters = [parameter for parameter in _parameters(function) if parameter.annotation != "Key | None"]
-    parameters = parameters[: len(inputs)] + [each for each in parameters[len(inputs) :] if hasattr(module, each.name)]
-    tensors, stored = parameters[: len(inputs)], parameters[len(inputs) :]
-    values = inputs + [
-        f"float(self.{parameter.name})" if parameter.annotation == "float" else f"self.{parameter.name}"
-        for parameter in stored
-    ]
-    arguments = ", ".join(map(_argument, parameters, values))
-    constants = {
-        parameter.name
-        for parameter in stored
-        if parameter.name != "training" and not parameter.annotation.startswith("Tensor")
-    }
+    inputs = list(inspect.signature(kind.forward).parameters)[1:-1]  # type: ignore[attr-defined]  # not self, key
+    parameters = [parameter for parameter in _parameters(function) if _type(parameter)[1]]
+    tensors, rest = parameters[: len(inputs)], parameters[len(inputs) :]
+    stored = [parameter for parameter in rest if hasattr(module, parameter.name)]
+    values = [f"float(self.{p.name})" if p.annotation == "float" else f"self.{p.name}" for p in stored]
+    constants = {p.name for p in stored if p.name != "training" and not p.annotation.startswith("Tensor")}
     kind.__constants__ = tuple({*getattr(kind, "__constants__", ()), *constants})  # type: ignore[attr-defined]
-    # Freezing a module in evaluation then leaves nothing of ours in its graph.
-    identity = [] if len(tensors) > 1 else ["    if not self.training:", f"        return {inputs[0]}"]
+    identity = ["    if not self.training:", f"        return {inputs[0]}"]
+    if len(inputs) > 1:
+        _NOT_IDENTICAL.add(kind)
+        identity = []
     return _compiled(
-        kind.__name__,
-        [
-            f"def forward(self, {', '.join(f'{name}: Tensor' for name in inputs)}) -> Tensor:",
-            *identity,
-            f"    return torch.ops.thinned.{name}({arguments})",
-        ],
+        f"def forward(self, {', '.join(f'{name}: Tensor' for name in inputs)}) -> Tensor:",
+        *identity,  # so that a frozen module in evaluation has no node of ours
+        f"    return torch.ops.thinned.{name}({_arguments(tensors + stored, inputs + values)})",
     )

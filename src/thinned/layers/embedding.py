@@ -133,9 +133,10 @@ class EmbeddingDropout(Layer):
     def scriptable_forward(self, input: Tensor) -> Tensor:
         e = self.embedding
         if not self.training:
-            return e(input)
+            return e(input)  # type: ignore[no-any-return]
         options = (e.padding_idx, e.max_norm, e.norm_type, e.scale_grad_by_freq, e.sparse)
-        return torch.ops.thinned.embedding_dropout(input, e.weight, self.p, True, *options)
+        p = float(self.p)
+        return torch.ops.thinned.embedding_dropout(input, e.weight, p, True, *options)  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         e = self.embedding

@@ -246,7 +246,7 @@ class VariationalDropout(Scriptable):
         if not self.training:
             return input
         log_alpha = torch.ops.thinned.at_most(self.log_alpha, math.log(self.max_alpha))
-        return torch.ops.thinned.variational_dropout(input, log_alpha)
+        return torch.ops.thinned.variational_dropout(input, log_alpha)  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         return variational_dropout(input, self._bounded(), training=self.training, key=key)

@@ -12,7 +12,7 @@ from thinned.keys import Key
 from thinned.layers._arguments import check_p, key_for
 from thinned.layers._torchscript import Scriptable, operation
 from thinned.layers.dropout import keep_mask
-from thinned.torch_state import compiling, is_batched, is_eager
+from thinned.torch_state import compiling, is_batched, is_eager, tracing
 
 __all__ = ["LayerDrop"]
 
@@ -101,7 +101,7 @@ class LayerDrop(Scriptable, nn.ModuleList):
             layers += 1
         keep = torch.ones(layers, dtype=torch.bool)
         if self.training and self.p > 0:
-            keep = torch.ops.thinned.surviving_layers(layers, self.p)
+            keep = torch.ops.thinned.surviving_layers(layers, float(self.p))
         for index, layer in enumerate(self):
             if bool(keep[index]):
                 input = layer(input)
@@ -118,7 +118,9 @@ class LayerDrop(Scriptable, nn.ModuleList):
                 input = layer(input, *args, **kwargs)
             return input
         branches = is_eager(keep)
-        for index, (layer, kept) in enumerate(zip(self, keep.tolist() if branches else keep, strict=True)):
+        for index, (layer, kept) in enumerate(
+            zip(self, keep.tolist() if branches else keep.unbind(), strict=True)
+        ):
             if branches and not kept:
                 continue
             output = layer(input, *args, **kwargs)
@@ -136,6 +138,8 @@ class LayerDrop(Scriptable, nn.ModuleList):
         """The decision of each layer, or None if all layers run."""
         if not self.training or self.p == 0:
             return None
+        if key is None and tracing():
+            return torch.ops.thinned.surviving_layers(len(self), self.p)  # type: ignore[no-any-return]
         return surviving_layers(len(self), self.p, key=key)
 
     def extra_repr(self) -> str:

@@ -108,13 +108,12 @@ class MultiSampleDropout(Layer):
         self.samples = samples
         self.reduction = reduction
 
-    def scriptable_forward(self, input: Tensor) -> Any:
+    def scriptable_forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return self.head(input)
-        features = torch.ops.thinned.multi_sample_dropout(input, self.p, samples=self.samples)
-        outputs = self.head(features.flatten(0, 1))
-        outputs = outputs.unflatten(0, features.shape[:2])
-        return outputs.mean(0) if self.reduction == "mean" else outputs
+            return self.head(input)  # type: ignore[no-any-return]
+        features = torch.ops.thinned.multi_sample_dropout(input, float(self.p), samples=self.samples)
+        outputs = self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        return outputs.mean(0) if self.reduction == "mean" else outputs  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Any:
         if not self.training:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_input, check_p, threshold_and_scale

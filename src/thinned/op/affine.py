@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thinned.backends import portable
 from thinned.geometry import Geometry, shared, shared_cached
+from thinned.key_source import active
 from thinned.keys import draw, draw_int
 from thinned.op.inplace import count_write, refuse_leaf, refuse_overlap
 from thinned.op.registered import call_backend, keep_mask, key_tensor, library, stack_keys
@@ -68,23 +69,29 @@ def masked_affine(
     return apply(x, key_tensor(key, x), strides, base, T, scale, shift, fill)  # type: ignore[no-any-return]
 
 
-def _traced(
-    x: Tensor, key: int | Tensor | None, geometry: Geometry | None, *constants: float
-) -> Tensor:
+def _traced(x: Tensor, key: int | Tensor | None, geometry: Geometry | None, *constants: float) -> Tensor:
     """The operation as one node of :func:`torch.jit.trace`, which computes the geometry of each call."""
     # A size is a tensor in a trace; the stride of a shared dimension is a number.
     strides = geometry.strides if geometry else ()
     dims = [dim for dim, stride in enumerate(strides) if isinstance(stride, int) and stride == 0]
-    return torch.ops.thinned.masked_affine_of(x, key_tensor(key, x), dims, *constants)  # type: ignore[no-any-return]
+    bits = None if key is None else key_tensor(key, x)
+    return torch.ops.thinned.masked_affine_of(x, bits, dims, *constants)  # type: ignore[no-any-return]
 
 
-def _of_shape(x: Tensor, key: Tensor, dims: list[int], *constants: Any) -> Tensor:
-    return masked_affine(x, key, shared_cached(x.shape, tuple(dims), key.dim()), *constants)
+def _of_shape(x: Tensor, key: Tensor | None, dims: list[int], *constants: Any) -> Tensor:
+    if key is None and active.key_source is not None:
+        raise RuntimeError(
+            "a traced call of a function such as thinned.functional.dropout knows no thinned.address or "
+            "intercept(key=); trace a layer, such as thinned.Dropout, in its place"
+        )
+    geometry = shared_cached(x.shape, tuple(dims), 0 if key is None else key.dim())
+    return masked_affine(x, key, geometry, *constants)
 
 
 library.define(
-    "masked_affine_of(Tensor x, Tensor key, int[] broadcast_dims, int T, float scale, float shift, float fill) "
-    "-> Tensor"
+    "masked_affine_of(Tensor x, Tensor? key, int[] broadcast_dims, int T, float scale, float shift, "
+    "float fill) -> Tensor",
+    alias_analysis="CONSERVATIVE",
 )
 library.impl("masked_affine_of", _of_shape, "CompositeImplicitAutograd")
 

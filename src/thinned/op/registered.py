@@ -49,8 +49,7 @@ def _refuse_trace(shape: Sequence[int]) -> None:
     if not compiling() and tracing() and any(isinstance(size, Tensor) for size in shape):
         raise NotImplementedError(
             "torch.jit.trace would make the shape of this mask a constant; call the layer's module without a "
-            "key, or torch.ops.thinned.NAME in place of thinned.functional.NAME, which it records as one node; "
-            "or use torch.export"
+            "key, or torch.ops.thinned.NAME in place of thinned.functional.NAME, or use torch.export"
         )
 
 
