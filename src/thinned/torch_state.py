@@ -395,14 +395,14 @@ def is_replica(module: nn.Module) -> bool:
 
 
 class SeenByTracer(nn.Module):
-    """A module whose calls under :func:`torch.jit.trace` go to ``traced_forward()``, unless that is None."""
+    """A module whose calls under :func:`torch.jit.trace` go to ``_traced_forward()``, unless that is None."""
 
-    def traced_forward(self) -> Callable[..., Any] | None:
+    def _traced_forward(self) -> Callable[..., Any] | None:
         """A function of the module and the inputs."""
         raise NotImplementedError
 
     def _slow_forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        forward = None if kwargs else self.traced_forward()
+        forward = None if kwargs else self._traced_forward()
         if forward is not None:
             return forward(self, *inputs)
         return super()._slow_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]

@@ -118,19 +118,19 @@ def _compiled(*lines: str) -> Callable[..., Any]:
 class Scriptable(SeenByTracer):
     """A module that TorchScript compiles by its function's operation, and records as one node of a trace.
 
-    A layer that is more than a call of its function has a ``scriptable_forward``, in TorchScript's language,
-    or ``instead_of_script``.
+    A layer that is more than a call of its function has a ``_scriptable_forward``, in TorchScript's language,
+    or ``_instead_of_script``.
     """
 
-    scriptable_forward: ClassVar[Callable[..., Any] | None] = None
-    instead_of_script: ClassVar[str] = "use torch.export or torch.compile"
+    _scriptable_forward: ClassVar[Callable[..., Any] | None] = None
+    _instead_of_script: ClassVar[str] = "use torch.export or torch.compile"
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by :func:`torch.jit.script`; NotImplementedError for a layer that cannot be compiled."""
         if (kind := _definer(type(self))) is not None:
             if (forward := _forward_of(kind, self)) is None:
                 raise NotImplementedError(
-                    f"{kind.__name__} is not available in TorchScript; {self.instead_of_script}"
+                    f"{kind.__name__} is not available in TorchScript; {self._instead_of_script}"
                 )
             if getattr(self, "return_indices", False):
                 raise NotImplementedError(f"{self} has two results, and TorchScript's operation has one")
@@ -139,7 +139,7 @@ class Scriptable(SeenByTracer):
             vars(self)["forward"] = ScriptedForward.of(self, forward)
         return self
 
-    def traced_forward(self) -> Callable[..., Any] | None:
+    def _traced_forward(self) -> Callable[..., Any] | None:
         """What :func:`torch.jit.trace` records in place of ``forward``, or None for ``forward`` itself."""
         kind = _definer(type(self))
         if kind is None or active.key_source is not None or getattr(self, "return_indices", False):
@@ -163,7 +163,7 @@ _forwards: dict[type, Callable[..., Any] | None] = {}
 def _forward_of(kind: type, module: nn.Module) -> Callable[..., Any] | None:
     """The ``forward`` of a layer in TorchScript's language, or None if it has none."""
     if kind not in _forwards:
-        _forwards[kind] = vars(kind).get("scriptable_forward") or _call_of_function(kind, module)
+        _forwards[kind] = vars(kind).get("_scriptable_forward") or _call_of_function(kind, module)
     return _forwards[kind]
 
 

@@ -130,7 +130,7 @@ class EmbeddingDropout(Layer):
             raise TypeError(f"embedding must be a torch.nn.Embedding, got {type(embedding).__name__}")
         self.embedding = embedding
 
-    def scriptable_forward(self, input: Tensor) -> Tensor:
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
         e = self.embedding
         if not self.training:
             return e(input)  # type: ignore[no-any-return]

@@ -242,7 +242,7 @@ class VariationalDropout(Scriptable):
         """The probability of dropping in a dropout of this variance."""
         return torch.sigmoid(self._bounded())
 
-    def scriptable_forward(self, input: Tensor) -> Tensor:
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return input
         log_alpha = torch.ops.thinned.at_most(self.log_alpha, math.log(self.max_alpha))

@@ -95,7 +95,7 @@ class LayerDrop(Scriptable, nn.ModuleList):
             raise RuntimeError("each example has layers of its own under vmap; call the LayerDrop itself")
         return iter([layer for layer, kept in zip(self, keep.tolist(), strict=True) if kept])
 
-    def scriptable_forward(self, input: Tensor) -> Tensor:
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
         layers = 0
         for _ in self:
             layers += 1
@@ -107,7 +107,7 @@ class LayerDrop(Scriptable, nn.ModuleList):
                 input = layer(input)
         return input
 
-    def traced_forward(self) -> None:
+    def _traced_forward(self) -> None:
         """Python cannot branch on a decision in a trace."""
 
     def forward(self, input: Any, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:

@@ -92,7 +92,7 @@ class VariationalLSTM(Scriptable, nn.RNNBase):
     VariationalLSTM(3, 5, num_layers=2, input_p=0.5, recurrent_p=0.25)
     """
 
-    instead_of_script = "load its state_dict into a torch.nn.LSTM for evaluation, or use torch.export"
+    _instead_of_script = "load its state_dict into a torch.nn.LSTM for evaluation, or use torch.export"
 
     def __init__(
         self,

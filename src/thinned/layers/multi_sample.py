@@ -108,7 +108,7 @@ class MultiSampleDropout(Layer):
         self.samples = samples
         self.reduction = reduction
 
-    def scriptable_forward(self, input: Tensor) -> Tensor:
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return self.head(input)  # type: ignore[no-any-return]
         features = torch.ops.thinned.multi_sample_dropout(input, float(self.p), samples=self.samples)
