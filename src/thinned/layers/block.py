@@ -439,7 +439,8 @@ def _masked(x: Tensor, keep: Tensor, factor: float | Tensor) -> Tensor:
             factor = factor.unsqueeze(-1)
         parts = torch.view_as_real(x.resolve_conj())
         return torch.view_as_complex(_masked(parts, keep.unsqueeze(-1), factor))
-    if not (is_eager(x) or compiling()):  # a traced graph may be differentiated, as bits are not
+    # A traced or exported graph may be differentiated, as bits are not.
+    if torch.compiler.is_exporting() or not (is_eager(x) or compiling()):
         return torch.where(keep != 0, (x * factor).to(x.dtype), 0)
     # On the bits: 0.2 ms against 4.4 for torch.where, for a million float32 elements on one thread.
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
