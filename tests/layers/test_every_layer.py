@@ -256,6 +256,7 @@ LEARNED: dict[str, partial[nn.Module]] = {
     "VariationalDropout": partial(thinned.VariationalDropout, 0.3, num_features=(4, 1)),
     "VariationalDropout of one alpha": partial(thinned.VariationalDropout, 0.9, max_alpha=math.inf),
     "VariationalLSTM": partial(thinned.VariationalLSTM, 3, 4, 2, bidirectional=True, weight_p=0.5),
+    "VariationalGRU": partial(thinned.VariationalGRU, 3, 4, 2, bidirectional=True, weight_p=0.5),
 }
 each_learned = pytest.mark.parametrize("make", LEARNED.values(), ids=LEARNED)
 
