@@ -171,6 +171,32 @@ def test_what_is_no_tensor_is_refused(entry: Entry) -> None:
         layer([1.0], *inputs[1:])
 
 
+@pytest.mark.parametrize("p", [None, 0.0], ids=["evaluation", "p = 0"])
+@pytest.mark.parametrize(
+    "entry", [each for each in KEYED if each.example.identity_in_evaluation], ids=lambda entry: entry.name
+)
+@pytest.mark.filterwarnings("ignore")  # of torch, on quantized and sparse tensors
+def test_any_tensor_passes_where_nothing_is_dropped(entry: Entry, p: float | None) -> None:
+    if p is not None and not entry.example.p_name:
+        pytest.skip("p is a parameter to learn")
+    arguments = {**entry.example.arguments, **({} if p is None else {entry.example.p_name: p})}
+    layer = entry.own.make(**arguments).train(p is not None)
+    inputs = entry.example.inputs(torch.float32)
+    x = inputs[0]
+    for odd in (
+        *(x.to(dtype) for dtype in (torch.int64, torch.bool, torch.float8_e5m2, torch.complex32)),
+        torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        x.to_sparse(),
+        torch.ones((), dtype=torch.uint8),
+        torch.ones((1,) * 7, dtype=torch.int32),
+        torch.nested.nested_tensor([x, x]),
+    ):
+        if entry.name != "Dropout1d" or odd.dim() in (2, 3):  # torch refuses others in evaluation too
+            assert layer(odd, *inputs[1:]) is odd
+    with pytest.raises(TypeError, match="must be Tensor, not list"):
+        layer([1.0], *inputs[1:])
+
+
 @pytest.mark.parametrize(
     "entry", [each for each in KEYED if each.name not in OF_WEIGHTS], ids=lambda each: each.name
 )
