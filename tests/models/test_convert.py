@@ -581,6 +581,9 @@ class Frozen(NamedTuple):
     dropout: float = 0.3
 
 
+SHARED = types.SimpleNamespace(dropout=0.2)
+
+
 class Literal(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -589,11 +592,21 @@ class Literal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.dropout(x, self.config.dropout, self.training)
+        x = nn.functional.dropout(x, SHARED.dropout, self.training)
         return nn.functional.dropout(x, 0.5, self.training)
 
 
+class DropsByHand(nn.Module):
+    def __init__(self, drop_prob: float | None) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(len(x)) >= self.drop_prob)[:, None] if self.drop_prob else x
+
+
 def test_what_p_cannot_set_is_reported() -> None:
-    model = nn.Sequential(nn.Dropout(0.1), Literal(), zoo.AlwaysOn(0.4))
+    model = nn.Sequential(nn.Dropout(0.1), Literal(), zoo.AlwaysOn(0.4), DropsByHand(0.2), DropsByHand(None))
     conversion = convert(model, p=0)
     assert [(site.path, site.p) for site in conversion.unreached] == [
         ("1", 0.3),
@@ -602,7 +615,7 @@ def test_what_p_cannot_set_is_reported() -> None:
     ]
     assert "3 sites not reached" in repr(conversion)
     assert "not reached: Literal.forward, line" in repr(conversion)
-    assert model[2].p == 0
+    assert (model[2].p, model[3].drop_prob, model[4].drop_prob) == (0, 0, None)
     assert not convert(model, p=0, exclude="1*").unreached
 
 
