@@ -149,7 +149,6 @@ def counted(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
         ("timm.layers.drop:DropPath", (0.2, False), thinned.DropPath(0.2, False), (6, 4)),
         (PATCHES, (0.5, 2, True), thinned.PatchDropout(0.5, 2, True), (2, 9, 3)),
         (f"{PATCHES}WithIndices", (0.5,), thinned.PatchDropout(0.5, return_indices=True), (2, 9, 3)),
-        (BLOCK, (0.4, 3, 0.5), counted(thinned.DropBlock2d, 0.2, 3, couple_channels=True), (2, 3, 8, 8)),
         (f"{VISION}2d", (0.2, 3, True), counted(thinned.DropBlock2d, 0.2, 3, True), (2, 3, 8, 8)),
         (f"{VISION}3d", (0.2, 3), counted(thinned.DropBlock3d, 0.2, 3), (2, 3, 5, 5, 5)),
         (
@@ -176,37 +175,74 @@ def test_layers_of_other_libraries(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    "options",
     [
-        ({"with_noise": True}, "with_noise=True"),
-        ({"scale_by_keep": False}, "scale_by_keep=False"),
-        ({"gamma_scale": 0.0}, "gamma_scale=0.0, which drops nothing at any drop_prob"),
+        {},
+        {"with_noise": True},
+        {"scale_by_keep": False, "inplace": True},
+        {"gamma_scale": 0.5, "couple_channels": False},
+        {"gamma_scale": 0.0},
     ],
+    ids=str,
 )
-def test_what_ours_cannot_do_is_left_and_reported(arguments: dict[str, Any], words: str) -> None:
-    conversion = convert(nn.Sequential(zoo.library_class(BLOCK)(0.1, **arguments)))
-    assert not conversion
-    assert [swap.note for swap in conversion.left] == [f"left: {words}"]
+def test_a_block_of_timm_keeps_its_options(options: dict[str, Any]) -> None:
+    """And thinned's class takes them by their names."""
+    old = zoo.library_class(BLOCK)(drop_prob=0.4, block_size=3, **options)
+    conversion = convert(nn.Sequential(old))
+    new = conversion.model[0]
+    assert conversion[0].p == 0.4
+    ours = counted(thinned.DropBlock2d, drop_prob=0.4, block_size=3, **{"couple_channels": True, **options})
+    assert repr(new) == repr(ours)
+    x = torch.randn(2, 3, 8, 8)
+    y, expected = (seeded(lambda m=m: m(x.clone())) for m in (new, ours))
+    assert torch.equal(y, expected)
+    assert torch.equal(y, x) is (options.get("gamma_scale") == 0)
+    new.p = 0.07
+    assert revert(conversion.model)[0].drop_prob == 0.07
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("batchwise", [True, False])
+def test_a_block_of_timm_before_1_0_23(fast: bool, batchwise: bool) -> None:
+    """It has a mask for each channel; if it is fast, it ignores batchwise."""
+    old: Any = type("DropBlock2d", (nn.Module,), {"__module__": "timm.layers.drop"})()
+    for name, value in {"drop_prob": 0.4, "block_size": 3, "gamma_scale": 1.0, "with_noise": False}.items():
+        setattr(old, name, value)
+    old.inplace, old.batchwise, old.fast = False, batchwise, fast
+    x = torch.ones(2, 3, 8, 8)
+    y = seeded(lambda: convert(nn.Sequential(old)).model(x))
+    ours = counted(thinned.DropBlock2d, 0.4, 3, batchwise=batchwise and not fast)
+    assert torch.equal(y, seeded(lambda: ours(x)))
+
+
+class Scaled(nn.Module):
+    def __init__(self, drop_prob: float | None, factor: float) -> None:
+        super().__init__()
+        self.drop_prob, self.factor = drop_prob, factor
 
 
 @pytest.mark.parametrize(
-    ("before", "gamma"), [(0.3, 0.7), (0.4, 0.25), (0.0, 0.25), (0.9, 2.0), (None, 0.5), (1, 1.0)]
+    ("before", "factor"), [(0.3, 0.7), (0.4, 0.25), (0.0, 0.25), (0.9, 2.0), (None, 0.5), (1, 1.0)]
 )
-def test_a_block_of_timm_comes_back_by_its_gamma_scale(before: float | None, gamma: float) -> None:
+def test_a_probability_in_another_unit_comes_back(before: float | None, factor: float) -> None:
     """Also 0, None and beyond 1, where the ratio of the two numbers says nothing."""
-    layer = zoo.library_class(BLOCK)
-    model = nn.Sequential(layer(before, gamma_scale=gamma))
+
+    def build(old: Any) -> nn.Module:
+        return thinned.Dropout(min(1.0, (old.drop_prob or 0.0) * old.factor))
+
+    register(Scaled, build, unit=lambda old: old.factor)
+    model = nn.Sequential(Scaled(before, factor))
     assert revert(convert(model).model)[0].drop_prob is before
     convert(model)
     built = model[0].p
-    assert built == min(1, (before or 0) * gamma)
+    assert built == min(1, (before or 0) * factor)
     model[0].p = 0.07
     model[0].p = built
     assert revert(model)[0].drop_prob is before
     convert(model)
     model[0].p = 0.07
-    assert revert(model)[0].drop_prob == 0.07 / gamma
-    assert revert(convert(model, p=0.1).model)[0].drop_prob == 0.1 / gamma
+    assert revert(model)[0].drop_prob == 0.07 / factor
+    assert revert(convert(model, p=0.1).model)[0].drop_prob == 0.1 / factor
 
 
 @pytest.mark.parametrize("before", [0, 0.0, 0.1, 0.3, 1.0])

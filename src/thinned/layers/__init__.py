@@ -10,10 +10,10 @@ from thinned.layers.embedding import EmbeddingDropout
 from thinned.layers.gaussian import GaussianDropout, VariationalDropout
 from thinned.layers.layer_drop import LayerDrop
 from thinned.layers.locked import LockedDropout
-from thinned.layers.lstm import VariationalLSTM
 from thinned.layers.multi_sample import MultiSampleDropout
 from thinned.layers.path import DropPath, StochasticDepth
 from thinned.layers.rdrop import RDrop
+from thinned.layers.recurrent import VariationalGRU, VariationalLSTM
 from thinned.layers.targeted import TargetedDropout
 from thinned.layers.tokens import PatchDropout, TokenDropout
 from thinned.layers.weights import DropConnect, WeightDrop
@@ -45,6 +45,7 @@ __all__ = [
     "TargetedDropout",
     "TokenDropout",
     "VariationalDropout",
+    "VariationalGRU",
     "VariationalLSTM",
     "WeightDrop",
     "Zoneout",

@@ -318,8 +318,8 @@ def revert(model: Model) -> Model:
 
     The same modules come back or, in a copy or a loaded pickle of the model, copies of them. The current
     training mode, hooks and probabilities stay, ``p=`` of :func:`convert` included. A type may count its
-    probability in another unit, as timm's DropBlock2d does by its ``gamma_scale``: a probability that did not
-    change comes back as it was, and one that changed is divided by the unit.
+    probability in another unit, as :func:`register` says: a probability that did not change comes back as it
+    was, and one that changed is divided by the unit.
 
     Args:
         model: a model that :func:`convert` changed, a copy or a part of it; others are left as they are.
