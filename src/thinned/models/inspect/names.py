@@ -164,6 +164,8 @@ class Names:
                 return value(owner).get(value(key), value(default))  # transformers chooses attention so
             case ast.Attribute(owner, "get"), [key]:
                 return value(owner).get(value(key))
+            case ast.Attribute(owner, "values"), []:
+                return tuple(value(owner).values())
             case ast.Attribute(ast.Constant(str(text)), "format"), _:
                 return text.format(*(_plain(value(each)) for each in args))
         called = value(call.func)
