@@ -14,9 +14,10 @@ from thinned.keys import Key
 from thinned.layers._arguments import check_input, check_p, check_parameter, key_for
 from thinned.layers._module import Layer
 from thinned.nested import elementwise, refuse
-from thinned.op.from_key import apply_linear
+from thinned.op.from_key import apply_linear, modes_of
 from thinned.op.learned import Noisy, apply_noisy
 from thinned.op.noise import multiply, normal, opmath
+from thinned.torch_state import compiling
 
 __all__ = [
     "GaussianDropout",
@@ -258,7 +259,8 @@ class VariationalDropout(nn.Module):
     def _bounded(self) -> Tensor:
         if self.max_alpha == math.inf:
             return self.log_alpha
-        return _AtMost.apply(self.log_alpha, math.log(self.max_alpha))  # type: ignore[no-any-return,no-untyped-call]
+        at_most = _ReverseMode if compiling() else _BothModes
+        return at_most.apply(self.log_alpha, math.log(self.max_alpha))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         shape = tuple(self.log_alpha.shape)
@@ -266,13 +268,11 @@ class VariationalDropout(nn.Module):
         return f"{features}max_alpha={self.max_alpha}"
 
 
-class _AtMost(torch.autograd.Function):
+class _AtMost:
     """``min(x, bound)`` whose gradient is zero only where a step would go further beyond the bound.
 
     The gradient of ``torch.clamp`` is zero everywhere beyond: a parameter that got there would stay.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, bound: float) -> Tensor:
@@ -287,6 +287,13 @@ class _AtMost(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return torch.where((x >= ctx.bound) & (grad < 0), 0, grad), None
+
+    @staticmethod
+    def tangent(_: Any, x_tangent: Tensor, __: None) -> Tensor:
+        return x_tangent  # as a positive gradient passes
+
+
+_ReverseMode, _BothModes = modes_of(_AtMost)
 
 
 # -KL = log(alpha) / 2 - E log|e| + this constant, for e ~ N(1, alpha). It makes KL vanish as alpha grows.
