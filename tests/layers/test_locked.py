@@ -171,7 +171,7 @@ def test_packed_refused() -> None:
     with pytest.raises(RuntimeError, match=r"feature dimension, got a packed sequence .* shape \(14,\)"):
         locked_dropout(packed("sorted"))
     with pytest.raises(RuntimeError, match=r"keys of shape \(3,\) do not fit a tensor of shape \(4,\)"):
-        locked_dropout(packed("sorted", 6), training=False, key=KEY.fold(torch.arange(3)))
+        locked_dropout(packed("sorted", 6), key=KEY.fold(torch.arange(3)))
     with pytest.raises(RuntimeError, match=r"locked_dropout needs a floating-point .* torch.int64"):
         locked_dropout(pack_sequence([torch.ones(3, 2, dtype=torch.int64)]))
 

@@ -18,7 +18,6 @@ from thinned.layers.targeted import TargetedDropout
 from thinned.layers.tokens import PatchDropout, TokenDropout
 from thinned.layers.weights import DropConnect, WeightDrop
 from thinned.layers.zoneout import Zoneout
-from thinned.schedules import DropoutSchedule
 
 __all__ = [
     "AlphaDropout",
@@ -34,7 +33,6 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
-    "DropoutSchedule",
     "EmbeddingDropout",
     "FeatureAlphaDropout",
     "GaussianDropout",

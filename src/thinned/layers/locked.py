@@ -6,12 +6,16 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.overrides import has_torch_function_unary
 
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_input, check_key, threshold_and_scale
+from thinned.layers._arguments import apply, check_key, drops, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
 from thinned.nested import refuse, shape_of
+from thinned.torch_state import compiling
 
 __all__ = ["LockedDropout", "locked_dropout", "pack_as", "pad"]
 
@@ -62,14 +66,14 @@ def locked_dropout(
     tensor([[0., 0., 0., 2., 2., 2.],
             [0., 0., 0., 2., 2., 2.]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(locked_dropout, locals())
     T, scale = threshold_and_scale(p)
     if isinstance(input, PackedSequence):
         return _of_packed(input, p, training, inplace, key)
-    check_input("locked_dropout", input, None)
-    is_identity = not training or p == 0
+    if not drops("locked_dropout", input, p, training, None):
+        return input
     if input.is_nested and not (batch_first and input.dim() > 2):
-        if is_identity:
-            return input
         accepted = "one of shape (N, time, *) with batch_first=True"
         refuse(f"locked_dropout with batch_first={batch_first}", input, accepted)
     if input.dim() < 2:
@@ -81,8 +85,6 @@ def locked_dropout(
     samples = input.unsqueeze(0) if unbatched else input if batch_first else input.transpose(0, 1)
     if key is not None:
         check_key(key, shape_of(samples))
-    if is_identity:
-        return input
     y = apply(samples, key, (1,), inplace, T, scale)
     if inplace:
         return input
@@ -92,7 +94,8 @@ def locked_dropout(
 def _of_packed(
     input: PackedSequence, p: float, training: bool, inplace: bool, key: Key | None
 ) -> PackedSequence:
-    check_input("locked_dropout", input.data, None)
+    if not drops("locked_dropout", input.data, p, training, None):
+        return input
     if input.data.dim() < 2:
         raise RuntimeError(
             "locked_dropout needs a feature dimension, got a packed sequence with data of shape "
@@ -100,8 +103,6 @@ def _of_packed(
         )
     if key is not None:
         check_key(key, (int(input.batch_sizes[0]),))
-    if not training or p == 0:
-        return input
     y = pack_as(input, locked_dropout(pad(input), p, batch_first=True, key=key))
     if not inplace:
         return y
@@ -147,6 +148,8 @@ class LockedDropout(Layer):
         self.inplace = inplace
 
     def forward(self, input: _Sequence, *, key: Key | None = None) -> _Sequence:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return locked_dropout(
             input, self.p, training=self.training, batch_first=self.batch_first, inplace=self.inplace, key=key
         )

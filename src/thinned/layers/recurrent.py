@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from thinned.keys import Key
 from thinned.layers._arguments import check_input, check_key, check_p, key_for
+from thinned.layers._overrides import module_node
 from thinned.layers.dropout import dropout, keep_mask
 from thinned.layers.locked import locked_dropout, pack_as, pad
 from thinned.layers.weights import check_one_key, cudnn_copies, drop_connect
@@ -297,6 +298,8 @@ class VariationalLSTM(_VariationalRNN):
         *,
         key: Key | None = None,
     ) -> tuple[Any, tuple[Tensor, Tensor]]:
+        if (node := module_node(self, input, hx, key=key)) is not None:
+            return node  # type: ignore[return-value]
         output, (h, c) = self._call(input, hx, key)
         return output, (h, c)
 
@@ -399,6 +402,8 @@ class VariationalGRU(_VariationalRNN):
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, key: Key | None = None
     ) -> tuple[Any, Tensor]:
+        if (node := module_node(self, input, hx, key=key)) is not None:
+            return node  # type: ignore[return-value]
         output, (h,) = self._call(input, None if hx is None else (hx,), key)
         return output, h
 
