@@ -17,6 +17,7 @@ name in here                          missing  used for
 transforming, tracing                 needed   the code path of each call
 is_traced, is_eager                   needed   the code path of each call
 is_legacy_batched, is_batched         needed   tensors of both vmaps
+unwrap_if_dead                        needed   tensors that outlive a transform
 functionalizing, vmaps                needed   the active transforms
 without_transforms, below_autograd    needed   a random draw under a transform; the registered operation
 SingleLevelFunction                   needed   autograd, 1.4 us faster than ``Function.apply``
@@ -37,7 +38,9 @@ checkpoint_generator                  guarded  ``thinned.address`` and ``thinned
 function_of                           tested   ``thinned.address`` in a reentrant checkpoint
 constant_when_compiled                tested   functions that Dynamo calls while it traces
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
+traces_symbolically                   tested   LayerDrop in a symbolic trace of torch.fx
 let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
+traced_lines                          tested   draws of random numbers that ``thinned.intercept`` compiles
 SeenByTracer, ScriptedForward         tested   ``torch.jit.trace`` and ``torch.jit.script`` of layers
 WRAPPERS, REPRESENTATION              tested   wrappers in module paths; methods that only print
 ====================================  =======  =========================================================
@@ -88,7 +91,12 @@ def _guarded(feature: str, holder: Any, name: str) -> Any:
 # Needed. Functions that every call uses are bound to names of this module: torch._C.name costs 20 ns more.
 compiling = torch.compiler.is_dynamo_compiling  # public
 try:
-    from torch._C._functorch import TransformType, is_batchedtensor, is_legacy_batchedtensor
+    from torch._C._functorch import (
+        TransformType,
+        is_batchedtensor,
+        is_legacy_batchedtensor,
+    )
+    from torch._C._functorch import unwrap_if_dead as unwrap_if_dead
     from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch.autograd.function import _SingleLevelFunction
@@ -241,6 +249,13 @@ def never_inlined(function: _Function) -> _Function:
     return function
 
 
+def traced_lines() -> list[tuple[str, int, str]]:
+    """File, line and function of what Dynamo traces in this thread, innermost first; empty if unknown."""
+    context = getattr(sys.modules.get("torch._guards"), "TracingContext", None)
+    frames = getattr(context, "extract_stack", list)()
+    return [(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)]
+
+
 def compiler_is_imported() -> bool:
     """Whether this process can have compiled code."""
     return "torch._dynamo" in sys.modules
@@ -283,6 +298,12 @@ def let_compiled_checkpoints_count(allowed: bool) -> bool | None:
     before: bool = getattr(config, name)
     setattr(config, name, allowed)
     return before
+
+
+def traces_symbolically() -> bool:
+    """Whether ``torch.fx.symbolic_trace`` or another tracer calls a module with proxies for tensors."""
+    # make_fx and torch.export set the flag too, and trace tensors by a mode.
+    return getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False) and not _modes()
 
 
 # Backward passes and recomputation.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import pickle
 import re
+from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import oracle
 import thinned
@@ -25,7 +29,8 @@ QUICK = Settings(quick=True)
 KEY = thinned.Key(7)
 KEYED = [entry for entry in ENTRIES if entry.name not in ("RDrop", "DropoutSchedule")]
 SAMPLE_DIM = {"LockedDropout": 1}
-OF_WEIGHTS = ("WeightDrop", "VariationalLSTM", "TargetedDropout", "LayerDrop")  # one key for all samples
+# The samples share a key.
+OF_WEIGHTS = ("WeightDrop", "VariationalLSTM", "VariationalGRU", "TargetedDropout", "LayerDrop")
 
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 each_keyed_entry = pytest.mark.parametrize("entry", KEYED, ids=lambda entry: entry.name)
@@ -201,3 +206,110 @@ def test_p_that_is_set_later_is_checked_and_used(entry: Entry, p: float) -> None
     expected = entry.own.make(**{**entry.example.arguments, name: 0.0})
     expected.load_state_dict(layer.state_dict())
     oracle.assert_same(first(layer(*inputs, key=KEY)), first(expected(*inputs, key=KEY)))
+
+
+@each_keyed_entry
+def test_the_default_device_is_not_that_of_the_mask(entry: Entry, references: dict[str, Tensor]) -> None:
+    layer, inputs = example(entry)
+    drawn = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(1)
+        with torch.device(device):
+            oracle.assert_same(first(layer(*inputs, key=thinned.Key(7))).detach(), references[entry.name])
+            drawn.append(first(layer(*inputs)))
+        drawn.append(torch.get_rng_state())
+    assert drawn[0].equal(drawn[2])
+    assert drawn[1].equal(drawn[3])
+
+
+@each_keyed_entry
+def test_a_meta_tensor_gives_one(entry: Entry, references: dict[str, Tensor]) -> None:
+    layer, inputs = example(entry)
+    layer = copy.deepcopy(layer).to("meta")
+    for options in ({}, {"key": KEY}):
+        y = first(layer(*(x.to("meta") for x in inputs), **options))
+        assert y.is_meta
+        assert (y.shape, y.dtype) == (references[entry.name].shape, references[entry.name].dtype)
+
+
+COMPLEX = ["Dropout", "DropBlock2d", "DropHead", "GaussianDropout", "VariationalDropout", "ConcreteDropout"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [*COMPLEX, "Zoneout", "EmbeddingDropout"])
+def test_a_finite_part_beside_infinity_stays_finite(name: str, training: bool) -> None:
+    layer, inputs = example(next(entry for entry in ENTRIES if entry.name == name))
+    infinite = [torch.complex(x, x + math.inf) if x.is_floating_point() else x for x in inputs]
+    if isinstance(layer, thinned.EmbeddingDropout):
+        weight = layer.embedding.weight.data
+        layer.embedding.weight = nn.Parameter(
+            torch.complex(weight, torch.full_like(weight, math.inf)), requires_grad=False
+        )
+    y = torch.view_as_real(layer.train(training)(*infinite, key=KEY).detach())
+    assert y[..., 0].isfinite().all()
+    assert (y[..., 1] == math.inf).any()
+    assert not y.isnan().any()
+
+
+LEARNED: dict[str, partial[nn.Module]] = {
+    "ConcreteDropout": partial(thinned.ConcreteDropout, 0.3, broadcast_dims=(1,)),
+    "VariationalDropout": partial(thinned.VariationalDropout, 0.3, num_features=(4, 1)),
+    "VariationalDropout of one alpha": partial(thinned.VariationalDropout, 0.9, max_alpha=math.inf),
+    "VariationalLSTM": partial(thinned.VariationalLSTM, 3, 4, 2, bidirectional=True, weight_p=0.5),
+}
+each_learned = pytest.mark.parametrize("make", LEARNED.values(), ids=LEARNED)
+
+
+def spoil(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        parameter.data.fill_(math.nan)
+    return layer
+
+
+def reset(layer: nn.Module) -> nn.Module:
+    """As distributed trainers and model.apply() do it."""
+    torch.manual_seed(0)
+    return layer.apply(lambda module: getattr(module, "reset_parameters", int)())
+
+
+def on_meta(make: partial[nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        layer = nn.Sequential(make())
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    return spoil(layer.to_empty(device="cpu"))[0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        lambda make: spoil(make()),
+        on_meta,
+        lambda make: spoil(nn.utils.skip_init(make.func, *make.args, device="cpu", **make.keywords)),
+        lambda make: spoil(copy.deepcopy(make())),
+        lambda make: pickle.loads(pickle.dumps(spoil(make()))),
+    ],
+    ids=["after training", "on meta", "skip_init", "copied", "pickled"],
+)
+@each_learned
+def test_reset_parameters_restores_what_the_constructor_set(
+    make: partial[nn.Module], left: Callable[[partial[nn.Module]], nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    made = make()
+    restored = reset(left(make)).state_dict()
+    assert list(restored) == list(made.state_dict())
+    for name, value in made.state_dict().items():
+        oracle.assert_same(restored[name], value)
+
+
+@each_learned
+def test_device_and_dtype_of_parameters(make: partial[nn.Module]) -> None:
+    parameters = list(make(device="meta", dtype=torch.float64).parameters())
+    assert parameters
+    assert all(parameter.is_meta and parameter.dtype == torch.float64 for parameter in parameters)
+
+
+@each_entry
+def test_a_layer_with_parameters_of_its_own_is_among_the_learned(entry: Entry) -> None:
+    own = list(example(entry)[0].parameters(recurse=False))
+    assert bool(own) == (entry.name in LEARNED)

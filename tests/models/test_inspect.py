@@ -22,7 +22,7 @@ from thinned.cli import app
 from thinned.compare.loading import model_of
 from thinned.models.convert import convert
 from thinned.models.inspect import IN_EVALUATION, UNKNOWN, Inspection, inspect
-from thinned.models.inspect.by_reading import UNCONDITIONAL
+from thinned.models.inspect.names import UNCONDITIONAL
 
 RANDOM = ("bernoulli", "native_dropout", "rand", "uniform")
 
@@ -125,6 +125,9 @@ FORWARDS = {
         ("F.alpha_dropout", 0.0, ""),
         ("F.dropout", 0.0, ""),
     ],
+    "return F.dropout(x, max(0.1, self.p), self.training)": [("F.dropout", 0.3, "")],
+    "return F.dropout(x, 1 - 2 * self.p - 0.1, self.training)": [("F.dropout", 1 - 2 * 0.3 - 0.1, "")],
+    "return helper(x, self.p, self.training)": [("F.dropout", 0.3, "")],
     # It asks for training before the call.
     "if not self.training: return x\nreturn F.dropout(x, 0.1)": [("F.dropout", 0.1, "")],
     # pytorch#99293, #124464: attention drops whenever its caller passes a probability.
@@ -132,11 +135,12 @@ FORWARDS = {
         (MASK, 0.3, UNCONDITIONAL),
         ("F.dropout", 0.1, UNCONDITIONAL),
     ],
+    "return helper(x, self.p, training=self.training)": [("F.dropout", 0.3, "")],
+    "return F.dropout(x, float(self.p), self.training)": [("F.dropout", 0.3, "")],
     # Only a run knows p.
-    "return F.dropout(x, max(0.1, self.p), self.training)": [("F.dropout", None, "")],
+    "return F.dropout(x, sorted([0.1, self.p])[1], self.training)": [("F.dropout", None, "")],
     "return F.dropout(*(x, 0.3, self.training))": [("F.dropout", None, "")],
     "p = self.p\nif self.training: p = 0.3\nreturn F.dropout(x, p, self.training)": [("F.dropout", None, "")],
-    "return helper(x, self.p, self.training)": [("F.dropout", None, "")],
 }
 
 
@@ -201,7 +205,7 @@ def test_a_forward_that_asks_is_not_accused_after_a_run(tmp_path: Path) -> None:
 
 def test_a_run_reports_what_source_does_not(tmp_path: Path) -> None:
     hidden = 'x = eval("F.dropout(x, 0.5, on)", {"F": F, "x": x, "on": self.training})\n'
-    hidden += 'return x * (getattr(torch, "rand" + "_like")(x) > 0.2) if self.training else x'
+    hidden += 'return x * (vars(torch)["rand_like"](x) > 0.2) if self.training else x'
     found = inspect(written(hidden, tmp_path), torch.ones(4, 8))[:-1]
     assert [(site.kind, site.type, site.p, site.calls, site.becomes) for site in found] == [
         ("call", "F.dropout", 0.5, 1, "thinned.intercept()"),

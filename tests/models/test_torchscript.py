@@ -33,9 +33,11 @@ HOLES = {
     ("WeightDrop", "script"): "script its .module for evaluation",
     # torch.func.functional_call swaps weights, and PyTorch has no way to do so in a trace.
     ("WeightDrop", "trace"): "can't be used with Jitted modules",
-    ("VariationalLSTM", "script"): "load its state_dict into a torch.nn.LSTM",
+    ("VariationalLSTM", "script"): "load its state_dict into the layer of torch.nn",
+    ("VariationalGRU", "script"): "load its state_dict into the layer of torch.nn",
     # Its steps are a loop in Python, which a trace would unroll for one length.
     ("VariationalLSTM", "trace"): "would make the shape of this mask a constant",
+    ("VariationalGRU", "trace"): "would make the shape of this mask a constant",
     ("RDrop", "script"): "use torch.export or torch.compile",
 }
 MODULES = [entry for entry in ENTRIES if entry.name != "DropoutSchedule"]

@@ -11,7 +11,7 @@ from thinned import nested, op
 from thinned.backends.arguments import DTYPES
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.key_source import active
-from thinned.keys import Key
+from thinned.keys import Key, savable
 from thinned.torch_state import compiling, tracing
 
 __all__ = [
@@ -21,7 +21,10 @@ __all__ = [
     "check_key",
     "check_p",
     "check_parameter",
+    "drops",
     "key_for",
+    "number",
+    "refuse_nested",
     "threshold_and_scale",
 ]
 
@@ -64,9 +67,24 @@ def apply(
     return op.masked_affine(input, bits, geometry, T, scale, shift, fill)
 
 
+def number(p: float) -> float:
+    """``p`` as a float; TypeError for what is no number, and for a tensor with a gradient, as in PyTorch."""
+    if isinstance(p, Tensor):
+        if p.dim() or p.requires_grad:
+            learned = " that requires grad; p gets no gradient, except in ConcreteDropout"
+            raise TypeError(
+                f"p must be a float, got a {type(p).__name__} of shape {tuple(p.shape)}"
+                f"{learned if p.requires_grad else ''}"
+            )
+    # float() accepts strings, and arrays of one element, which have a length.
+    elif not isinstance(p, float | int) and (not hasattr(p, "__float__") or hasattr(p, "__len__")):
+        raise TypeError(f"p must be a float, got {p!r} of type {type(p).__name__}")
+    return float(p)
+
+
 def check_p(p: float) -> None:
-    """Raise ValueError for a probability outside [0, 1], or NaN; TypeError or ValueError for no number."""
-    p = float(p)
+    """Raise ValueError for a probability outside [0, 1], or NaN; TypeError for no number."""
+    p = number(p)
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
 
@@ -81,9 +99,9 @@ _compute_cached = lru_cache(maxsize=1024)(_compute)
 
 
 def threshold_and_scale(p: float) -> tuple[int, float]:
-    """``T`` and ``1/q`` of the mask's specification; ValueError for a ``p`` outside [0, 1]."""
+    """``T`` and ``1/q`` of the mask's specification; the errors are those of :func:`check_p`."""
     if type(p) is not float:
-        p = float(p)
+        p = number(p)
     # Dynamo ignores lru_cache and warns when it traces a cached function.
     return _compute(p) if compiling() else _compute_cached(p)
 
@@ -109,10 +127,33 @@ def check_input(name: str, input: Tensor, key: Key | None, *, dense: bool = Fals
             f"{name} needs a floating-point or complex tensor, got {input.dtype} of shape "
             f"{nested.shape_of(input)}; accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
         )
-    if dense and input.is_nested:
-        nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
+    if dense:
+        refuse_nested(name, input)
     if key is not None:
         check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
+
+
+def refuse_nested(name: str, input: Tensor) -> None:
+    """Raise NotImplementedError for a nested tensor."""
+    if input.is_nested:
+        nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
+
+
+def drops(
+    name: str, input: Tensor, p: float, training: bool, key: Key | None, *, dense: bool = False
+) -> bool:
+    """Whether the call drops: then ``input`` has passed :func:`check_input`.
+
+    Otherwise the call is the identity, which accepts any dtype, layout and shape, as in PyTorch.
+    """
+    if training and p != 0:
+        check_input(name, input, key, dense=dense)
+        return True
+    if not isinstance(input, Tensor):
+        check_input(name, input, key)
+    if key is not None:
+        check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
+    return False
 
 
 def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) -> Tensor:
@@ -147,7 +188,7 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
 
 def bits_for(key: Key, input: Tensor) -> Tensor:
     """The key's bits on ``input``'s device; RuntimeError for a batch of keys on another one."""
-    bits = key.bits
+    bits = savable(key.bits)
     if bits.device != input.device:
         if bits.dim():
             raise RuntimeError(

@@ -29,6 +29,7 @@ Drawing = TypeVar("Drawing", bound=Callable[..., Tensor])
 # The types of annotations, in a schema and in TorchScript; all others are strings, such as Literal["row"].
 _TYPES = {
     "Tensor": ("Tensor", "Tensor"),
+    "_Sequence": ("Tensor", "Tensor"),  # locked_dropout's packed sequences are not for TorchScript
     "Tensor | None": ("Tensor?", "Optional[Tensor]"),
     "float": ("float", "float"),
     "float | None": ("float?", "Optional[float]"),
@@ -43,9 +44,10 @@ _STRING = ("str", "str")
 
 
 def register(functions: Iterable[Callable[..., Any]]) -> None:
-    """:func:`operation` for each function that draws."""
+    """:func:`operation` for each function that draws and has one result."""
     for function in functions:
-        if any(parameter.annotation == "Key | None" for parameter in _parameters(function)):
+        draws = any(parameter.annotation == "Key | None" for parameter in _parameters(function))
+        if draws and not function.__annotations__["return"].startswith("tuple"):
             operation(function)
 
 

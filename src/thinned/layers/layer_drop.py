@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from thinned.keys import Key
 from thinned.layers._arguments import check_p, key_for
+from thinned.layers._overrides import module_node
 from thinned.layers._torchscript import Scriptable, operation
 from thinned.layers.dropout import keep_mask
-from thinned.torch_state import compiling, is_batched, is_eager, tracing
+from thinned.torch_state import compiling, is_batched, is_eager, traces_symbolically, tracing
 
 __all__ = ["LayerDrop"]
 
@@ -37,7 +38,8 @@ class LayerDrop(Scriptable, nn.ModuleList):
 
     Under :func:`torch.compile`, :func:`torch.func.vmap` and tracers Python cannot branch on a decision. There
     all layers run and :func:`torch.where` selects. The result under one key is the same, but a skipped layer
-    that draws random numbers of its own still advances the generator.
+    that draws random numbers of its own still advances the generator. A graph of torch.fx that is traced in
+    training calls the stack as one node; one that is traced in evaluation has a node for each layer.
 
     Indexing, iteration, ``len`` and ``state_dict`` are those of :class:`torch.nn.ModuleList` and see all
     layers. ``layers[::2]`` is the paper's "every other" pruning for inference. To write your own loop, as
@@ -112,6 +114,8 @@ class LayerDrop(Scriptable, nn.ModuleList):
 
     def forward(self, input: Any, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
         """Pass ``input`` through :meth:`surviving`; every layer gets ``*args`` and ``**kwargs`` too."""
+        if self.training and (node := module_node(self, input, *args, key=key, **kwargs)) is not None:
+            return node
         keep = self._keep(key)
         if keep is None:
             for layer in self:
@@ -138,6 +142,11 @@ class LayerDrop(Scriptable, nn.ModuleList):
         """The decision of each layer, or None if all layers run."""
         if not self.training or self.p == 0:
             return None
+        if traces_symbolically():
+            raise RuntimeError(
+                "torch.fx would skip the same layers at every call of its graph; accepted: a trace in "
+                "evaluation, which has all layers, or a LayerDrop that a module calls as its child: one node"
+            )
         if key is None and tracing():
             return torch.ops.thinned.surviving_layers(len(self), self.p)  # type: ignore[no-any-return]
         return surviving_layers(len(self), self.p, key=key)

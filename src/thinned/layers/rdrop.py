@@ -9,9 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import has_torch_function
 
+from thinned.layers._overrides import module_node, overridden
 from thinned.layers._torchscript import Scriptable
 from thinned.nested import refuse
+from thinned.torch_state import compiling
 
 __all__ = ["RDrop", "r_drop_loss"]
 
@@ -66,6 +69,8 @@ def r_drop_loss(
     >>> thinned.functional.r_drop_loss(logits, logits.flip(0), target)
     tensor(1.8879)
     """
+    if has_torch_function((logits1, logits2, target, weight, padding_mask)) and not compiling():
+        return overridden(r_drop_loss, locals())
     _check(alpha, reduction)
     for logits in (logits1, logits2):
         if logits.is_nested:
@@ -153,6 +158,9 @@ class RDrop(Scriptable):
     def forward(
         self, logits1: Tensor, logits2: Tensor, target: Tensor, *, padding_mask: Tensor | None = None
     ) -> Tensor:
+        node = module_node(self, logits1, logits2, target, padding_mask=padding_mask)
+        if node is not None:
+            return node
         return r_drop_loss(
             logits1,
             logits2,

@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_input, check_key, key_for, threshold_and_scale
+from thinned.layers._arguments import apply, check_key, drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
+from thinned.torch_state import compiling
 
 __all__ = ["DropConnect", "WeightDrop", "check_one_key", "cudnn_copies", "drop_connect"]
 
@@ -54,9 +58,10 @@ def drop_connect(input: Tensor, p: float = 0.5, *, training: bool = True, key: K
     >>> torch.vmap(example, randomness="different")(torch.ones(3, 6)).shape
     torch.Size([3, 2])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(drop_connect, locals())
     T, scale = threshold_and_scale(p)
-    check_input("drop_connect", input, key)
-    if not training or p == 0:
+    if not drops("drop_connect", input, p, training, key):
         return input
     return apply(input, key, (), False, T, scale, sample_dim=None)
 
@@ -86,6 +91,8 @@ class DropConnect(Layer):
         super().__init__(p)
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return drop_connect(input, self.p, training=self.training, key=key)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -135,6 +142,8 @@ class WeightDrop(Layer):
                 )
 
     def forward(self, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
+        if (node := module_node(self, *args, key=key, **kwargs)) is not None:
+            return node
         if key is not None:
             check_one_key(key)
         if not self.training or self.p == 0 or not self.weights:

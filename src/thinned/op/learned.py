@@ -11,7 +11,7 @@ from torch import Tensor
 from thinned.keys import Key
 from thinned.op.from_key import modes_of, result_of
 from thinned.op.noise import multiply, opmath
-from thinned.torch_state import compiling, dense, transforming
+from thinned.torch_state import compiling, dense, is_eager
 
 __all__ = ["Noisy", "apply_noisy"]
 
@@ -84,7 +84,8 @@ def _noise(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> tuple[Te
     """The arguments of ``noisy.factor``."""
     dtype = opmath(x.dtype)
     noise, parameter = noisy.noise(Key.from_bits(bits), x.shape, dtype), parameter.to(dtype)
-    may_overwrite = not (torch.is_grad_enabled() or transforming() or compiling())
+    # A traced graph may run with gradients enabled, where out= is an error.
+    may_overwrite = is_eager(x) and not torch.is_grad_enabled()
     # The factor has the noise's shape only then: a parameter with dimensions may broadcast the noise.
     same_shape = parameter.dim() == 0 or noise.shape == x.shape
     return noise, parameter, may_overwrite and same_shape

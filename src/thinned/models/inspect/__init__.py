@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from thinned.models.convert.rules import is_known, make, probability_of
-from thinned.models.inspect.by_reading import UNCONDITIONAL, calls_in_source
+from thinned.models.inspect.by_reading import calls_in_source
 from thinned.models.inspect.by_running import TORCH, Event, run_once
-from thinned.models.inspect.targets import HAND_WRITTEN, Call
+from thinned.models.inspect.names import UNCONDITIONAL
+from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN, Call, Kind
 from thinned.models.text import Listing, count, format_p
 from thinned.models.walk import is_ours, modules_with_paths, qualified_name
 
 __all__ = ["Inspection", "Site", "inspect"]
 
-Kind = Literal["module", "argument", "call", "random"]
 INTERCEPT = "thinned.intercept()"
 IN_EVALUATION = "drops in evaluation too"
 UNKNOWN = "not known to thinned.register"
@@ -31,8 +31,8 @@ class Site:
     Attributes:
         paths: all places of the module in the model; ``path`` is the first.
         kind: ``"module"``, a dropout module; ``"argument"``, a module of torch.nn that drops by an argument;
-            ``"call"``, a functional dropout in a forward; ``"random"``, random numbers in a forward that may
-            be a dropout.
+            ``"call"``, a functional dropout in a forward; ``"random"``, random numbers in a forward that are
+            or may be a dropout; ``"layer"``, a random number that decides whether a layer is skipped.
         type: the type of the module, or the function that is called.
         p: the probability; None if it is unknown.
         becomes: the type that :func:`thinned.convert` puts in its place, or ``thinned.intercept()``, which
@@ -93,8 +93,9 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
     """List every place at which a model drops, including those that :func:`thinned.convert` cannot reach.
 
     Dropout modules and modules of torch.nn with a ``dropout`` argument are found by their types. Functional
-    dropouts are found in the source of each forward, of the functions that it mentions in its own file, and
-    of the attention function that transformers chooses; ``p`` is read if it is plainly written. Given inputs,
+    dropouts are found in the source of each forward, of the methods and of the functions in its own file
+    that it mentions, and of the attention function that transformers chooses; ``p`` is read if it is plainly
+    written. So is layerdrop, which skips layers at random. Given inputs,
     the model also runs once in training and once in evaluation: each function that drops and each other use
     of random numbers is reported with its module, its ``p`` and the number of its calls.
 
@@ -161,9 +162,9 @@ def _of_module(module: nn.Module, paths: tuple[str, ...]) -> Site | None:
 
 
 def _of_call(call: Call, paths: tuple[str, ...]) -> Site:
-    kind: Kind = "random" if call.note == HAND_WRITTEN else "call"
-    becomes = "" if kind == "random" or call.name.startswith("aten.") else INTERCEPT
-    return Site(paths, kind, call.name, call.p, becomes, call.function, call.file, call.line, call.note)
+    beyond = call.note in (HAND_WRITTEN, ELSEWHERE) or call.name.startswith("aten.")
+    where = call.function, call.file, call.line
+    return Site(paths, call.kind, call.name, call.p, "" if beyond else INTERCEPT, *where, call.note)
 
 
 def _with_run(site: Site, events: list[Event] | None) -> Site:

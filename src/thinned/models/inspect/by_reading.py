@@ -1,35 +1,32 @@
 """Functional dropouts in the source of a forward: each call, its line, and its probability if that is plain.
 
-Plain are numbers, attributes of the module, ``a if self.training else b``, names that are assigned once and
-keywords that a caller passes. Every other probability is reported by a run (:mod:`.by_running`).
+The reading follows what the forward mentions: functions of its own file, methods of any module, also by way
+of ``getattr``, ``functools.partial``, ``super()`` or a framework's base class, and functions with a name like
+``attention``. Plain are the values that :mod:`.names` computes. A run (:mod:`.by_running`) reports the rest.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
-from types import FunctionType
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, Argument, Call
+from thinned.models.inspect.names import Given, Names, call_method
+from thinned.models.inspect.source import parsed
+from thinned.models.inspect.targets import READS, Call, Read
 
-__all__ = ["UNCONDITIONAL", "calls_in_source"]
+__all__ = ["calls_in_source", "read_source"]
 
-UNCONDITIONAL = "does not ask whether the module is training"
-UNKNOWN = object()
-BY_HAND = {"bernoulli", "bernoulli_", "rand", "rand_like"}
 NEARBY = re.compile("drop|atten", re.IGNORECASE)
-TRAINING = {"training", "is_training", "train"}
-
-Given = Mapping[str, Callable[[bool], Any]]  # values by name, as functions of the training mode
+READINGS = 8  # of one function, with other arguments each
+WRAPPERS = 10  # around one function
 
 
 def calls_in_source(module: nn.Module) -> list[Call]:
@@ -39,136 +36,112 @@ def calls_in_source(module: nn.Module) -> list[Call]:
     >>> calls_in_source(torch.nn.Linear(2, 2))
     []
     """
-    found: dict[Any, list[Call]] = {}
-    _read(module.forward, {}, {base.__module__ for base in type(module).__mro__}, found)
-    return [call for calls in found.values() for call in calls]
+    return read_source(module)[0]
 
 
-def _read(called: Any, given: Given, homes: set[str], found: dict[Any, list[Call]]) -> None:
-    """Collect from a function and from those it mentions, if of its file or of a name like ``attention``."""
-    undecorated = inspect.unwrap(called) if callable(called) else None
-    function = getattr(undecorated, "__func__", undecorated)
-    if not isinstance(function, FunctionType) or function.__code__ in found:
-        return
-    home = function.__module__ or ""
-    nearby = home in homes or NEARBY.search(function.__name__)
-    if found and (not nearby or home.partition(".")[0] in ("torch", "thinned")):
-        return
-    if (parsed := _parse(function)) is None:
-        return
-    tree, before, file = parsed
-    receiver = getattr(undecorated, "__self__", getattr(called, "__self__", None))
-    if receiver is not None:
-        given = {**given, function.__code__.co_varnames[0]: lambda _: receiver}
-    names = _Names(function, tree, given)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    found[function.__code__] = []
-    for call in calls:
-        if dropout := names.dropout(call):
-            name, p, note = dropout
-            lines = call.lineno + before, (call.end_lineno or call.lineno) + before
-            found[function.__code__].append(Call(name, function.__qualname__, file, *lines, p, note))
-    # A look-up that succeeds mentions a default that it does not choose.
-    looked_up = {id(part) for call in calls if names.value(call) is not UNKNOWN for part in ast.walk(call)}
-    passed = {id(call.func): names.keywords(call) for call in calls}
-    for node in ast.walk(tree):
-        if isinstance(getattr(node, "ctx", None), ast.Load) and id(node) not in looked_up:
-            _read(names.value(node), passed.get(id(node), {}), homes, found)
-
-
-class _Names:
-    """The values of one function's names: some arguments, what is assigned once, and its globals."""
-
-    def __init__(self, function: FunctionType, tree: ast.AST, given: Given) -> None:
-        self.function, self.given = function, given
-        nodes = list(ast.walk(tree))
-        stored = Counter(n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
-        stored.update(n.arg for n in nodes if isinstance(n, ast.arg))
-        self.assigned: dict[str, ast.expr | None] = {}
-        self.asks_for_training = False
-        for node in nodes:
-            match node:
-                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), value=value):
-                    self.assigned[name] = value if stored[name] == 1 else None
-                case ast.If(test):
-                    mentioned = {getattr(n, "attr", getattr(n, "id", "")) for n in ast.walk(test)}
-                    self.asks_for_training |= not mentioned.isdisjoint(TRAINING)
-
-    def keywords(self, call: ast.Call) -> Given:
-        """The arguments that a call passes by name."""
-        return {each.arg: partial(self.evaluate, each.value) for each in call.keywords if each.arg}
-
-    def value(self, node: Any, training: bool = True) -> Any:
-        """The value of an expression in training or in evaluation; ``UNKNOWN`` if it is not plain."""
-        try:
-            return self.evaluate(node, training)
-        except Exception:  # besides LookupError, all that a property of the model may raise
-            return UNKNOWN
-
-    def evaluate(self, node: Any, training: bool) -> Any:
-        """As ``value``; raises if the expression is not plain."""
-        value = partial(self.evaluate, training=training)
-        match node:
-            case ast.Constant(constant):
-                return constant
-            case ast.Name(name) if name in self.assigned:
-                return value(self.assigned[name])
-            case ast.Name(name) if name in self.given:
-                return self.given[name](training)
-            case ast.Name(name) | ast.Attribute(attr=name) if name in TRAINING:
-                return training
-            case ast.Name(name) if name not in self.function.__code__.co_varnames:
-                return self.function.__globals__[name]
-            case ast.Attribute(owner, name) if not isinstance(holder := value(owner), Tensor):
-                return getattr(holder, name)
-            case ast.IfExp(test, body, otherwise):
-                return value(body if value(test) else otherwise)
-            case ast.UnaryOp(ast.Not(), operand):
-                return not value(operand)
-            case ast.Subscript(owner, key):
-                return value(owner)[value(key)]
-            case ast.Call(ast.Attribute(owner, "get" | "get_interface"), [key, default], []):
-                return value(owner).get(value(key), value(default))  # transformers chooses attention so
-        raise LookupError(node)
-
-    def dropout(self, call: ast.Call) -> tuple[str, float | None, str] | None:
-        """The name, the probability and the note of a call that drops; None for other calls."""
-        called = self.value(call.func)
-        try:
-            target = TARGETS.get(called)
-        except TypeError:  # not hashable, so no function
-            target = None
-        if target is not None:
-            p, p_in_evaluation = self._argument(call, target.p)
-            on, on_in_evaluation = self._argument(call, target.training) if target.training else (1.0, 1.0)
-            always = p_in_evaluation and on_in_evaluation and not self.asks_for_training
-            return target.name, 0.0 if on == 0 else p, UNCONDITIONAL if always else ""
-        if isinstance(call.func, ast.Attribute) and (name := call.func.attr) in BY_HAND:
-            owner = self.value(call.func.value)
-            if owner is torch or (hasattr(Tensor, name) and (owner is UNKNOWN or isinstance(owner, Tensor))):
-                return f"{'torch' if owner is torch else 'Tensor'}.{name}", None, HAND_WRITTEN
-        return None
-
-    def _argument(self, call: ast.Call, argument: Argument) -> tuple[float | None, float | None]:
-        """The number that is passed, in training and in evaluation; None if it is not plain."""
-        keywords = {each.arg or "**": each.value for each in call.keywords}
-        starred = "**" in keywords or any(isinstance(each, ast.Starred) for each in call.args)
-        if starred and argument.name not in keywords:
-            return None, None
-        passed = argument.of(call.args, keywords)
-        if not isinstance(passed, ast.AST):  # torch's default
-            return passed, passed
-        values = (self.value(passed, training) for training in (True, False))
-        in_training, in_evaluation = (float(v) if isinstance(v, int | float) else None for v in values)
-        return in_training, in_evaluation
-
-
-@lru_cache(maxsize=4096)
-def _parse(function: FunctionType) -> tuple[ast.AST, int, str] | None:
-    """The tree, the number of lines before it, and the file."""
+def read_source(module: nn.Module) -> tuple[list[Call], list[Read]]:
+    """The functional dropouts that ``module.forward`` may reach, and all that the reading has looked up."""
+    reading, reads = _Reading(module), list[Read]()
+    before = READS.set(reads)
     try:
-        lines, first = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    return tree, max(first, 1) - 1, inspect.getsourcefile(function) or ""
+        with torch.random.fork_rng(devices=()):  # the model's properties may draw
+            reading.read(module.forward)
+    finally:
+        READS.reset(before)
+    return [call for calls in reading.found.values() for call in calls.values()], reads
+
+
+class _Reading:
+    """What has been read for one module.
+
+    Attributes:
+        found: the calls, by the code of the function around them and by their place.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.homes = {base.__module__ for base in type(module).__mro__}
+        self.found: dict[Any, dict[Any, Call]] = {}
+        self.seen: set[Any] = set()
+        self.readings: Counter[Any] = Counter()
+
+    def read(self, called: Any, given: Given | None = None, asked: bool = False) -> None:
+        """Collect from a function, from those it wraps, and from those that these mention.
+
+        Args:
+            called: any object; what is no function that the reading follows is ignored.
+            given: the arguments of the call.
+            asked: whether the caller has asked for training.
+        """
+        given, receiver = given or {}, None
+        is_root = not self.found
+        for layer in _layers(called):
+            receiver = getattr(layer, "__self__", receiver)
+            if isinstance(layer, partial):
+                self.read(layer.func, {**_bound(layer), **given}, asked)
+            function = getattr(layer, "__func__", layer)
+            if not isinstance(function, FunctionType):
+                continue
+            last = is_root and not hasattr(layer, "__wrapped__")
+            if last or self._follows(function, receiver):
+                self._read(function, receiver, given, asked)
+
+    def _follows(self, function: FunctionType, receiver: Any) -> bool:
+        """Whether to read a function that another mentions."""
+        # Not __module__, which a wrapper has from what it wraps.
+        home = function.__globals__.get("__name__") or function.__module__ or ""
+        if home.partition(".")[0] in ("torch", "thinned"):
+            return receiver is self.module and function.__name__ == "forward"  # by super()
+        if isinstance(receiver, nn.Module) and receiver is not self.module and function.__name__ == "forward":
+            return False  # read for the module that it belongs to
+        return home in self.homes or isinstance(receiver, nn.Module) or bool(NEARBY.search(function.__name__))
+
+    def _read(self, function: FunctionType, receiver: Any, given: Given, asked: bool) -> None:
+        code = function.__code__
+        if receiver is not None and code.co_varnames[: code.co_argcount]:
+            given = {**given, code.co_varnames[0]: (receiver, receiver)}
+        key = code, asked, tuple((name, *map(_identity, values)) for name, values in sorted(given.items()))
+        if key in self.seen or self.readings[code] == READINGS or (source := parsed(function)) is None:
+            return
+        self.seen.add(key)
+        self.readings[code] += 1
+        names = Names(function, source, given, asked)
+        calls = self.found.setdefault(code, {})
+        for place, call in names.dropouts():
+            before = calls.get(place)
+            if before is not None:  # read with other arguments
+                p = call.p if call.p == before.p else None
+                call = replace(before, p=p, note=before.note or call.note, rates=before.rates + call.rates)
+            calls[place] = call
+        for value, arguments, guarded in names.mentions():
+            self.read(value, arguments, guarded)
+
+
+def _layers(called: Any) -> Iterator[Any]:
+    """``called`` and what it wraps; for an object that is callable, its method."""
+    if isinstance(called, type | Tensor | nn.Module):
+        return
+    owner = getattr(called, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        called = owner.forward  # by apply()
+    elif not isinstance(called, FunctionType | MethodType | partial) and callable(called):
+        called = call_method(called)
+    for _ in range(WRAPPERS):
+        yield called
+        if not hasattr(called, "__wrapped__"):
+            return
+        called = called.__wrapped__
+
+
+def _bound(called: partial[Any]) -> Given:
+    """The arguments that a partial holds, by name."""
+    function = getattr(called.func, "__func__", called.func)
+    is_bound = isinstance(called.func, MethodType)
+    names = function.__code__.co_varnames[is_bound:] if isinstance(function, FunctionType) else ()
+    values = {**dict(zip(names, called.args, strict=False)), **called.keywords}
+    return {name: (value, value) for name, value in values.items()}
+
+
+def _identity(value: Any) -> Any:
+    is_constant = isinstance(value, bool | int | float | str | None)
+    return (type(value), value) if is_constant else id(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,12 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 import thinned
 from thinned.models.convert.rules import probability_of
-from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, Call, recurrent
+from thinned.models.draws import DRAWS, SINGLE, purpose_of
+from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, Call, Kind, recurrent
 from thinned.models.walk import is_ours
 from thinned.torch_state import TorchDispatchMode, arguments_of, buffers_of
 
 __all__ = ["TORCH", "Event", "run_once"]
 
+NAMES = {f"aten.{name.partition('.')[2]}": name for name in reversed(DRAWS.values())}
 TORCH = str(Path(torch.__file__).parent) + os.sep
 THINNED = str(Path(thinned.__file__).parent) + os.sep
 
@@ -84,16 +86,23 @@ class _Spy(TorchFunctionMode):
         if len(self.stack) > 1:
             self.stack.pop()
 
-    def report(self, name: str, p: float | None, note: str = "") -> None:
-        """Report a call, unless it is within one that is reported or within a layer of ours."""
+    def report(self, name: str, p: float | None, drawn: Sequence[int] | None = None) -> None:
+        """Report a call, unless it is within one that is reported or within a layer of ours.
+
+        ``drawn`` is the shape of random numbers that the call draws for an unknown purpose.
+        """
         frame = None if self.reported else _caller()
         code = frame.f_code if frame else None
         if self.reported or (code and code.co_filename.startswith(THINNED)):
             return
-        call = Call(name, "", "", 0, 0, note=note)
+        purpose, at = "", ("", "", 0, 0)
         if frame and code:
-            function = getattr(code, "co_qualname", code.co_name)
-            call = Call(name, function, code.co_filename, frame.f_lineno, frame.f_lineno, note=note)
+            at = getattr(code, "co_qualname", code.co_name), code.co_filename, frame.f_lineno, frame.f_lineno
+            if drawn is not None and name in NAMES:
+                purpose = purpose_of(at[1], at[2], code.co_name, tuple(drawn) in SINGLE)
+        note = HAND_WRITTEN if drawn is not None and not purpose else ""
+        kind: Kind = "call" if drawn is None else "layer" if purpose == "layerdrop" else "random"
+        call = Call(NAMES[name] if purpose else name, *at, None, note, kind)
         self.add(self.stack[-1], call, p)
 
     def add(self, module: nn.Module, call: Call, p: float | None) -> None:
@@ -139,8 +148,10 @@ class _Dispatch(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in function.tags:
             rate = _rate(function, args, kwargs)
             if rate != 0:
+                result = function(*args, **kwargs)
                 name = f"aten.{function.overloadpacket.__name__}"
-                self.spy.report(name, rate, HAND_WRITTEN if rate is None else "")
+                self.spy.report(name, rate, getattr(result, "shape", ()) if rate is None else None)
+                return result
         return function(*args, **kwargs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -15,11 +14,13 @@ from torch.overrides import TorchFunctionMode
 from thinned import functional as F
 from thinned.keys import Key
 from thinned.layers._arguments import threshold_and_scale
+from thinned.layers._overrides import module_node
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.intercept.attention import multi_head_attention_forward, scaled_dot_product_attention
+from thinned.models.intercept.draws import DRAW_HANDLERS, running_in_training
 from thinned.models.intercept.fast_path import FastPath, is_innermost, remove_mode
 from thinned.models.intercept.recurrent import Packed, Padded, run
-from thinned.torch_state import MODULE_CALL, compiler_is_imported, compiling, modes_of_thread, never_inlined
+from thinned.torch_state import compiler_is_imported, compiling, modes_of_thread, never_inlined
 
 __all__ = ["Intercept", "Intercepted", "intercept"]
 
@@ -40,7 +41,8 @@ def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) ->
     ``forward(ctx, ...)``, as in Megatron and DeepSpeed. Other code that a backward pass calls, such as a
     gradient hook, has torch's dropouts. Under :func:`torch.compile` the context may be entered outside the
     compiled function or inside it. It does not reach TorchScript, or graphs that were compiled or exported
-    without it.
+    without it. A symbolic trace of torch.fx within the context is the same as without, and draws no key: the
+    GraphModule runs in a context like any module.
 
     Args:
         key: dropout number ``n`` of the context, from 0, has ``key.fold(n)``. By default keys come from
@@ -145,7 +147,9 @@ class Intercept(Counting, TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.utils.checkpoint.checkpoint and compiling():
             args = (self._within(args[0]), *args[1:])
-        handler = _HANDLERS.get(func)
+        # A call that torch.fx traces, or a class of its own, becomes what it becomes without the context.
+        ours = all(issubclass(kind, Tensor) for kind in types)
+        handler = _HANDLERS.get(func) if ours else None
         result = None if handler is None else handler(self, *args, **kwargs)
         return func(*args, **kwargs) if result is None else result
 
@@ -183,6 +187,8 @@ class Intercepted(nn.Module):
         self.sdpa_follows_training = sdpa_follows_training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (node := module_node(self, *args, **kwargs)) is not None:
+            return node
         with Intercept(self.key, self.sdpa_follows_training):
             return self.module(*args, **kwargs)
 
@@ -269,25 +275,15 @@ def _sdpa(
 ) -> Tensor | None:
     if dropout_p == 0:
         return None
-    if mode.sdpa_follows_training and not _running_in_training():
+    if mode.sdpa_follows_training and compiling():
+        raise RuntimeError("intercept(sdpa_follows_training=True) is not for compiled code")
+    if mode.sdpa_follows_training and not running_in_training():
         return torch_functional.scaled_dot_product_attention(
             query, key, value, attn_mask, 0.0, is_causal, **options
         )
     return scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, **options, mask_key=mode.next_key()
     )
-
-
-def _running_in_training() -> bool:
-    """Whether the innermost running module is in training; True if none is running."""
-    if compiling():
-        raise RuntimeError("intercept(sdpa_follows_training=True) is not for compiled code")
-    frame = sys._getframe()
-    while frame.f_code is not MODULE_CALL:
-        if frame.f_back is None:
-            return True
-        frame = frame.f_back
-    return bool(frame.f_locals["self"].training)
 
 
 def _mha(
@@ -297,6 +293,10 @@ def _mha(
     if args[10] == 0 or not training:
         return None
     return multi_head_attention_forward(*args, **kwargs, mask_key=mode.next_key())
+
+
+def _draws(draw: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    return lambda mode, *args, **kwargs: draw(mode.next_key, *args, **kwargs)
 
 
 def _recurrent(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...] | None]:
@@ -335,6 +335,8 @@ for _name, _ours in {
 }.items():
     _HANDLERS[getattr(torch, _name)] = _aten(_ours)
     _HANDLERS[getattr(torch, f"{_name}_")] = _aten(_ours, inplace=True)
+for _function, _draw in DRAW_HANDLERS.items():
+    _HANDLERS[_function] = _draws(_draw)
 for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
     _HANDLERS[getattr(torch, _name)] = _recurrent(getattr(torch, _name))
 # Exported graphs call the same functions by other names.

@@ -1,0 +1,73 @@
+"""The draws of random numbers that are known to decide what is dropped, by the function that draws them."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import re
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["DRAWS", "SINGLE", "Purpose", "purpose_of"]
+
+Purpose = Literal["", "dropout", "layerdrop"]
+
+DRAWS = {
+    torch.rand: "torch.rand",
+    torch.rand_like: "torch.rand_like",
+    torch.bernoulli: "torch.bernoulli",
+    Tensor.bernoulli: "Tensor.bernoulli",
+    Tensor.bernoulli_: "Tensor.bernoulli_",
+    Tensor.uniform_: "Tensor.uniform_",
+}
+SINGLE = ((), (1,))  # the shapes in which models draw one number for a layer
+
+_DROPS = re.compile(r"drop|stochastic_?depth", re.IGNORECASE)
+_SKIPS_LAYERS = re.compile(r"layer_?drop|drop_?layer|skip_?(the_?)?layer", re.IGNORECASE)
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(\w+)_at_\d+")
+_DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+@lru_cache(maxsize=4096)
+def purpose_of(file: str, line: int, function: str, single: bool) -> Purpose:
+    """What the random numbers that a line draws are for; empty if that is not known.
+
+    They are for a dropout if the function or class around the line is named so: ``dropout_edge``,
+    ``drop_path``, ``stochastic_depth``, ``DropNode``. A ``single`` number is for layerdrop if its function
+    mentions that: ``torch.rand([]) < self.layerdrop``. Without the source, only ``function``'s name counts.
+    """
+    resumed = _RESUMED.fullmatch(function)
+    around = _around(_tree(file), line)
+    if single and around and any(_SKIPS_LAYERS.search(name) for name in _names(around[0])):
+        return "layerdrop"
+    names = [resumed[1] if resumed else function, *(each.name for each in around)]
+    return "dropout" if any(_DROPS.search(name) for name in names) else ""
+
+
+@lru_cache(maxsize=8)
+def _tree(file: str) -> ast.AST:
+    try:
+        return ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ast.Module([], [])
+
+
+def _around(tree: ast.AST, line: int) -> list[_DEFINITIONS]:
+    """The functions around a line, and the classes that these are methods of, innermost first."""
+    found = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, _DEFINITIONS) and node.lineno <= line <= (node.end_lineno or node.lineno)
+    ]
+    found = found[::-1]  # ast.walk goes outside in
+    return found if found and not isinstance(found[0], ast.ClassDef) else []
+
+
+def _names(function: ast.AST) -> set[str]:
+    """The names, attributes, arguments and strings in a function."""
+    parts = ("id", "attr", "arg", "value")
+    values = (getattr(node, part, None) for node in ast.walk(function) for part in parts)
+    return {value for value in values if isinstance(value, str) and value.isidentifier()}

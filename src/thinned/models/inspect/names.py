@@ -1,0 +1,420 @@
+"""The values of the names in a function's source, as far as they are plain, and the dropouts among its calls.
+
+Plain are constants, attributes of the module, arguments that a caller passes, names that are assigned once,
+and what operators, ``getattr`` and a few functions of Python make of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import operator
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import cached_property, partial
+from itertools import takewhile
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thinned.models.draws import DRAWS, SINGLE, purpose_of
+from thinned.models.inspect.source import TRAINING, Source, guarded
+from thinned.models.inspect.targets import (
+    ELSEWHERE,
+    HAND_WRITTEN,
+    TARGETS,
+    Argument,
+    Call,
+    Kind,
+    as_float,
+    remember,
+)
+
+__all__ = ["UNCONDITIONAL", "UNKNOWN", "Given", "Names", "call_method"]
+
+UNCONDITIONAL = "does not ask whether the module is training"
+UNKNOWN = object()
+ANYTHING = ".*"
+BY_HAND = {name.partition(".")[2] for name in DRAWS.values() if name.startswith("Tensor.")}
+PYTHONS = ("random", "uniform", "rand", "random_sample")
+KEEPS = re.compile("keep|surviv", re.IGNORECASE)
+RATES = re.compile("drop|prob|rate|^p$", re.IGNORECASE)
+PLAIN_FUNCTIONS = (abs, bool, dict, float, int, len, list, max, min, round, str, sum, tuple)
+OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+}
+UNARY: dict[type, Callable[[Any], Any]] = {
+    ast.Not: operator.not_,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+
+Given = Mapping[str, tuple[Any, Any]]  # values by name, in training and in evaluation
+
+
+class Names:
+    """One function's names, read with the arguments of one call.
+
+    Args:
+        function: the function.
+        source: its source.
+        given: the arguments.
+        asked: whether the caller has asked for training.
+    """
+
+    def __init__(self, function: FunctionType, source: Source, given: Given, asked: bool) -> None:
+        self.function, self.source = function, source
+        code = function.__code__
+        parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        self.given = {name: given[name] for name in parameters if name in given}
+        self.guarded = guarded(source.tree, asked)
+        self.calls = [node for node in self.guarded if isinstance(node, ast.Call)]
+        self.assigned: dict[str, list[ast.expr | None]] = defaultdict(list)  # None: by other means
+        self.elements: dict[str, ast.expr] = {}  # what loops go through, by the name of the element
+        by_statement: set[ast.AST] = set()
+        for node in self.guarded:
+            match node:
+                case (
+                    ast.Assign([ast.Name(name) as target], value)
+                    | ast.AnnAssign(ast.Name(name) as target, value=value)
+                    | ast.NamedExpr(ast.Name(name) as target, value)
+                ):
+                    self.assigned[name].append(value)
+                    by_statement.add(target)
+                case ast.For(ast.Name(name), iterable) | ast.comprehension(ast.Name(name), iterable):
+                    self.elements[name] = iterable
+        for node in self.guarded:
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node not in by_statement:
+                self.assigned[node.id].append(None)
+            elif isinstance(node, ast.arg) and node.arg not in parameters:  # of a function inside
+                self.assigned[node.arg].append(None)
+        self.parameters = set(parameters)
+
+    def value(self, node: Any, training: bool = True) -> Any:
+        """The value of an expression in training or in evaluation; ``UNKNOWN`` if it is not plain."""
+        try:
+            return self.evaluate(node, training)
+        except Exception:  # besides LookupError, all that a property of the model may raise
+            return UNKNOWN
+
+    def evaluate(self, node: Any, training: bool) -> Any:
+        """As ``value``; raises if the expression is not plain."""
+        value = partial(self.evaluate, training=training)
+        match node:
+            case ast.Constant(constant):
+                return constant
+            case ast.Name(name):
+                return self._named(name, training)
+            case ast.Attribute(attr=name) if name in TRAINING:
+                return training
+            case ast.Attribute(owner, name):
+                holder = _no_tensor(value(owner))
+                return remember(getattr(holder, name), holder, name)
+            case ast.IfExp(test, body, otherwise):
+                return value(body if _no_tensor(value(test)) else otherwise)
+            case ast.BoolOp(op, operands):
+                for operand in operands:
+                    result = _no_tensor(value(operand))
+                    if bool(result) is isinstance(op, ast.Or):
+                        break
+                return result
+            case ast.UnaryOp(op, operand):
+                return UNARY[type(op)](_no_tensor(value(operand)))
+            case ast.BinOp(left, op, right):
+                return OPERATORS[type(op)](_plain(value(left)), _plain(value(right)))
+            case ast.Compare(left, [op], [right]):
+                return OPERATORS[type(op)](_no_tensor(value(left)), _no_tensor(value(right)))
+            case ast.Subscript(owner, key):
+                holder, name = _no_tensor(value(owner)), value(key)
+                return remember(holder[name], holder, name)
+            case ast.List(parts) | ast.Tuple(parts):
+                return tuple(map(value, parts))
+            case ast.Dict(keys, parts) if None not in keys:
+                return dict(zip(map(value, keys), map(value, parts), strict=True))
+            case ast.JoinedStr(parts):
+                return "".join(str(_plain(value(part))) for part in parts)
+            case ast.FormattedValue(part, conversion=-1, format_spec=None):
+                return value(part)
+            case ast.Call():
+                return self._called(node, value)
+        raise LookupError(node)
+
+    def _named(self, name: str, training: bool) -> Any:
+        if self.assigned[name]:
+            if name in self.parameters or len(self.assigned[name]) > 1:
+                raise LookupError(name)
+            return self.evaluate(self.assigned[name][0], training)
+        if name in self.given:
+            return _known(self.given[name][not training])
+        if name in TRAINING:
+            return training
+        if name in self.function.__code__.co_varnames:
+            raise LookupError(name)
+        return self._outside(name)
+
+    def _outside(self, name: str) -> Any:
+        """The value of a name of the closure, the module or Python."""
+        cells = zip(self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True)
+        for free, cell in cells:
+            if free == name:
+                return cell.cell_contents
+        found = self.function.__globals__
+        return found[name] if name in found else getattr(builtins, name)
+
+    def _called(self, call: ast.Call, value: Callable[[Any], Any]) -> Any:
+        """The result of a few functions that have no side effects."""
+        args, keywords = call.args, {each.arg: each.value for each in call.keywords}
+        if isinstance(call.func, ast.Name) and call.func.id == "super" and not args:
+            first = self.function.__code__.co_varnames[0]
+            return super(self._outside("__class__"), self.given[first][0])
+        match call.func, args:
+            case ast.Attribute(owner, "get" | "get_interface"), [key, default]:
+                return value(owner).get(value(key), value(default))  # transformers chooses attention so
+            case ast.Attribute(owner, "get"), [key]:
+                holder, name = value(owner), value(key)
+                return remember(holder.get(name), holder, name)
+            case ast.Attribute(ast.Constant(str(text)), "format"), _:
+                return text.format(*(_plain(value(each)) for each in args))
+        called = value(call.func)
+        if called is getattr:
+            holder, name, *default = _no_tensor(value(args[0])), *map(value, args[1:])
+            return remember(getattr(holder, name, *default), holder, name)
+        if called is partial:
+            return partial(
+                *map(self.value, args), **{name or "": self.value(v) for name, v in keywords.items()}
+            )
+        if called is float and len(args) == 1 and (number := as_float(value(args[0]))) is not None:
+            return number
+        if called in PLAIN_FUNCTIONS and not keywords:
+            return called(*(_plain(value(each)) for each in args))
+        raise LookupError(call)
+
+    def candidates(self, node: Any, depth: int = 4) -> list[Any]:
+        """The values that an expression may have, where it is not plain which."""
+        if (found := self.value(node)) is not UNKNOWN:
+            return [found]
+        if not depth:
+            return []
+        several: list[Any] = []
+        match node:
+            case ast.Name(name):
+                several = [each for each in self.assigned[name] if each is not None]
+                if name in self.elements:
+                    return _elements(self.value(self.elements[name]))
+                if name in self.parameters and not several:
+                    defaults = _defaults(self.function)
+                    return [defaults[name]] if callable(defaults.get(name)) else []
+            case ast.IfExp(_, body, otherwise):
+                several = [body, otherwise]
+            case ast.BoolOp(_, several):
+                pass
+            case ast.Subscript(owner, _):
+                return _elements(self.value(owner))
+            case ast.Call(ast.Attribute(owner, "get"), [_, *several]):
+                return [
+                    *_elements(self.value(owner)),
+                    *(v for n in several for v in self.candidates(n, depth - 1)),
+                ]
+            case ast.Call(ast.Name("getattr"), [owner, name, *several]):
+                holder, pattern = self.value(owner), re.compile(self._pattern(name))
+                if holder is not UNKNOWN and pattern.pattern != ANYTHING:
+                    return [getattr(holder, each) for each in dir(type(holder)) if pattern.fullmatch(each)]
+        return [value for each in several for value in self.candidates(each, depth - 1)]
+
+    def _pattern(self, name: ast.expr) -> str:
+        """A pattern of the strings that an expression may be: ``f"forward_{mode}"`` is ``forward_.*``."""
+        if isinstance(found := self.value(name), str):
+            return re.escape(found)
+        match name:
+            case ast.JoinedStr(parts):
+                return "".join(map(self._pattern, parts))
+            case ast.BinOp(left, ast.Add(), right):
+                return self._pattern(left) + self._pattern(right)
+        return ANYTHING
+
+    def mentions(self) -> Iterator[tuple[Any, Given, bool]]:
+        """What the function mentions, the arguments that it passes, and whether it has asked for training."""
+        callees = {call.func: call for call in self.calls}
+        # A look-up that succeeds mentions a default that it does not choose.
+        choices = (call for call in self.calls if _is_lookup(call) and self.value(call) is not UNKNOWN)
+        looked_up = {part for call in choices for part in ast.walk(call)}
+        for node, asked in self.guarded.items():
+            is_read = isinstance(getattr(node, "ctx", None), ast.Load) or isinstance(node, ast.Call)
+            if not is_read or (node in looked_up and node not in callees):
+                continue
+            for value in self.candidates(node) if node in callees else [self.value(node)]:
+                if callable(value):
+                    yield value, self.arguments(callees[node], value) if node in callees else {}, asked
+            if isinstance(node, ast.Attribute) and isinstance(owner := self.value(node.value), nn.Module):
+                method = inspect.getattr_static(type(owner), node.attr, None)
+                if isinstance(method, property | cached_property):
+                    yield MethodType(getattr(method, "fget", getattr(method, "func", None)), owner), {}, asked
+
+    def arguments(self, call: ast.Call, called: Any) -> Given:
+        """The arguments of a call by the names that the called function gives them, and its defaults."""
+        called = call_method(called)
+        is_bound = isinstance(called, MethodType)
+        function = inspect.unwrap(getattr(called, "__func__", called))
+        if not isinstance(function, FunctionType):
+            return {each.arg: self._both(each.value) for each in call.keywords if each.arg}
+        names = function.__code__.co_varnames[is_bound : function.__code__.co_argcount]
+        positional = list(takewhile(lambda each: not isinstance(each, ast.Starred), call.args))
+        passed = dict(zip(names, map(self._both, positional), strict=False))
+        passed |= {each.arg: self._both(each.value) for each in call.keywords if each.arg}
+        if len(positional) < len(call.args) or any(each.arg is None for each in call.keywords):
+            return passed
+        return {**{name: (value, value) for name, value in _defaults(function).items()}, **passed}
+
+    def _both(self, node: ast.expr) -> tuple[Any, Any]:
+        return self.value(node, True), self.value(node, False)
+
+    def dropouts(self) -> Iterator[tuple[Any, Call]]:
+        """Each call that drops, with its place."""
+        for node in self.calls:
+            lines = node.lineno + self.source.before, (node.end_lineno or node.lineno) + self.source.before
+            at = self.function.__qualname__, self.source.file, *lines
+            for called in self.candidates(node.func):
+                if (known := self._known(node, called)) is not None:
+                    name, p, note = known
+                    yield (node.lineno, node.col_offset, name), Call(name, *at, p, note)
+            if (drawn := self._drawn(node, *at)) is not None:
+                yield (node.lineno, node.col_offset, drawn.name), drawn
+
+    def _known(self, node: ast.Call, called: Any) -> tuple[str, float | None, str] | None:
+        """The name, the probability and the note of a call of a function that is known to drop."""
+        args, keywords = list(node.args), {each.arg or "**": each.value for each in node.keywords}
+        while isinstance(called, partial):
+            args = [*map(ast.Constant, called.args), *args]
+            keywords = {**{name: ast.Constant(value) for name, value in called.keywords.items()}, **keywords}
+            called = called.func
+        target = TARGETS.get(called) if isinstance(called, Hashable) else None
+        if target is None:
+            return None
+        p, p_in_evaluation = self._argument(args, keywords, target.p)
+        on, on_in_evaluation = (1.0, 1.0)
+        if target.training:
+            on, on_in_evaluation = self._argument(args, keywords, target.training)
+        always = p_in_evaluation and on_in_evaluation and not self.guarded[node]
+        return target.name, 0.0 if on == 0 else p, UNCONDITIONAL if always else ""
+
+    def _argument(
+        self, args: list[ast.expr], keywords: dict[str, ast.expr], argument: Argument
+    ) -> tuple[float | None, float | None]:
+        """The number that is passed, in training and in evaluation; None if it is not plain."""
+        starred = "**" in keywords or any(isinstance(each, ast.Starred) for each in args)
+        if starred and argument.name not in keywords:
+            return None, None
+        passed = argument.of(args, keywords)
+        if not isinstance(passed, ast.AST):  # torch's default
+            return passed, passed
+        in_training, in_evaluation = map(as_float, self._both(passed))
+        return in_training, in_evaluation
+
+    def _drawn(self, node: ast.Call, function: str, file: str, line: int, last_line: int) -> Call | None:
+        """A call that draws random numbers of a dropout, or what may be one."""
+        called, method = self.value(node.func), getattr(node.func, "attr", "")
+        python = _of_python(called)
+        name = python or (DRAWS.get(called, "") if isinstance(called, Hashable) else "")
+        if called is UNKNOWN and method in BY_HAND:
+            name = f"Tensor.{method}"
+        single = bool(python) or (name == DRAWS[torch.rand] and self._shape(node) in SINGLE)
+        purpose = purpose_of(file, line, self.function.__name__, single)
+        if not name or (python and not purpose):
+            return None
+        kind: Kind = "layer" if purpose == "layerdrop" else "random"
+        note = ELSEWHERE if python else "" if purpose else HAND_WRITTEN
+        rate = self._rate(node) if purpose else None
+        return Call(name, function, file, line, last_line, rate, note, kind)
+
+    def _shape(self, node: ast.Call) -> Any:
+        """The shape of what ``torch.rand`` draws, if it is plain."""
+        keywords = {each.arg: each.value for each in node.keywords}
+        sizes = [self.value(each) for each in (*node.args, *filter(None, [keywords.get("size")]))]
+        return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple) else tuple(sizes)
+
+    def _rate(self, node: ast.Call) -> float | None:
+        """The probability with which random numbers are compared, if it is plain."""
+        names = {
+            name for name, values in self.assigned.items() if any(v and node in ast.walk(v) for v in values)
+        }
+        for compared in self.guarded:
+            if not isinstance(compared, ast.Compare) or len(compared.comparators) != 1:
+                continue
+            for drawn, rate in (sides := [compared.left, compared.comparators[0]]), sides[::-1]:
+                parts = ast.walk(drawn)
+                if any(part is node or getattr(part, "id", None) in names for part in parts):
+                    word, value = getattr(rate, "attr", getattr(rate, "id", "")), self.value(rate)
+                    if isinstance(value, int | float) and (KEEPS.search(word) or RATES.search(word)):
+                        return as_float(1 - value if KEEPS.search(word) else value)
+        return None
+
+
+def call_method(called: Any) -> Any:
+    """What calling an object runs: the bound method of one whose class is written in Python."""
+    is_object = not isinstance(called, FunctionType | MethodType | partial | type) and callable(called)
+    method = inspect.getattr_static(type(called), "__call__", None) if is_object else None
+    return MethodType(method, called) if isinstance(method, FunctionType) else called
+
+
+def _is_lookup(call: ast.Call) -> bool:
+    return getattr(call.func, "attr", "") in ("get", "get_interface")
+
+
+def _no_tensor(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        raise LookupError(value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, int | float | str | tuple | dict):
+        raise LookupError(value)
+    return value
+
+
+def _known(value: Any) -> Any:
+    if value is UNKNOWN:
+        raise LookupError
+    return value
+
+
+def _elements(container: Any) -> list[Any]:
+    if isinstance(container, Mapping):
+        return list(container.values())
+    return list(container) if isinstance(container, list | tuple | set) else []
+
+
+def _defaults(function: FunctionType) -> dict[str, Any]:
+    code, values = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    return {**dict(zip(names, values, strict=True)), **(function.__kwdefaults__ or {})}
+
+
+def _of_python(called: Any) -> str:
+    """The name of a function of Python's or NumPy's global generator; empty for others."""
+    for module in ("random", "numpy.random"):
+        functions = (getattr(sys.modules.get(module), name, None) for name in PYTHONS)
+        if any(called == function for function in functions if function is not None):
+            return f"{module}.{called.__name__}"
+    return ""
