@@ -1,8 +1,8 @@
 """Small models that other people wrote: random weights, nothing downloaded, all in training mode.
 
 ``bert()``, ``gpt2()``, ``bart()``, ``vit()``, ``t5()``, ``llama()``, ``swin()``, ``transformer()``,
-``encoder()``, ``lstm()`` and ``attention()`` give a model each; ``inputs(model, batch)`` what to call it with, by
-name, and ``output(model, batch)`` one tensor of a call. ``MODELS`` is most of them by name.
+``encoder()``, ``lstm()`` and ``attention()`` give a model each; ``inputs(model, batch)`` what to call it
+with, by name, and ``output(model, batch)`` one tensor of a call. ``MODELS`` is most of them by name.
 """
 
 from __future__ import annotations

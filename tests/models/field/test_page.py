@@ -23,6 +23,8 @@ REPOSITORIES = {
     "functorch": "https://github.com/pytorch/functorch/issues/",
     "OLMo-core": "https://github.com/allenai/OLMo-core/pull/",
     "unsloth": "https://github.com/unslothai/unsloth/pull/",
+    "pyg": "https://github.com/pyg-team/pytorch_geometric/issues/",
+    "transformers": "https://github.com/huggingface/transformers/issues/",
     "baal": "https://github.com/baal-org/baal/pull/",
 }
 
@@ -35,7 +37,7 @@ def rows(repository: Path) -> list[list[str]]:
 
 def test_every_issue_has_its_tests_and_the_reverse(repository: Path) -> None:
     named = [row[-1].strip("`") for row in rows(repository)]
-    assert len(named) == len(set(named)) == 24
+    assert len(named) == len(set(named)) == 27
     assert set(named) == ISSUES
     for name in named:
         assert {f"{name}_torch", f"{name}_thinned"} <= set(TESTS)
