@@ -190,8 +190,9 @@ class Names:
             return partial(
                 *map(self.value, args), **{name or "": self.value(v) for name, v in keywords.items()}
             )
-        if called in PLAIN_FUNCTIONS and not keywords:
-            return called(*(_plain(value(each)) for each in args))
+        function = next((function for function in PLAIN_FUNCTIONS if function is called), None)
+        if function is not None and not keywords:
+            return function(*(_plain(value(each)) for each in args))
         return self._returned(call, called, training)
 
     def _returned(self, call: ast.Call, called: Any, training: bool) -> Any:

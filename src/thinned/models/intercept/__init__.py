@@ -31,8 +31,8 @@ def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) ->
     ``torch`` and ``torch.nn.functional``, ``scaled_dot_product_attention(dropout_p=)``,
     ``nn.MultiheadAttention(dropout=)`` and ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN(dropout=)``, also for packed
     sequences. :mod:`thinned.models.intercept.attention` and :mod:`thinned.models.intercept.recurrent` have
-    the formulas. torch's dropout modules call such functions too. A call that drops nothing, as in evaluation,
-    has torch's result, bit for bit.
+    the formulas. torch's dropout modules call such functions too. A call that drops nothing, as in
+    evaluation, has torch's result, bit for bit.
 
     It also reaches :func:`torch.rand` and its like, where the function that draws is named after dropout, as
     ``dropout_edge``, or draws one number for layerdrop: see :mod:`thinned.models.draws`.
