@@ -254,7 +254,7 @@ def never_inlined(function: _Function) -> _Function:
 def traced_lines() -> list[tuple[str, int, str]]:
     """File, line and function of what Dynamo traces in this thread, innermost first; empty if unknown."""
     context = getattr(sys.modules.get("torch._guards"), "TracingContext", None)
-    frames = getattr(context, "extract_stack", list)()
+    frames: Any = getattr(context, "extract_stack", list)()
     return [(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)]
 
 

@@ -43,7 +43,21 @@ BY_HAND = {name.partition(".")[2] for name in DRAWS.values() if name.startswith(
 PYTHONS = ("random", "uniform", "rand", "random_sample")
 KEEPS = re.compile("keep|surviv", re.IGNORECASE)
 RATES = re.compile("drop|prob|rate|^p$", re.IGNORECASE)
-PLAIN_FUNCTIONS = (abs, bool, dict, float, int, len, list, max, min, round, str, sum, tuple)
+PLAIN_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    abs,
+    bool,
+    dict,
+    float,
+    int,
+    len,
+    list,
+    max,
+    min,
+    round,
+    str,
+    sum,
+    tuple,
+)
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -139,7 +153,7 @@ class Names:
             case ast.FormattedValue(part, conversion=-1, format_spec=None):
                 return value(part)
             case ast.Call():
-                return self._called(node, value)
+                return self._called(node, training)
         raise LookupError(node)
 
     def _named(self, name: str, training: bool) -> Any:
@@ -164,8 +178,9 @@ class Names:
         found = self.function.__globals__
         return found[name] if name in found else getattr(builtins, name)
 
-    def _called(self, call: ast.Call, value: Callable[[Any], Any]) -> Any:
+    def _called(self, call: ast.Call, training: bool) -> Any:
         """The result of a few functions that have no side effects."""
+        value = partial(self.evaluate, training=training)
         args, keywords = call.args, {each.arg: each.value for each in call.keywords}
         if isinstance(call.func, ast.Name) and call.func.id == "super" and not args:
             first = self.function.__code__.co_varnames[0]
@@ -190,9 +205,10 @@ class Names:
             )
         if called is float and len(args) == 1 and (number := as_float(value(args[0]))) is not None:
             return number
-        if called in PLAIN_FUNCTIONS and not keywords:
-            return called(*(_plain(value(each)) for each in args))
-        return self._returned(call, called, value.keywords["training"])
+        function = next((function for function in PLAIN_FUNCTIONS if function is called), None)
+        if function is not None and not keywords:
+            return function(*(_plain(value(each)) for each in args))
+        return self._returned(call, called, training)
 
     def _returned(self, call: ast.Call, called: Any, training: bool) -> Any:
         """What a function returns that consists of this alone."""
@@ -266,8 +282,9 @@ class Names:
                     yield value, self.arguments(callees[node], value) if node in callees else {}, asked
             if isinstance(node, ast.Attribute) and isinstance(owner := self.value(node.value), nn.Module):
                 method = inspect.getattr_static(type(owner), node.attr, None)
-                if isinstance(method, property | cached_property):
-                    yield MethodType(getattr(method, "fget", getattr(method, "func", None)), owner), {}, asked
+                getter = getattr(method, "fget", getattr(method, "func", None))
+                if isinstance(method, property | cached_property) and getter is not None:
+                    yield MethodType(getter, owner), {}, asked
 
     def arguments(self, call: ast.Call, called: Any) -> Given:
         """The arguments of a call by the names that the called function gives them, and its defaults."""
@@ -341,7 +358,8 @@ class Names:
         if target is None:
             return None
         p, p_in_evaluation = self._argument(args, keywords, target.p)
-        on, on_in_evaluation = (1.0, 1.0)
+        on: float | None = 1.0
+        on_in_evaluation: float | None = 1.0
         if target.training:
             on, on_in_evaluation = self._argument(args, keywords, target.training)
         always = p_in_evaluation and on_in_evaluation and not self.outline.guarded[node]
@@ -355,7 +373,7 @@ class Names:
         if starred and argument.name not in keywords:
             return None, None
         passed = argument.of(args, keywords)
-        if not isinstance(passed, ast.AST):  # torch's default
+        if not isinstance(passed, ast.expr):  # torch's default
             return passed, passed
         in_training, in_evaluation = map(as_float, self._both(passed))
         return in_training, in_evaluation
@@ -364,7 +382,7 @@ class Names:
         """A call that draws random numbers of a dropout, or what may be one."""
         called, method = self.value(node.func), getattr(node.func, "attr", "")
         python = _of_python(called)
-        name = python or (DRAWS.get(called, "") if isinstance(called, Hashable) else "")
+        name = python or next((name for draw, name in DRAWS.items() if draw is called), "")
         if called is UNKNOWN and method in BY_HAND:
             name = f"Tensor.{method}"
         single = bool(python) or (name == DRAWS[torch.rand] and self._shape(node) in SINGLE)
