@@ -176,7 +176,9 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
 
 def bits_for(key: Key, input: Tensor) -> Tensor:
     """The key's bits on ``input``'s device; RuntimeError for a batch of keys on another one."""
-    bits = savable(key.bits)
+    bits = key.bits
+    if bits.dim():
+        bits = savable(bits)  # autograd saves a batch itself
     if bits.device != input.device:
         if bits.dim():
             raise RuntimeError(
