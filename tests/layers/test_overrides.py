@@ -30,6 +30,7 @@ each_layer = pytest.mark.parametrize("entry", LAYERS, ids=lambda entry: entry.na
 
 x34, x234, x2345 = torch.ones(3, 4), torch.ones(2, 3, 4), torch.ones(2, 3, 4, 5)
 target = torch.tensor([0, 2, 1])
+edges = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
 # Each function with arguments as a user may pass them.
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "dropout": ((x34, 0.3), {"broadcast_dims": (0,)}),
@@ -59,6 +60,8 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "embedding_dropout": ((target, x34, 0.3), {"padding_idx": 1}),
     "zoneout": ((x34, 2 * x34, 0.3), {"training": False}),
     "r_drop_loss": ((x34, x34 + 1, target), {"alpha": 2.0}),
+    "dropout_edge": ((edges, 0.3), {"per": "pair"}),
+    "dropout_node": ((edges, 0.3), {"num_nodes": 4}),
     "keep_mask": ((KEY, (3, 4), 0.3), {}),
 }
 each_call = pytest.mark.parametrize("name", CALLS)
@@ -248,7 +251,7 @@ def test_torch_function_makes_the_call(name: str) -> None:
         result = under_seed(partial(function, wrapped, **kwargs), *args[1:])
         assert isinstance(first(result), Wrapped)
         assert_equal(
-            tuple(map(Tensor.as_subclass, result, [Tensor] * 2))
+            tuple(each.as_subclass(Tensor) for each in result)
             if isinstance(result, tuple)
             else result.as_subclass(Tensor),
             again,

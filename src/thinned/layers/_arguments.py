@@ -166,7 +166,9 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
     if not isinstance(key, Key):
         hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
         raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}{hint}")
-    if key.bits.dim() > 1 or (key.bits.dim() and not tracing() and key.shape[:1] != tuple(shape[:1])):
+    # Dynamo cannot call tracing(); in a trace sizes are tensors.
+    known = compiling() or not tracing()
+    if key.bits.dim() > 1 or (key.bits.dim() and known and key.shape[:1] != tuple(shape[:1])):
         batch = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit a tensor of shape {tuple(shape)}; "

@@ -7,11 +7,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import check_key, key_for, threshold_and_scale
+from thinned.layers._overrides import overridden
+from thinned.torch_state import compiling
 
 __all__ = ["dropout_edge", "dropout_node"]
 
@@ -72,6 +75,8 @@ def dropout_edge(
     (tensor([[1, 2],
             [2, 1]]), tensor([False, False,  True,  True, False, False]))
     """
+    if has_torch_function_unary(edge_index) and not compiling():
+        return overridden(dropout_edge, locals())
     T, _ = threshold_and_scale(p)
     if per not in ("edge", "pair"):
         raise ValueError(f"per has to be 'edge' or 'pair', but got {per!r}")
@@ -139,6 +144,8 @@ def dropout_node(
     (tensor([[2, 3],
             [3, 2]]), tensor([False, False,  True,  True]))
     """
+    if has_torch_function_unary(edge_index) and not compiling():
+        return overridden(dropout_node, locals())
     T, _ = threshold_and_scale(p)
     active = training and p != 0
     _check("dropout_node", edge_index, key, active)
