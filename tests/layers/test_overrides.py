@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 from collections.abc import Callable
@@ -147,7 +148,12 @@ def test_the_root_of_a_trace_and_a_subclass_with_its_own_forward(entry: Entry) -
 def test_a_forward_that_was_replaced_is_traced() -> None:
     layer = thinned.Dropout(0.5)
     forward = layer.forward
-    layer.forward = lambda x: forward(x) + 1
+
+    @functools.wraps(forward)  # as accelerate does; the module's name is thinned's
+    def hooked(x: Tensor) -> Tensor:
+        return forward(x) + 1
+
+    layer.forward = hooked
     assert_equal(under_seed(traced(layer, x34), x34), under_seed(layer, x34))
 
 

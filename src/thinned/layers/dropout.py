@@ -54,9 +54,10 @@ def dropout(
 
     Raises:
         ValueError: ``p`` outside [0, 1] or NaN.
-        TypeError: ``input`` is no tensor, or ``key`` no :class:`~thinned.Key`.
-        RuntimeError: ``input`` is of another dtype, the keys' shape or device does not fit, or ``input``
-            cannot be written in place.
+        TypeError: ``input`` is no tensor, ``key`` no :class:`~thinned.Key`, or ``p`` no number: a string, or a
+            tensor that requires grad.
+        RuntimeError: the keys' shape or device does not fit; or where something is dropped, ``input`` is of
+            another dtype or cannot be written in place.
         IndexError: ``input`` has no such dimension.
 
     Source: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 15
