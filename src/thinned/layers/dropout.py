@@ -54,8 +54,8 @@ def dropout(
 
     Raises:
         ValueError: ``p`` outside [0, 1] or NaN.
-        TypeError: ``input`` is no tensor, ``key`` no :class:`~thinned.Key`, or ``p`` no number: a string, or a
-            tensor that requires grad.
+        TypeError: ``input`` is no tensor, ``key`` no :class:`~thinned.Key`, or ``p`` no number, such as a
+            string or a tensor that requires grad.
         RuntimeError: the keys' shape or device does not fit; or where something is dropped, ``input`` is of
             another dtype or cannot be written in place.
         IndexError: ``input`` has no such dimension.
