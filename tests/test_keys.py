@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import thinned
 from thinned import Key, spec
@@ -222,6 +223,9 @@ def test_bits_go_to_meta_when_asked() -> None:
     assert repr(key).startswith("Key.from_bits(tensor(..., device='meta'")
     assert thinned.keep_mask(Key(7), (3, 4), 0.5, device="meta").is_meta
     assert copy.deepcopy(key).bits.is_meta
+    with FakeTensorMode():
+        assert repr(Key(7)).startswith("Key.from_bits(FakeTensor(")
+        assert thinned.functional.dropout(torch.ones(3, 4), 0.5, key=Key(7).fold(3)).shape == (3, 4)
 
 
 def batch_of_four() -> Key:

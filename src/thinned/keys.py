@@ -133,9 +133,12 @@ class Key:
         return hash(("thinned.Key", tuple(self.bits.flatten().tolist())))
 
     def __repr__(self) -> str:
-        if self.shape or self.bits.is_meta:
-            return f"Key.from_bits({self.bits!r})"
-        return f"Key({int(self)})"
+        if not self.shape:
+            try:
+                return f"Key({int(self)})"
+            except RuntimeError:  # the bits have no value: a meta or fake tensor, or one under vmap
+                pass
+        return f"Key.from_bits({self.bits!r})"
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
         """A node that makes this key, for torch.fx, in whose graphs a key as such cannot be an argument."""

@@ -34,6 +34,7 @@ add_batch_dim                         guarded  keys under ``torch.vmap(randomnes
 modes_of_thread, pop_mode, push_mode  guarded  ``thinned.intercept`` beside other function modes
 mha_shape_check ... safe_softmax      guarded  ``thinned.intercept`` of attention
 ragged_dim, seqlens                   guarded  jagged tensors
+cached_parametrizations               guarded  ``thinned.WeightDrop`` of a parametrized weight
 checkpoint_generator                  guarded  ``thinned.address`` and ``thinned.intercept``
 function_of                           tested   ``thinned.address`` in a reentrant checkpoint
 constant_when_compiled                tested   functions that Dynamo calls while it traces
@@ -62,6 +63,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.jit import frontend
 from torch.nn import Parameter
+from torch.nn.utils import parametrize
 
 SUPPORTED = "PyTorch 2.11 to 2.15"  # the oldest and the newest that are tested
 MISSING: list[str] = []
@@ -252,7 +254,7 @@ def never_inlined(function: _Function) -> _Function:
 def traced_lines() -> list[tuple[str, int, str]]:
     """File, line and function of what Dynamo traces in this thread, innermost first; empty if unknown."""
     context = getattr(sys.modules.get("torch._guards"), "TracingContext", None)
-    frames = getattr(context, "extract_stack", list)()
+    frames: Any = getattr(context, "extract_stack", list)()
     return [(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)]
 
 
@@ -405,6 +407,15 @@ def pre_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
 def load_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
     """The hooks that run before ``module.load_state_dict``."""
     return module._load_state_dict_pre_hooks
+
+
+def cached_parametrizations() -> dict[Any, Any]:
+    """The weights that ``parametrize.cached()`` holds, by module and name; empty outside of it."""
+    try:
+        cache: dict[Any, Any] = parametrize._cache
+    except AttributeError as error:
+        raise RuntimeError(_lacks("WeightDrop of a parametrized weight", error)) from error
+    return cache
 
 
 def is_replica(module: nn.Module) -> bool:

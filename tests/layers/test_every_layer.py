@@ -28,7 +28,7 @@ from thinned.layers._module import TorchLayer
 QUICK = Settings(quick=True)
 KEY = thinned.Key(7)
 KEYED = [entry for entry in ENTRIES if entry.name not in ("RDrop", "DropoutSchedule")]
-SAMPLE_DIM = {"LockedDropout": 1}
+SAMPLE_DIM = {"LockedDropout": 1, "VariationalLSTM": 1, "VariationalGRU": 1}
 # The samples share a key.
 OF_WEIGHTS = ("WeightDrop", "VariationalLSTM", "VariationalGRU", "TargetedDropout", "LayerDrop")
 
@@ -171,6 +171,32 @@ def test_what_is_no_tensor_is_refused(entry: Entry) -> None:
         layer([1.0], *inputs[1:])
 
 
+@pytest.mark.parametrize("p", [None, 0.0], ids=["evaluation", "p = 0"])
+@pytest.mark.parametrize(
+    "entry", [each for each in KEYED if each.example.identity_in_evaluation], ids=lambda entry: entry.name
+)
+@pytest.mark.filterwarnings("ignore")  # of torch, on quantized and sparse tensors
+def test_any_tensor_passes_where_nothing_is_dropped(entry: Entry, p: float | None) -> None:
+    if p is not None and not entry.example.p_name:
+        pytest.skip("p is a parameter to learn")
+    arguments = {**entry.example.arguments, **({} if p is None else {entry.example.p_name: p})}
+    layer = entry.own.make(**arguments).train(p is not None)
+    inputs = entry.example.inputs(torch.float32)
+    x = inputs[0]
+    for odd in (
+        *(x.to(dtype) for dtype in (torch.int64, torch.bool, torch.float8_e5m2, torch.complex32)),
+        torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        x.to_sparse(),
+        torch.ones((), dtype=torch.uint8),
+        torch.ones((1,) * 7, dtype=torch.int32),
+        torch.nested.nested_tensor([x, x]),
+    ):
+        if entry.name != "Dropout1d" or odd.dim() in (2, 3):  # torch refuses others in evaluation too
+            assert layer(odd, *inputs[1:]) is odd
+    with pytest.raises(TypeError, match="must be Tensor, not list"):
+        layer([1.0], *inputs[1:])
+
+
 @pytest.mark.parametrize(
     "entry", [each for each in KEYED if each.name not in OF_WEIGHTS], ids=lambda each: each.name
 )
@@ -181,6 +207,89 @@ def test_a_sample_depends_on_its_key_and_not_on_its_place(entry: Entry) -> None:
     y = first(layer(*inputs, key=KEY.fold(order.sort().values)))
     other = first(layer(*(x.index_select(dim, order) for x in inputs), key=KEY.fold(order)))
     oracle.assert_same(other, y.index_select(dim, order))
+
+
+def separately(entry: Entry, x: Tensor) -> Tensor:
+    """Some samples of an input, along dimension 0, each a batch of one."""
+    dim = SAMPLE_DIM.get(entry.name, 0)
+    return torch.stack([x.narrow(dim, n, 1) for n in range(3)])
+
+
+@each_keyed_entry
+def test_per_sample_gradients(entry: Entry) -> None:
+    """As in training with differential privacy: each sample's gradient of parameters and inputs, in one call.
+
+    It is that of a loop over the samples and their keys, and of the batch under these keys.
+    """
+    layer, inputs = example(entry, torch.float64)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(
+        values: tuple[dict[str, Tensor], list[Tensor]], inputs: list[Tensor], bits: Tensor | None
+    ) -> Tensor:
+        numbers = iter(values[1])
+        arguments = tuple(next(numbers) if x.is_floating_point() else x for x in inputs)
+        keyed = {} if bits is None else {"key": thinned.Key.from_bits(bits)}
+        return first(torch.func.functional_call(layer, values[0], arguments, keyed)).square().sum()
+
+    def gradients(randomness: str, keys: thinned.Key | None) -> Any:
+        in_dims = ((None, 0), 0, None if keys is None else 0)
+        bits = None if keys is None else keys.bits
+        batches = [separately(entry, x) for x in inputs]
+        numbers = [x for x in batches if x.is_floating_point()]
+        call = torch.vmap(torch.func.grad(loss), in_dims=in_dims, randomness=randomness)
+        return call((parameters, numbers), batches, bits)
+
+    def loop(keys: list[thinned.Key]) -> Any:
+        each = []
+        for n, key in enumerate(keys):
+            own = [separately(entry, x)[n] for x in inputs]
+            numbers = [x for x in own if x.is_floating_point()]
+            each.append(torch.func.grad(loss)((parameters, numbers), own, key.bits))
+        return torch.utils._pytree.tree_map(lambda *gradients: torch.stack(gradients), *each)
+
+    keys = KEY.fold(torch.arange(3))
+    one_by_one = [KEY.fold(n) for n in range(3)]
+    actual = gradients("error", keys)
+    torch.testing.assert_close(actual, loop(one_by_one))
+    torch.manual_seed(1)
+    drawn = thinned.Key.from_bits(thinned.keys.draw(torch.device("cpu")))
+    for randomness, expected in (("same", [drawn] * 3), ("different", [drawn.fold(n) for n in range(3)])):
+        torch.manual_seed(1)
+        torch.testing.assert_close(gradients(randomness, None), loop(expected))
+    with pytest.raises(RuntimeError, match="random operation while in randomness error mode"):
+        gradients("error", None)
+    if entry.name in OF_WEIGHTS:
+        return
+    dim = SAMPLE_DIM.get(entry.name, 0)
+    batch = [x.narrow(dim, 0, 3) for x in inputs]
+    wrt = [*layer.parameters(), *(x.requires_grad_() for x in batch if x.is_floating_point())]
+    y = first(layer(*batch, key=keys))
+    for n in range(3):
+        of_batch = list(torch.autograd.grad(y.select(dim, n).square().sum(), wrt, retain_graph=True))
+        of_batch[len(parameters) :] = [x.narrow(dim, n, 1) for x in of_batch[len(parameters) :]]
+        torch.testing.assert_close([each[n] for each in (*actual[0].values(), *actual[1])], of_batch)
+
+
+@each_keyed_entry
+def test_jacobians(entry: Entry) -> None:
+    """Of parameters and of a factor of the inputs: in both modes, and one over the other."""
+    layer, inputs = example(entry, torch.float64)
+    inputs = [x.narrow(SAMPLE_DIM.get(entry.name, 0), 0, 2) for x in inputs]
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    if len(list(layer.parameters())) > 1 or any(x.numel() > 100 for x in parameters.values()):
+        parameters = {}  # a Hessian of few numbers
+
+    def call(values: tuple[dict[str, Tensor], Tensor]) -> Tensor:
+        own = [x * values[1] if x.is_floating_point() else x for x in inputs]
+        return first(torch.func.functional_call(layer, values[0], tuple(own), {"key": KEY})).sin().sum()
+
+    values = (parameters, torch.tensor(0.7, dtype=torch.float64))
+    jacrev, jacfwd = torch.func.jacrev, torch.func.jacfwd
+    torch.testing.assert_close(jacfwd(call)(values), jacrev(call)(values))
+    expected = jacrev(jacrev(call))(values)
+    for outer, inner in ((jacfwd, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd)):
+        torch.testing.assert_close(outer(inner(call))(values), expected)
 
 
 @each_keyed_entry
@@ -256,6 +365,7 @@ LEARNED: dict[str, partial[nn.Module]] = {
     "VariationalDropout": partial(thinned.VariationalDropout, 0.3, num_features=(4, 1)),
     "VariationalDropout of one alpha": partial(thinned.VariationalDropout, 0.9, max_alpha=math.inf),
     "VariationalLSTM": partial(thinned.VariationalLSTM, 3, 4, 2, bidirectional=True, weight_p=0.5),
+    "VariationalGRU": partial(thinned.VariationalGRU, 3, 4, 2, bidirectional=True, weight_p=0.5),
 }
 each_learned = pytest.mark.parametrize("make", LEARNED.values(), ids=LEARNED)
 

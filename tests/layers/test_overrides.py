@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as torch_functional
+from thinned.layers.lstm import P_NAMES
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
@@ -113,7 +114,7 @@ def test_a_layer_is_one_node_that_stays_alive(entry: Entry) -> None:
         layer.eval()
         assert_equal(under_seed(module, *inputs), under_seed(layer, *inputs))
         layer.train()
-    if probabilities := [name for name in vars(layer) if name in ("p", "drop_prob") or name.endswith("_p")]:
+    if probabilities := [name for name in vars(layer) if name in ("p", "drop_prob") or name in P_NAMES]:
         for name in probabilities:
             setattr(graph.train().call, name, 0.0)
         state = torch.get_rng_state()

@@ -483,21 +483,6 @@ def test_p_overrides_every_probability() -> None:
     assert all(m.drop_prob == 1 for m in swin.modules() if isinstance(m, thinned.DropPath))
 
 
-def bart() -> nn.Module:
-    small = {"d_model": 32, "vocab_size": zoo.VOCABULARY, "pad_token_id": 0, "max_position_embeddings": 32}
-    small |= {
-        f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")
-    }
-    small |= {
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
-        "encoder_layerdrop": 0.5,
-        "decoder_layerdrop": 0.5,
-    }
-    small |= {"attention_dropout": 0.1, "activation_dropout": 0.1}
-    return zoo._make("BartModel", "BartConfig", **small)
-
-
 def wav2vec2() -> nn.Module:
     """With a layerdrop that is read from the config at each call."""
     small = zoo.SMALL | {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "layerdrop": 0.5}
@@ -515,11 +500,10 @@ def falcon() -> nn.Module:
 def inputs(model: nn.Module) -> dict[str, Tensor]:
     if type(model).__name__.startswith("Wav2Vec2"):
         return {"input_values": torch.randn(2, 400)}
-    found = zoo.inputs(model)
-    return found | {"decoder_input_ids": found["input_ids"]} if type(model).__name__ == "BartModel" else found
+    return zoo.inputs(model)
 
 
-@pytest.mark.parametrize("make", [*zoo.MODELS.values(), bart, wav2vec2, falcon])
+@pytest.mark.parametrize("make", [*zoo.MODELS.values(), zoo.bart, wav2vec2, falcon])
 def test_with_p_0_nothing_drops(make: Callable[[], nn.Module]) -> None:
     model = make()
     before = {rate.key: rate.value for rate in rates_of(model)}
@@ -542,7 +526,7 @@ def test_with_p_0_nothing_drops(make: Callable[[], nn.Module]) -> None:
 
 
 def test_without_p_no_number_changes() -> None:
-    model = nn.ModuleList([bart(), zoo.transformer(), zoo.lstm(), wav2vec2()])
+    model = nn.ModuleList([zoo.bart(), zoo.transformer(), zoo.lstm(), wav2vec2()])
     before = {rate.key: rate.value for rate in rates_of(model)}
     conversion = convert(model)
     assert (conversion.settings, conversion.unreached) == ((), ())
@@ -607,7 +591,7 @@ def test_which_numbers_p_sets() -> None:
 
 
 def test_a_layerdrop_of_0_stays_0() -> None:
-    model: Any = bart()
+    model: Any = zoo.bart()
     model.encoder.layerdrop = 0.0
     convert(model, p=0.2)
     assert (model.encoder.layerdrop, model.decoder.layerdrop) == (0.0, 0.2)
@@ -615,6 +599,9 @@ def test_a_layerdrop_of_0_stays_0() -> None:
 
 class Frozen(NamedTuple):
     dropout: float = 0.3
+
+
+SHARED = types.SimpleNamespace(dropout=0.2)
 
 
 class Literal(nn.Module):
@@ -625,20 +612,28 @@ class Literal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.dropout(x, self.config.dropout, self.training)
+        x = nn.functional.dropout(x, SHARED.dropout, self.training)
         return nn.functional.dropout(x, 0.5, self.training)
 
 
+class DropsByHand(nn.Module):
+    def __init__(self, drop_prob: float | None) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(len(x)) >= self.drop_prob)[:, None] if self.drop_prob else x
+
+
 def test_what_p_cannot_set_is_reported() -> None:
-    model = nn.Sequential(nn.Dropout(0.1), Literal(), zoo.AlwaysOn(0.4))
+    model = nn.Sequential(nn.Dropout(0.1), Literal(), zoo.AlwaysOn(0.4), DropsByHand(0.2), DropsByHand(None))
     conversion = convert(model, p=0)
-    assert [(site.path, site.p) for site in conversion.unreached] == [
-        ("1", 0.3),
-        ("1", 0.5),
-        ("1.drop", None),
-    ]
-    assert "3 sites not reached" in repr(conversion)
+    expected = [("1", 0.3), ("1", 0.2), ("1", 0.5), ("1.drop", None)]
+    assert [(site.path, site.p) for site in conversion.unreached] == expected
+    assert SHARED.dropout == 0.2  # a global of all models
+    assert "4 sites not reached" in repr(conversion)
     assert "not reached: Literal.forward, line" in repr(conversion)
-    assert model[2].p == 0
+    assert (model[2].p, model[3].drop_prob, model[4].drop_prob) == (0, 0, None)
     assert not convert(model, p=0, exclude="1*").unreached
 
 

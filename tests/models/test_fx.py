@@ -27,10 +27,11 @@ x = torch.randn(4, 3, 8, 8)
 
 
 class Net(nn.Module):
-    """Dropout modules that are swapped, and a functional dropout."""
+    """Dropout modules that are swapped, a container, and functional dropouts."""
 
-    def __init__(self) -> None:
+    def __init__(self, functional: bool = True) -> None:
         super().__init__()
+        self.functional = functional
         self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
         self.maps, self.units = nn.Dropout2d(0.2), nn.Dropout(0.3)
         self.first, self.last = nn.Linear(288, 10), nn.Linear(10, 4)
@@ -38,14 +39,16 @@ class Net(nn.Module):
 
     def forward(self, x):  # type: ignore[no-untyped-def]  # a graph with string annotations has no pickle
         x = self.maps(torch_functional.relu(self.bn(self.conv(x))))
-        x = torch_functional.dropout(x, 0.1, self.training)
-        x = F.dropout(self.first(x.flatten(1)), 0.1, self.training)
+        if self.functional:  # whose training is a constant of the graph, as always in torch.fx
+            x = torch_functional.dropout(x, 0.1, self.training)
+            x = F.dropout(x, 0.1, self.training)
+        x = self.first(x.flatten(1))
         return self.stack(self.last(self.units(x)))
 
 
-def converted(training: bool = True) -> nn.Module:
+def converted(training: bool = True, functional: bool = True) -> nn.Module:
     torch.manual_seed(1)
-    return thinned.convert(Net()).model.train(training)
+    return thinned.convert(Net(functional)).model.train(training)
 
 
 def under_seed(call: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -58,7 +61,7 @@ def under_seed(call: Callable[..., Tensor], *args: Any) -> Tensor:
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel")
 @pytest.mark.parametrize("aware", [True, False], ids=["prepare_qat_fx", "prepare_fx"])
 def test_quantization(aware: bool) -> None:
-    model = converted(training=aware)
+    model = converted(training=aware, functional=False)
     if aware:
         # As every module that torch.fx does not trace into, a LayerDrop has to be excepted.
         apart = PrepareCustomConfig().set_non_traceable_module_classes([thinned.LayerDrop])

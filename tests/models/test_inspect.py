@@ -23,6 +23,7 @@ from thinned.compare.loading import model_of
 from thinned.models.convert import convert
 from thinned.models.inspect import IN_EVALUATION, UNKNOWN, Inspection, inspect
 from thinned.models.inspect.names import UNCONDITIONAL
+from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN
 
 RANDOM = ("bernoulli", "native_dropout", "rand", "uniform")
 
@@ -128,6 +129,7 @@ FORWARDS = {
     "return F.dropout(x, max(0.1, self.p), self.training)": [("F.dropout", 0.3, "")],
     "return F.dropout(x, 1 - 2 * self.p - 0.1, self.training)": [("F.dropout", 1 - 2 * 0.3 - 0.1, "")],
     "return helper(x, self.p, self.training)": [("F.dropout", 0.3, "")],
+    "return F.dropout(x, float(self.p), self.training)": [("F.dropout", 0.3, "")],
     # It asks for training before the call.
     "if not self.training: return x\nreturn F.dropout(x, 0.1)": [("F.dropout", 0.1, "")],
     # pytorch#99293, #124464: attention drops whenever its caller passes a probability.
@@ -135,8 +137,11 @@ FORWARDS = {
         (MASK, 0.3, UNCONDITIONAL),
         ("F.dropout", 0.1, UNCONDITIONAL),
     ],
-    "return helper(x, self.p, training=self.training)": [("F.dropout", 0.3, "")],
-    "return F.dropout(x, float(self.p), self.training)": [("F.dropout", 0.3, "")],
+    "return F.dropout(x, 0.1) if self.training else x": [("F.dropout", 0.1, "")],
+    "on = self.training and self.p > 0\nif on: x = F.dropout(x, 0.1)\nreturn x": [("F.dropout", 0.1, "")],
+    "y = self.training and F.dropout(x, 0.1)\nreturn x if y is False else y": [("F.dropout", 0.1, "")],
+    # It asks for something else.
+    "if self.training: self.steps = 1\nreturn F.dropout(x, 0.1)": [("F.dropout", 0.1, UNCONDITIONAL)],
     # Only a run knows p.
     "return F.dropout(x, sorted([0.1, self.p])[1], self.training)": [("F.dropout", None, "")],
     "return F.dropout(*(x, 0.3, self.training))": [("F.dropout", None, "")],
@@ -154,6 +159,8 @@ def written(forward: str, folder: Path) -> nn.Module:
 
 
 HEAD = """
+import functools
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -163,12 +170,56 @@ from torch.utils.checkpoint import checkpoint
 def helper(x, dropout, training):
     return F.dropout(x, p=dropout, training=training)
 
-class Net(nn.Module):
-    p, config = 0.3, {"p": 0.2}
+def named(function):
+    return functools.wraps(function)(lambda *args: function(*args))
+
+def drop_rows(x, p):
+    return x * (torch.rand(len(x), 1, 1) >= p)
+
+class Dropper:
+    def __call__(self, x, training):
+        return F.dropout(x, 0.45, training)
+
+class Base(nn.Module):
+    def propagate(self, x):
+        return self.message(x)
+
+    def forward(self, x):
+        return F.dropout(x, 0.55, self.training)
+
+class Net(Base):
+    p, layerdrop, config, kind = 0.3, 0.2, {"p": 0.2}, "od"
+    functions = {"plain": F.dropout}
+    partial = staticmethod(functools.partial(F.dropout, p=0.15))
 
     def __init__(self):
         super().__init__()
         self.inner = nn.Dropout(0.5)
+        self.object = Dropper()
+        self.made = (lambda x: F.dropout(x, 0.35, self.training))
+
+    def message(self, x):
+        return F.dropout(x, p=0.25, training=self.training)
+
+    def rate(self):
+        return self.p / 2
+
+    def asking(self, x):
+        return F.dropout(x, 0.1)
+
+    @named
+    def wrapped(self, x, p):
+        return F.dropout(x, p, self.training)
+
+    @property
+    def dropped(self):
+        return F.dropout(torch.ones(2, 4, 8), 0.65, self.training)
+
+    def both(self, x, p):
+        return F.dropout(x, p, self.training)
+
+    def never(self, x):
+        return F.dropout(x, 0.9)
 
     def method(self, x):
         return imported(x, self.p, self.training)
@@ -197,10 +248,78 @@ def test_a_reading_knows_a_plain_p_and_a_run_every_p(forward: str, tmp_path: Pat
     assert sum(site.note == IN_EVALUATION for site in run) == masks(model.eval(), x)
 
 
-def test_a_forward_that_asks_is_not_accused_after_a_run(tmp_path: Path) -> None:
-    model = written("return F.dropout(x, 0.1) if self.training else x", tmp_path)
-    (site, _) = inspect(model, torch.ones(2))
-    assert (site.type, site.p, site.note) == ("F.dropout", 0.1, "")
+# The lines of a forward, and what they reach: p, and the function around the call.
+REACHED: dict[str, tuple[float | None, str]] = {
+    # By way of a name that is computed, or of what the module holds.
+    "return getattr(self, 'method')(x)": (0.3, "method"),
+    "return getattr(self, f'meth{self.kind}')(x)": (0.3, "method"),
+    "return getattr(F, 'drop' + 'out')(x, self.p, self.training)": (0.3, "forward"),
+    "return self.functions['plain'](x, self.p, self.training)": (0.3, "forward"),
+    "for f in self.functions.values(): x = f(x, self.p, self.training)\nreturn x": (0.3, "forward"),
+    "return self.partial(x, training=self.training)": (0.15, "forward"),
+    "return self.made(x)": (0.35, "<lambda>"),
+    "return self.object(x, self.training)": (0.45, "__call__"),
+    "return checkpoint(F.dropout, x, 0.1, self.training, use_reentrant=False)": (0.1, "forward"),
+    "return F.dropout(x, **self.config, training=self.training)": (0.2, "forward"),
+    "return F.dropout(x, self.rate(), self.training)": (0.15, "forward"),
+    "p = self.p\nreturn (lambda y: F.dropout(y, p, self.training))(x)": (0.3, "<lambda>"),
+    # In what the module inherits, overrides or wraps.
+    "return self.propagate(x)": (0.25, "message"),
+    "return super().forward(x)": (0.55, "forward"),
+    "return self.dropped": (0.65, "dropped"),
+    "return self.wrapped(x, 0.75)": (0.75, "wrapped"),
+    # The caller asks for training.
+    "return self.asking(x) if self.training else x": (0.1, "asking"),
+    # The same call with two probabilities.
+    "return self.both(x, 0.1) + self.both(x, self.p)": (None, "both"),
+}
+
+
+@pytest.mark.parametrize("forward", REACHED)
+def test_a_reading_reaches_what_a_run_reaches(forward: str, tmp_path: Path) -> None:
+    model, x = written(forward, tmp_path), torch.ones(2, 4, 8)
+    (read, _), (run, _) = inspect(model), inspect(model, x)
+    p, function = REACHED[forward]
+    assert (read.type, read.p, read.note) == ("F.dropout", p, "")
+    assert read.function.rpartition(".")[2] in (function, "forward" if function == "<lambda>" else function)
+    assert (run.type, run.line, run.note) == (read.type, read.line, "")
+    assert run.calls == masks(model, x) > 0
+
+
+def test_layerdrop_is_a_site() -> None:
+    """Reading finds each of its calls in a model of transformers, with p and what replaces it."""
+    model = zoo.bart(encoder_layerdrop=1e-9, decoder_layerdrop=2e-9)  # it draws, and skips nothing
+    read, run = inspect(model), inspect(model, **zoo.inputs(model))
+    layers = [site for site in run if site.kind == "layer"]
+    assert [(site.path, site.type, site.p, site.becomes, site.calls) for site in layers] == [
+        ("encoder", "torch.rand", 1e-9, "thinned.intercept()", zoo.LAYERS),
+        ("decoder", "torch.rand", 2e-9, "thinned.intercept()", zoo.LAYERS),
+    ]
+    assert [(site.path, site.where, site.p) for site in read] == [(s.path, s.where, s.p) for s in run]
+    assert drops(run) == masks(model, **zoo.inputs(model))
+
+
+DRAWS = {
+    "if self.training and torch.rand(1).item() < self.layerdrop: return x\nreturn x + 1": (
+        ("layer", "torch.rand", 0.2, "thinned.intercept()", "")
+    ),
+    "skip = np.random.uniform(0, 1)\nreturn x if self.training and skip < self.layerdrop else x + 1": (
+        ("layer", "numpy.random.uniform", 0.2, "", ELSEWHERE)
+    ),
+    "return drop_rows(x, self.p) if self.training else x": (
+        ("random", "torch.rand", 0.3, "thinned.intercept()", "")
+    ),
+    "return x + (torch.rand([]) if self.training else 0)": ("random", "torch.rand", None, "", HAND_WRITTEN),
+}
+
+
+@pytest.mark.parametrize("forward", DRAWS)
+def test_random_numbers_are_known_by_what_draws_them(forward: str, tmp_path: Path) -> None:
+    model, x = written(forward, tmp_path), torch.ones(2, 4, 8)
+    (read, _), (run, _) = inspect(model), inspect(model, x)
+    assert (read.kind, read.type, read.p, read.becomes, read.note) == DRAWS[forward]
+    assert run.where == read.where
+    assert run.calls == (None if read.note == ELSEWHERE else masks(model, x))
 
 
 def test_a_run_reports_what_source_does_not(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Small models that other people wrote: random weights, nothing downloaded, all in training mode.
 
-``bert()``, ``gpt2()``, ``vit()``, ``t5()``, ``llama()``, ``swin()``, ``transformer()``, ``encoder()``,
-``lstm()`` and ``attention()`` give a model each; ``inputs(model, batch)`` what to call it with, by name, and
-``output(model, batch)`` one tensor of a call. ``MODELS`` is all of them by name.
+``bert()``, ``gpt2()``, ``bart()``, ``vit()``, ``t5()``, ``llama()``, ``swin()``, ``transformer()``,
+``encoder()``, ``lstm()`` and ``attention()`` give a model each; ``inputs(model, batch)`` what to call it
+with, by name, and ``output(model, batch)`` one tensor of a call. ``MODELS`` is most of them by name.
 """
 
 from __future__ import annotations
@@ -63,6 +63,15 @@ def vit(**arguments: Any) -> nn.Module:
     small = SMALL | {"image_size": 16, "patch_size": 8}
     small |= {"hidden_dropout_prob": P, "attention_probs_dropout_prob": P}
     return _make("ViTModel", "ViTConfig", **(small | arguments))
+
+
+def bart(**arguments: Any) -> nn.Module:
+    """With layerdrop, which skips whole layers."""
+    small = {"d_model": WIDTH, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
+    for part in ("encoder", "decoder"):
+        small |= {f"{part}_layers": LAYERS, f"{part}_attention_heads": HEADS, f"{part}_ffn_dim": WIDTH}
+        small |= {f"{part}_layerdrop": 0.5}
+    return _make("BartModel", "BartConfig", **(small | arguments))
 
 
 def t5(**arguments: Any) -> nn.Module:
@@ -160,7 +169,7 @@ def inputs(model: nn.Module, batch: int = 4, seed: int = 0) -> dict[str, Tensor]
     name = type(model).__name__
     if name in ("ViTModel", "SwinModel"):
         return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
-    if name.startswith("T5"):
+    if name.startswith(("T5", "Bart")):
         return {"input_ids": words, "decoder_input_ids": words[:, :8]}
     if name == "Transformer":
         return {"src": vectors, "tgt": vectors[:, :8]}

@@ -17,7 +17,6 @@ from thinned.torch_state import compiling, tracing
 __all__ = [
     "apply",
     "bits_for",
-    "check_input",
     "check_key",
     "check_p",
     "check_parameter",
@@ -115,45 +114,34 @@ def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: i
         return shared(shape, broadcast_dims, key_dims)
 
 
-def check_input(name: str, input: Tensor, key: Key | None, *, dense: bool = False) -> None:
-    """Refuse an ``input`` of the wrong type or dtype with torch's error, and a ``key`` that does not fit.
+def drops(
+    name: str, input: Tensor, p: float, training: bool, key: Key | None, *, dense: bool = False
+) -> bool:
+    """Whether the call drops. ``name`` is the function's, for the messages; ``dense`` refuses nested tensors.
 
-    ``dense`` refuses nested tensors too. ``name`` is the function's, for the message.
+    A call that drops needs an ``input`` of a dtype that has a mask. Any other call is the identity, which
+    accepts any dtype, layout and shape, as in PyTorch. Both need a tensor, and a ``key`` that fits it.
     """
+    active = training and p != 0
     if getattr(input, "dtype", None) not in DTYPES:
         if not isinstance(input, Tensor):
             raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
-        raise RuntimeError(
-            f"{name} needs a floating-point or complex tensor, got {input.dtype} of shape "
-            f"{nested.shape_of(input)}; accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
-        )
-    if dense:
+        if active:
+            raise RuntimeError(
+                f"{name} needs a floating-point or complex tensor, got {input.dtype} of shape "
+                f"{nested.shape_of(input)}; accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
+            )
+    if dense and active:
         refuse_nested(name, input)
     if key is not None:
         check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
+    return active
 
 
 def refuse_nested(name: str, input: Tensor) -> None:
     """Raise NotImplementedError for a nested tensor."""
     if input.is_nested:
         nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
-
-
-def drops(
-    name: str, input: Tensor, p: float, training: bool, key: Key | None, *, dense: bool = False
-) -> bool:
-    """Whether the call drops: then ``input`` has passed :func:`check_input`.
-
-    Otherwise the call is the identity, which accepts any dtype, layout and shape, as in PyTorch.
-    """
-    if training and p != 0:
-        check_input(name, input, key, dense=dense)
-        return True
-    if not isinstance(input, Tensor):
-        check_input(name, input, key)
-    if key is not None:
-        check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
-    return False
 
 
 def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) -> Tensor:
@@ -188,7 +176,9 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
 
 def bits_for(key: Key, input: Tensor) -> Tensor:
     """The key's bits on ``input``'s device; RuntimeError for a batch of keys on another one."""
-    bits = savable(key.bits)
+    bits = key.bits
+    if bits.dim():
+        bits = savable(bits)  # autograd saves a batch itself
     if bits.device != input.device:
         if bits.dim():
             raise RuntimeError(

@@ -18,7 +18,7 @@ from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers._torchscript import Scriptable, operation
 from thinned.nested import elementwise, refuse
-from thinned.op.from_key import apply_linear
+from thinned.op.from_key import apply_linear, modes_of
 from thinned.op.learned import Noisy, apply_noisy
 from thinned.op.noise import multiply, normal, opmath
 from thinned.torch_state import compiling
@@ -304,13 +304,11 @@ class VariationalDropout(Scriptable):
         return f"{features}max_alpha={self.max_alpha}"
 
 
-class _AtMost(torch.autograd.Function):
+class _AtMost:
     """``min(x, bound)`` whose gradient is zero only where a step would go further beyond the bound.
 
     The gradient of ``torch.clamp`` is zero everywhere beyond: a parameter that got there would stay.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, bound: float) -> Tensor:
@@ -326,13 +324,21 @@ class _AtMost(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         return torch.where((x >= ctx.bound) & (grad < 0), 0, grad), None
 
+    @staticmethod
+    def tangent(_: Any, x_tangent: Tensor, __: None) -> Tensor:
+        return x_tangent  # as a positive gradient passes
+
+
+_ReverseMode, _BothModes = modes_of(_AtMost)
+
 
 @operation
 def at_most(x: Tensor, bound: float) -> Tensor:
     """``min(x, bound)``, with the gradient of :class:`_AtMost`."""
     if has_torch_function_unary(x) and not compiling():
         return overridden(at_most, locals())
-    return _AtMost.apply(x, bound)  # type: ignore[no-any-return,no-untyped-call]
+    apply = (_ReverseMode if compiling() else _BothModes).apply
+    return apply(x, bound)  # type: ignore[no-any-return]
 
 
 # -KL = log(alpha) / 2 - E log|e| + this constant, for e ~ N(1, alpha). It makes KL vanish as alpha grows.

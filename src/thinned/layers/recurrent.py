@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_input, check_key, check_p, key_for
+from thinned.layers._arguments import check_key, check_p, drops, key_for
 from thinned.layers._overrides import module_node
 from thinned.layers._torchscript import Scriptable
 from thinned.layers.dropout import dropout, keep_mask
@@ -61,7 +61,7 @@ class _VariationalRNN(Scriptable, nn.RNNBase):
 
     def _call(self, input: Any, hx: States | None, key: Key | None) -> Result:
         is_packed = isinstance(input, PackedSequence)
-        check_input(type(self).__name__, input.data if is_packed else input, None, dense=True)
+        drops(type(self).__name__, input.data if is_packed else input, 1.0, True, None, dense=True)
         batched = is_packed or input.dim() == 3
         x, states = self._time_first(input, hx, is_packed, batched)
         if key is not None:

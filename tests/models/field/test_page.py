@@ -23,6 +23,8 @@ REPOSITORIES = {
     "functorch": "https://github.com/pytorch/functorch/issues/",
     "OLMo-core": "https://github.com/allenai/OLMo-core/pull/",
     "unsloth": "https://github.com/unslothai/unsloth/pull/",
+    "pyg": "https://github.com/pyg-team/pytorch_geometric/issues/",
+    "transformers": "https://github.com/huggingface/transformers/issues/",
     "baal": "https://github.com/baal-org/baal/pull/",
     "vision": "https://github.com/pytorch/vision/issues/",
     "audio": "https://github.com/pytorch/audio/issues/",

@@ -299,9 +299,11 @@ def _unreached(
     modules = dict(model.named_modules(remove_duplicate=False))
     for site in inspect(model):
         module = modules[site.path]
-        # What a module called a dropout does beside functional dropouts, it does with its own probability.
-        own = site.kind != "call" and is_dropout(module)
-        reached = site.p in (p, 0) or (own and (is_ours(module) or probability_of(module) is not None))
+        # What a module called a dropout does beside functional dropouts, it does with its own probability, or
+        # with None, which stands for 0.
+        name = probability_name(module) if site.kind != "call" and is_dropout(module) else None
+        own = name is not None and isinstance(getattr(module, name), int | float | None)
+        reached = site.p in (p, 0) or own or (site.kind == "module" and is_ours(module))
         if isinstance(module, ConcreteDropout | VariationalDropout):
             reached = False  # it learns its probability
         if not reached and chosen(site.paths, module):

@@ -130,8 +130,8 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
             continue
         if site is not None:
             sites.append(site)  # its calls are sites of their own
-        torchs = site is None and type(module).__module__.startswith("torch.")
-        calls = [] if torchs else calls_in_source(module)
+        is_torchs = type(module).__module__.startswith("torch.") and "forward" not in vars(module)
+        calls = [] if is_torchs and site is None else calls_in_source(module)
         for event in mine or []:
             if not any(_is_at(event, call) for call in calls):
                 calls.append(event.call)
@@ -169,7 +169,7 @@ def _of_call(call: Call, paths: tuple[str, ...]) -> Site:
 
 def _with_run(site: Site, events: list[Event] | None) -> Site:
     """The site with the calls, the probability and the note that a run adds; None stands for no run."""
-    if events is None:
+    if events is None or site.note == ELSEWHERE:  # which torch does not see
         return site
     calls = sum(event.calls for event in events if not event.evaluating)
     rates = [event.p for event in events if event.p]

@@ -63,6 +63,7 @@ class _Reading:
         self.homes = {base.__module__ for base in type(module).__mro__}
         self.found: dict[Any, dict[Any, Call]] = {}
         self.seen: set[Any] = set()
+        self.wrapped: set[Any] = set()  # the codes of what others wrap
         self.readings: Counter[Any] = Counter()
 
     def read(self, called: Any, given: Given | None = None, asked: bool = False) -> None:
@@ -75,14 +76,18 @@ class _Reading:
         """
         given, receiver = given or {}, None
         is_root = not self.found
-        for layer in _layers(called):
+        layers = list(_layers(called))
+        if layers and getattr(layers[0], "__code__", "") in self.wrapped:
+            return  # the wrapper mentions it, and tells nothing of the arguments
+        self.wrapped.update(getattr(layer, "__code__", None) for layer in layers[1:])
+        for layer in layers:
             receiver = getattr(layer, "__self__", receiver)
             if isinstance(layer, partial):
                 self.read(layer.func, {**_bound(layer), **given}, asked)
             function = getattr(layer, "__func__", layer)
             if not isinstance(function, FunctionType):
                 continue
-            last = is_root and not hasattr(layer, "__wrapped__")
+            last = is_root and layer is layers[-1]
             if last or self._follows(function, receiver):
                 self._read(function, receiver, given, asked)
 
@@ -98,8 +103,11 @@ class _Reading:
 
     def _read(self, function: FunctionType, receiver: Any, given: Given, asked: bool) -> None:
         code = function.__code__
-        if receiver is not None and code.co_varnames[: code.co_argcount]:
-            given = {**given, code.co_varnames[0]: (receiver, receiver)}
+        first = code.co_varnames[: min(code.co_argcount, 1)]
+        if receiver is None and first == ("self",):  # taken from the class
+            receiver = self.module
+        if receiver is not None and first:
+            given = {first[0]: (receiver, receiver), **given}
         key = code, asked, tuple((name, *map(_identity, values)) for name, values in sorted(given.items()))
         if key in self.seen or self.readings[code] == READINGS or (source := parsed(function)) is None:
             return

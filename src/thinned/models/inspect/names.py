@@ -12,7 +12,6 @@ import inspect
 import operator
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import cached_property, partial
 from itertools import takewhile
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.models.draws import DRAWS, SINGLE, purpose_of
-from thinned.models.inspect.source import TRAINING, Source, guarded
+from thinned.models.inspect.source import TRAINING, Source, outline, parsed
 from thinned.models.inspect.targets import (
     ELSEWHERE,
     HAND_WRITTEN,
@@ -44,7 +43,21 @@ BY_HAND = {name.partition(".")[2] for name in DRAWS.values() if name.startswith(
 PYTHONS = ("random", "uniform", "rand", "random_sample")
 KEEPS = re.compile("keep|surviv", re.IGNORECASE)
 RATES = re.compile("drop|prob|rate|^p$", re.IGNORECASE)
-PLAIN_FUNCTIONS = (abs, bool, dict, float, int, len, list, max, min, round, str, sum, tuple)
+PLAIN_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    abs,
+    bool,
+    dict,
+    float,
+    int,
+    len,
+    list,
+    max,
+    min,
+    round,
+    str,
+    sum,
+    tuple,
+)
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -81,35 +94,18 @@ class Names:
         source: its source.
         given: the arguments.
         asked: whether the caller has asked for training.
+        depth: how many functions to follow for a value that they return.
     """
 
-    def __init__(self, function: FunctionType, source: Source, given: Given, asked: bool) -> None:
-        self.function, self.source = function, source
+    def __init__(
+        self, function: FunctionType, source: Source, given: Given, asked: bool, depth: int = 2
+    ) -> None:
+        self.function, self.source, self.depth = function, source, depth
         code = function.__code__
         parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        self.given = {name: given[name] for name in parameters if name in given}
-        self.guarded = guarded(source.tree, asked)
-        self.calls = [node for node in self.guarded if isinstance(node, ast.Call)]
-        self.assigned: dict[str, list[ast.expr | None]] = defaultdict(list)  # None: by other means
-        self.elements: dict[str, ast.expr] = {}  # what loops go through, by the name of the element
-        by_statement: set[ast.AST] = set()
-        for node in self.guarded:
-            match node:
-                case (
-                    ast.Assign([ast.Name(name) as target], value)
-                    | ast.AnnAssign(ast.Name(name) as target, value=value)
-                    | ast.NamedExpr(ast.Name(name) as target, value)
-                ):
-                    self.assigned[name].append(value)
-                    by_statement.add(target)
-                case ast.For(ast.Name(name), iterable) | ast.comprehension(ast.Name(name), iterable):
-                    self.elements[name] = iterable
-        for node in self.guarded:
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node not in by_statement:
-                self.assigned[node.id].append(None)
-            elif isinstance(node, ast.arg) and node.arg not in parameters:  # of a function inside
-                self.assigned[node.arg].append(None)
         self.parameters = set(parameters)
+        self.given = {name: given[name] for name in parameters if name in given}
+        self.outline = outline(source.tree, parameters, asked)
 
     def value(self, node: Any, training: bool = True) -> Any:
         """The value of an expression in training or in evaluation; ``UNKNOWN`` if it is not plain."""
@@ -157,14 +153,14 @@ class Names:
             case ast.FormattedValue(part, conversion=-1, format_spec=None):
                 return value(part)
             case ast.Call():
-                return self._called(node, value)
+                return self._called(node, training)
         raise LookupError(node)
 
     def _named(self, name: str, training: bool) -> Any:
-        if self.assigned[name]:
-            if name in self.parameters or len(self.assigned[name]) > 1:
+        if assigned := self.outline.assigned.get(name):
+            if name in self.parameters or len(assigned) > 1:
                 raise LookupError(name)
-            return self.evaluate(self.assigned[name][0], training)
+            return self.evaluate(assigned[0], training)
         if name in self.given:
             return _known(self.given[name][not training])
         if name in TRAINING:
@@ -182,8 +178,9 @@ class Names:
         found = self.function.__globals__
         return found[name] if name in found else getattr(builtins, name)
 
-    def _called(self, call: ast.Call, value: Callable[[Any], Any]) -> Any:
+    def _called(self, call: ast.Call, training: bool) -> Any:
         """The result of a few functions that have no side effects."""
+        value = partial(self.evaluate, training=training)
         args, keywords = call.args, {each.arg: each.value for each in call.keywords}
         if isinstance(call.func, ast.Name) and call.func.id == "super" and not args:
             first = self.function.__code__.co_varnames[0]
@@ -194,21 +191,36 @@ class Names:
             case ast.Attribute(owner, "get"), [key]:
                 holder, name = value(owner), value(key)
                 return remember(holder.get(name), holder, name)
+            case ast.Attribute(owner, "values"), []:
+                return tuple(value(owner).values())
             case ast.Attribute(ast.Constant(str(text)), "format"), _:
                 return text.format(*(_plain(value(each)) for each in args))
         called = value(call.func)
         if called is getattr:
-            holder, name, *default = _no_tensor(value(args[0])), *map(value, args[1:])
-            return remember(getattr(holder, name, *default), holder, name)
+            holder, attribute, *otherwise = map(value, args)
+            return remember(getattr(_no_tensor(holder), attribute, *otherwise), holder, attribute)
         if called is partial:
             return partial(
                 *map(self.value, args), **{name or "": self.value(v) for name, v in keywords.items()}
             )
         if called is float and len(args) == 1 and (number := as_float(value(args[0]))) is not None:
             return number
-        if called in PLAIN_FUNCTIONS and not keywords:
-            return called(*(_plain(value(each)) for each in args))
-        raise LookupError(call)
+        function = next((function for function in PLAIN_FUNCTIONS if function is called), None)
+        if function is not None and not keywords:
+            return function(*(_plain(value(each)) for each in args))
+        return self._returned(call, called, training)
+
+    def _returned(self, call: ast.Call, called: Any, training: bool) -> Any:
+        """What a function returns that consists of this alone."""
+        function = getattr(called, "__func__", called)
+        source = parsed(function) if self.depth and isinstance(function, FunctionType) else None
+        body = getattr(getattr(source.tree, "body", [None])[0], "body", []) if source else []
+        if not source or not body or not isinstance(body[-1], ast.Return) or len(body) > 2:
+            raise LookupError(call)
+        given = dict(self.arguments(call, called))
+        if isinstance(called, MethodType):
+            given[function.__code__.co_varnames[0]] = (called.__self__, called.__self__)
+        return Names(function, source, given, False, self.depth - 1).evaluate(body[-1].value, training)
 
     def candidates(self, node: Any, depth: int = 4) -> list[Any]:
         """The values that an expression may have, where it is not plain which."""
@@ -219,9 +231,9 @@ class Names:
         several: list[Any] = []
         match node:
             case ast.Name(name):
-                several = [each for each in self.assigned[name] if each is not None]
-                if name in self.elements:
-                    return _elements(self.value(self.elements[name]))
+                several = [each for each in self.outline.assigned.get(name, ()) if each is not None]
+                if name in self.outline.elements:
+                    return _elements(self.value(self.outline.elements[name]))
                 if name in self.parameters and not several:
                     defaults = _defaults(self.function)
                     return [defaults[name]] if callable(defaults.get(name)) else []
@@ -255,11 +267,13 @@ class Names:
 
     def mentions(self) -> Iterator[tuple[Any, Given, bool]]:
         """What the function mentions, the arguments that it passes, and whether it has asked for training."""
-        callees = {call.func: call for call in self.calls}
+        callees = {call.func: call for call in self.outline.calls}
         # A look-up that succeeds mentions a default that it does not choose.
-        choices = (call for call in self.calls if _is_lookup(call) and self.value(call) is not UNKNOWN)
+        choices = (
+            call for call in self.outline.calls if _is_lookup(call) and self.value(call) is not UNKNOWN
+        )
         looked_up = {part for call in choices for part in ast.walk(call)}
-        for node, asked in self.guarded.items():
+        for node, asked in self.outline.guarded.items():
             is_read = isinstance(getattr(node, "ctx", None), ast.Load) or isinstance(node, ast.Call)
             if not is_read or (node in looked_up and node not in callees):
                 continue
@@ -268,8 +282,9 @@ class Names:
                     yield value, self.arguments(callees[node], value) if node in callees else {}, asked
             if isinstance(node, ast.Attribute) and isinstance(owner := self.value(node.value), nn.Module):
                 method = inspect.getattr_static(type(owner), node.attr, None)
-                if isinstance(method, property | cached_property):
-                    yield MethodType(getattr(method, "fget", getattr(method, "func", None)), owner), {}, asked
+                getter = getattr(method, "fget", getattr(method, "func", None))
+                if isinstance(method, property | cached_property) and getter is not None:
+                    yield MethodType(getter, owner), {}, asked
 
     def arguments(self, call: ast.Call, called: Any) -> Given:
         """The arguments of a call by the names that the called function gives them, and its defaults."""
@@ -291,19 +306,50 @@ class Names:
 
     def dropouts(self) -> Iterator[tuple[Any, Call]]:
         """Each call that drops, with its place."""
-        for node in self.calls:
+        code = self.function.__code__
+        qualname = getattr(code, "co_qualname", code.co_name)  # a wrapper's __qualname__ is not its own
+        for node in self.outline.calls:
             lines = node.lineno + self.source.before, (node.end_lineno or node.lineno) + self.source.before
-            at = self.function.__qualname__, self.source.file, *lines
-            for called in self.candidates(node.func):
-                if (known := self._known(node, called)) is not None:
-                    name, p, note = known
-                    yield (node.lineno, node.col_offset, name), Call(name, *at, p, note)
+            at = qualname, self.source.file, *lines
+            callees: list[tuple[ast.expr, list[ast.expr]]] = [(node.func, node.args)]
+            if not self._is_read(node.func):
+                # checkpoint(F.dropout, x, p) passes on what follows.
+                callees += [(argument, node.args[i + 1 :]) for i, argument in enumerate(node.args)]
+            for callee, args in callees:
+                for called in self.candidates(callee):
+                    if (known := self._known(node, called, args)) is not None:
+                        name, p, note = known
+                        # A partial may hold the training mode.
+                        again = note and self._known(node, self.value(callee, False), args)
+                        note = again[2] if again else note
+                        yield (node.lineno, node.col_offset, name), Call(name, *at, p, note)
             if (drawn := self._drawn(node, *at)) is not None:
                 yield (node.lineno, node.col_offset, drawn.name), drawn
 
-    def _known(self, node: ast.Call, called: Any) -> tuple[str, float | None, str] | None:
+    def _keywords(self, node: ast.Call) -> dict[str, ast.expr]:
+        """The keywords of a call; ``**`` stands for those that are not plain."""
+        found: dict[str, ast.expr] = {}
+        for each in node.keywords:
+            unpacked = None if each.arg else self.value(each.value)
+            if isinstance(unpacked, Mapping):
+                found.update({name: ast.Constant(value) for name, value in unpacked.items()})
+            else:
+                found[each.arg or "**"] = each.value
+        return found
+
+    def _is_read(self, called: ast.expr) -> bool:
+        """Whether a call is of a function of Python, which shows itself what it does with its arguments."""
+        function = inspect.unwrap(self.value(called))
+        if function in (partial, getattr, hasattr, isinstance):
+            return True
+        home = getattr(function, "__module__", None) or ""
+        return isinstance(function, FunctionType | MethodType) and home.partition(".")[0] != "torch"
+
+    def _known(
+        self, node: ast.Call, called: Any, positional: list[ast.expr]
+    ) -> tuple[str, float | None, str] | None:
         """The name, the probability and the note of a call of a function that is known to drop."""
-        args, keywords = list(node.args), {each.arg or "**": each.value for each in node.keywords}
+        args, keywords = list(positional), self._keywords(node)
         while isinstance(called, partial):
             args = [*map(ast.Constant, called.args), *args]
             keywords = {**{name: ast.Constant(value) for name, value in called.keywords.items()}, **keywords}
@@ -312,10 +358,11 @@ class Names:
         if target is None:
             return None
         p, p_in_evaluation = self._argument(args, keywords, target.p)
-        on, on_in_evaluation = (1.0, 1.0)
+        on: float | None = 1.0
+        on_in_evaluation: float | None = 1.0
         if target.training:
             on, on_in_evaluation = self._argument(args, keywords, target.training)
-        always = p_in_evaluation and on_in_evaluation and not self.guarded[node]
+        always = p_in_evaluation and on_in_evaluation and not self.outline.guarded[node]
         return target.name, 0.0 if on == 0 else p, UNCONDITIONAL if always else ""
 
     def _argument(
@@ -326,7 +373,7 @@ class Names:
         if starred and argument.name not in keywords:
             return None, None
         passed = argument.of(args, keywords)
-        if not isinstance(passed, ast.AST):  # torch's default
+        if not isinstance(passed, ast.expr):  # torch's default
             return passed, passed
         in_training, in_evaluation = map(as_float, self._both(passed))
         return in_training, in_evaluation
@@ -335,7 +382,7 @@ class Names:
         """A call that draws random numbers of a dropout, or what may be one."""
         called, method = self.value(node.func), getattr(node.func, "attr", "")
         python = _of_python(called)
-        name = python or (DRAWS.get(called, "") if isinstance(called, Hashable) else "")
+        name = python or next((name for draw, name in DRAWS.items() if draw is called), "")
         if called is UNKNOWN and method in BY_HAND:
             name = f"Tensor.{method}"
         single = bool(python) or (name == DRAWS[torch.rand] and self._shape(node) in SINGLE)
@@ -355,10 +402,9 @@ class Names:
 
     def _rate(self, node: ast.Call) -> float | None:
         """The probability with which random numbers are compared, if it is plain."""
-        names = {
-            name for name, values in self.assigned.items() if any(v and node in ast.walk(v) for v in values)
-        }
-        for compared in self.guarded:
+        assigned = self.outline.assigned.items()
+        names = {name for name, values in assigned for each in values if each and node in ast.walk(each)}
+        for compared in self.outline.guarded:
             if not isinstance(compared, ast.Compare) or len(compared.comparators) != 1:
                 continue
             for drawn, rate in (sides := [compared.left, compared.comparators[0]]), sides[::-1]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Sequence
 from functools import lru_cache
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import NamedTuple
 
-__all__ = ["TRAINING", "Source", "asks_for_training", "guarded", "parsed"]
+__all__ = ["TRAINING", "Source", "outline", "parsed"]
 
 TRAINING = {"training", "is_training", "train"}
 
@@ -25,21 +26,22 @@ class Source(NamedTuple):
 @lru_cache(maxsize=4096)
 def parsed(function: FunctionType) -> Source | None:
     """The source of a function or lambda; None if there is none."""
+    code = function.__code__  # inspect would take what a wrapper wraps
     try:
-        file = inspect.getsourcefile(function) or ""
+        file = inspect.getsourcefile(code) or ""
         if function.__name__ == "<lambda>":
-            return _lambda(function, file)
-        lines, first = inspect.getsourcelines(function)
+            return _lambda(code, file)
+        lines, first = inspect.getsourcelines(code)
         tree = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, TypeError, SyntaxError):
         return None
+    tree.body[0].decorator_list = []  # type: ignore[attr-defined]  # which the reading sees as wrappers
     return Source(tree, max(first, 1) - 1, file)
 
 
-def _lambda(function: FunctionType, file: str) -> Source | None:
+def _lambda(code: CodeType, file: str) -> Source | None:
     """A lambda, whose lines may be a part of an expression: found by its line, arguments and names."""
-    code = function.__code__
-    lines, _ = inspect.findsource(function)
+    lines, _ = inspect.findsource(code)
     for node in ast.walk(ast.parse("".join(lines))):
         if not isinstance(node, ast.Lambda) or node.lineno != code.co_firstlineno:
             continue
@@ -50,18 +52,48 @@ def _lambda(function: FunctionType, file: str) -> Source | None:
     return None
 
 
-def guarded(tree: ast.AST, asked: bool) -> dict[ast.AST, bool]:
-    """For each node, whether the code has asked for training before it comes there."""
-    found: dict[ast.AST, bool] = {}
-    aliases = {
-        node.targets[0].id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and asks_for_training(node.value)
-    }
-    _guard(tree, asked, aliases, found)
-    return found
+class Outline:
+    """What the tree of a function says without values.
+
+    Attributes:
+        guarded: for each node, whether the code has asked for training before it comes there.
+        calls: the calls.
+        assigned: what is assigned to each name; None where that is no expression.
+        elements: what loops go through, by the name of the element.
+    """
+
+    def __init__(self, tree: ast.AST, parameters: Sequence[str], asked: bool) -> None:
+        nodes = list(ast.walk(tree))
+        self.calls = [node for node in nodes if isinstance(node, ast.Call)]
+        self.assigned: dict[str, list[ast.expr | None]] = {}
+        self.elements: dict[str, ast.expr] = {}
+        plainly: set[ast.AST] = set()
+        for node in nodes:
+            match node:
+                case (
+                    ast.Assign([ast.Name(name) as target], value)
+                    | ast.AnnAssign(ast.Name(name) as target, value=value)
+                    | ast.NamedExpr(ast.Name(name) as target, value)
+                ):
+                    self.assigned.setdefault(name, []).append(value)
+                    plainly.add(target)
+                case ast.For(ast.Name(name), iterable) | ast.comprehension(ast.Name(name), iterable):
+                    self.elements[name] = iterable
+        for node in nodes:
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node not in plainly:
+                self.assigned.setdefault(node.id, []).append(None)
+            elif isinstance(node, ast.arg) and node.arg not in parameters:  # of a function inside
+                self.assigned.setdefault(node.arg, []).append(None)
+        aliases = {
+            name
+            for name, values in self.assigned.items()
+            if any(value and asks_for_training(value) for value in values)
+        }
+        self.guarded: dict[ast.AST, bool] = {}
+        _guard(tree, asked, aliases, self.guarded)
+
+
+outline = lru_cache(maxsize=4096)(Outline)
 
 
 def asks_for_training(node: ast.AST, aliases: set[str] = frozenset()) -> bool:  # type: ignore[assignment]

@@ -35,6 +35,9 @@ def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) ->
     the formulas. torch's dropout modules call such functions too. A call that drops nothing, as in
     evaluation, has torch's result, bit for bit.
 
+    It also reaches :func:`torch.rand` and its like, where the function that draws is named after dropout, as
+    ``dropout_edge``, or draws one number for layerdrop: see :mod:`thinned.models.draws`.
+
     The context holds for the thread that enters it. A region that a backward pass recomputes has the masks of
     its first run, also after the context has ended, if it is recomputed by
     :func:`torch.utils.checkpoint.checkpoint`, or by an autograd Function that calls it in

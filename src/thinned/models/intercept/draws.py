@@ -97,8 +97,10 @@ def _bernoulli_(next_key: NextKey, input: Tensor, p: Any = 0.5, **options: Any) 
 
 
 def _uniform_(next_key: NextKey, input: Tensor, *bounds: float, **options: Any) -> Tensor | None:
-    low, high = (options.pop(name, default) for name, default in (("from", 0.0), ("to", 1.0)))
-    low, high = (*bounds, *(low, high)[len(bounds) :])
+    given = dict(zip(("from", "to"), bounds, strict=False))
+    low, high = (
+        given.get(name, options.pop(name, default)) for name, default in (("from", 0.0), ("to", 1.0))
+    )
     if low > high or _refuses(input, 0.5, options):
         return None
     return input.copy_(low + (high - low) * uniform(input, next_key(), _is_of_samples(input)))
