@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as torch_functional
-from thinned.layers.lstm import P_NAMES
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
@@ -25,7 +24,7 @@ from thinned.compare.layers import ENTRIES, Entry
 KEY = thinned.Key(7)
 LAYERS = [entry for entry in ENTRIES if entry.name != "DropoutSchedule"]
 # Their forward cannot be traced, nor can that of a torch.nn.LSTM.
-OPAQUE = ("VariationalLSTM", "WeightDrop", "LayerDrop")
+OPAQUE = ("VariationalLSTM", "VariationalGRU", "WeightDrop", "LayerDrop")
 
 each_layer = pytest.mark.parametrize("entry", LAYERS, ids=lambda entry: entry.name)
 
@@ -114,7 +113,9 @@ def test_a_layer_is_one_node_that_stays_alive(entry: Entry) -> None:
         layer.eval()
         assert_equal(under_seed(module, *inputs), under_seed(layer, *inputs))
         layer.train()
-    if probabilities := [name for name in vars(layer) if name in ("p", "drop_prob") or name in P_NAMES]:
+    if probabilities := [
+        name for name in vars(layer) if name in ("p", "drop_prob") or name in getattr(layer, "_p_names", ())
+    ]:
         for name in probabilities:
             setattr(graph.train().call, name, 0.0)
         state = torch.get_rng_state()
