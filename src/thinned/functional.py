@@ -1,5 +1,6 @@
 """The layers as functions: each validates, turns ``p`` into a threshold and calls the operation."""
 
+from thinned.layers._torchscript import register
 from thinned.layers.alpha import alpha_dropout, feature_alpha_dropout
 from thinned.layers.attention import drop_head, drop_key
 from thinned.layers.block import drop_block1d, drop_block2d, drop_block3d
@@ -51,3 +52,5 @@ __all__ = [
     "variational_kl",
     "zoneout",
 ]
+
+register(globals()[name] for name in __all__)

@@ -14,7 +14,8 @@ tested
 ====================================  =======  =========================================================
 name in here                          missing  used for
 ====================================  =======  =========================================================
-transforming, is_traced, is_eager     needed   the code path of each call
+transforming, tracing                 needed   the code path of each call
+is_traced, is_eager                   needed   the code path of each call
 is_legacy_batched, is_batched         needed   tensors of both vmaps
 unwrap_if_dead                        needed   tensors that outlive a transform
 functionalizing, vmaps                needed   the active transforms
@@ -41,12 +42,14 @@ never_inlined                         tested   functions that Dynamo calls outsi
 traces_symbolically                   tested   LayerDrop in a symbolic trace of torch.fx
 let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
 traced_lines                          tested   draws of random numbers that ``thinned.intercept`` compiles
+SeenByTracer, ScriptedForward         tested   ``torch.jit.trace`` and ``torch.jit.script`` of layers
 WRAPPERS, REPRESENTATION              tested   wrappers in module paths; methods that only print
 ====================================  =======  =========================================================
 """
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import sys
 from collections.abc import Callable
@@ -58,6 +61,7 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.jit import frontend
 from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
@@ -112,7 +116,7 @@ try:
     _made_plainly = torch._C._autograd.CreationMeta.DEFAULT
     _modes = torch._C._len_torch_dispatch_stack
     _is_wrapped = torch._C._dispatch_isTensorSubclassLike
-    _tracing = torch._C._is_tracing
+    tracing = torch._C._is_tracing
     MODULE_CALL = nn.Module._call_impl.__code__  # the code object of a frame that calls a module's forward
     # From 2.13 on; PyTorch 2.11 has no budgets of regions.
     _budget_of_region: Callable[[Any], Any]
@@ -152,7 +156,7 @@ def is_traced(x: Tensor) -> bool:
         or x.is_meta
         or x._is_zerotensor()
         or _modes()
-        or _tracing()
+        or tracing()
     )
 
 
@@ -163,7 +167,7 @@ def is_eager(x: Tensor) -> bool:
         or type(x) not in _PLAIN
         or transforming()
         or _modes()
-        or _tracing()
+        or tracing()
         or forward_ad._current_level >= 0
     ):
         return False
@@ -417,6 +421,59 @@ def cached_parametrizations() -> dict[Any, Any]:
 def is_replica(module: nn.Module) -> bool:
     """Whether :class:`torch.nn.DataParallel` made ``module`` for one of its threads."""
     return getattr(module, "_is_replica", False)
+
+
+# TorchScript.
+
+
+class SeenByTracer(nn.Module):
+    """A module whose calls under :func:`torch.jit.trace` go to ``_traced_forward()``, unless that is None."""
+
+    def _traced_forward(self) -> Callable[..., Any] | None:
+        """A function of the module and the inputs."""
+        raise NotImplementedError
+
+    def _slow_forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        forward = None if kwargs else self._traced_forward()
+        if forward is not None:
+            return forward(self, *inputs)
+        return super()._slow_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
+
+
+class EagerForward:
+    """Takes itself off its module, where it hides ``forward``, and calls that."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        vars(self.module).pop("forward", None)
+        return self.module.forward(*args, **kwargs)
+
+
+_Stub: Any = getattr(sys.modules.get("torch.jit._recursive"), "ScriptMethodStub", None)
+
+
+class ScriptedForward(*([] if _Stub is None else [_Stub])):  # type: ignore[misc]
+    """The ``forward`` that :func:`torch.jit.script` compiles for a module that has this attribute.
+
+    Without TorchScript's private class it compiles the module's own, and says what it cannot.
+    """
+
+    module: nn.Module
+    __call__ = EagerForward.__call__
+
+    @classmethod
+    def of(cls, module: nn.Module, forward: Callable[..., Any]) -> ScriptedForward:
+        """From a function in TorchScript's language, whose first argument is the module."""
+        definition = frontend.get_jit_def(forward, "forward", self_name="RecursiveScriptModule")
+        names = {**vars(builtins), **forward.__globals__}
+        stub = cls(names.get, definition, forward)
+        stub.module = module
+        return stub
+
+    def __reduce__(self) -> tuple[type[EagerForward], tuple[nn.Module]]:
+        return EagerForward, (self.module,)
 
 
 # Jagged tensors.

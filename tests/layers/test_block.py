@@ -185,6 +185,20 @@ def test_compiled_and_transformed_options(options: dict[str, Any]) -> None:
         oracle.assert_same(torch.autograd.grad(y.sum(), leaf)[0], slopes[i])
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("options", [{}, *OPTIONS], ids=str)
+def test_an_exported_layer_has_gradients(options: dict[str, Any], strict: bool) -> None:
+    layer, x = DropBlock2d(0.4, 3, **options), torch.randn(3, 4, 6, 7, requires_grad=True)
+    exported = torch.export.export(layer, (x.detach(),), strict=strict).module()
+    results = []
+    for call in (exported, layer):
+        torch.manual_seed(3)
+        y = call(x)
+        results += [y.detach(), *torch.autograd.grad(y.sum(), x)]
+    for mine, expected in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
 def test_a_layer_pickled_without_the_options_of_timm_runs() -> None:
     layer = DropBlock2d(0.4, 3)
     x = torch.randn(2, 3, 6, 7)

@@ -12,7 +12,7 @@ from thinned.backends.arguments import DTYPES
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.key_source import active
 from thinned.keys import Key, savable
-from thinned.torch_state import compiling
+from thinned.torch_state import compiling, tracing
 
 __all__ = [
     "apply",
@@ -107,7 +107,7 @@ def threshold_and_scale(p: float) -> tuple[int, float]:
 
 
 def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
-    if compiling():
+    if compiling() or tracing():  # in a trace sizes are tensors
         return shared(shape, broadcast_dims, key_dims)
     try:
         return shared_cached(shape, broadcast_dims, key_dims)
@@ -178,7 +178,7 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
     if not isinstance(key, Key):
         hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
         raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}{hint}")
-    if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1])):
+    if key.bits.dim() > 1 or (key.bits.dim() and not tracing() and key.shape[:1] != tuple(shape[:1])):
         batch = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit a tensor of shape {tuple(shape)}; "

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
-from torch import nn
-
 from thinned.layers._arguments import check_p
+from thinned.layers._torchscript import Scriptable
 
 __all__ = ["Layer", "SharingLayer", "TorchLayer"]
 
 
-class Layer(nn.Module):
+class Layer(Scriptable):
     """A layer with a probability ``p`` of dropping; its repr shows the arguments that it stores."""
 
     def __init__(self, p: float) -> None:
@@ -28,7 +27,7 @@ class Layer(nn.Module):
         return ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v}" for k, v in stored.items())
 
 
-class TorchLayer(nn.Module):
+class TorchLayer(Scriptable):
     """The base before a dropout of torch.nn; refuses NaN, which torch's constructor accepts."""
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:

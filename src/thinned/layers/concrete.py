@@ -14,6 +14,7 @@ from torch.overrides import has_torch_function, has_torch_function_variadic
 from thinned.keys import Key
 from thinned.layers._arguments import check_parameter, drops, key_for, number
 from thinned.layers._overrides import module_node, overridden
+from thinned.layers._torchscript import Scriptable
 from thinned.nested import elementwise, refuse
 from thinned.op.learned import Noisy, apply_noisy
 from thinned.op.noise import logistic
@@ -126,7 +127,7 @@ def _kept(noise: Tensor, logit: Tensor, inplace: bool, temperature: float) -> Te
     return (1 + scaled.exp()).reciprocal()
 
 
-class ConcreteDropout(nn.Module):
+class ConcreteDropout(Scriptable):
     """:func:`thinned.functional.concrete_dropout` as a module that learns ``p_logit``.
 
     Add :meth:`regularization` of the layer that follows to the loss::

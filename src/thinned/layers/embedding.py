@@ -138,6 +138,14 @@ class EmbeddingDropout(Layer):
             raise TypeError(f"embedding must be a torch.nn.Embedding, got {type(embedding).__name__}")
         self.embedding = embedding
 
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        e = self.embedding
+        if not self.training:
+            return e(input)  # type: ignore[no-any-return]
+        options = (e.padding_idx, e.max_norm, e.norm_type, e.scale_grad_by_freq, e.sparse)
+        p = float(self.p)
+        return torch.ops.thinned.embedding_dropout(input, e.weight, p, True, *options)  # type: ignore[no-any-return]
+
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
             return node

@@ -16,6 +16,7 @@ from thinned.keys import Key
 from thinned.layers._arguments import check_p, check_parameter, drops, key_for, number
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
+from thinned.layers._torchscript import Scriptable, operation
 from thinned.nested import elementwise, refuse
 from thinned.op.from_key import apply_linear, modes_of
 from thinned.op.learned import Noisy, apply_noisy
@@ -190,7 +191,7 @@ def _factor_and_slope(noise: Tensor, log_alpha: Tensor, inplace: bool) -> tuple[
 _VARIATIONAL = Noisy(lambda key, shape, dtype: normal(key, shape, dtype=dtype), _factor, _factor_and_slope)
 
 
-class VariationalDropout(nn.Module):
+class VariationalDropout(Scriptable):
     """:func:`thinned.functional.variational_dropout` as a module that learns ``log_alpha``.
 
     Add :meth:`kl` to the loss: the divergence, in nats, of one noise variable from its prior. A layer of
@@ -256,6 +257,8 @@ class VariationalDropout(nn.Module):
         """Let ``p`` be ``initial_p`` again."""
         nn.init.constant_(self.log_alpha, math.log(self.initial_p / (1 - self.initial_p)))
 
+    __jit_unused_properties__ = ("alpha", "p")
+
     @property
     def alpha(self) -> Tensor:
         """The variance of the noise."""
@@ -265,6 +268,12 @@ class VariationalDropout(nn.Module):
     def p(self) -> Tensor:
         """The probability of dropping in a dropout of this variance."""
         return torch.sigmoid(self._bounded())
+
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        log_alpha = torch.ops.thinned.at_most(self.log_alpha, math.log(self.max_alpha))
+        return torch.ops.thinned.variational_dropout(input, log_alpha)  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
@@ -285,19 +294,14 @@ class VariationalDropout(nn.Module):
         return variational_kl(self._bounded(), approximation)
 
     def _bounded(self) -> Tensor:
-        return self.log_alpha if self.max_alpha == math.inf else _at_most(self.log_alpha, self.max_alpha)
+        if self.max_alpha == math.inf:
+            return self.log_alpha
+        return at_most(self.log_alpha, math.log(self.max_alpha))
 
     def extra_repr(self) -> str:
         shape = tuple(self.log_alpha.shape)
         features = "" if shape == (1,) else f"num_features={shape if len(shape) > 1 else shape[0]}, "
         return f"{features}max_alpha={self.max_alpha}"
-
-
-def _at_most(log_alpha: Tensor, max_alpha: float) -> Tensor:
-    if has_torch_function_unary(log_alpha) and not compiling():
-        return overridden(_at_most, locals())
-    at_most = _ReverseMode if compiling() else _BothModes
-    return at_most.apply(log_alpha, math.log(max_alpha))  # type: ignore[no-any-return]
 
 
 class _AtMost:
@@ -326,6 +330,15 @@ class _AtMost:
 
 
 _ReverseMode, _BothModes = modes_of(_AtMost)
+
+
+@operation
+def at_most(x: Tensor, bound: float) -> Tensor:
+    """``min(x, bound)``, with the gradient of :class:`_AtMost`."""
+    if has_torch_function_unary(x) and not compiling():
+        return overridden(at_most, locals())
+    function = _ReverseMode if compiling() else _BothModes
+    return function.apply(x, bound)  # type: ignore[no-any-return]
 
 
 # -KL = log(alpha) / 2 - E log|e| + this constant, for e ~ N(1, alpha). It makes KL vanish as alpha grows.

@@ -11,13 +11,23 @@ from torch import Tensor, nn
 from thinned.keys import Key
 from thinned.layers._arguments import check_p, key_for
 from thinned.layers._overrides import module_node
+from thinned.layers._torchscript import Scriptable, operation
 from thinned.layers.dropout import keep_mask
-from thinned.torch_state import compiling, is_batched, is_eager, traces_symbolically
+from thinned.torch_state import compiling, is_batched, is_eager, traces_symbolically, tracing
 
 __all__ = ["LayerDrop"]
 
 
-class LayerDrop(nn.ModuleList):
+@operation
+def surviving_layers(layers: int, p: float, *, key: Key | None = None) -> Tensor:
+    """The decision of each layer."""
+    if key is None:
+        # On the CPU, so that Python can branch without a device synchronization.
+        key = key_for(torch.empty((), device="cpu"), None, sample_dim=None)
+    return keep_mask(key, (layers,), p)
+
+
+class LayerDrop(Scriptable, nn.ModuleList):
     r"""A stack of layers: in training, a forward pass skips layer ``l`` with probability ``p``.
 
     .. math:: x_{l+1} = \begin{cases} f_l(x_l) & u(l) < T \\ x_l & \text{otherwise} \end{cases}
@@ -87,6 +97,21 @@ class LayerDrop(nn.ModuleList):
             raise RuntimeError("each example has layers of its own under vmap; call the LayerDrop itself")
         return iter([layer for layer, kept in zip(self, keep.tolist(), strict=True) if kept])
 
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        layers = 0
+        for _ in self:
+            layers += 1
+        keep = torch.ones(layers, dtype=torch.bool)
+        if self.training and self.p > 0:
+            keep = torch.ops.thinned.surviving_layers(layers, float(self.p))
+        for index, layer in enumerate(self):
+            if bool(keep[index]):
+                input = layer(input)
+        return input
+
+    def _traced_forward(self) -> None:
+        """Python cannot branch on a decision in a trace."""
+
     def forward(self, input: Any, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
         """Pass ``input`` through :meth:`surviving`; every layer gets ``*args`` and ``**kwargs`` too."""
         if self.training and (node := module_node(self, input, *args, key=key, **kwargs)) is not None:
@@ -97,7 +122,9 @@ class LayerDrop(nn.ModuleList):
                 input = layer(input, *args, **kwargs)
             return input
         branches = is_eager(keep)
-        for index, (layer, kept) in enumerate(zip(self, keep.tolist() if branches else keep, strict=True)):
+        for index, (layer, kept) in enumerate(
+            zip(self, keep.tolist() if branches else keep.unbind(), strict=True)
+        ):
             if branches and not kept:
                 continue
             output = layer(input, *args, **kwargs)
@@ -120,10 +147,9 @@ class LayerDrop(nn.ModuleList):
                 "torch.fx would skip the same layers at every call of its graph; accepted: a trace in "
                 "evaluation, which has all layers, or a LayerDrop that a module calls as its child: one node"
             )
-        if key is None:
-            # On the CPU, so that Python can branch without a device synchronization.
-            key = key_for(torch.empty((), device="cpu"), None, sample_dim=None)
-        return keep_mask(key, (len(self),), self.p)
+        if key is None and tracing():
+            return torch.ops.thinned.surviving_layers(len(self), self.p)  # type: ignore[no-any-return]
+        return surviving_layers(len(self), self.p, key=key)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -67,7 +67,7 @@ def locked_dropout(
             [0., 0., 0., 2., 2., 2.]])
     """
     if has_torch_function_unary(input) and not compiling():
-        return overridden(locked_dropout, locals())
+        return overridden(locked_dropout, locals())  # type: ignore[no-any-return]
     T, scale = threshold_and_scale(p)
     if isinstance(input, PackedSequence):
         return _of_packed(input, p, training, inplace, key)

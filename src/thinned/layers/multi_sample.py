@@ -115,6 +115,13 @@ class MultiSampleDropout(Layer):
         self.samples = samples
         self.reduction = reduction
 
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return self.head(input)  # type: ignore[no-any-return]
+        features = torch.ops.thinned.multi_sample_dropout(input, float(self.p), samples=self.samples)
+        outputs = self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        return outputs.mean(0) if self.reduction == "mean" else outputs  # type: ignore[no-any-return]
+
     def forward(self, input: Tensor, *, key: Key | None = None) -> Any:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
             return node

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
@@ -12,6 +12,7 @@ from thinned.keys import Key
 from thinned.layers._arguments import apply, check_p, drops, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
+from thinned.layers._torchscript import Scriptable
 from thinned.torch_state import compiling
 
 __all__ = ["DropPath", "StochasticDepth", "drop_path", "drop_path_rates", "stochastic_depth"]
@@ -58,7 +59,7 @@ def drop_path(
     return apply(input, key, range(1, input.dim()), False, T, scale if scale_by_keep else 1.0)
 
 
-class DropPath(nn.Module):
+class DropPath(Scriptable):
     """:func:`thinned.functional.drop_path` as a module, with timm's arguments.
 
     Source: Huang et al. 2016, as the function.

@@ -7,11 +7,12 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
 from thinned.layers._overrides import module_node, overridden
+from thinned.layers._torchscript import Scriptable
 from thinned.nested import refuse
 from thinned.torch_state import compiling
 
@@ -119,7 +120,7 @@ def _check(alpha: float, reduction: str) -> None:
         raise ValueError(f"{reduction} is not a valid value for reduction; accepted: mean, sum, none")
 
 
-class RDrop(nn.Module):
+class RDrop(Scriptable):
     """:func:`thinned.functional.r_drop_loss` as a module, for the logits of two passes under dropout.
 
     Two calls of a model have two masks, so a training step computes ``loss = r_drop(model(x), model(x),

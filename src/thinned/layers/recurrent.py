@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from thinned.keys import Key
 from thinned.layers._arguments import check_input, check_key, check_p, key_for
 from thinned.layers._overrides import module_node
+from thinned.layers._torchscript import Scriptable
 from thinned.layers.dropout import dropout, keep_mask
 from thinned.layers.locked import locked_dropout, pack_as, pad
 from thinned.layers.weights import check_one_key, cudnn_copies, drop_connect
@@ -26,9 +27,10 @@ States = tuple[Tensor, ...]  # h, and c of an LSTM
 Result = tuple[Any, States]  # output, a tensor or a packed sequence, and the last states
 
 
-class _VariationalRNN(nn.RNNBase):
+class _VariationalRNN(Scriptable, nn.RNNBase):
     """The part that an LSTM and a GRU share: the masks, and the loops over layers and time steps."""
 
+    _instead_of_script = "load its state_dict into the layer of torch.nn for evaluation, or use torch.export"
     _states: ClassVar[tuple[str, ...]]  # the names of the states, as in hidden_zoneout_p
     _torch: ClassVar[Callable[..., States]]  # torch.lstm or torch.gru
 

@@ -137,6 +137,8 @@ class WeightDrop(Layer):
     >>> output, (h, c) = lstm(torch.randn(7, 2, 3), key=thinned.Key(7))
     """
 
+    _instead_of_script = "script its .module for evaluation, or use torch.export"
+
     def __init__(self, module: nn.Module, weights: str | Sequence[str], p: float = 0.5) -> None:
         super().__init__(p)
         self.module = module
