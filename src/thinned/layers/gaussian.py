@@ -337,8 +337,8 @@ def at_most(x: Tensor, bound: float) -> Tensor:
     """``min(x, bound)``, with the gradient of :class:`_AtMost`."""
     if has_torch_function_unary(x) and not compiling():
         return overridden(at_most, locals())
-    apply = (_ReverseMode if compiling() else _BothModes).apply
-    return apply(x, bound)  # type: ignore[no-any-return]
+    function = _ReverseMode if compiling() else _BothModes
+    return function.apply(x, bound)  # type: ignore[no-any-return]
 
 
 # -KL = log(alpha) / 2 - E log|e| + this constant, for e ~ N(1, alpha). It makes KL vanish as alpha grows.

@@ -205,7 +205,7 @@ class Names:
             )
         if called is float and len(args) == 1 and (number := as_float(value(args[0]))) is not None:
             return number
-        function = next((function for function in PLAIN_FUNCTIONS if function is called), None)
+        function: Any = next((function for function in PLAIN_FUNCTIONS if function is called), None)
         if function is not None and not keywords:
             return function(*(_plain(value(each)) for each in args))
         return self._returned(call, called, training)
