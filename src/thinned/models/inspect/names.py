@@ -187,9 +187,8 @@ class Names:
         if called is getattr:
             return getattr(_no_tensor(value(args[0])), *map(value, args[1:]))
         if called is partial:
-            return partial(
-                *map(self.value, args), **{name or "": self.value(v) for name, v in keywords.items()}
-            )
+            held, *bound = map(self.value, args)
+            return partial(held, *bound, **{name or "": self.value(v) for name, v in keywords.items()})
         function = next((function for function in PLAIN_FUNCTIONS if function is called), None)
         if function is not None and not keywords:
             return function(*(_plain(value(each)) for each in args))
