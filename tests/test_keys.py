@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import thinned
 from thinned import Key, spec
@@ -139,3 +145,161 @@ def test_fold_of_an_integer_under_vmap() -> None:
     bits = torch.tensor([7, -8, 2**62])
     mapped = torch.func.vmap(lambda each: Key.from_bits(each).fold(3).fold("name").bits)(bits)
     assert mapped.equal(Key.from_bits(bits).fold(3).fold("name").bits)
+
+
+def saved(what: object, **options: Any) -> Any:
+    """``what`` after torch.save and torch.load."""
+    file = io.BytesIO()
+    torch.save(what, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True, **options)
+
+
+class WithKey(nn.Module):
+    key = Key(0)
+
+    def get_extra_state(self) -> Key:
+        return self.key
+
+    def set_extra_state(self, state: Key) -> None:
+        self.key = state
+
+
+@pytest.mark.parametrize("key", [Key(2**64 - 1), BATCH, BATCH.fold("name"), Key(7).to("meta")], ids=repr)
+def test_weights_only_loads_a_key(key: Key) -> None:
+    def same(loaded: Key) -> bool:
+        return repr(loaded) == repr(key) if key.bits.is_meta else loaded == key
+
+    assert same(saved(key))
+    assert same(saved({"step": 3, "keys": [key]}, map_location="cpu")["keys"][0])
+    module = WithKey()
+    module.key = key
+    module.load_state_dict(saved(module.state_dict()))
+    assert same(module.key)
+
+
+def test_pickles_of_earlier_versions_load() -> None:
+    """A batch of keys was the bound method ``Key.from_bits`` and its bits."""
+
+    class Former:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Key.from_bits, (BATCH.bits,)
+
+    assert pickle.loads(pickle.dumps(Former())) == BATCH
+
+
+@contextmanager
+def meta_by_default() -> Iterator[None]:
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    "default", [lambda: torch.device("meta"), meta_by_default], ids=["with", "set_default"]
+)
+def test_the_default_device_does_not_matter(default: Callable[[], Any]) -> None:
+    ids = torch.arange(3)
+    model = nn.Sequential(thinned.Dropout(0.5))
+    with default():
+        keys = [Key(7), Key(7).fold(2**70), Key(7).fold("name"), Key(7).fold(ids)]
+        keys.append(pickle.loads(pickle.dumps(keys[0])))
+        mask = thinned.keep_mask(Key(7), (40,), 0.5)
+        address = thinned.address(model, seed=7, step=1, samples=[0, 1, 2])
+        masks = address.mask_of("0", (3, 40)), address.mask_of("0", (3, 40), 0.5)
+        assert repr(keys[0]) == "Key(7)"
+        assert keys[3] == Key(7).fold(ids)
+    assert keys == [Key(7), Key(7).fold(2**70), Key(7).fold("name"), Key(7).fold(ids), Key(7)]
+    assert mask.equal(thinned.keep_mask(Key(7), (40,), 0.5))
+    assert masks[0].equal(masks[1])
+    assert masks[1].equal(thinned.address(model, seed=7, step=1, samples=ids).mask_of("0", (3, 40), 0.5))
+
+
+def test_bits_go_to_meta_when_asked() -> None:
+    key = Key(7).to("meta")
+    assert key.fold(3).bits.is_meta
+    assert repr(key).startswith("Key.from_bits(tensor(..., device='meta'")
+    assert thinned.keep_mask(Key(7), (3, 4), 0.5, device="meta").is_meta
+    assert copy.deepcopy(key).bits.is_meta
+    with FakeTensorMode():
+        assert repr(Key(7)).startswith("Key.from_bits(FakeTensor(")
+        assert thinned.functional.dropout(torch.ones(3, 4), 0.5, key=Key(7).fold(3)).shape == (3, 4)
+
+
+def batch_of_four() -> Key:
+    return Key(7).fold(torch.arange(4))
+
+
+MADE = {
+    "seed": lambda: Key(7),
+    "batch": batch_of_four,
+    "bits": lambda: Key.from_bits(torch.arange(4)),
+    "folded": lambda: batch_of_four().fold(3).fold("name"),
+    "copied": lambda: copy.deepcopy(batch_of_four()),
+    "pickled": lambda: pickle.loads(pickle.dumps(batch_of_four())),
+    "loaded": lambda: saved(Key(7)),
+    "compiled": lambda: torch.compile(batch_of_four, backend="aot_eager")(),
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_a_key_of_inference_mode_serves_autograd(make: Callable[[], Key]) -> None:
+    """Eager code saves a batch of keys for backward, GaussianDropout any key."""
+    with torch.inference_mode():
+        key = make()
+    expected = make()
+    assert key == expected
+    for drop in (thinned.functional.dropout, thinned.functional.gaussian_dropout):
+        x = torch.ones(4, 50, requires_grad=True)
+        y = drop(x, 0.5, key=key)
+        y.sum().backward()
+        assert x.grad is not None
+        assert x.grad.equal(drop(torch.ones(4, 50), 0.5, key=expected))
+
+
+def test_an_address_of_inference_mode_serves_training() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), thinned.Dropout(0.5))
+    with torch.inference_mode():
+        address = thinned.address(model, seed=7, step=1, samples=range(4))
+        mask = address.mask_of("1", (4, 8))
+        with address:
+            model(torch.ones(4, 8))
+    with address:
+        y = model(torch.ones(4, 8))
+    y.sum().backward()
+    assert mask.equal(y != 0)
+
+
+def escaped(run: Callable[[Callable[[Tensor], Tensor], Tensor], Any]) -> tuple[Key, Key]:
+    """Keys that a function makes while ``run`` calls it."""
+    made: list[Key] = []
+
+    def function(x: Tensor) -> Tensor:
+        made[:] = Key(7).fold(3), Key(7).fold(torch.arange(4))
+        return thinned.functional.dropout(x, 0.5, key=made[1]).sum()
+
+    run(function, torch.ones(4, 8))
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda f, x: torch.func.grad(f)(x),
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+        lambda f, x: torch.func.vmap(f)(x.expand(3, 4, 8)),
+        lambda f, x: torch.no_grad()(f)(x),
+        lambda f, x: torch.func.hessian(f)(x),
+    ],
+    ids=["grad", "jvp", "vmap", "no_grad", "hessian"],
+)
+def test_keys_made_under_a_transform_outlive_it(run: Callable[..., Any]) -> None:
+    one, batch = escaped(run)
+    assert one == Key(7).fold(3)
+    assert batch == Key(7).fold(torch.arange(4))
+    x = torch.ones(4, 50, requires_grad=True)
+    thinned.functional.dropout(x, 0.5, key=batch).sum().backward()
+    assert x.grad is not None
+    assert x.grad.equal(thinned.functional.dropout(torch.ones(4, 50), 0.5, key=Key(7).fold(torch.arange(4))))

@@ -49,9 +49,18 @@ CALLS: dict[str, tuple[Callable[..., Tensor], list[tuple[Any, ...]], list[tuple[
         [(X, Key(1), step) for step in (-1, -(2**63), -5)],
         [],
     ),
+    "integers beyond 63 bits": (
+        lambda x, key, step: thin(x, key.fold(step).fold(-(2**70))),
+        [(X, Key(1), step) for step in (3, 4, 2**63, 2**64 - 1, 2**70 + 5, -(2**64) + 1)],
+        [(X, Key(1), 7), (X, Key(1), 2**62)],
+    ),
     "strings and chains": (twice, [(X, Key(9), step) for step in range(4)], []),
     "a key made inside": (lambda x: thin(x, Key(2**63 + 5).fold(3)), [(X,)], []),
-    "a seed from outside": (lambda x, seed: thin(x, Key(seed)), [(X, seed) for seed in (3, 4, 5, -6)], []),
+    "a seed from outside": (
+        lambda x, seed: thin(x, Key(seed)),
+        [(X, seed) for seed in (3, 4, 2**64 - 1, 2**63 + 5)],
+        [(X, seed) for seed in (5, -6, 2**62, -(2**63))],
+    ),
     "a key for each row": (
         lambda x, key, ids: thin(x, key.fold(ids)),
         [(X, Key(1), torch.arange(4))],
@@ -71,6 +80,51 @@ def test_calls_are_the_eager_ones(compiled: Compiler, name: str) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         for arguments in then:
             assert fast(*arguments).equal(function(*arguments))
+
+
+def test_seeds_and_samples_of_an_address_in_compiled_code(compiled: Compiler) -> None:
+    model = torch.nn.Sequential(thinned.Dropout(0.5))
+    thinned.address(model, seed=0, step=0)
+
+    def run(x: Tensor, seed: int, step: int, samples: Any) -> Tensor:
+        with thinned.address(model, seed=seed, step=step, samples=samples):
+            return model(x)  # type: ignore[no-any-return]
+
+    fast = compiled(run)
+    for seed, step, samples in (
+        (3, 4, [5, 6, 7, 8]),
+        (2**63 + 5, 2**63, [2**63 + 1, -1, 0, 2**64 - 1]),
+        (-1, 2**64 - 1, torch.arange(4)),
+    ):
+        assert fast(X, seed, step, samples).equal(run(X, seed, step, samples))
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_a_seed_out_of_range_is_refused_in_compiled_code(seed: int) -> None:
+    fast = torch.compile(lambda x, seed: thin(x, Key(seed)), backend="aot_eager")
+    fast(X, 3)
+    with pytest.raises(ValueError, match=f"must be in .*, got {seed}"):
+        fast(X, seed)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_integers_beyond_63_bits(strict: bool) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return thin(x, Key(2**64 - 1).fold(2**63).fold(-1))
+
+    assert torch.export.export(Model(), (X,), strict=strict).module()(X).equal(Model()(X))
+
+
+def test_a_key_of_inference_mode_in_compiled_training(compiled: Compiler) -> None:
+    fast = compiled(thin)
+    with torch.inference_mode():
+        keys = [Key(7), Key(7).fold(torch.arange(4)), Key.from_bits(torch.tensor(7))]
+    for key in keys:
+        x = X.clone().requires_grad_()
+        fast(x, key).sum().backward()
+        assert x.grad is not None
+        assert x.grad.equal(thin(X, key))
 
 
 BITS = [7, -1, 2**63 - 1, -(2**63), 0x3243F6A8885A308D, -0x61C8864680B583EB]

@@ -7,12 +7,13 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import thinned
 from thinned import schedules
@@ -124,14 +125,23 @@ def test_which_modules_take_part() -> None:
             "pooling": named("Pooling", 2.0),
             "linear": nn.Linear(2, 2),
             "attention": nn.MultiheadAttention(4, 2, dropout=0.1),
+            "lstm": nn.LSTM(2, 2, 2, dropout=0.6),
+            "one layer": nn.GRU(2, 2),
+            "ours": thinned.VariationalLSTM(2, 2, input_p=0.4),
         }
     )
     of_torch = {f"torch.{i}" for i in range(len(TORCH))}
     found = set(DropoutSchedule(network, lambda _: 1.0).last_p)
-    assert found == of_torch | {"integer", "path", "stack", "stack.0", "own", "vision"}
+    numbers = {"attention.dropout", "lstm.dropout", "ours.input_p"}
+    assert found == of_torch | numbers | {"integer", "path", "stack", "stack.0", "own", "vision"}
     chosen = DropoutSchedule(network, lambda _: 0.5, include=lambda path, _: path.startswith("torch"))
     assert chosen.last_p == dict.fromkeys(of_torch, 0.25)
     assert network["path"].p == 0.2
+    pooling = DropoutSchedule(network, lambda _: 0.1, include=lambda path, _: path in ("pooling", "lstm"))
+    assert pooling.last_p == pytest.approx({"pooling": 0.2, "lstm.dropout": 0.06})
+    assert network["lstm"].dropout == pytest.approx(0.06)
+    everywhere = DropoutSchedule(network, lambda _: 1.0, attributes=("dropout",)).last_p
+    assert everywhere == pytest.approx({"attention": 0.1, "lstm": 0.06, "ours": 0.0})
     attention = DropoutSchedule(
         network, lambda _: 0.5, include=lambda path, _: path == "attention", attributes=("dropout",)
     )
@@ -193,6 +203,47 @@ def test_pickled_before() -> None:
     pickled = b"cfunctools\npartial\np0\n(cthinned.schedules\n_linear\np1\ntp2\nRp3\n(g1\n(t(dp4\n"
     pickled += b"Vstart\np5\nF1.0\nsVend\np6\nF0.0\nsVsteps\np7\nI4\nsNtp8\nb."
     assert pickle.loads(pickled)(1) == 0.75
+
+
+class Configured(nn.Module):
+    """Two layers that read one config at each call, and a dropout."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Reads(config), Reads(config)])
+        self.drop = nn.Dropout(0.1)
+
+
+class Reads(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.rate = config, 0.4
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(x, self.config.dropout, self.training)
+        return nn.functional.dropout(x, self.rate, self.training)
+
+
+def test_numbers_that_are_no_modules() -> None:
+    """One config of two layers counts once; so does what only the source tells."""
+    config = SimpleNamespace(dropout=0.2, drop_in_constructor=0.3)
+    network = Configured(config)
+    schedule = DropoutSchedule(network, schedules.linear(1.0, 0.0, 2))
+    full = {"layers.0.config.dropout": 0.2, "layers.0.rate": 0.4, "layers.1.rate": 0.4, "drop": 0.1}
+    assert schedule.last_p == full
+    schedule.step()
+    assert (config.dropout, config.drop_in_constructor) == (0.1, 0.3)
+    assert [layer.rate for layer in network.layers] == [0.2, 0.2]  # type: ignore[union-attr]
+    # A state as versions saved it that scheduled modules alone.
+    old = DropoutSchedule(Configured(SimpleNamespace(dropout=0.5)), schedules.linear(1.0, 0.0, 2))
+    old.load_state_dict({"last_step": 1, "initial_p": {"drop": 0.6}})
+    assert old.last_p == {**dict.fromkeys(full, 0.2), "layers.0.config.dropout": 0.25, "drop": 0.3}
+    state = schedule.state_dict()
+    old.load_state_dict(state)
+    assert old.last_p == schedule.last_p
+    del state["initial_p"]["layers.0.rate"]
+    with pytest.raises(RuntimeError, match=re.escape("only one of them has ['layers.0.rate']")):
+        old.load_state_dict(state)
 
 
 def test_state_of_another_model() -> None:

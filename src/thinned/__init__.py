@@ -14,11 +14,12 @@ from thinned.layers import *  # noqa: F403
 from thinned.layers import __all__ as _layers
 from thinned.models import *  # noqa: F403
 from thinned.models import __all__ as _models
+from thinned.schedules import DropoutSchedule
 
 try:
     __version__ = version("thinned")
 except PackageNotFoundError:
     __version__ = "0+uninstalled"
 
-__all__ = ["Key", "backends", "functional", "keep_mask", "schedules", "spec"]
+__all__ = ["DropoutSchedule", "Key", "backends", "functional", "keep_mask", "schedules", "spec"]
 __all__ += [*_layers, *_models]

@@ -1,5 +1,6 @@
 """The layers as functions: each validates, turns ``p`` into a threshold and calls the operation."""
 
+from thinned.layers._torchscript import register
 from thinned.layers.alpha import alpha_dropout, feature_alpha_dropout
 from thinned.layers.attention import drop_head, drop_key
 from thinned.layers.block import drop_block1d, drop_block2d, drop_block3d
@@ -8,6 +9,7 @@ from thinned.layers.concrete import concrete_dropout, concrete_regularization
 from thinned.layers.dropout import dropout, keep_mask
 from thinned.layers.embedding import embedding_dropout
 from thinned.layers.gaussian import gaussian_dropout, variational_dropout, variational_kl
+from thinned.layers.graph import dropout_edge, dropout_node
 from thinned.layers.locked import locked_dropout
 from thinned.layers.multi_sample import multi_sample_dropout
 from thinned.layers.path import drop_path, drop_path_rates, stochastic_depth
@@ -33,6 +35,8 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "dropout_edge",
+    "dropout_node",
     "embedding_dropout",
     "feature_alpha_dropout",
     "gaussian_dropout",
@@ -48,3 +52,5 @@ __all__ = [
     "variational_kl",
     "zoneout",
 ]
+
+register(globals()[name] for name in __all__)

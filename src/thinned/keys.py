@@ -13,20 +13,27 @@ from torch import Tensor
 from thinned import backends
 from thinned.backends import portable
 from thinned.philox import signed64
-from thinned.torch_state import constant_when_compiled, is_eager, is_legacy_batched
+from thinned.torch_state import (
+    compiling,
+    constant_when_compiled,
+    is_eager,
+    is_legacy_batched,
+    unwrap_if_dead,
+)
 
-__all__ = ["Key", "draw", "draw_int"]
+__all__ = ["Key", "draw", "draw_int", "savable"]
 
 
 class Key:
     """A 64-bit key; a mask is a pure function of it and of a position.
 
     Formula: ``key.fold(data)`` is words 0 and 1 of ``philox4x32-10((lo32(data), hi32(data), 0, 1), key)``;
-    a string counts as the first 8 bytes, little-endian, of its BLAKE2b digest.
+    a string counts as the first 8 bytes, little-endian, of its BLAKE2b-512 digest.
 
     The bits are an int64 tensor and not a Python number, so that code under :func:`torch.compile` takes
-    another key without a recompile. Folding in a tensor of ids gives a batch of keys, one for each row of
-    dimension 0 of the tensor they are used on.
+    another key without a recompile. They are on the CPU, whatever the default device, until :meth:`to` moves
+    them. Folding in a tensor of ids gives a batch of keys, one for each row of dimension 0 of the tensor they
+    are used on. ``torch.load(weights_only=True)`` loads keys.
 
     Args:
         seed: an integer in ``-2**63 .. 2**64-1``, negative ones standing for ``2**64 + seed`` as in
@@ -53,22 +60,19 @@ class Key:
     bits: Tensor
 
     def __init__(self, seed: int) -> None:
-        if isinstance(seed, torch.SymInt):
-            self.bits = torch.full((), seed, dtype=torch.int64)
-            return
         try:
-            number = operator.index(seed)
+            number = seed if isinstance(seed, int | torch.SymInt) else operator.index(seed)
         except TypeError:
             raise TypeError(
                 f"a key's seed must be an integer, got {seed!r} of type {type(seed).__name__}"
             ) from None
-        if not -(2**63) <= number < 2**64:
+        if isinstance(number, int) and not -(2**63) <= number < 2**64:
             raise ValueError(f"a key's seed must be in -2**63 .. 2**64-1, got {number}")
-        self.bits = torch.tensor(signed64(number), dtype=torch.int64)
+        self.bits = savable(torch.full((), _int64(number), dtype=torch.int64, device="cpu"))
 
     @classmethod
     def from_bits(cls, bits: Tensor) -> Key:
-        """A key, or a batch of keys, from its int64 bits (which are not copied).
+        """A key, or a batch of keys, from its int64 bits (which are not copied, except from inference mode).
 
         >>> Key.from_bits(torch.tensor(7))
         Key(7)
@@ -77,7 +81,7 @@ class Key:
             got = f"{bits.dtype}" if isinstance(bits, Tensor) else f"{bits!r} of type {type(bits).__name__}"
             raise TypeError(f"a key's bits must be an int64 tensor, got {got}")
         key = cls.__new__(cls)
-        key.bits = bits
+        key.bits = savable(bits)
         return key
 
     @property
@@ -101,11 +105,10 @@ class Key:
             if data.dtype != torch.int64:
                 raise TypeError(f"ids to fold into a key must be int64, got {data.dtype}")
         elif isinstance(data, (int, torch.SymInt)) or hasattr(data, "__index__"):
-            if not torch.compiler.is_compiling():
-                data = signed64(operator.index(data))
-                if self.bits.is_cpu and not self.bits.dim() and is_eager(self.bits):
-                    return Key.from_bits(backends.for_device_type("cpu").fold(self.bits, data))
-            data = torch.full((), data, dtype=torch.int64, device=self.bits.device)
+            number = _int64(data)
+            if is_eager(self.bits) and self.bits.is_cpu and not self.bits.dim():
+                return Key.from_bits(backends.for_device_type("cpu").fold(self.bits, number))
+            data = torch.full((), number, dtype=torch.int64, device=self.bits.device)
         else:
             raise TypeError(
                 "a key folds an integer, a string or an int64 tensor, "
@@ -130,12 +133,52 @@ class Key:
         return hash(("thinned.Key", tuple(self.bits.flatten().tolist())))
 
     def __repr__(self) -> str:
+        if not self.shape:
+            try:
+                return f"Key({int(self)})"
+            except RuntimeError:  # the bits have no value: a meta or fake tensor, or one under vmap
+                pass
+        return f"Key.from_bits({self.bits!r})"
+
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        """A node that makes this key, for torch.fx, in whose graphs a key as such cannot be an argument."""
         if self.shape:
-            return f"Key.from_bits({self.bits!r})"
-        return f"Key({int(self)})"
+            return tracer.create_node("call_function", _from_bits, (tracer.create_arg(self.bits),), {})
+        return tracer.create_node("call_function", Key, (int(self),), {})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Key, (int(self),)) if not self.shape else (Key.from_bits, (self.bits,))
+        if self.shape or self.bits.is_meta:
+            return Key, (0,), self.bits  # not from_bits: torch.load(weights_only=True) calls no methods
+        return Key, (int(self),)
+
+    def __setstate__(self, bits: Tensor) -> None:
+        self.bits = savable(bits)
+
+
+torch.serialization.add_safe_globals([Key])
+
+
+def _int64(number: Any) -> Any:
+    """The int64 with the 64 lowest bits of an integer, which stays symbolic in compiled code if it fits."""
+    if isinstance(number, torch.SymInt) or (isinstance(number, int) and -(2**63) <= number < 2**63):
+        return number
+    return signed64(operator.index(number))  # a constant for Dynamo: symbolic integers have 64 bits, too
+
+
+def savable(bits: Tensor) -> Tensor:
+    """The bits in a tensor that autograd can save, without the inference mode or transform that made them."""
+    if compiling():
+        return bits
+    while (inner := unwrap_if_dead(bits)) is not bits:
+        bits = inner
+    if not bits.is_inference():
+        return bits
+    with torch.inference_mode(False):
+        return bits.clone()
+
+
+def _from_bits(bits: Tensor) -> Key:
+    return Key.from_bits(bits)  # torch.fx writes the name of a function into code, but none of a method
 
 
 # For a compiler a fold is one node instead of the 150 nodes of a philox4x32 with 10 rounds.

@@ -1,4 +1,4 @@
-"""DropoutSchedule, and schedules for it: functions from the training step to a factor of each module's ``p``.
+"""DropoutSchedule, and schedules for it: functions from the training step to a factor of each probability.
 
 The schedules made here can be pickled.
 """
@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from thinned.models.sites import Rate, is_dropout, is_number, rates_of
+
 __all__ = ["DropoutSchedule", "Schedule", "cosine", "curriculum", "early", "late", "linear", "v_shape"]
 
 Schedule = Callable[[int], float]
@@ -20,7 +22,12 @@ Schedule = Callable[[int], float]
 class DropoutSchedule:
     r"""Changes the drop probabilities of a model over training: multiplies each by a factor of the step.
 
-    .. math:: p_{module}(t) = p_{module}(0) \cdot \text{schedule}(t)
+    .. math:: p_{site}(t) = p_{site}(0) \cdot \text{schedule}(t)
+
+    It schedules the probabilities of dropout modules and the other numbers that the model drops with:
+    ``nn.MultiheadAttention.dropout``, that of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, attributes such as
+    ``attention_dropout`` and ``layerdrop`` of transformers' models, and those of their config that are read
+    at each call. A config is one object for all models that were built from it, and is saved with a model.
 
     Use it like :class:`torch.optim.lr_scheduler.LambdaLR`: build it from the model while each ``p`` has its
     full value, then call :meth:`step` after each training step. The constructor sets step 0. A schedule is
@@ -33,10 +40,11 @@ class DropoutSchedule:
     Args:
         model: the model with the dropouts. A module under two paths counts once.
         schedule: a function from the step to the factor.
-        include: decides from a module's path and the module whether to schedule it. Default: modules whose
-            class is a dropout of torch.nn or thinned, has "drop" in its name, or is called "StochasticDepth",
-            as in torchvision.
-        attributes: names of the probability; the first that a module has as a number is set.
+        include: decides from a module's path and the module whether to schedule it. A module that it chooses
+            needs no known number: one that is called "p" or "drop_prob" will do. Default: every module that
+            drops.
+        attributes: schedule these attributes only: the first that a module has as a number. A key of
+            ``last_p`` is then the path alone.
 
     Attributes:
         last_step: the step whose probabilities are set.
@@ -61,26 +69,36 @@ class DropoutSchedule:
         schedule: Schedule,
         *,
         include: Callable[[str, nn.Module], bool] | None = None,
-        attributes: Sequence[str] = ("p", "drop_prob"),
+        attributes: Sequence[str] | None = None,
     ) -> None:
         self.schedule = schedule
-        self._scheduled: dict[str, tuple[nn.Module, str]] = {}
+        chosen = (lambda *_: True) if include is None else include
+        names = ("p", "drop_prob") if attributes is None else attributes
+        rates = [rate for rate in rates_of(model) if rate.value or not rate.stays_off]
+        self._scheduled: dict[str, Rate] = {}
+        if attributes is None:
+            chosen_rates = (rate for rate in rates if any(chosen(path, rate.module) for path in rate.paths))
+            self._scheduled = {rate.key: rate for rate in chosen_rates}
+            taken = {id(rate.owner) for rate in rates}
+            candidates = {id(module) for module in model.modules()} - taken if include else set()
+        else:
+            candidates = {id(rate.owner) for rate in rates if rate.name in names}
+            candidates |= {id(module) for module in model.modules() if include or is_dropout(module)}
         for path, module in model.named_modules():
-            if _is_dropout(module) if include is None else include(path, module):
-                name = next((name for name in attributes if _is_number(getattr(module, name, None))), None)
-                if name is not None:
-                    self._scheduled[path] = module, name
+            name = next((name for name in names if is_number(getattr(module, name, None))), None)
+            if name is not None and id(module) in candidates and chosen(path, module):
+                self._scheduled[path] = Rate(module, (path,), module, name, path)
         if not self._scheduled:
             raise ValueError(
                 f"found nothing to schedule in {type(model).__name__}: no module that takes part has a "
-                f"number called {' or '.join(attributes)}"
+                f"number called {' or '.join(names)}" + ", or another to drop with" * (attributes is None)
             )
         self._set(0, self.last_p)
 
     @property
     def last_p(self) -> dict[str, float]:
-        """The current probability of each module, by path."""
-        return {path: getattr(module, name) for path, (module, name) in self._scheduled.items()}
+        """The current probabilities: by the path of a dropout module, or by path and attribute."""
+        return {key: rate.value for key, rate in self._scheduled.items()}
 
     def step(self) -> None:
         """Set the probabilities of the next step.
@@ -91,17 +109,23 @@ class DropoutSchedule:
         self._set(self.last_step + 1, self.initial_p)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step and the full probabilities by module path, without the schedule."""
+        """The step and the full probabilities by the keys of ``last_p``, without the schedule."""
         return {"last_step": self.last_step, "initial_p": dict(self.initial_p)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume at the saved step, and set its probabilities.
+
+        A state may have the probabilities of dropout modules alone, as earlier versions saved it: the other
+        numbers then start from what they were when this schedule was made.
 
         Raises:
             RuntimeError: the state is of a model with other dropouts.
             ValueError: the schedule gives a probability outside [0, 1]; nothing has changed.
         """
         initial_p = state_dict["initial_p"]
+        others = {key: self.initial_p[key] for key, rate in self._scheduled.items() if not rate.of_module}
+        if others.keys().isdisjoint(initial_p):
+            initial_p = {**others, **initial_p}
         if differ := sorted(initial_p.keys() ^ self.initial_p.keys()):
             raise RuntimeError(f"the state is of a model with other dropouts; only one of them has {differ}")
         self._set(state_dict["last_step"], dict(initial_p))
@@ -115,22 +139,9 @@ class DropoutSchedule:
                     f"dropout probability has to be between 0 and 1, but the factor {factor} of step {step} "
                     f"makes {initial_p[path]} of {path or 'the model'} {value}"
                 )
-        for path, (module, name) in self._scheduled.items():
-            setattr(module, name, p[path])
+        for key, rate in self._scheduled.items():
+            rate.value = p[key]
         self.initial_p, self.last_step = initial_p, step
-
-
-_TORCH = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-
-def _is_dropout(module: nn.Module) -> bool:
-    name = type(module).__name__.lower()
-    ours = type(module).__module__.startswith("thinned.layers.")
-    return ours or isinstance(module, _TORCH) or "drop" in name or name == "stochasticdepth"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:

@@ -61,7 +61,7 @@ def fold(key: int, data: int | str) -> int:
     Args:
         key: 0 .. 2**64-1.
         data: an integer, taken modulo 2**64, or a string, which counts as the first 8 bytes, little-endian,
-            of its BLAKE2b digest (UTF-8).
+            of its BLAKE2b-512 digest (UTF-8).
 
     >>> hex(fold(0, 0)), hex(fold(0, "encoder.dropout"))
     ('0x1348e23f2dce73e5', '0x817a8ad0d979fcfd')

@@ -14,8 +14,10 @@ tested
 ====================================  =======  =========================================================
 name in here                          missing  used for
 ====================================  =======  =========================================================
-transforming, is_traced, is_eager     needed   the code path of each call
+transforming, tracing                 needed   the code path of each call
+is_traced, is_eager                   needed   the code path of each call
 is_legacy_batched, is_batched         needed   tensors of both vmaps
+unwrap_if_dead                        needed   tensors that outlive a transform
 functionalizing, vmaps                needed   the active transforms
 without_transforms, below_autograd    needed   a random draw under a transform; the registered operation
 SingleLevelFunction                   needed   autograd, 1.4 us faster than ``Function.apply``
@@ -32,18 +34,22 @@ add_batch_dim                         guarded  keys under ``torch.vmap(randomnes
 modes_of_thread, pop_mode, push_mode  guarded  ``thinned.intercept`` beside other function modes
 mha_shape_check ... safe_softmax      guarded  ``thinned.intercept`` of attention
 ragged_dim, seqlens                   guarded  jagged tensors
+cached_parametrizations               guarded  ``thinned.WeightDrop`` of a parametrized weight
 checkpoint_generator                  guarded  ``thinned.address`` and ``thinned.intercept``
 function_of                           tested   ``thinned.address`` in a reentrant checkpoint
 constant_when_compiled                tested   functions that Dynamo calls while it traces
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
+traces_symbolically                   tested   LayerDrop in a symbolic trace of torch.fx
 let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
 traced_lines                          tested   draws of random numbers that ``thinned.intercept`` compiles
+SeenByTracer, ScriptedForward         tested   ``torch.jit.trace`` and ``torch.jit.script`` of layers
 WRAPPERS, REPRESENTATION              tested   wrappers in module paths; methods that only print
 ====================================  =======  =========================================================
 """
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import sys
 from collections.abc import Callable
@@ -55,7 +61,9 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.jit import frontend
 from torch.nn import Parameter
+from torch.nn.utils import parametrize
 
 SUPPORTED = "PyTorch 2.11 to 2.15"  # the oldest and the newest that are tested
 MISSING: list[str] = []
@@ -85,7 +93,12 @@ def _guarded(feature: str, holder: Any, name: str) -> Any:
 # Needed. Functions that every call uses are bound to names of this module: torch._C.name costs 20 ns more.
 compiling = torch.compiler.is_dynamo_compiling  # public
 try:
-    from torch._C._functorch import TransformType, is_batchedtensor, is_legacy_batchedtensor
+    from torch._C._functorch import (
+        TransformType,
+        is_batchedtensor,
+        is_legacy_batchedtensor,
+    )
+    from torch._C._functorch import unwrap_if_dead as unwrap_if_dead
     from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch.autograd.function import _SingleLevelFunction
@@ -103,7 +116,7 @@ try:
     _made_plainly = torch._C._autograd.CreationMeta.DEFAULT
     _modes = torch._C._len_torch_dispatch_stack
     _is_wrapped = torch._C._dispatch_isTensorSubclassLike
-    _tracing = torch._C._is_tracing
+    tracing = torch._C._is_tracing
     MODULE_CALL = nn.Module._call_impl.__code__  # the code object of a frame that calls a module's forward
     # From 2.13 on; PyTorch 2.11 has no budgets of regions.
     _budget_of_region: Callable[[Any], Any]
@@ -143,7 +156,7 @@ def is_traced(x: Tensor) -> bool:
         or x.is_meta
         or x._is_zerotensor()
         or _modes()
-        or _tracing()
+        or tracing()
     )
 
 
@@ -154,7 +167,7 @@ def is_eager(x: Tensor) -> bool:
         or type(x) not in _PLAIN
         or transforming()
         or _modes()
-        or _tracing()
+        or tracing()
         or forward_ad._current_level >= 0
     ):
         return False
@@ -289,6 +302,12 @@ def let_compiled_checkpoints_count(allowed: bool) -> bool | None:
     return before
 
 
+def traces_symbolically() -> bool:
+    """Whether ``torch.fx.symbolic_trace`` or another tracer calls a module with proxies for tensors."""
+    # make_fx and torch.export set the flag too, and trace tensors by a mode.
+    return getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False) and not _modes()
+
+
 # Backward passes and recomputation.
 
 
@@ -390,9 +409,71 @@ def load_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
     return module._load_state_dict_pre_hooks
 
 
+def cached_parametrizations() -> dict[Any, Any]:
+    """The weights that ``parametrize.cached()`` holds, by module and name; empty outside of it."""
+    try:
+        cache: dict[Any, Any] = parametrize._cache
+    except AttributeError as error:
+        raise RuntimeError(_lacks("WeightDrop of a parametrized weight", error)) from error
+    return cache
+
+
 def is_replica(module: nn.Module) -> bool:
     """Whether :class:`torch.nn.DataParallel` made ``module`` for one of its threads."""
     return getattr(module, "_is_replica", False)
+
+
+# TorchScript.
+
+
+class SeenByTracer(nn.Module):
+    """A module whose calls under :func:`torch.jit.trace` go to ``_traced_forward()``, unless that is None."""
+
+    def _traced_forward(self) -> Callable[..., Any] | None:
+        """A function of the module and the inputs."""
+        raise NotImplementedError
+
+    def _slow_forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        forward = None if kwargs else self._traced_forward()
+        if forward is not None:
+            return forward(self, *inputs)
+        return super()._slow_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
+
+
+class EagerForward:
+    """Takes itself off its module, where it hides ``forward``, and calls that."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        vars(self.module).pop("forward", None)
+        return self.module.forward(*args, **kwargs)
+
+
+_Stub: Any = getattr(sys.modules.get("torch.jit._recursive"), "ScriptMethodStub", None)
+
+
+class ScriptedForward(*([] if _Stub is None else [_Stub])):  # type: ignore[misc]
+    """The ``forward`` that :func:`torch.jit.script` compiles for a module that has this attribute.
+
+    Without TorchScript's private class it compiles the module's own, and says what it cannot.
+    """
+
+    module: nn.Module
+    __call__ = EagerForward.__call__
+
+    @classmethod
+    def of(cls, module: nn.Module, forward: Callable[..., Any]) -> ScriptedForward:
+        """From a function in TorchScript's language, whose first argument is the module."""
+        definition = frontend.get_jit_def(forward, "forward", self_name="RecursiveScriptModule")
+        names = {**vars(builtins), **forward.__globals__}
+        stub = cls(names.get, definition, forward)
+        stub.module = module
+        return stub
+
+    def __reduce__(self) -> tuple[type[EagerForward], tuple[nn.Module]]:
+        return EagerForward, (self.module,)
 
 
 # Jagged tensors.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -34,13 +35,25 @@ def constants(p: float) -> tuple[float, float, float]:
     return a, a * 1.7580993408473766 * (1 - q), -a * 1.7580993408473766 * q
 
 
-@pytest.mark.parametrize("dims", [(), (2, 3)], ids=["alpha_dropout", "feature_alpha_dropout"])
+@pytest.mark.parametrize(
+    ("function", "dims"),
+    [
+        (alpha_dropout, ()),
+        (partial(alpha_dropout, broadcast_dims=(1, -1)), (1, 3)),
+        (partial(alpha_dropout, broadcast_dims=range(2, 4)), (2, 3)),
+        (feature_alpha_dropout, (2, 3)),
+    ],
+    ids=["alpha_dropout", "broadcast_dims", "broadcast_dims of channels", "feature_alpha_dropout"],
+)
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9])
 def test_every_backend_is_the_formula(
-    backend: BackendUnderTest, dims: tuple[int, ...], dtype: torch.dtype, p: float
+    backend: BackendUnderTest,
+    function: Callable[..., Tensor],
+    dims: tuple[int, ...],
+    dtype: torch.dtype,
+    p: float,
 ) -> None:
-    function = feature_alpha_dropout if dims else alpha_dropout
     T = thinned.spec.threshold(p)
     x = oracle.specials((6, 10, 4, 3), dtype)
     expected = oracle.masked_affine(x, KEY.bits, shared(x.shape, dims), T, *constants(p))

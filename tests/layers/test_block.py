@@ -28,6 +28,7 @@ from thinned.layers.block import (
     drop_block2d,
     drop_block3d,
 )
+from thinned.op.noise import normal, opmath
 from verdicts import breaks
 
 KEY = Key(7)
@@ -73,16 +74,138 @@ def brute_force(key: int, masks: tuple[int, ...], sizes: tuple[int, ...], block:
     return keep
 
 
-@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize(
+    ("shares", "masks"),
+    [({}, (3, 4)), ({"couple_channels": True}, (3, 1)), ({"batchwise": True}, (1, 4))],
+    ids=str,
+)
 @pytest.mark.parametrize(("sizes", "block"), MAPS)
 def test_every_backend_drops_the_blocks_of_the_specification(
-    backend: BackendUnderTest, sizes: tuple[int, ...], block: Any, coupled: bool
+    backend: BackendUnderTest,
+    sizes: tuple[int, ...],
+    block: Any,
+    shares: dict[str, bool],
+    masks: tuple[int, ...],
 ) -> None:
     x = torch.randn(3, 4, *sizes, device=backend.device)
-    y = FUNCTIONS[len(sizes)](x, 0.4, block, couple_channels=coupled, key=KEY).cpu()
-    keep = brute_force(7, (3, 1 if coupled else 4), sizes, block, 0.4).expand(x.shape)
+    y = FUNCTIONS[len(sizes)](x, 0.4, block, **shares, key=KEY).cpu()
+    keep = brute_force(7, masks, sizes, block, 0.4).expand(x.shape)
     _, _, kept_share = solved(sizes, block, 0.4)
     oracle.assert_same(y, torch.where(keep, x.cpu() * (1 / kept_share), 0))
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"scale_by_keep": False},
+    {"scale_by_keep": False, "scale": "counted", "batchwise": True},
+    {"with_noise": True},
+    {"with_noise": True, "couple_channels": True, "batchwise": True},
+    {"with_noise": True, "gamma_scale": 0.5},
+    {"gamma_scale": 0.25},
+    {"gamma_scale": 4.0},
+]
+
+
+def formula(x: Tensor, keys: Key, p: float, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The options of timm, and their derivative, in plain torch for the mask of ``p * gamma_scale``."""
+    p = min(1.0, p * options.get("gamma_scale", 1.0))
+    noisy = options.get("with_noise", False)
+    samples = 1 if options.get("batchwise") and not keys.shape else len(x)
+    masks = (samples, 1 if options.get("couple_channels") else x.shape[1])
+    if keys.shape:
+        each = [brute_force(int(Key.from_bits(bits)), (1, masks[1]), x.shape[2:], 3, p) for bits in keys.bits]
+        keep = torch.cat(each)
+    else:
+        keep = brute_force(int(keys), masks, x.shape[2:], 3, p)
+    _, _, kept_share = solved(tuple(x.shape[2:]), 3, p)
+    scaled = not noisy and options.get("scale_by_keep", True)
+    scale = (1 / kept_share if kept_share else 0.0) if scaled else 1.0
+    noise = normal(keys.fold("noise"), keep.shape, dtype=opmath(x.dtype)) if noisy else torch.zeros(())
+    slope = (keep * scale).expand(x.shape)
+    return torch.where(keep, x * scale, noise.to(x.dtype)), slope.to(x.dtype)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_backend_has_the_options_of_timm(
+    backend: BackendUnderTest, options: dict[str, Any], batch: bool, inplace: bool
+) -> None:
+    keys = KEY.fold(torch.arange(3)) if batch else KEY
+    x = oracle.specials((3, 4, 6, 7), torch.float32)
+    expected, slope = formula(x, keys, 0.4, options)
+    leaf = x.to(backend.device).requires_grad_()
+    given, key = leaf.clone(), keys.to(backend.device)
+    y = DropBlock2d(0.4, 3, inplace, **options)(given, key=key)
+    assert (y is given) is inplace
+    oracle.assert_same(y.detach().cpu(), expected)
+    upstream = torch.linspace(1, 2, x.numel(), device=backend.device).view(x.shape)
+    (grad,) = torch.autograd.grad(y, leaf, upstream)
+    oracle.assert_same(grad.cpu(), upstream.cpu() * slope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_noise_has_the_dtype_and_the_layout_of_the_input(
+    dtype: torch.dtype, layout: str, coupled: bool
+) -> None:
+    x = LAYOUTS[layout](torch.randn(3, 4, 6, 7, dtype=dtype))
+    y = drop_block2d(x, 0.4, 3, with_noise=True, couple_channels=coupled, key=KEY)
+    assert y.stride() == x.stride()
+    oracle.assert_same(y, formula(x, KEY, 0.4, {"with_noise": True, "couple_channels": coupled})[0])
+
+
+def test_noise_is_standard_normal_and_that_of_its_own_key() -> None:
+    y = drop_block2d(torch.zeros(40, 50, 9, 9), 1.0, 3, with_noise=True, key=KEY)
+    assert stats.kstest(y.double().flatten().numpy(), "norm").pvalue > chance.FALSE_ALARM
+    assert not y.equal(normal(KEY, y.shape))  # the mask's numbers
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_compiled_and_transformed_options(options: dict[str, Any]) -> None:
+    layer = DropBlock2d(0.4, 3, **options)
+    x = torch.randn(2, 3, 4, 6, 7)
+
+    def call(x: Tensor, bits: Tensor) -> Tensor:
+        return layer(x, key=Key.from_bits(bits))
+
+    def slope(x: Tensor, bits: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: call(x, bits).sum())(x)
+
+    bits = KEY.fold(torch.arange(2)).bits
+    expected = [call(x[i], bits[i]) for i in range(2)]
+    slopes = [formula(x[i], Key.from_bits(bits[i]), 0.4, options)[1] for i in range(2)]
+    oracle.assert_same(torch.func.vmap(call)(x, bits), torch.stack(expected))
+    oracle.assert_same(torch.func.vmap(slope)(x, bits), torch.stack(slopes))
+    for i in range(2):
+        leaf = x[i].clone().requires_grad_()
+        y = torch.compile(call, fullgraph=True, backend="aot_eager")(leaf, bits[i])
+        oracle.assert_same(y.detach(), expected[i])
+        oracle.assert_same(torch.autograd.grad(y.sum(), leaf)[0], slopes[i])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("options", [{}, *OPTIONS], ids=str)
+def test_an_exported_layer_has_gradients(options: dict[str, Any], strict: bool) -> None:
+    layer, x = DropBlock2d(0.4, 3, **options), torch.randn(3, 4, 6, 7, requires_grad=True)
+    exported = torch.export.export(layer, (x.detach(),), strict=strict).module()
+    results = []
+    for call in (exported, layer):
+        torch.manual_seed(3)
+        y = call(x)
+        results += [y.detach(), *torch.autograd.grad(y.sum(), x)]
+    for mine, expected in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_a_layer_pickled_without_the_options_of_timm_runs() -> None:
+    layer = DropBlock2d(0.4, 3)
+    x = torch.randn(2, 3, 6, 7)
+    y = layer(x, key=KEY)
+    for name in ("batchwise", "scale_by_keep", "with_noise", "gamma_scale"):
+        del vars(layer)[name]
+    oracle.assert_same(layer(x, key=KEY), y)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 1.0])
@@ -253,8 +376,30 @@ def test_another_batch_and_other_channels_take_no_other_graph() -> None:
 
 
 def test_text() -> None:
-    text = "DropBlock2d(p=0.4, block_size=(2, 3), inplace=False, couple_channels=True, scale='counted')"
-    assert repr(DropBlock2d(0.4, (2, 3), couple_channels=True, scale="counted")) == text
+    text = (
+        "DropBlock2d(p=0.4, block_size=(2, 3), inplace=False, couple_channels=True, scale='counted', "
+        "batchwise=False, scale_by_keep=True, with_noise=False, gamma_scale=0.5)"
+    )
+    layer = DropBlock2d(
+        drop_prob=0.4, block_size=(2, 3), couple_channels=True, scale="counted", gamma_scale=0.5
+    )
+    assert repr(layer) == text
+
+
+def test_defaults_are_the_papers() -> None:
+    assert (DropBlock2d().p, DropBlock2d().block_size) == (0.1, 7)
+
+
+def test_two_names_for_one_argument() -> None:
+    with pytest.raises(TypeError, match=re.escape("DropBlock1d() got p=0.2 and drop_prob=0.3")):
+        DropBlock1d(0.2, 3, drop_prob=0.3)
+
+
+def test_noise_is_real() -> None:
+    x = torch.ones(2, 3, 5, 6, dtype=torch.complex64)
+    assert drop_block2d(x, 0.5, 3, with_noise=True, training=False) is x
+    with pytest.raises(NotImplementedError, match=re.escape("torch.complex64 of shape (2, 3, 5, 6)")):
+        drop_block2d(x, 0.5, 3, with_noise=True)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +412,10 @@ def test_text() -> None:
         ({"block_size": (2, 2.5)}, TypeError, "an integer or 2 of them, got (2, 2.5)"),
         ({"block_size": "7"}, TypeError, "an integer or 2 of them, got '7'"),
         ({"scale": "mean"}, ValueError, "'expected' or 'counted', but got 'mean'"),
+        ({"inplace": 0.25}, TypeError, "gamma_scale, is passed by name here: gamma_scale=0.25"),
+        ({"gamma_scale": -1.0}, ValueError, "at least 0 and finite, but got -1.0"),
+        ({"gamma_scale": math.nan}, ValueError, "at least 0 and finite, but got nan"),
+        ({"p": 4.0, "gamma_scale": 0.1}, ValueError, "between 0 and 1, but got 4.0"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

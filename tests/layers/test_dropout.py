@@ -42,11 +42,10 @@ def test_p_is_taken_at_its_own_precision() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("training", [True, False])
-def test_other_dtypes(dtype: torch.dtype, training: bool) -> None:
+def test_other_dtypes(dtype: torch.dtype) -> None:
     x = torch.zeros(2, 3).to(dtype)
     with pytest.raises(RuntimeError, match=re.escape(f"got {dtype} of shape (2, 3)")):
-        dropout(x, 0.5, training)
+        dropout(x, 0.5)
 
 
 def keys(*shape: int) -> thinned.Key:
@@ -103,16 +102,20 @@ def test_broadcast_dims_share_one_decision(dims: tuple[int, ...]) -> None:
     mask = thinned.keep_mask(KEY, shape, 0.5, broadcast_dims=dims)
     assert mask.equal(thinned.keep_mask(KEY, small, 0.5).expand(shape))
     assert dropout(torch.ones(shape), 0.5, key=KEY, broadcast_dims=dims).equal(2.0 * mask)
-    layer = thinned.Dropout(0.5, broadcast_dims=dims)
-    assert layer(torch.ones(shape), key=KEY).equal(2.0 * mask)
-    assert pickle.loads(pickle.dumps(layer))(torch.ones(shape), key=KEY).equal(2.0 * mask)
-    assert repr(layer) == f"Dropout(p=0.5, inplace=False, broadcast_dims={tuple(dims)})"
+    for kind in (thinned.Dropout, thinned.AlphaDropout, thinned.GaussianDropout):
+        layer = kind(0.5, broadcast_dims=dims)
+        y = kind(0.5)(torch.ones(small), key=KEY).expand(shape)
+        assert layer(torch.ones(shape), key=KEY).equal(y)
+        assert pickle.loads(pickle.dumps(layer))(torch.ones(shape), key=KEY).equal(y)
+        assert f"broadcast_dims={tuple(dims)})" in repr(layer)
 
 
-def test_a_layer_without_broadcast_dims_has_the_state_of_torchs() -> None:
+@pytest.mark.parametrize("name", ["Dropout", "AlphaDropout"])
+def test_a_layer_without_broadcast_dims_has_the_state_of_torchs(name: str) -> None:
     """So have layers that were pickled before there were any."""
-    assert vars(thinned.Dropout(0.3)).keys() == vars(nn.Dropout(0.3)).keys()
-    assert repr(thinned.Dropout(0.3, True)) == "Dropout(p=0.3, inplace=True)"
+    ours, theirs = (getattr(module, name)(0.3, True) for module in (thinned, nn))
+    assert vars(ours).keys() == vars(theirs).keys()
+    assert repr(ours) == f"{name}(p=0.3, inplace=True)"
 
 
 def test_mask_of_a_batch_of_keys() -> None:

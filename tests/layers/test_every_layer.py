@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import pickle
 import re
+from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import oracle
 import thinned
@@ -24,8 +28,9 @@ from thinned.layers._module import TorchLayer
 QUICK = Settings(quick=True)
 KEY = thinned.Key(7)
 KEYED = [entry for entry in ENTRIES if entry.name not in ("RDrop", "DropoutSchedule")]
-SAMPLE_DIM = {"LockedDropout": 1}
-OF_WEIGHTS = ("WeightDrop", "VariationalLSTM", "TargetedDropout", "LayerDrop")  # one key for all samples
+SAMPLE_DIM = {"LockedDropout": 1, "VariationalLSTM": 1, "VariationalGRU": 1}
+# The samples share a key.
+OF_WEIGHTS = ("WeightDrop", "VariationalLSTM", "VariationalGRU", "TargetedDropout", "LayerDrop")
 
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 each_keyed_entry = pytest.mark.parametrize("entry", KEYED, ids=lambda entry: entry.name)
@@ -166,6 +171,32 @@ def test_what_is_no_tensor_is_refused(entry: Entry) -> None:
         layer([1.0], *inputs[1:])
 
 
+@pytest.mark.parametrize("p", [None, 0.0], ids=["evaluation", "p = 0"])
+@pytest.mark.parametrize(
+    "entry", [each for each in KEYED if each.example.identity_in_evaluation], ids=lambda entry: entry.name
+)
+@pytest.mark.filterwarnings("ignore")  # of torch, on quantized and sparse tensors
+def test_any_tensor_passes_where_nothing_is_dropped(entry: Entry, p: float | None) -> None:
+    if p is not None and not entry.example.p_name:
+        pytest.skip("p is a parameter to learn")
+    arguments = {**entry.example.arguments, **({} if p is None else {entry.example.p_name: p})}
+    layer = entry.own.make(**arguments).train(p is not None)
+    inputs = entry.example.inputs(torch.float32)
+    x = inputs[0]
+    for odd in (
+        *(x.to(dtype) for dtype in (torch.int64, torch.bool, torch.float8_e5m2, torch.complex32)),
+        torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        x.to_sparse(),
+        torch.ones((), dtype=torch.uint8),
+        torch.ones((1,) * 7, dtype=torch.int32),
+        torch.nested.nested_tensor([x, x]),
+    ):
+        if entry.name != "Dropout1d" or odd.dim() in (2, 3):  # torch refuses others in evaluation too
+            assert layer(odd, *inputs[1:]) is odd
+    with pytest.raises(TypeError, match="must be Tensor, not list"):
+        layer([1.0], *inputs[1:])
+
+
 @pytest.mark.parametrize(
     "entry", [each for each in KEYED if each.name not in OF_WEIGHTS], ids=lambda each: each.name
 )
@@ -176,6 +207,89 @@ def test_a_sample_depends_on_its_key_and_not_on_its_place(entry: Entry) -> None:
     y = first(layer(*inputs, key=KEY.fold(order.sort().values)))
     other = first(layer(*(x.index_select(dim, order) for x in inputs), key=KEY.fold(order)))
     oracle.assert_same(other, y.index_select(dim, order))
+
+
+def separately(entry: Entry, x: Tensor) -> Tensor:
+    """Some samples of an input, along dimension 0, each a batch of one."""
+    dim = SAMPLE_DIM.get(entry.name, 0)
+    return torch.stack([x.narrow(dim, n, 1) for n in range(3)])
+
+
+@each_keyed_entry
+def test_per_sample_gradients(entry: Entry) -> None:
+    """As in training with differential privacy: each sample's gradient of parameters and inputs, in one call.
+
+    It is that of a loop over the samples and their keys, and of the batch under these keys.
+    """
+    layer, inputs = example(entry, torch.float64)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(
+        values: tuple[dict[str, Tensor], list[Tensor]], inputs: list[Tensor], bits: Tensor | None
+    ) -> Tensor:
+        numbers = iter(values[1])
+        arguments = tuple(next(numbers) if x.is_floating_point() else x for x in inputs)
+        keyed = {} if bits is None else {"key": thinned.Key.from_bits(bits)}
+        return first(torch.func.functional_call(layer, values[0], arguments, keyed)).square().sum()
+
+    def gradients(randomness: str, keys: thinned.Key | None) -> Any:
+        in_dims = ((None, 0), 0, None if keys is None else 0)
+        bits = None if keys is None else keys.bits
+        batches = [separately(entry, x) for x in inputs]
+        numbers = [x for x in batches if x.is_floating_point()]
+        call = torch.vmap(torch.func.grad(loss), in_dims=in_dims, randomness=randomness)
+        return call((parameters, numbers), batches, bits)
+
+    def loop(keys: list[thinned.Key]) -> Any:
+        each = []
+        for n, key in enumerate(keys):
+            own = [separately(entry, x)[n] for x in inputs]
+            numbers = [x for x in own if x.is_floating_point()]
+            each.append(torch.func.grad(loss)((parameters, numbers), own, key.bits))
+        return torch.utils._pytree.tree_map(lambda *gradients: torch.stack(gradients), *each)
+
+    keys = KEY.fold(torch.arange(3))
+    one_by_one = [KEY.fold(n) for n in range(3)]
+    actual = gradients("error", keys)
+    torch.testing.assert_close(actual, loop(one_by_one))
+    torch.manual_seed(1)
+    drawn = thinned.Key.from_bits(thinned.keys.draw(torch.device("cpu")))
+    for randomness, expected in (("same", [drawn] * 3), ("different", [drawn.fold(n) for n in range(3)])):
+        torch.manual_seed(1)
+        torch.testing.assert_close(gradients(randomness, None), loop(expected))
+    with pytest.raises(RuntimeError, match="random operation while in randomness error mode"):
+        gradients("error", None)
+    if entry.name in OF_WEIGHTS:
+        return
+    dim = SAMPLE_DIM.get(entry.name, 0)
+    batch = [x.narrow(dim, 0, 3) for x in inputs]
+    wrt = [*layer.parameters(), *(x.requires_grad_() for x in batch if x.is_floating_point())]
+    y = first(layer(*batch, key=keys))
+    for n in range(3):
+        of_batch = list(torch.autograd.grad(y.select(dim, n).square().sum(), wrt, retain_graph=True))
+        of_batch[len(parameters) :] = [x.narrow(dim, n, 1) for x in of_batch[len(parameters) :]]
+        torch.testing.assert_close([each[n] for each in (*actual[0].values(), *actual[1])], of_batch)
+
+
+@each_keyed_entry
+def test_jacobians(entry: Entry) -> None:
+    """Of parameters and of a factor of the inputs: in both modes, and one over the other."""
+    layer, inputs = example(entry, torch.float64)
+    inputs = [x.narrow(SAMPLE_DIM.get(entry.name, 0), 0, 2) for x in inputs]
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    if len(list(layer.parameters())) > 1 or any(x.numel() > 100 for x in parameters.values()):
+        parameters = {}  # a Hessian of few numbers
+
+    def call(values: tuple[dict[str, Tensor], Tensor]) -> Tensor:
+        own = [x * values[1] if x.is_floating_point() else x for x in inputs]
+        return first(torch.func.functional_call(layer, values[0], tuple(own), {"key": KEY})).sin().sum()
+
+    values = (parameters, torch.tensor(0.7, dtype=torch.float64))
+    jacrev, jacfwd = torch.func.jacrev, torch.func.jacfwd
+    torch.testing.assert_close(jacfwd(call)(values), jacrev(call)(values))
+    expected = jacrev(jacrev(call))(values)
+    for outer, inner in ((jacfwd, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd)):
+        torch.testing.assert_close(outer(inner(call))(values), expected)
 
 
 @each_keyed_entry
@@ -201,3 +315,111 @@ def test_p_that_is_set_later_is_checked_and_used(entry: Entry, p: float) -> None
     expected = entry.own.make(**{**entry.example.arguments, name: 0.0})
     expected.load_state_dict(layer.state_dict())
     oracle.assert_same(first(layer(*inputs, key=KEY)), first(expected(*inputs, key=KEY)))
+
+
+@each_keyed_entry
+def test_the_default_device_is_not_that_of_the_mask(entry: Entry, references: dict[str, Tensor]) -> None:
+    layer, inputs = example(entry)
+    drawn = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(1)
+        with torch.device(device):
+            oracle.assert_same(first(layer(*inputs, key=thinned.Key(7))).detach(), references[entry.name])
+            drawn.append(first(layer(*inputs)))
+        drawn.append(torch.get_rng_state())
+    assert drawn[0].equal(drawn[2])
+    assert drawn[1].equal(drawn[3])
+
+
+@each_keyed_entry
+def test_a_meta_tensor_gives_one(entry: Entry, references: dict[str, Tensor]) -> None:
+    layer, inputs = example(entry)
+    layer = copy.deepcopy(layer).to("meta")
+    for options in ({}, {"key": KEY}):
+        y = first(layer(*(x.to("meta") for x in inputs), **options))
+        assert y.is_meta
+        assert (y.shape, y.dtype) == (references[entry.name].shape, references[entry.name].dtype)
+
+
+COMPLEX = ["Dropout", "DropBlock2d", "DropHead", "GaussianDropout", "VariationalDropout", "ConcreteDropout"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [*COMPLEX, "Zoneout", "EmbeddingDropout"])
+def test_a_finite_part_beside_infinity_stays_finite(name: str, training: bool) -> None:
+    layer, inputs = example(next(entry for entry in ENTRIES if entry.name == name))
+    infinite = [torch.complex(x, x + math.inf) if x.is_floating_point() else x for x in inputs]
+    if isinstance(layer, thinned.EmbeddingDropout):
+        weight = layer.embedding.weight.data
+        layer.embedding.weight = nn.Parameter(
+            torch.complex(weight, torch.full_like(weight, math.inf)), requires_grad=False
+        )
+    y = torch.view_as_real(layer.train(training)(*infinite, key=KEY).detach())
+    assert y[..., 0].isfinite().all()
+    assert (y[..., 1] == math.inf).any()
+    assert not y.isnan().any()
+
+
+LEARNED: dict[str, partial[nn.Module]] = {
+    "ConcreteDropout": partial(thinned.ConcreteDropout, 0.3, broadcast_dims=(1,)),
+    "VariationalDropout": partial(thinned.VariationalDropout, 0.3, num_features=(4, 1)),
+    "VariationalDropout of one alpha": partial(thinned.VariationalDropout, 0.9, max_alpha=math.inf),
+    "VariationalLSTM": partial(thinned.VariationalLSTM, 3, 4, 2, bidirectional=True, weight_p=0.5),
+    "VariationalGRU": partial(thinned.VariationalGRU, 3, 4, 2, bidirectional=True, weight_p=0.5),
+}
+each_learned = pytest.mark.parametrize("make", LEARNED.values(), ids=LEARNED)
+
+
+def spoil(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        parameter.data.fill_(math.nan)
+    return layer
+
+
+def reset(layer: nn.Module) -> nn.Module:
+    """As distributed trainers and model.apply() do it."""
+    torch.manual_seed(0)
+    return layer.apply(lambda module: getattr(module, "reset_parameters", int)())
+
+
+def on_meta(make: partial[nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        layer = nn.Sequential(make())
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    return spoil(layer.to_empty(device="cpu"))[0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        lambda make: spoil(make()),
+        on_meta,
+        lambda make: spoil(nn.utils.skip_init(make.func, *make.args, device="cpu", **make.keywords)),
+        lambda make: spoil(copy.deepcopy(make())),
+        lambda make: pickle.loads(pickle.dumps(spoil(make()))),
+    ],
+    ids=["after training", "on meta", "skip_init", "copied", "pickled"],
+)
+@each_learned
+def test_reset_parameters_restores_what_the_constructor_set(
+    make: partial[nn.Module], left: Callable[[partial[nn.Module]], nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    made = make()
+    restored = reset(left(make)).state_dict()
+    assert list(restored) == list(made.state_dict())
+    for name, value in made.state_dict().items():
+        oracle.assert_same(restored[name], value)
+
+
+@each_learned
+def test_device_and_dtype_of_parameters(make: partial[nn.Module]) -> None:
+    parameters = list(make(device="meta", dtype=torch.float64).parameters())
+    assert parameters
+    assert all(parameter.is_meta and parameter.dtype == torch.float64 for parameter in parameters)
+
+
+@each_entry
+def test_a_layer_with_parameters_of_its_own_is_among_the_learned(entry: Entry) -> None:
+    own = list(example(entry)[0].parameters(recurse=False))
+    assert bool(own) == (entry.name in LEARNED)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -353,15 +354,86 @@ def test_arguments_are_checked_in_evaluation_too(
         function([1.0], 0.5, training)
 
 
+def outcome(call: Callable[..., Tensor], x: object, *arguments: object) -> object:
+    """The input itself, a new result, or the type of the error."""
+    try:
+        y = call(x, *arguments)
+    except Exception as error:
+        return type(error)
+    return "itself" if y is x else "a result"
+
+
+def odd_tensors() -> Iterator[tuple[str, Tensor]]:
+    for dtype in (torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64, torch.float32):
+        for dims in range(7):
+            yield f"{dtype} {dims}-d", torch.ones((2,) * dims).to(dtype)
+    x = torch.ones(2, 2, 2)
+    yield "quantized", torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)
+    yield "sparse", x.to_sparse()
+    yield "csr", x[0].to_sparse_csr()
+    yield "mkldnn", x.to_mkldnn()
+    yield "complex32", torch.ones(2, 2, 2, dtype=torch.complex32)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, on the odd tensors
+@pytest.mark.parametrize(
+    ("p", "training"), [(0.5, False), (1.0, False), (0.0, True), (0, True), (0.0, False)]
+)
+@pytest.mark.parametrize("inplace", [False, True])
 @each_function
-def test_integers_pass_in_evaluation_only(function: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
-    """``dropout``, unlike PyTorch's, refuses them always: see test_dropout.test_other_dtypes."""
-    x = torch.ones(shape, dtype=torch.int64)
-    if function is not thinned.functional.dropout:
-        assert function(x, 0.5, False) is x
-        assert function(x, 0.0, True) is x
-    with pytest.raises(RuntimeError, match=re.escape(f"got torch.int64 of shape {shape}")):
-        function(x, 0.5, True)
+def test_what_passes_where_nothing_is_dropped(
+    function: Callable[..., Tensor], shape: tuple[int, ...], p: float, training: bool, inplace: bool
+) -> None:
+    """Any tensor, as in PyTorch, which returns at p = 0 in training some inputs multiplied by 1."""
+    torchs = getattr(nn.functional, function.__name__)
+    for name, x in odd_tensors():
+        expected = outcome(torchs, x, p, training, inplace)
+        found = outcome(function, x, p, training, inplace)
+        if not isinstance(expected, type):
+            assert found == "itself", name
+        elif x.layout is torch.strided:  # what torch has not implemented for the others is no rule
+            assert found is expected, name
+    assert outcome(function, [1.0], p, training) is TypeError
+    with pytest.raises(TypeError, match=r"key must be a thinned\.Key, got 7"):
+        function(torch.ones(shape), p, training, key=7)  # type: ignore[arg-type]
+
+
+PROBABILITIES = [
+    *(nn.Parameter(torch.full(size, 0.5)) for size in ((), (1,), (2,))),
+    *(torch.full(size, 0.5) for size in ((), (1,), (2,))),
+    *(torch.tensor(1), torch.tensor(True), nn.Parameter(torch.tensor(0.5), requires_grad=False)),
+    *(1, True, np.float32(0.5), np.float16(1), np.int64(0), np.bool_(True), np.array(0.5), np.array([0.5])),
+    *("0.5", "half", b"0.5", None, 0.5j, [0.5], (0.5,), {0.5}, object(), torch.float32),
+]
+
+
+@pytest.mark.filterwarnings("ignore:dropout2d. Received a 3D input")
+@pytest.mark.parametrize("training", [True, False])
+@each_layer
+def test_what_is_a_probability(
+    layer: type, torchs: type, function: Callable[..., Tensor], training: bool
+) -> None:
+    """The errors of torch's functions and layers, whether ``p`` is given to a layer or set later."""
+    name = function.__name__
+    x = torch.ones(SHAPES[name])
+
+    def made(kind: type, p: object) -> object:
+        return outcome(lambda x: kind(p).train(training)(x), x)
+
+    def set_later(kind: type, p: object) -> object:
+        module = kind(0.25).train(training)
+        module.p = p
+        return outcome(module, x)
+
+    for p in PROBABILITIES:
+        for expected, found in (
+            (outcome(getattr(nn.functional, name), x, p, training), outcome(function, x, p, training)),
+            (made(torchs, p), made(layer, p)),
+            (set_later(torchs, p), set_later(layer, p)),
+        ):
+            if isinstance(expected, type) or isinstance(found, type):
+                several = isinstance(p, Tensor) and p.numel() > 1
+                assert found is (TypeError if several and found is TypeError else expected), p
 
 
 @pytest.mark.filterwarnings("ignore:dropout2d. Received a 3D input")

@@ -207,7 +207,7 @@ IN_EVALUATION = {"input": torch.ones(2, 3, 4), "training": False}
         ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens has to be at least 0, but got -1"),
         ({"num_prefix_tokens": 1.0}, TypeError, "num_prefix_tokens must be int, got 1.0 of type float"),
         ({"num_prefix_tokens": None}, TypeError, "num_prefix_tokens must be int, got None of type NoneType"),
-        ({"p": "half"}, ValueError, "could not convert string to float: 'half'"),
+        ({"p": "half"}, TypeError, "p must be a float, got 'half' of type str"),
     ],
 )
 def test_wrong_arguments(

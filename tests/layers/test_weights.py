@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import chance
 import oracle
@@ -246,6 +246,170 @@ def test_tied_weights_are_dropped_only_where_named() -> None:
     y = thinned.WeightDrop(module, "0.weight", 0.5)(x, key=KEY)
     dropped = drop_connect(first.weight, 0.5, key=KEY.fold("0.weight"))
     torch.testing.assert_close(y, x @ dropped.t() @ first.weight.t())
+
+
+# Weights that are computed from other parameters
+
+COMPUTED = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "of one's own": lambda module, name: parametrize.register_parametrization(module, name, nn.Tanh()),
+    "weight norm by a hook": nn.utils.weight_norm,
+    "spectral norm by a hook": nn.utils.spectral_norm,
+    "pruned": lambda module, name: prune.l1_unstructured(module, name, 0.3),
+}
+REMOVED = {
+    "weight norm by a hook": nn.utils.remove_weight_norm,
+    "spectral norm by a hook": nn.utils.remove_spectral_norm,
+    "pruned": prune.remove,
+}
+each_way = pytest.mark.parametrize("way", COMPUTED)
+
+
+@each_way
+@pytest.mark.parametrize("name", ["Linear", "LSTM"])
+@pytest.mark.parametrize("wrapped_first", [False, True])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_computed_weights(way: str, name: str, wrapped_first: bool) -> None:
+    """The computed weight is dropped from, and the parameters that it is computed from get the gradient."""
+    weight, x = ("weight", torch.randn(3, 6)) if name == "Linear" else ("weight_hh_l0", torch.randn(4, 3, 6))
+
+    def twin() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(6, 5) if name == "Linear" else nn.LSTM(6, 5)
+
+    module, like = twin(), COMPUTED[way](twin(), weight)
+    layer = thinned.WeightDrop(module, weight, 0.3) if wrapped_first else None
+    torch.manual_seed(0)
+    module = COMPUTED[way](module, weight)
+    layer, names = layer or thinned.WeightDrop(module, weight, 0.3), list(module.state_dict())
+    # A spectral norm iterates in each lookup, of which torch makes several in a call of an LSTM.
+    like.train(name == "Linear" or "spectral" not in way)
+    like.load_state_dict(module.state_dict())
+    module.train(like.training)
+    if way in REMOVED:
+        output(like, x)  # the hook computes the weight
+    dropped = drop_connect(getattr(like, weight), 0.3, key=KEY.fold(weight))
+    y = output(layer, x, key=KEY)
+    parameters = {
+        key: dropped if key == weight else getattr(like, key) for key in dict(twin().named_parameters())
+    }
+    expected = torch.func.functional_call(twin(), parameters, x)
+    expected = expected if name == "Linear" else expected[0]
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(module.state_dict(), like.state_dict())
+    grads = [
+        torch.autograd.grad(result.square().sum(), list(each.parameters()))
+        for result, each in ((y, module), (expected, like))
+    ]
+    torch.testing.assert_close(*grads)
+    assert all(bool(grad.any()) for grad in grads[0])
+    assert list(module.state_dict()) == names
+    assert getattr(module, weight).ne(0).all() or way == "pruned"
+    plain = output(module.eval(), x)
+    assert output(layer.eval(), x).equal(plain)
+    if way in REMOVED:
+        REMOVED[way](module, weight)
+    else:
+        parametrize.remove_parametrizations(module, weight)
+    torch.testing.assert_close(output(layer, x), plain)
+    y = output(layer.train(), x, key=KEY)
+    torch.testing.assert_close(y, output(by_hand(module, [weight], 0.3, KEY), x))
+
+
+def test_copy_of_a_parametrized_module() -> None:
+    layer, x = thinned.WeightDrop(parametrizations.weight_norm(nn.Linear(6, 5)), "weight"), torch.randn(3, 6)
+    twin = copy.deepcopy(layer)
+    assert twin(x, key=KEY).equal(layer(x, key=KEY))
+    with torch.no_grad():
+        twin.module.parametrizations.weight.original0.mul_(2)
+    assert not twin(x, key=KEY).equal(layer(x, key=KEY))
+
+
+def test_parametrized_weight_within_cached() -> None:
+    """The cache keeps the computed weight, and each call its own mask."""
+    linear = parametrizations.weight_norm(nn.Linear(6, 5))
+    layer, x = thinned.WeightDrop(linear, "weight"), torch.randn(3, 6)
+    expected = [layer(x, key=KEY.fold(i)) for i in range(2)]
+    with parametrize.cached():
+        for before in (False, True):
+            weight = linear.weight if before else None
+            assert [layer(x, key=KEY.fold(i)).equal(expected[i]) for i in range(2)] == [True, True]
+            assert weight is None or linear.weight is weight
+            assert linear.weight.equal(linear.parametrizations.weight())
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_parametrized_weight_compiled() -> None:
+    layer, x = thinned.WeightDrop(parametrizations.weight_norm(nn.Linear(6, 5)), "weight"), torch.randn(3, 6)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, key=KEY), layer(x, key=KEY))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_module_called_twice_drops_once() -> None:
+    """A hook that computes the weight in the first call only leaves the dropped one in the second."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.utils.weight_norm(nn.Linear(6, 6, bias=False))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.linear(x))
+
+    module, x = Twice(), torch.randn(3, 6)
+    layer = thinned.WeightDrop(module, "linear.weight", 0.3)
+    dropped = drop_connect(module.linear.weight, 0.3, key=KEY.fold("linear.weight"))
+    torch.testing.assert_close(layer(x, key=KEY), x @ dropped.t() @ dropped.t())
+    for hook in (*module.linear._forward_pre_hooks,):
+        del module.linear._forward_pre_hooks[hook]
+    module.linear.register_forward_pre_hook(lambda *_: None)
+    torch.testing.assert_close(layer(x, key=KEY), x @ dropped.t() @ dropped.t())
+    assert len(module.linear._forward_pre_hooks) == 1
+
+
+def test_weights_in_other_places() -> None:
+    """The weight of a replica is no Parameter, functional_call swaps one, and a meta weight has no values."""
+    linear, x = nn.Linear(6, 5, bias=False), torch.randn(3, 6)
+    layer = thinned.WeightDrop(linear, "weight", 0.3)
+    weight, other = linear.weight.detach() * 1, torch.randn(5, 6)
+    expected = layer(x, key=KEY)
+    swapped = torch.func.functional_call(layer, {"module.weight": other}, x, {"key": KEY})
+    torch.testing.assert_close(swapped, x @ drop_connect(other, 0.3, key=KEY.fold("weight")).t())
+    del linear.weight
+    linear.weight = weight
+    assert layer(x, key=KEY).equal(expected)
+    assert linear.weight is weight
+    meta = thinned.WeightDrop(nn.Linear(6, 5, device="meta"), "weight")
+    assert meta(torch.ones(3, 6, device="meta"), key=KEY).shape == (3, 5)
+    attention = thinned.WeightDrop(
+        nn.MultiheadAttention(6, 2, batch_first=True), ["in_proj_weight", "out_proj.weight"]
+    )
+    y, _ = attention(*[x[None]] * 3, key=KEY)
+    twin = by_hand(attention.module, list(attention.weights), 0.5, KEY)
+    torch.testing.assert_close(y, twin(*[x[None]] * 3)[0])
+
+
+def test_weight_that_is_gone() -> None:
+    """As in a module that a library for low-rank adaptation has wrapped."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base_layer: nn.Module) -> None:
+            super().__init__()
+            self.base_layer = base_layer
+
+        @property
+        def weight(self) -> Tensor:
+            return self.base_layer.weight
+
+    layer = thinned.WeightDrop(nn.Linear(6, 5), "weight")
+    layer.module = Adapted(layer.module)
+    with pytest.raises(
+        RuntimeError, match=r"Adapted no longer has the weight 'weight'; accepted: base_layer.weight"
+    ):
+        layer(torch.ones(3, 6))
 
 
 def test_refused() -> None:

@@ -60,6 +60,15 @@ def test_evaluation_exports_as_two_operations() -> None:
     assert [str(n.target) for n in nodes if n.op == "call_function"] == ["aten.mul.Tensor", "aten.add.Tensor"]
 
 
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_evaluation_draws_nothing(p: float) -> None:
+    x = torch.ones(2, 3)
+    before = torch.get_rng_state()
+    thinned.Zoneout(p).eval()(x, x)
+    torch.vmap(thinned.Zoneout(p).eval())(x, x)  # refuses to draw
+    assert before.equal(torch.get_rng_state())
+
+
 def test_as_the_formula_in_distribution() -> None:
     ones, zeros = torch.ones(50_000, 5), torch.zeros(50_000, 5)
     taken = [

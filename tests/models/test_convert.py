@@ -8,7 +8,7 @@ import pickle
 import types
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ import thinned
 from models import zoo
 from thinned.models.convert import convert, revert
 from thinned.models.convert.rules import _by_name, _by_type, register
+from thinned.models.sites import rates_of
 from thinned.models.walk import is_ours
 
 SIX = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
@@ -148,7 +149,6 @@ def counted(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
         ("timm.layers.drop:DropPath", (0.2, False), thinned.DropPath(0.2, False), (6, 4)),
         (PATCHES, (0.5, 2, True), thinned.PatchDropout(0.5, 2, True), (2, 9, 3)),
         (f"{PATCHES}WithIndices", (0.5,), thinned.PatchDropout(0.5, return_indices=True), (2, 9, 3)),
-        (BLOCK, (0.4, 3, 0.5), counted(thinned.DropBlock2d, 0.2, 3, couple_channels=True), (2, 3, 8, 8)),
         (f"{VISION}2d", (0.2, 3, True), counted(thinned.DropBlock2d, 0.2, 3, True), (2, 3, 8, 8)),
         (f"{VISION}3d", (0.2, 3), counted(thinned.DropBlock3d, 0.2, 3), (2, 3, 5, 5, 5)),
         (
@@ -175,37 +175,74 @@ def test_layers_of_other_libraries(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    "options",
     [
-        ({"with_noise": True}, "with_noise=True"),
-        ({"scale_by_keep": False}, "scale_by_keep=False"),
-        ({"gamma_scale": 0.0}, "gamma_scale=0.0, which drops nothing at any drop_prob"),
+        {},
+        {"with_noise": True},
+        {"scale_by_keep": False, "inplace": True},
+        {"gamma_scale": 0.5, "couple_channels": False},
+        {"gamma_scale": 0.0},
     ],
+    ids=str,
 )
-def test_what_ours_cannot_do_is_left_and_reported(arguments: dict[str, Any], words: str) -> None:
-    conversion = convert(nn.Sequential(zoo.library_class(BLOCK)(0.1, **arguments)))
-    assert not conversion
-    assert [swap.note for swap in conversion.left] == [f"left: {words}"]
+def test_a_block_of_timm_keeps_its_options(options: dict[str, Any]) -> None:
+    """And thinned's class takes them by their names."""
+    old = zoo.library_class(BLOCK)(drop_prob=0.4, block_size=3, **options)
+    conversion = convert(nn.Sequential(old))
+    new = conversion.model[0]
+    assert conversion[0].p == 0.4
+    ours = counted(thinned.DropBlock2d, drop_prob=0.4, block_size=3, **{"couple_channels": True, **options})
+    assert repr(new) == repr(ours)
+    x = torch.randn(2, 3, 8, 8)
+    y, expected = (seeded(lambda m=m: m(x.clone())) for m in (new, ours))
+    assert torch.equal(y, expected)
+    assert torch.equal(y, x) is (options.get("gamma_scale") == 0)
+    new.p = 0.07
+    assert revert(conversion.model)[0].drop_prob == 0.07
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("batchwise", [True, False])
+def test_a_block_of_timm_before_1_0_23(fast: bool, batchwise: bool) -> None:
+    """It has a mask for each channel; if it is fast, it ignores batchwise."""
+    old: Any = type("DropBlock2d", (nn.Module,), {"__module__": "timm.layers.drop"})()
+    for name, value in {"drop_prob": 0.4, "block_size": 3, "gamma_scale": 1.0, "with_noise": False}.items():
+        setattr(old, name, value)
+    old.inplace, old.batchwise, old.fast = False, batchwise, fast
+    x = torch.ones(2, 3, 8, 8)
+    y = seeded(lambda: convert(nn.Sequential(old)).model(x))
+    ours = counted(thinned.DropBlock2d, 0.4, 3, batchwise=batchwise and not fast)
+    assert torch.equal(y, seeded(lambda: ours(x)))
+
+
+class Scaled(nn.Module):
+    def __init__(self, drop_prob: float | None, factor: float) -> None:
+        super().__init__()
+        self.drop_prob, self.factor = drop_prob, factor
 
 
 @pytest.mark.parametrize(
-    ("before", "gamma"), [(0.3, 0.7), (0.4, 0.25), (0.0, 0.25), (0.9, 2.0), (None, 0.5), (1, 1.0)]
+    ("before", "factor"), [(0.3, 0.7), (0.4, 0.25), (0.0, 0.25), (0.9, 2.0), (None, 0.5), (1, 1.0)]
 )
-def test_a_block_of_timm_comes_back_by_its_gamma_scale(before: float | None, gamma: float) -> None:
+def test_a_probability_in_another_unit_comes_back(before: float | None, factor: float) -> None:
     """Also 0, None and beyond 1, where the ratio of the two numbers says nothing."""
-    layer = zoo.library_class(BLOCK)
-    model = nn.Sequential(layer(before, gamma_scale=gamma))
+
+    def build(old: Any) -> nn.Module:
+        return thinned.Dropout(min(1.0, (old.drop_prob or 0.0) * old.factor))
+
+    register(Scaled, build, unit=lambda old: old.factor)
+    model = nn.Sequential(Scaled(before, factor))
     assert revert(convert(model).model)[0].drop_prob is before
     convert(model)
     built = model[0].p
-    assert built == min(1, (before or 0) * gamma)
+    assert built == min(1, (before or 0) * factor)
     model[0].p = 0.07
     model[0].p = built
     assert revert(model)[0].drop_prob is before
     convert(model)
     model[0].p = 0.07
-    assert revert(model)[0].drop_prob == 0.07 / gamma
-    assert revert(convert(model, p=0.1).model)[0].drop_prob == 0.1 / gamma
+    assert revert(model)[0].drop_prob == 0.07 / factor
+    assert revert(convert(model, p=0.1).model)[0].drop_prob == 0.1 / factor
 
 
 @pytest.mark.parametrize("before", [0, 0.0, 0.1, 0.3, 1.0])
@@ -226,9 +263,7 @@ def test_a_scheduled_probability_comes_back_to_the_last_bit() -> None:
     for _ in range(4):
         schedule.step()
         expected = schedule.last_p
-        modules = dict(revert(model).named_modules())
-        found = {path: getattr(modules[path], "drop_prob", None) for path in expected}
-        assert expected == {path: modules[path].p if p is None else p for path, p in found.items()}
+        assert {rate.key: rate.value for rate in rates_of(revert(model))} == expected
         convert(model)
         schedule._scheduled = thinned.DropoutSchedule(model, lambda _: 1.0)._scheduled
 
@@ -442,10 +477,190 @@ def test_one_of_the_paths_of_a_shared_module_decides() -> None:
 def test_p_overrides_every_probability() -> None:
     model = nn.Sequential(nn.Dropout(0.1), nn.AlphaDropout(0.2), thinned.Dropout(0.3))
     assert [swap.p for swap in convert(model, p=0.7)] == [0.7, 0.7]
-    assert [module.p for module in model] == [0.7, 0.7, 0.3]
+    assert [module.p for module in model] == [0.7, 0.7, 0.7]
     swin = zoo.swin()
     convert(swin, p=1)
     assert all(m.drop_prob == 1 for m in swin.modules() if isinstance(m, thinned.DropPath))
+
+
+def wav2vec2() -> nn.Module:
+    """With a layerdrop that is read from the config at each call."""
+    small = zoo.SMALL | {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "layerdrop": 0.5}
+    small |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return zoo._make("Wav2Vec2Model", "Wav2Vec2Config", apply_spec_augment=False, **small)
+
+
+def falcon() -> nn.Module:
+    """With two floats of the config that a forward passes to one function of its file."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "parallel_attn": False}
+    small |= {"vocab_size": zoo.VOCABULARY, "hidden_dropout": 0.2, "attention_dropout": 0.3}
+    return zoo._make("FalconModel", "FalconConfig", **small)
+
+
+def inputs(model: nn.Module) -> dict[str, Tensor]:
+    if type(model).__name__.startswith("Wav2Vec2"):
+        return {"input_values": torch.randn(2, 400)}
+    return zoo.inputs(model)
+
+
+@pytest.mark.parametrize("make", [*zoo.MODELS.values(), zoo.bart, wav2vec2, falcon])
+def test_with_p_0_nothing_drops(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    before = {rate.key: rate.value for rate in rates_of(model)}
+    given = inputs(model)
+
+    def passes() -> list[Tensor]:
+        results = [model(**given) for _ in range(2)]
+        return [out if isinstance(out, Tensor) else out[0] for out in results]
+
+    assert not torch.equal(*passes())
+    conversion = convert(model, p=0)
+    assert torch.equal(*passes())
+    assert not any(site.calls for site in thinned.inspect(model, **given) if site.p)
+    assert not any(site.p for site in conversion.unreached)
+    assert all(rate.value == 0 for rate in rates_of(model))
+    swapped = {swap.path for swap in conversion}
+    revert(model)
+    now = {rate.key: 0 if rate.key in swapped else rate.value for rate in rates_of(model)}
+    assert now == {key: 0 if key in swapped else p for key, p in before.items()}
+
+
+def test_without_p_no_number_changes() -> None:
+    model = nn.ModuleList([zoo.bart(), zoo.transformer(), zoo.lstm(), wav2vec2()])
+    before = {rate.key: rate.value for rate in rates_of(model)}
+    conversion = convert(model)
+    assert (conversion.settings, conversion.unreached) == ((), ())
+    assert {rate.key: rate.value for rate in rates_of(model)} == before
+
+
+class Drops(nn.Module):
+    """Numbers with which a forward drops, and others."""
+
+    of_class = 0.2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed_dropout_prob, self.dropouth, self.rate, self.one, self.second = 0.1, 0.3, 0.4, 1, 0.5
+        self.drop_last, self.dropout_keep_prob, self.drop_threshold, self.use_dropout = 0.5, 0.9, 0.7, True
+        self.dropped, self.mask_time_prob, self.eps = 0, 0.05, 0.6
+        self.options = {"dropout": 0.15, "seed": 0.5}
+        self.args = types.SimpleNamespace(relu_dropout=0.25, unread_dropout=0.35)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(x, self.rate, self.training)
+        x = nn.functional.dropout(x, p=self.of_class if self.eps else 0.1, training=self.training)
+        x = nn.functional.dropout(x, self.options["dropout"], self.training)
+        x = nn.functional.alpha_dropout(x, self.one, self.training)
+        return twice(x, self.args.relu_dropout, self.training) + twice(x, self.second, self.training)
+
+
+def twice(x: Tensor, p: float, training: bool) -> Tensor:
+    return nn.functional.dropout(x, p, training)
+
+
+def test_which_numbers_p_sets() -> None:
+    model = nn.Sequential(Drops(), nn.MultiheadAttention(4, 2), nn.GRU(2, 2, 2), nn.LSTM(2, 2))
+    module: Any = model[0]
+    others = (
+        "drop_last",
+        "dropout_keep_prob",
+        "drop_threshold",
+        "use_dropout",
+        "dropped",
+        "mask_time_prob",
+        "eps",
+    )
+    before = [getattr(module, name) for name in others]
+    conversion = convert(model, p=0.75)
+    expected = {"mixed_dropout_prob": 0.1, "dropouth": 0.3, "rate": 0.4, "of_class": 0.2, "dropout": 0.15}
+    expected |= {"one": 1, "relu_dropout": 0.25, "second": 0.5}
+    found = {setting.attribute: setting.old for setting in conversion.settings if setting.path == "0"}
+    assert found == expected
+    assert {setting.new for setting in conversion.settings} == {0.75}
+    assert [setting.path for setting in conversion.settings if setting.path != "0"] == ["1", "2"]
+    assert [getattr(module, name) for name in others] == before
+    assert module.options == {"dropout": 0.75, "seed": 0.5}
+    assert vars(module.args) == {"relu_dropout": 0.75, "unread_dropout": 0.35}
+    assert (Drops.of_class, model[1].dropout, model[2].dropout, model[3].dropout) == (0.2, 0.75, 0.75, 0.0)
+    assert not conversion.unreached
+    convert(model, p=0.25)  # a revert undoes both, in a copy too
+    model[2].dropout = 0.125
+    model = revert(pickle.loads(pickle.dumps(model)))
+    assert {rate.name: rate.value for rate in rates_of(model[0])} == expected
+    assert (model[1].dropout, model[2].dropout) == (0.0, 0.125)
+
+
+def test_a_layerdrop_of_0_stays_0() -> None:
+    model: Any = zoo.bart()
+    model.encoder.layerdrop = 0.0
+    convert(model, p=0.2)
+    assert (model.encoder.layerdrop, model.decoder.layerdrop) == (0.0, 0.2)
+
+
+class Frozen(NamedTuple):
+    dropout: float = 0.3
+
+
+SHARED = types.SimpleNamespace(dropout=0.2)
+
+
+class Literal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Frozen()
+        self.drop = thinned.ConcreteDropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(x, self.config.dropout, self.training)
+        x = nn.functional.dropout(x, SHARED.dropout, self.training)
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+class DropsByHand(nn.Module):
+    def __init__(self, drop_prob: float | None) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(len(x)) >= self.drop_prob)[:, None] if self.drop_prob else x
+
+
+def test_what_p_cannot_set_is_reported() -> None:
+    model = nn.Sequential(nn.Dropout(0.1), Literal(), zoo.AlwaysOn(0.4), DropsByHand(0.2), DropsByHand(None))
+    conversion = convert(model, p=0)
+    expected = [("1", 0.3), ("1", 0.2), ("1", 0.5), ("1.drop", None)]
+    assert [(site.path, site.p) for site in conversion.unreached] == expected
+    assert SHARED.dropout == 0.2  # a global of all models
+    assert "4 sites not reached" in repr(conversion)
+    assert "not reached: Literal.forward, line" in repr(conversion)
+    assert (model[2].p, model[3].drop_prob, model[4].drop_prob) == (0, 0, None)
+    assert not convert(model, p=0, exclude="1*").unreached
+
+
+def test_a_config_is_chosen_by_the_modules_that_read_it() -> None:
+    model: Any = falcon()
+    assert not convert(model, p=0, include="word_embeddings").settings
+    convert(model, p=0, exclude="h.1*")
+    assert (model.config.hidden_dropout, model.h[0].mlp.hidden_dropout) == (0.2, 0.0)
+    copied: Any = convert(model, p=0, inplace=False).model
+    assert (model.config.hidden_dropout, copied.config.hidden_dropout) == (0.2, 0.0)
+    assert copied.h[1].config is copied.config
+
+
+def test_a_number_that_refuses_leaves_all_as_it_was() -> None:
+    class Refuses(nn.Module):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "dropout" and value == 0.5:
+                raise KeyError(name)
+            super().__setattr__(name, value)
+
+    refuses = Refuses()
+    refuses.dropout = 0.1  # type: ignore[assignment]
+    model = nn.Sequential(nn.MultiheadAttention(4, 2, 0.2), refuses, nn.Dropout(0.3))
+    with pytest.raises(KeyError):
+        convert(model, p=0.5)
+    assert [rate.value for rate in rates_of(model)] == [0.2, 0.1, 0.3]
+    assert type(model[2]) is nn.Dropout
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])

@@ -129,6 +129,8 @@ FORWARDS = {
     "return F.dropout(x, max(0.1, self.p), self.training)": [("F.dropout", 0.3, "")],
     "return F.dropout(x, 1 - 2 * self.p - 0.1, self.training)": [("F.dropout", 1 - 2 * 0.3 - 0.1, "")],
     "return helper(x, self.p, self.training)": [("F.dropout", 0.3, "")],
+    "return F.dropout(x, float(self.p), self.training)": [("F.dropout", 0.3, "")],
+    "return F.dropout(x, [0.1, self.p][self.index], self.training)": [("F.dropout", 0.3, "")],
     # It asks for training before the call.
     "if not self.training: return x\nreturn F.dropout(x, 0.1)": [("F.dropout", 0.1, "")],
     # pytorch#99293, #124464: attention drops whenever its caller passes a probability.
@@ -141,6 +143,7 @@ FORWARDS = {
     "y = self.training and F.dropout(x, 0.1)\nreturn x if y is False else y": [("F.dropout", 0.1, "")],
     # It asks for something else.
     "if self.training: self.steps = 1\nreturn F.dropout(x, 0.1)": [("F.dropout", 0.1, UNCONDITIONAL)],
+    # Only a run knows p.
     "return F.dropout(x, sorted([0.1, self.p])[1], self.training)": [("F.dropout", None, "")],
     "return F.dropout(*(x, 0.3, self.training))": [("F.dropout", None, "")],
     "p = self.p\nif self.training: p = 0.3\nreturn F.dropout(x, p, self.training)": [("F.dropout", None, "")],
@@ -186,7 +189,7 @@ class Base(nn.Module):
         return F.dropout(x, 0.55, self.training)
 
 class Net(Base):
-    p, layerdrop, config, kind = 0.3, 0.2, {"p": 0.2}, "od"
+    p, layerdrop, config, kind, index = 0.3, 0.2, {"p": 0.2}, "od", 1
     functions = {"plain": F.dropout}
     partial = staticmethod(functools.partial(F.dropout, p=0.15))
 

@@ -52,7 +52,7 @@ def masked_affine(
 def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
     """See :meth:`thinned.backends.Backend.keep_mask`."""
     if isinstance(key, int):
-        key = torch.tensor(key, dtype=torch.int64)
+        key = torch.tensor(key, dtype=torch.int64, device="cpu")
     check_key(key, shape)
     check_mask(shape, geometry, T)
     if T == 0 or T == 2**32 or not math.prod(shape):

@@ -153,6 +153,12 @@ def layers_page() -> str:
         functions = ", ".join(f"`{name}`" for name in functional.split(", "))
         cells = (f"`{entry.name}`", functions, *rest)
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Two functions have no layer, because they drop columns of an `edge_index` and not elements:",
+        "`functional.dropout_edge` (DropEdge; Rong et al. 2020, section 4.1; PyG) and",
+        "`functional.dropout_node` (DropNode; Do et al. 2021; PyG).",
+    ]
     return "\n".join(lines) + "\n"
 
 

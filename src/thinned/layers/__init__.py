@@ -10,15 +10,14 @@ from thinned.layers.embedding import EmbeddingDropout
 from thinned.layers.gaussian import GaussianDropout, VariationalDropout
 from thinned.layers.layer_drop import LayerDrop
 from thinned.layers.locked import LockedDropout
-from thinned.layers.lstm import VariationalLSTM
 from thinned.layers.multi_sample import MultiSampleDropout
 from thinned.layers.path import DropPath, StochasticDepth
 from thinned.layers.rdrop import RDrop
+from thinned.layers.recurrent import VariationalGRU, VariationalLSTM
 from thinned.layers.targeted import TargetedDropout
 from thinned.layers.tokens import PatchDropout, TokenDropout
 from thinned.layers.weights import DropConnect, WeightDrop
 from thinned.layers.zoneout import Zoneout
-from thinned.schedules import DropoutSchedule
 
 __all__ = [
     "AlphaDropout",
@@ -34,7 +33,6 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
-    "DropoutSchedule",
     "EmbeddingDropout",
     "FeatureAlphaDropout",
     "GaussianDropout",
@@ -47,6 +45,7 @@ __all__ = [
     "TargetedDropout",
     "TokenDropout",
     "VariationalDropout",
+    "VariationalGRU",
     "VariationalLSTM",
     "WeightDrop",
     "Zoneout",

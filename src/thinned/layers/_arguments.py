@@ -11,17 +11,19 @@ from thinned import nested, op
 from thinned.backends.arguments import DTYPES
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.key_source import active
-from thinned.keys import Key
-from thinned.torch_state import compiling
+from thinned.keys import Key, savable
+from thinned.torch_state import compiling, tracing
 
 __all__ = [
     "apply",
     "bits_for",
-    "check_input",
     "check_key",
     "check_p",
     "check_parameter",
+    "drops",
     "key_for",
+    "number",
+    "refuse_nested",
     "threshold_and_scale",
 ]
 
@@ -64,9 +66,24 @@ def apply(
     return op.masked_affine(input, bits, geometry, T, scale, shift, fill)
 
 
+def number(p: float) -> float:
+    """``p`` as a float; TypeError for what is no number, and for a tensor with a gradient, as in PyTorch."""
+    if isinstance(p, Tensor):
+        if p.dim() or p.requires_grad:
+            learned = " that requires grad; p gets no gradient, except in ConcreteDropout"
+            raise TypeError(
+                f"p must be a float, got a {type(p).__name__} of shape {tuple(p.shape)}"
+                f"{learned if p.requires_grad else ''}"
+            )
+    # float() accepts strings, and arrays of one element, which have a length.
+    elif not isinstance(p, float | int) and (not hasattr(p, "__float__") or hasattr(p, "__len__")):
+        raise TypeError(f"p must be a float, got {p!r} of type {type(p).__name__}")
+    return float(p)
+
+
 def check_p(p: float) -> None:
-    """Raise ValueError for a probability outside [0, 1], or NaN; TypeError or ValueError for no number."""
-    p = float(p)
+    """Raise ValueError for a probability outside [0, 1], or NaN; TypeError for no number."""
+    p = number(p)
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
 
@@ -81,15 +98,15 @@ _compute_cached = lru_cache(maxsize=1024)(_compute)
 
 
 def threshold_and_scale(p: float) -> tuple[int, float]:
-    """``T`` and ``1/q`` of the mask's specification; ValueError for a ``p`` outside [0, 1]."""
+    """``T`` and ``1/q`` of the mask's specification; the errors are those of :func:`check_p`."""
     if type(p) is not float:
-        p = float(p)
+        p = number(p)
     # Dynamo ignores lru_cache and warns when it traces a cached function.
     return _compute(p) if compiling() else _compute_cached(p)
 
 
 def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
-    if compiling():
+    if compiling() or tracing():  # in a trace sizes are tensors
         return shared(shape, broadcast_dims, key_dims)
     try:
         return shared_cached(shape, broadcast_dims, key_dims)
@@ -97,22 +114,34 @@ def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: i
         return shared(shape, broadcast_dims, key_dims)
 
 
-def check_input(name: str, input: Tensor, key: Key | None, *, dense: bool = False) -> None:
-    """Refuse an ``input`` of the wrong type or dtype with torch's error, and a ``key`` that does not fit.
+def drops(
+    name: str, input: Tensor, p: float, training: bool, key: Key | None, *, dense: bool = False
+) -> bool:
+    """Whether the call drops. ``name`` is the function's, for the messages; ``dense`` refuses nested tensors.
 
-    ``dense`` refuses nested tensors too. ``name`` is the function's, for the message.
+    A call that drops needs an ``input`` of a dtype that has a mask. Any other call is the identity, which
+    accepts any dtype, layout and shape, as in PyTorch. Both need a tensor, and a ``key`` that fits it.
     """
+    active = training and p != 0
     if getattr(input, "dtype", None) not in DTYPES:
         if not isinstance(input, Tensor):
             raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
-        raise RuntimeError(
-            f"{name} needs a floating-point or complex tensor, got {input.dtype} of shape "
-            f"{nested.shape_of(input)}; accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
-        )
-    if dense and input.is_nested:
-        nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
+        if active:
+            raise RuntimeError(
+                f"{name} needs a floating-point or complex tensor, got {input.dtype} of shape "
+                f"{nested.shape_of(input)}; accepted: {', '.join(sorted(str(dtype) for dtype in DTYPES))}"
+            )
+    if dense and active:
+        refuse_nested(name, input)
     if key is not None:
         check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
+    return active
+
+
+def refuse_nested(name: str, input: Tensor) -> None:
+    """Raise NotImplementedError for a nested tensor."""
+    if input.is_nested:
+        nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
 
 
 def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) -> Tensor:
@@ -137,7 +166,7 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
     if not isinstance(key, Key):
         hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
         raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}{hint}")
-    if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1])):
+    if key.bits.dim() > 1 or (key.bits.dim() and not tracing() and key.shape[:1] != tuple(shape[:1])):
         batch = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit a tensor of shape {tuple(shape)}; "
@@ -148,6 +177,8 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
 def bits_for(key: Key, input: Tensor) -> Tensor:
     """The key's bits on ``input``'s device; RuntimeError for a batch of keys on another one."""
     bits = key.bits
+    if bits.dim():
+        bits = savable(bits)  # autograd saves a batch itself
     if bits.device != input.device:
         if bits.dim():
             raise RuntimeError(

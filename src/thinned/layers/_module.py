@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import math
-
-from torch import nn
+from collections.abc import Sequence
 
 from thinned.layers._arguments import check_p
+from thinned.layers._torchscript import Scriptable
 
-__all__ = ["Layer", "TorchLayer"]
+__all__ = ["Layer", "SharingLayer", "TorchLayer"]
 
 
-class Layer(nn.Module):
+class Layer(Scriptable):
     """A layer with a probability ``p`` of dropping; its repr shows the arguments that it stores."""
 
     def __init__(self, p: float) -> None:
@@ -28,10 +27,25 @@ class Layer(nn.Module):
         return ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v}" for k, v in stored.items())
 
 
-class TorchLayer(nn.Module):
+class TorchLayer(Scriptable):
     """The base before a dropout of torch.nn; refuses NaN, which torch's constructor accepts."""
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        if math.isnan(p):
+        if p != p:  # not math.isnan, which warns of a tensor that requires grad
             check_p(p)
         super().__init__(p, inplace)
+
+
+class SharingLayer(TorchLayer):
+    """A :class:`TorchLayer` whose decisions can be shared along ``broadcast_dims``."""
+
+    broadcast_dims: Sequence[int] = ()  # on the class, so that layers pickled without it still run
+
+    def __init__(self, p: float = 0.5, inplace: bool = False, *, broadcast_dims: Sequence[int] = ()) -> None:
+        super().__init__(p, inplace)
+        if broadcast_dims:
+            self.broadcast_dims = tuple(broadcast_dims)
+
+    def extra_repr(self) -> str:
+        dims = f", broadcast_dims={self.broadcast_dims}" if self.broadcast_dims else ""
+        return super().extra_repr() + dims

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned.keys import Key
-from thinned.layers._arguments import apply, threshold_and_scale
-from thinned.layers._module import TorchLayer
-from thinned.layers.channels import channel_dims, is_active
+from thinned.layers._arguments import apply, drops, threshold_and_scale
+from thinned.layers._module import SharingLayer, TorchLayer
+from thinned.layers._overrides import module_node, overridden
+from thinned.layers.channels import channel_dims
+from thinned.torch_state import compiling
 
 __all__ = ["SATURATION", "AlphaDropout", "FeatureAlphaDropout", "alpha_dropout", "feature_alpha_dropout"]
 
@@ -18,7 +23,13 @@ SATURATION = 1.7580993408473766  # SELU's scale times its alpha; SELU tends to -
 
 
 def alpha_dropout(
-    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, *, key: Key | None = None
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    key: Key | None = None,
+    broadcast_dims: Sequence[int] = (),
 ) -> Tensor:
     r"""Set each element to SELU's saturation value with probability ``p``, and keep mean 0 and variance 1.
 
@@ -35,13 +46,14 @@ def alpha_dropout(
         training: False, the default as in PyTorch, returns ``input`` itself, and so does ``p = 0``.
         inplace: write the result over ``input``.
         key: as for :func:`~thinned.functional.dropout`.
+        broadcast_dims: dimensions along which all elements share one decision.
 
     Returns:
         A tensor of ``input``'s shape, dtype and memory format; ``input`` itself if ``inplace``. A dropped
         element is :math:`-a \alpha' q` whatever it was, NaN and infinity included; its gradient is ``+0``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`~thinned.functional.dropout`.
+        ValueError, TypeError, RuntimeError, IndexError: as :func:`~thinned.functional.dropout`.
         NotImplementedError: ``input`` is complex.
 
     Source: Klambauer et al., "Self-normalizing neural networks", NeurIPS 2017, section 3, "new dropout
@@ -51,14 +63,17 @@ def alpha_dropout(
     >>> thinned.functional.alpha_dropout(torch.zeros(6), 0.5, training=True, key=thinned.Key(7))
     tensor([-0.7792, -0.7792, -0.7792,  0.7792,  0.7792,  0.7792])
     """
-    return _alpha_dropout(input, p, training, inplace, key, channels=False)
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(alpha_dropout, locals())
+    return _alpha_dropout("alpha_dropout", input, p, training, inplace, key, broadcast_dims)
 
 
-class AlphaDropout(TorchLayer, torch.nn.AlphaDropout):
+class AlphaDropout(SharingLayer, torch.nn.AlphaDropout):
     """:func:`thinned.functional.alpha_dropout` as a module: :class:`torch.nn.AlphaDropout` with a key.
 
     Args:
         inplace: write the result over the input; PyTorch's module takes this argument and ignores it.
+        broadcast_dims: as for the function, and as in Flax; a size of 1 in Keras's ``noise_shape``.
 
     Source: Klambauer et al. 2017, as the function.
 
@@ -68,13 +83,17 @@ class AlphaDropout(TorchLayer, torch.nn.AlphaDropout):
     """
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
-        return alpha_dropout(input, self.p, self.training, self.inplace, key=key)
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
+        return alpha_dropout(
+            input, self.p, self.training, self.inplace, key=key, broadcast_dims=self.broadcast_dims
+        )
 
 
 def feature_alpha_dropout(
     input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, *, key: Key | None = None
 ) -> Tensor:
-    r""":func:`alpha_dropout` of whole channels: one decision for each ``(n, c)``.
+    r""":func:`alpha_dropout` of whole channels, with one decision for each ``(n, c)``.
 
     .. math:: y_{nc*} = a \cdot \begin{cases} x_{nc*} & u(nC + c) < T \\ -\alpha' & \text{otherwise}
         \end{cases} \; + \; a \alpha' \hat p
@@ -91,7 +110,9 @@ def feature_alpha_dropout(
     >>> y.mean(2)
     tensor([[-0.7792, -0.7792,  0.7792,  0.7792]])
     """
-    return _alpha_dropout(input, p, training, inplace, key, channels=True)
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(feature_alpha_dropout, locals())
+    return _alpha_dropout("feature_alpha_dropout", input, p, training, inplace, key, None)
 
 
 class FeatureAlphaDropout(TorchLayer, torch.nn.FeatureAlphaDropout):
@@ -105,19 +126,29 @@ class FeatureAlphaDropout(TorchLayer, torch.nn.FeatureAlphaDropout):
     """
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return feature_alpha_dropout(input, self.p, self.training, self.inplace, key=key)
 
 
 def _alpha_dropout(
-    input: Tensor, p: float, training: bool, inplace: bool, key: Key | None, *, channels: bool
+    name: str,
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    key: Key | None,
+    broadcast_dims: Sequence[int] | None,
 ) -> Tensor:
-    name = "feature_alpha_dropout" if channels else "alpha_dropout"
+    """Without ``broadcast_dims``, a channel's elements share one decision."""
     T, _ = threshold_and_scale(p)
-    if not is_active(name, input, p, training, key):
+    if not drops(name, input, p, training, key):
         return input
-    broadcast_dims = channel_dims(input, p) if channels else ()
+    elementwise = broadcast_dims is not None
+    if broadcast_dims is None:
+        broadcast_dims = channel_dims(input, p)
     if not T:  # a is infinite, and y tends to 0
-        return apply(input, key, broadcast_dims, inplace, T, 0.0, elementwise=not channels)
+        return apply(input, key, broadcast_dims, inplace, T, 0.0, elementwise=elementwise)
     if input.is_complex():
         raise NotImplementedError(
             f"{name} is not implemented for complex tensors, got {input.dtype} of shape {tuple(input.shape)}"
@@ -125,4 +156,4 @@ def _alpha_dropout(
     q = T / 2**32
     a = 1 / math.sqrt(q * (1 + SATURATION**2 * (1 - q)))
     shift, fill = a * SATURATION * (1 - q), -a * SATURATION * q
-    return apply(input, key, broadcast_dims, inplace, T, a, shift, fill, elementwise=not channels)
+    return apply(input, key, broadcast_dims, inplace, T, a, shift, fill, elementwise=elementwise)

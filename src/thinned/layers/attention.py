@@ -9,16 +9,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_input, key_for, threshold_and_scale
+from thinned.layers._arguments import apply, drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
 from thinned.nested import shape_of
 from thinned.op.from_key import apply_linear
 from thinned.op.noise import opmath
-from thinned.torch_state import is_eager
+from thinned.torch_state import compiling, is_eager
 
 __all__ = ["DropHead", "DropKey", "drop_head", "drop_key"]
 
@@ -67,17 +70,18 @@ def drop_head(
     tensor([[0., 0., 0., 0., 3., 3.],
             [1., 1., 1., 1., 1., 1.]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(drop_head, locals())
     T, scale = threshold_and_scale(p)
     _check_normalize(normalize)
-    check_input("drop_head", input, key, dense=training and p != 0 and normalize == "kept")
+    if not drops("drop_head", input, p, training, key, dense=normalize == "kept"):
+        return input
     ndim = input.dim()
     if not -ndim <= dim < ndim:
         raise IndexError(
             f"drop_head got dim={dim} and a tensor of shape {shape_of(input)}; accepted: "
             f"{f'{-ndim} .. {ndim - 1}' if ndim else 'a tensor with a dimension for the heads'}"
         )
-    if not training or p == 0:
-        return input
     # index: Dynamo finds no number in a tuple with a symbolic one, and would share the mask among heads.
     dim = index(dim) % ndim
     shared_dims = [d for d in range(ndim) if d not in (0, dim)]
@@ -129,6 +133,8 @@ class DropHead(Layer):
         self.normalize = normalize
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return drop_head(
             input, self.p, training=self.training, dim=self.dim, normalize=self.normalize, key=key
         )
@@ -176,12 +182,13 @@ def drop_key(
     tensor([[0.0000, 0.0000, 0.5000, 0.5000],
             [0.2500, 0.2500, 0.2500, 0.2500]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(drop_key, locals())
     T, _ = threshold_and_scale(p)
-    check_input("drop_key", input, key, dense=training and p != 0)
+    if not drops("drop_key", input, p, training, key, dense=True):
+        return input
     if input.is_complex():
         raise RuntimeError(f"drop_key needs real logits, got {input.dtype} of shape {tuple(input.shape)}")
-    if not training or p == 0:
-        return input
     shared(input.shape, broadcast_dims)  # raises IndexError before a key is drawn
     dims, lowest = tuple(broadcast_dims), torch.finfo(input.dtype).min
 
@@ -215,4 +222,6 @@ class DropKey(Layer):
         self.broadcast_dims = tuple(broadcast_dims)
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return drop_key(input, self.p, training=self.training, broadcast_dims=self.broadcast_dims, key=key)

@@ -7,20 +7,23 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import index
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned import op
 from thinned.geometry import Geometry, shared
 from thinned.keys import Key
-from thinned.layers._arguments import check_input, key_for, threshold_and_scale
+from thinned.layers._arguments import drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
 from thinned.nested import shape_of
 from thinned.op.from_key import apply_linear
-from thinned.op.noise import opmath
-from thinned.torch_state import constant_when_compiled, is_legacy_batched, transforming
+from thinned.op.noise import normal, opmath
+from thinned.torch_state import compiling, constant_when_compiled, is_eager
 
 __all__ = [
     "DropBlock1d",
@@ -35,51 +38,88 @@ __all__ = [
 Scale = Literal["expected", "counted"]
 
 
+class _Options(NamedTuple):
+    couple_channels: bool
+    scale: Scale
+    batchwise: bool
+    scale_by_keep: bool
+    with_noise: bool
+    gamma_scale: float
+
+
 class _DropBlock(Layer):
     _dims: ClassVar[int]
+    # On the class, so that layers pickled without them still run.
+    batchwise: bool = False
+    scale_by_keep: bool = True
+    with_noise: bool = False
+    gamma_scale: float = 1.0
 
     def __init__(
         self,
-        p: float,
-        block_size: int | Sequence[int],
+        p: float = 0.1,
+        block_size: int | Sequence[int] = 7,
         inplace: bool = False,
         *,
         couple_channels: bool = False,
         scale: Scale = "expected",
+        batchwise: bool = False,
+        scale_by_keep: bool = True,
+        with_noise: bool = False,
+        gamma_scale: float = 1.0,
+        drop_prob: float | None = None,
     ) -> None:
-        super().__init__(p)
-        _check_blocks(self._dims, block_size, scale)
+        if drop_prob is not None and p != 0.1:
+            name = type(self).__name__
+            raise TypeError(f"{name}() got p={p} and drop_prob={drop_prob}, two names for one argument")
+        super().__init__(p if drop_prob is None else drop_prob)
         self.block_size = block_size
         self.inplace = inplace
         self.couple_channels = couple_channels
         self.scale: Scale = scale
+        self.batchwise = batchwise
+        self.scale_by_keep = scale_by_keep
+        self.with_noise = with_noise
+        self.gamma_scale = gamma_scale
+        _check_blocks(self._dims, block_size)
+        _check_options(inplace, scale, gamma_scale)
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
-        return _drop_block(
-            self._dims,
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
+        function = (drop_block1d, drop_block2d, drop_block3d)[self._dims - 1]
+        return function(
             input,
             self.p,
             self.block_size,
             self.inplace,
-            self.couple_channels,
-            self.scale,
-            self.training,
-            key,
+            couple_channels=self.couple_channels,
+            scale=self.scale,
+            batchwise=self.batchwise,
+            scale_by_keep=self.scale_by_keep,
+            with_noise=self.with_noise,
+            gamma_scale=self.gamma_scale,
+            training=self.training,
+            key=key,
         )
 
 
 def drop_block2d(
     input: Tensor,
-    p: float,
-    block_size: int | Sequence[int],
+    p: float = 0.1,
+    block_size: int | Sequence[int] = 7,
     inplace: bool = False,
     *,
     couple_channels: bool = False,
     scale: Scale = "expected",
+    batchwise: bool = False,
+    scale_by_keep: bool = True,
+    with_noise: bool = False,
+    gamma_scale: float = 1.0,
     training: bool = True,
     key: Key | None = None,
 ) -> Tensor:
-    r"""Zero blocks of a feature map, so that a share ``p`` of the map is zero, and scale the others.
+    r"""Zero blocks of a feature map, so that a share ``p`` of the map is zero, and scale the rest.
 
     A block of ``b_h × b_w`` fits into an ``H × W`` map at ``(H - b_h + 1)(W - b_w + 1)`` places. Each place
     holds a block with probability ``γ``, independently, and a position is dropped if any block covers it:
@@ -104,21 +144,33 @@ def drop_block2d(
         inplace: write the result over ``input``.
         couple_channels: one mask for all channels of a sample; by default each channel has its own.
         scale: ``"expected"`` or ``"counted"``.
-        training: False returns ``input`` itself, and so do ``p = 0`` and an ``input`` without elements.
+        batchwise: one mask for all samples, unless there is a key for each.
+        scale_by_keep: False leaves what is kept unscaled, ``s = 1``.
+        with_noise: fill blocks with standard normal noise instead of zeros, and leave the rest unscaled. The
+            noise is a function of ``key.fold("noise")`` and of a position in the mask: what shares a mask
+            shares the noise.
+        gamma_scale: a factor of ``p``, such as 0.25 for an earlier stage of a network whose ``p`` is
+            scheduled as one number. The expected share of dropped positions is ``min(1, p * gamma_scale)``.
+        training: False returns ``input`` itself. So do ``p = 0``, ``gamma_scale = 0`` and an ``input``
+            without elements.
         key: as for :func:`~thinned.functional.dropout`; a batch of keys needs a batch of samples.
 
     Returns:
         A tensor of ``input``'s shape, dtype and memory format; ``input`` itself if ``inplace``. A dropped
-        element is ``+0``, NaN and infinity included, and so is its gradient.
+        element is ``+0`` or noise, NaN and infinity included, and its gradient is ``+0``.
 
     Raises:
         ValueError: ``p`` outside [0, 1] or NaN, a block size below 1, not a size for each dimension, another
-            ``scale``, or ``input`` of another number of dimensions.
-        TypeError: ``block_size`` is no integer, or as :func:`~thinned.functional.dropout`.
+            ``scale``, a ``gamma_scale`` below 0, infinite or NaN, or ``input`` of another number of
+            dimensions.
+        TypeError: ``block_size`` is no integer, ``inplace`` is a float, or as
+            :func:`~thinned.functional.dropout`.
         RuntimeError: as :func:`~thinned.functional.dropout`, or a batch of keys without a batch of samples.
+        NotImplementedError: ``with_noise`` for a complex ``input``.
 
     Source: Ghiasi, Lin & Le, "DropBlock: a regularization method for convolutional networks", NeurIPS 2018,
-    sections 3 and 3.1; the order of the arguments is torchvision's.
+    sections 3 and 3.1, and ``p`` and ``block_size`` of section 4.1; the order of the arguments is
+    torchvision's, and the last four options are timm's.
 
     >>> import torch, thinned
     >>> thinned.functional.drop_block2d(torch.ones(1, 1, 5, 7), 0.3, (2, 3), key=thinned.Key(4))
@@ -128,11 +180,17 @@ def drop_block2d(
               [1.4286, 1.4286, 1.4286, 1.4286, 1.4286, 1.4286, 1.4286],
               [1.4286, 1.4286, 1.4286, 1.4286, 1.4286, 1.4286, 1.4286]]]])
     """
-    return _drop_block(2, input, p, block_size, inplace, couple_channels, scale, training, key)
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(drop_block2d, locals())
+    options = _Options(couple_channels, scale, batchwise, scale_by_keep, with_noise, gamma_scale)
+    return _drop_block(2, input, p, block_size, inplace, options, training, key)
 
 
 class DropBlock2d(_DropBlock):
     """:func:`thinned.functional.drop_block2d` as a module, for ``(N, C, H, W)`` or ``(C, H, W)``.
+
+    Args:
+        drop_prob: timm's name for ``p``; TypeError if both are given.
 
     Source: Ghiasi et al., NeurIPS 2018, sections 3 and 3.1.
 
@@ -147,12 +205,16 @@ class DropBlock2d(_DropBlock):
 
 def drop_block1d(
     input: Tensor,
-    p: float,
-    block_size: int | Sequence[int],
+    p: float = 0.1,
+    block_size: int | Sequence[int] = 7,
     inplace: bool = False,
     *,
     couple_channels: bool = False,
     scale: Scale = "expected",
+    batchwise: bool = False,
+    scale_by_keep: bool = True,
+    with_noise: bool = False,
+    gamma_scale: float = 1.0,
     training: bool = True,
     key: Key | None = None,
 ) -> Tensor:
@@ -167,7 +229,10 @@ def drop_block1d(
     >>> thinned.functional.drop_block1d(torch.ones(1, 1, 9), 0.5, 3, key=thinned.Key(6))
     tensor([[[0., 0., 0., 0., 0., 0., 2., 2., 2.]]])
     """
-    return _drop_block(1, input, p, block_size, inplace, couple_channels, scale, training, key)
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(drop_block1d, locals())
+    options = _Options(couple_channels, scale, batchwise, scale_by_keep, with_noise, gamma_scale)
+    return _drop_block(1, input, p, block_size, inplace, options, training, key)
 
 
 class DropBlock1d(_DropBlock):
@@ -186,12 +251,16 @@ class DropBlock1d(_DropBlock):
 
 def drop_block3d(
     input: Tensor,
-    p: float,
-    block_size: int | Sequence[int],
+    p: float = 0.1,
+    block_size: int | Sequence[int] = 7,
     inplace: bool = False,
     *,
     couple_channels: bool = False,
     scale: Scale = "expected",
+    batchwise: bool = False,
+    scale_by_keep: bool = True,
+    with_noise: bool = False,
+    gamma_scale: float = 1.0,
     training: bool = True,
     key: Key | None = None,
 ) -> Tensor:
@@ -208,7 +277,10 @@ def drop_block3d(
             [0, 0, 0, 0],
             [2, 2, 0, 0]], dtype=torch.int32)
     """
-    return _drop_block(3, input, p, block_size, inplace, couple_channels, scale, training, key)
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(drop_block3d, locals())
+    options = _Options(couple_channels, scale, batchwise, scale_by_keep, with_noise, gamma_scale)
+    return _drop_block(3, input, p, block_size, inplace, options, training, key)
 
 
 class DropBlock3d(_DropBlock):
@@ -231,15 +303,19 @@ def _drop_block(
     p: float,
     block_size: int | Sequence[int],
     inplace: bool,
-    couple_channels: bool,
-    scale: Scale,
+    options: _Options,
     training: bool,
     key: Key | None,
 ) -> Tensor:
     name = f"drop_block{dims}d"
     T, _ = threshold_and_scale(p)
-    blocks = _check_blocks(dims, block_size, scale)
-    check_input(name, input, key, dense=training and p != 0)
+    blocks = _check_blocks(dims, block_size)
+    _check_options(inplace, options.scale, options.gamma_scale)
+    if options.gamma_scale != 1:
+        p = min(1.0, p * options.gamma_scale)
+        T, _ = threshold_and_scale(p)
+    if not drops(name, input, p, training, key, dense=True):
+        return input
     channel = input.dim() - dims - 1
     if channel not in (0, 1):
         raise ValueError(
@@ -251,34 +327,47 @@ def _drop_block(
             f"keys of shape {tuple(key.shape)} do not fit one sample of shape {tuple(input.shape)}; "
             f"accepted: one key of shape (), or an input of {dims + 2} dimensions"
         )
-    if not training or p == 0 or not input.numel():
+    if not input.numel():
         return input
+    if options.with_noise and input.is_complex():
+        raise NotImplementedError(
+            f"{name} with_noise=True is not implemented for complex tensors, got {input.dtype} of shape "
+            f"{tuple(input.shape)}"
+        )
 
+    key = key_for(input, key)
     sizes = tuple(index(size) for size in input.shape[-dims:])
     blocks = tuple(min(block, size) for block, size in zip(blocks, sizes, strict=True))
     no_seed_T, kept_share = _seed_threshold(index(T), *sizes, *blocks)
-    masks = (*input.shape[:channel], 1 if couple_channels else input.shape[channel])
+    samples = 1 if options.batchwise and not key.bits.dim() else input.shape[0]
+    masks = (*(samples,) * channel, 1 if options.couple_channels else input.shape[channel])
     sample_dims = tuple(range(channel, input.dim()))
     layout = torch.empty_like(input, device="meta").stride()
     channels_last = layout[channel] == 1 and not input.is_contiguous()
 
+    def laid_out(y: Tensor) -> Tensor:  # a gradient takes the input's memory format too
+        return y if y.stride() == layout else y.new_empty_strided(y.shape, layout).copy_(y)
+
     def linear(x: Tensor, key: Key) -> Tensor:
         keep = _keep(key, masks, sizes, blocks, no_seed_T, channels_last)
-        if scale == "expected":
-            y = _masked(x, keep, 1 / kept_share if kept_share else 0.0)
-        else:
-            kept = keep.sum(sample_dims, keepdim=True).neg().clamp(min=1).to(opmath(x.dtype))
-            y = _masked(x, keep, math.prod(keep.shape[channel:]) / kept)
-        if y.stride() != layout:  # a gradient takes the input's memory format too
-            y = y.new_empty_strided(y.shape, layout).copy_(y)
-        return y
+        if options.with_noise or not options.scale_by_keep:
+            return laid_out(_masked(x, keep, 1.0))
+        if options.scale == "expected":
+            return laid_out(_masked(x, keep, 1 / kept_share if kept_share else 0.0))
+        kept = keep.sum(sample_dims, keepdim=True).neg().clamp(min=1).to(opmath(x.dtype))
+        return laid_out(_masked(x, keep, math.prod(keep.shape[channel:]) / kept))
 
-    y = apply_linear(linear, input, key_for(input, key))
+    def noisy(x: Tensor, key: Key) -> Tensor:
+        keep = _keep(key, masks, sizes, blocks, no_seed_T, channels_last)
+        noise = normal(key.fold("noise"), keep.shape, dtype=opmath(x.dtype))
+        return laid_out(torch.where(keep != 0, x, noise.to(x.dtype)))
+
+    y = apply_linear(linear, input, key, noisy if options.with_noise else None)
     return input.copy_(y) if inplace else y
 
 
-def _check_blocks(dims: int, block_size: int | Sequence[int], scale: str) -> tuple[int, ...]:
-    """A block's size in each dimension; raise for what is no size, or another ``scale``."""
+def _check_blocks(dims: int, block_size: int | Sequence[int]) -> tuple[int, ...]:
+    """A block's size in each dimension; raise for what is no size."""
     try:
         blocks = tuple(block_size) if isinstance(block_size, Sequence) else (index(block_size),) * dims
         blocks = tuple(index(block) for block in blocks)
@@ -288,9 +377,19 @@ def _check_blocks(dims: int, block_size: int | Sequence[int], scale: str) -> tup
         raise ValueError(
             f"block_size has to be an integer of at least 1, or {dims} of them, but got {block_size!r}"
         )
+    return blocks
+
+
+def _check_options(inplace: bool, scale: str, gamma_scale: float) -> None:
+    if isinstance(inplace, float):
+        raise TypeError(
+            f"inplace must be bool, got {inplace} of type float; timm's third argument, gamma_scale, is "
+            f"passed by name here: gamma_scale={inplace}"
+        )
     if scale not in ("expected", "counted"):
         raise ValueError(f"scale has to be 'expected' or 'counted', but got {scale!r}")
-    return blocks
+    if not 0 <= gamma_scale < math.inf:
+        raise ValueError(f"gamma_scale has to be at least 0 and finite, but got {gamma_scale}")
 
 
 def _keep(
@@ -340,7 +439,8 @@ def _masked(x: Tensor, keep: Tensor, factor: float | Tensor) -> Tensor:
             factor = factor.unsqueeze(-1)
         parts = torch.view_as_real(x.resolve_conj())
         return torch.view_as_complex(_masked(parts, keep.unsqueeze(-1), factor))
-    if transforming() or is_legacy_batched(x):
+    # A traced or exported graph may be differentiated, as bits are not.
+    if torch.compiler.is_exporting() or not (is_eager(x) or compiling()):
         return torch.where(keep != 0, (x * factor).to(x.dtype), 0)
     # On the bits: 0.2 ms against 4.4 for torch.where, for a million float32 elements on one thread.
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]

@@ -6,12 +6,15 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_input, check_key, threshold_and_scale
+from thinned.layers._arguments import apply, drops, threshold_and_scale
 from thinned.layers._module import TorchLayer
+from thinned.layers._overrides import module_node, overridden
 from thinned.nested import refuse, shape_of
-from thinned.torch_state import constant_when_compiled
+from thinned.torch_state import compiling, constant_when_compiled
 
 __all__ = [
     "Dropout1d",
@@ -21,7 +24,6 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
-    "is_active",
 ]
 
 
@@ -58,8 +60,10 @@ def dropout1d(
             [2., 2., 2.],
             [2., 2., 2.]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(dropout1d, locals())
     T, scale = threshold_and_scale(p)
-    active = is_active("dropout1d", input, p, training, key)
+    active = drops("dropout1d", input, p, training, key)
     if input.dim() not in (2, 3):
         raise RuntimeError(
             f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input. Note that dropout1d "
@@ -82,6 +86,8 @@ class Dropout1d(TorchLayer, torch.nn.Dropout1d):
     """
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return dropout1d(input, self.p, self.training, self.inplace, key=key)
 
 
@@ -106,8 +112,10 @@ def dropout2d(
     >>> thinned.functional.dropout2d(torch.ones(1, 4, 8, 8), 0.5, key=thinned.Key(3)).mean((0, 2, 3))
     tensor([0., 0., 2., 2.])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(dropout2d, locals())
     T, scale = threshold_and_scale(p)
-    active = is_active("dropout2d", input, p, training, key)
+    active = drops("dropout2d", input, p, training, key)
     dims = input.dim()
     if dims not in (3, 4):
         _warn(_deprecated(2, dims))
@@ -135,6 +143,8 @@ class Dropout2d(TorchLayer, torch.nn.Dropout2d):
     """
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return dropout2d(input, self.p, self.training, self.inplace, key=key)
 
 
@@ -159,8 +169,10 @@ def dropout3d(
     >>> thinned.functional.dropout3d(torch.ones(1, 4, 2, 8, 8), 0.5, key=thinned.Key(3)).mean((0, 2, 3, 4))
     tensor([0., 0., 2., 2.])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(dropout3d, locals())
     T, scale = threshold_and_scale(p)
-    active = is_active("dropout3d", input, p, training, key)
+    active = drops("dropout3d", input, p, training, key)
     dims = input.dim()
     if dims not in (4, 5):
         _warn(_deprecated(3, dims))
@@ -180,6 +192,8 @@ class Dropout3d(TorchLayer, torch.nn.Dropout3d):
     """
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return dropout3d(input, self.p, self.training, self.inplace, key=key)
 
 
@@ -198,19 +212,6 @@ def _deprecated(spatial: int, dims: int) -> str:
         f"that {name} exists to provide channel-wise dropout on inputs with {spatial} spatial dimensions, a "
         f"channel dimension, and an optional batch dimension (i.e. {spatial + 1}D or {spatial + 2}D inputs)."
     )
-
-
-def is_active(name: str, input: Tensor, p: float, training: bool, key: Key | None) -> bool:
-    """Check ``input`` and ``key``; True unless the call is the identity.
-
-    As in PyTorch, the identity accepts any dtype, and only :func:`channel_dims` requires channels.
-    """
-    active = training and p != 0
-    if active or not isinstance(input, Tensor):
-        check_input(name, input, key)
-    elif key is not None:
-        check_key(key, shape_of(input) if input.is_nested else input.shape)
-    return active
 
 
 def channel_dims(input: Tensor, p: float, *, batched: bool = True) -> range:

@@ -8,12 +8,17 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.overrides import has_torch_function, has_torch_function_variadic
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_input, check_parameter, key_for
+from thinned.layers._arguments import check_parameter, drops, key_for, number
+from thinned.layers._overrides import module_node, overridden
+from thinned.layers._torchscript import Scriptable
 from thinned.nested import elementwise, refuse
 from thinned.op.learned import Noisy, apply_noisy
 from thinned.op.noise import logistic
+from thinned.torch_state import compiling
 
 __all__ = ["ConcreteDropout", "concrete_dropout", "concrete_regularization"]
 
@@ -67,11 +72,12 @@ def concrete_dropout(
     tensor([[0., 0., 0.],
             [2., 2., 2.]])
     """
+    if has_torch_function_variadic(input, p_logit) and not compiling():
+        return overridden(concrete_dropout, locals())
     _check_temperature(temperature)
-    check_input("concrete_dropout", input, key)
-    p_logit = check_parameter("concrete_dropout", "p_logit", p_logit, input)
-    if not training:
+    if not drops("concrete_dropout", input, 1.0, training, key):
         return input
+    p_logit = check_parameter("concrete_dropout", "p_logit", p_logit, input)
     dims = tuple(broadcast_dims)
     if input.is_nested and (p_logit.dim() or dims):
         unfit = f"p_logit of shape {tuple(p_logit.shape)} and broadcast_dims {dims}"
@@ -121,7 +127,7 @@ def _kept(noise: Tensor, logit: Tensor, inplace: bool, temperature: float) -> Te
     return (1 + scaled.exp()).reciprocal()
 
 
-class ConcreteDropout(nn.Module):
+class ConcreteDropout(Scriptable):
     """:func:`thinned.functional.concrete_dropout` as a module that learns ``p_logit``.
 
     Add :meth:`regularization` of the layer that follows to the loss::
@@ -136,9 +142,11 @@ class ConcreteDropout(nn.Module):
         p: the probability of dropping that learning starts from, above 0 and below 1.
         temperature, broadcast_dims: as for the function.
         weight_regularizer, dropout_regularizer: as for :func:`thinned.functional.concrete_regularization`.
+        device, dtype: of ``p_logit``.
 
     Attributes:
         p_logit: the parameter, of shape ``(1,)``.
+        initial_p: the probability that :meth:`reset_parameters` restores.
 
     Raises:
         ValueError: ``p`` is not above 0 and below 1.
@@ -159,8 +167,11 @@ class ConcreteDropout(nn.Module):
         weight_regularizer: float = 1e-6,
         dropout_regularizer: float = 1e-5,
         broadcast_dims: Sequence[int] = (),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        p = number(p)
         if not 0 < p < 1:
             raise ValueError(
                 f"the initial dropout probability has to be above 0 and below 1, but got {p}: "
@@ -171,7 +182,13 @@ class ConcreteDropout(nn.Module):
         self.weight_regularizer = weight_regularizer
         self.dropout_regularizer = dropout_regularizer
         self.broadcast_dims = tuple(broadcast_dims)
-        self.p_logit = nn.Parameter(torch.full((1,), math.log(p) - math.log1p(-p)))
+        self.initial_p = float(p)
+        self.p_logit = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let ``p`` be ``initial_p`` again."""
+        nn.init.constant_(self.p_logit, math.log(self.initial_p) - math.log1p(-self.initial_p))
 
     @property
     def p(self) -> Tensor:
@@ -179,6 +196,8 @@ class ConcreteDropout(nn.Module):
         return torch.sigmoid(self.p_logit)
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return concrete_dropout(
             input,
             self.p_logit,
@@ -240,7 +259,9 @@ def concrete_regularization(
     >>> thinned.functional.concrete_regularization(p_logit, torch.ones(10, 100), dropout_regularizer=0.0)
     tensor(0.0011)
     """
-    weights = [weights] if isinstance(weights, Tensor) else list(weights)
+    weights = [weights] if isinstance(weights, Tensor | Proxy) else list(weights)
+    if has_torch_function((p_logit, *weights)) and not compiling():
+        return overridden(concrete_regularization, locals())
     if not weights:
         raise ValueError("weights are empty; accepted: a tensor or several, such as layer.parameters()")
     if num_features is None:

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function, has_torch_function_unary
 
 from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_input, check_key, threshold_and_scale
-from thinned.layers._module import TorchLayer
+from thinned.layers._arguments import apply, check_key, drops, threshold_and_scale
+from thinned.layers._module import SharingLayer
+from thinned.layers._overrides import module_node, overridden
+from thinned.torch_state import compiling
 
 __all__ = ["Dropout", "dropout", "keep_mask"]
 
@@ -63,14 +67,15 @@ def dropout(
     tensor([[0., 0., 0., 2., 2., 2.],
             [0., 0., 0., 2., 0., 0.]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(dropout, locals())
     T, scale = threshold_and_scale(p)
-    check_input("dropout", input, key)
-    if not training or p == 0:
+    if not drops("dropout", input, p, training, key):
         return input
     return apply(input, key, broadcast_dims, inplace, T, scale, elementwise=True)
 
 
-class Dropout(TorchLayer, torch.nn.Dropout):
+class Dropout(SharingLayer, torch.nn.Dropout):
     """:func:`thinned.functional.dropout` as a module: everything :class:`torch.nn.Dropout` is, and a key.
 
     Source: Srivastava et al. 2014, as the function; ``broadcast_dims`` as in Flax.
@@ -83,21 +88,12 @@ class Dropout(TorchLayer, torch.nn.Dropout):
             [0., 0., 0., 2., 2., 2.]])
     """
 
-    broadcast_dims: Sequence[int] = ()  # on the class, so that layers pickled without it still run
-
-    def __init__(self, p: float = 0.5, inplace: bool = False, *, broadcast_dims: Sequence[int] = ()) -> None:
-        super().__init__(p, inplace)
-        if broadcast_dims:
-            self.broadcast_dims = tuple(broadcast_dims)
-
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return dropout(
             input, self.p, self.training, self.inplace, key=key, broadcast_dims=self.broadcast_dims
         )
-
-    def extra_repr(self) -> str:
-        dims = f", broadcast_dims={self.broadcast_dims}" if self.broadcast_dims else ""
-        return super().extra_repr() + dims
 
 
 def keep_mask(
@@ -118,6 +114,8 @@ def keep_mask(
     tensor([[0, 0, 0, 1, 1, 1],
             [0, 0, 0, 1, 0, 0]], dtype=torch.int32)
     """
+    if not compiling() and (isinstance(shape, Proxy) or has_torch_function(shape)):
+        return overridden(keep_mask, locals())
     T, _ = threshold_and_scale(p)
     shape = tuple(shape)
     check_key(key, shape)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_variadic
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_input, check_key, key_for, threshold_and_scale
+from thinned.layers._arguments import check_key, drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
 from thinned.layers.dropout import keep_mask
 from thinned.nested import elementwise, shape_of
+from thinned.torch_state import compiling
 
 __all__ = ["EmbeddingDropout", "embedding_dropout"]
 
@@ -71,9 +75,11 @@ def embedding_dropout(
             [0., 0.],
             [2., 2.]])
     """
+    if has_torch_function_variadic(input, weight) and not compiling():
+        return overridden(embedding_dropout, locals())
     _, scale = threshold_and_scale(p)
-    check_input("embedding_dropout", weight, None)
-    if weight.dim() != 2:
+    active = drops("embedding_dropout", weight, p, training, None)
+    if active and weight.dim() != 2:
         raise RuntimeError(
             f"embedding_dropout needs a weight of shape (words, size), got shape {tuple(weight.shape)}"
         )
@@ -88,11 +94,13 @@ def embedding_dropout(
         key = key_for(words, key)
         keep = keep_mask(key, (*key.shape, len(weight)), p)
         keep = keep.gather(1, words.flatten(1).long()).reshape(words.shape) if key.shape else keep[words]
-        return torch.where(keep.unsqueeze(-1), y * scale, 0)
+        # By parts, as y * scale would be NaN beside an infinite part.
+        y = torch.view_as_complex(torch.view_as_real(y) * scale) if y.is_complex() else y * scale
+        return torch.where(keep.unsqueeze(-1), y, 0)
 
     if not isinstance(input, Tensor):
         raise TypeError(f"embedding_dropout(): argument 'input' must be Tensor, not {type(input).__name__}")
-    if not training or p == 0:
+    if not active:
         return look_up(input)
     if input.is_nested:
         return elementwise("embedding_dropout", drop, input, key_for(input, key))
@@ -130,7 +138,17 @@ class EmbeddingDropout(Layer):
             raise TypeError(f"embedding must be a torch.nn.Embedding, got {type(embedding).__name__}")
         self.embedding = embedding
 
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        e = self.embedding
+        if not self.training:
+            return e(input)  # type: ignore[no-any-return]
+        options = (e.padding_idx, e.max_norm, e.norm_type, e.scale_grad_by_freq, e.sparse)
+        p = float(self.p)
+        return torch.ops.thinned.embedding_dropout(input, e.weight, p, True, *options)  # type: ignore[no-any-return]
+
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         e = self.embedding
         options = (e.padding_idx, e.max_norm, e.norm_type, e.scale_grad_by_freq, e.sparse)
         return embedding_dropout(input, e.weight, self.p, self.training, *options, key=key)

@@ -9,14 +9,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_input, check_p, check_parameter, key_for
+from thinned.layers._arguments import check_p, check_parameter, drops, key_for, number
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
+from thinned.layers._torchscript import Scriptable, operation
 from thinned.nested import elementwise, refuse
-from thinned.op.from_key import apply_linear
+from thinned.op.from_key import apply_linear, modes_of
 from thinned.op.learned import Noisy, apply_noisy
 from thinned.op.noise import multiply, normal, opmath
+from thinned.torch_state import compiling
 
 __all__ = [
     "GaussianDropout",
@@ -67,9 +72,10 @@ def gaussian_dropout(
     tensor([[1.4069, 1.4040, 1.8044],
             [0.6572, 0.1779, 0.5731]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(gaussian_dropout, locals())
     p = _check_gaussian_p(p)
-    check_input("gaussian_dropout", input, key)
-    if not training or p == 0:
+    if not drops("gaussian_dropout", input, p, training, key):
         return input
     dims = tuple(broadcast_dims)
     if input.is_nested and dims:
@@ -87,8 +93,8 @@ def gaussian_dropout(
 
 
 def _check_gaussian_p(p: float) -> float:
-    p = float(p)
     check_p(p)
+    p = float(p)
     if p == 1:
         raise ValueError(
             f"Gaussian dropout's probability has to be below 1, but got {p}: the variance p / (1 - p) of its "
@@ -107,12 +113,20 @@ class GaussianDropout(Layer):
     tensor([1.4069, 1.4040, 1.8044])
     """
 
-    def __init__(self, p: float = 0.5) -> None:
+    broadcast_dims: Sequence[int] = ()  # on the class, so that layers pickled without it still run
+
+    def __init__(self, p: float = 0.5, *, broadcast_dims: Sequence[int] = ()) -> None:
         super().__init__(p)
         _check_gaussian_p(p)
+        if broadcast_dims:
+            self.broadcast_dims = tuple(broadcast_dims)
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
-        return gaussian_dropout(input, self.p, training=self.training, key=key)
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
+        return gaussian_dropout(
+            input, self.p, training=self.training, key=key, broadcast_dims=self.broadcast_dims
+        )
 
 
 def variational_dropout(
@@ -146,10 +160,11 @@ def variational_dropout(
     tensor([[1.4069, 1.4040, 1.8044],
             [0.6572, 0.1779, 0.5731]])
     """
-    check_input("variational_dropout", input, key)
-    log_alpha = check_parameter("variational_dropout", "log_alpha", log_alpha, input)
-    if not training:
+    if has_torch_function_variadic(input, log_alpha) and not compiling():
+        return overridden(variational_dropout, locals())
+    if not drops("variational_dropout", input, 1.0, training, key):
         return input
+    log_alpha = check_parameter("variational_dropout", "log_alpha", log_alpha, input)
     if input.is_nested and log_alpha.dim():
         unfit = f"log_alpha of shape {tuple(log_alpha.shape)}"
         refuse(f"variational_dropout with {unfit}", input, "one log_alpha")
@@ -176,7 +191,7 @@ def _factor_and_slope(noise: Tensor, log_alpha: Tensor, inplace: bool) -> tuple[
 _VARIATIONAL = Noisy(lambda key, shape, dtype: normal(key, shape, dtype=dtype), _factor, _factor_and_slope)
 
 
-class VariationalDropout(nn.Module):
+class VariationalDropout(Scriptable):
     """:func:`thinned.functional.variational_dropout` as a module that learns ``log_alpha``.
 
     Add :meth:`kl` to the loss: the divergence, in nats, of one noise variable from its prior. A layer of
@@ -194,9 +209,11 @@ class VariationalDropout(nn.Module):
         max_alpha: the bound of ``alpha``: above 1, which is p = 0.5, the authors found the gradients too
             noisy. At the bound ``log_alpha`` has a gradient only where a step leads back below. ``inf`` for
             no bound, with ``kl("sigmoid")``.
+        device, dtype: of ``log_alpha``.
 
     Attributes:
         log_alpha: the parameter, of shape ``(1,)`` or of ``num_features``.
+        initial_p: the probability that :meth:`reset_parameters` restores.
 
     Raises:
         ValueError: ``p`` is not above 0 and below 1, or its ``alpha`` is above ``max_alpha``.
@@ -210,9 +227,16 @@ class VariationalDropout(nn.Module):
     """
 
     def __init__(
-        self, p: float = 0.5, *, num_features: int | Sequence[int] | None = None, max_alpha: float = 1.0
+        self,
+        p: float = 0.5,
+        *,
+        num_features: int | Sequence[int] | None = None,
+        max_alpha: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        p = number(p)
         if not 0 < p < 1:
             raise ValueError(
                 f"the initial dropout probability has to be above 0 and below 1, but got {p}: the "
@@ -223,11 +247,17 @@ class VariationalDropout(nn.Module):
             raise ValueError(
                 f"alpha = p / (1 - p) has to be at most max_alpha={max_alpha}, but p={p} gives {alpha}"
             )
-        shape = (1,) if num_features is None else num_features
-        self.log_alpha = nn.Parameter(
-            torch.full((shape,) if isinstance(shape, int) else tuple(shape), math.log(alpha))
-        )
+        self.initial_p = float(p)
         self.max_alpha = max_alpha
+        shape = (1,) if num_features is None else num_features
+        self.log_alpha = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let ``p`` be ``initial_p`` again."""
+        nn.init.constant_(self.log_alpha, math.log(self.initial_p / (1 - self.initial_p)))
+
+    __jit_unused_properties__ = ("alpha", "p")
 
     @property
     def alpha(self) -> Tensor:
@@ -239,7 +269,15 @@ class VariationalDropout(nn.Module):
         """The probability of dropping in a dropout of this variance."""
         return torch.sigmoid(self._bounded())
 
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        log_alpha = torch.ops.thinned.at_most(self.log_alpha, math.log(self.max_alpha))
+        return torch.ops.thinned.variational_dropout(input, log_alpha)  # type: ignore[no-any-return]
+
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return variational_dropout(input, self._bounded(), training=self.training, key=key)
 
     def kl(self, approximation: Literal["polynomial", "sigmoid"] = "polynomial") -> Tensor:
@@ -258,7 +296,7 @@ class VariationalDropout(nn.Module):
     def _bounded(self) -> Tensor:
         if self.max_alpha == math.inf:
             return self.log_alpha
-        return _AtMost.apply(self.log_alpha, math.log(self.max_alpha))  # type: ignore[no-any-return,no-untyped-call]
+        return at_most(self.log_alpha, math.log(self.max_alpha))
 
     def extra_repr(self) -> str:
         shape = tuple(self.log_alpha.shape)
@@ -266,13 +304,11 @@ class VariationalDropout(nn.Module):
         return f"{features}max_alpha={self.max_alpha}"
 
 
-class _AtMost(torch.autograd.Function):
+class _AtMost:
     """``min(x, bound)`` whose gradient is zero only where a step would go further beyond the bound.
 
     The gradient of ``torch.clamp`` is zero everywhere beyond: a parameter that got there would stay.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, bound: float) -> Tensor:
@@ -287,6 +323,22 @@ class _AtMost(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return torch.where((x >= ctx.bound) & (grad < 0), 0, grad), None
+
+    @staticmethod
+    def tangent(_: Any, x_tangent: Tensor, __: None) -> Tensor:
+        return x_tangent  # as a positive gradient passes
+
+
+_ReverseMode, _BothModes = modes_of(_AtMost)
+
+
+@operation
+def at_most(x: Tensor, bound: float) -> Tensor:
+    """``min(x, bound)``, with the gradient of :class:`_AtMost`."""
+    if has_torch_function_unary(x) and not compiling():
+        return overridden(at_most, locals())
+    function = _ReverseMode if compiling() else _BothModes
+    return function.apply(x, bound)  # type: ignore[no-any-return]
 
 
 # -KL = log(alpha) / 2 - E log|e| + this constant, for e ~ N(1, alpha). It makes KL vanish as alpha grows.
@@ -328,6 +380,8 @@ def variational_kl(
     >>> thinned.functional.variational_kl(log_alpha, "sigmoid")
     tensor([2.9390, 1.7235, 0.4312])
     """
+    if has_torch_function_unary(log_alpha) and not compiling():
+        return overridden(variational_kl, locals())
     if approximation == "polynomial":
         alpha = log_alpha.exp()
         rest = alpha * (1.16145124 + alpha * (-1.50204118 + alpha * 0.58629921))

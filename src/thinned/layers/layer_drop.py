@@ -10,13 +10,24 @@ from torch import Tensor, nn
 
 from thinned.keys import Key
 from thinned.layers._arguments import check_p, key_for
+from thinned.layers._overrides import module_node
+from thinned.layers._torchscript import Scriptable, operation
 from thinned.layers.dropout import keep_mask
-from thinned.torch_state import compiling, is_batched, is_eager
+from thinned.torch_state import compiling, is_batched, is_eager, traces_symbolically, tracing
 
 __all__ = ["LayerDrop"]
 
 
-class LayerDrop(nn.ModuleList):
+@operation
+def surviving_layers(layers: int, p: float, *, key: Key | None = None) -> Tensor:
+    """The decision of each layer."""
+    if key is None:
+        # On the CPU, so that Python can branch without a device synchronization.
+        key = key_for(torch.empty((), device="cpu"), None, sample_dim=None)
+    return keep_mask(key, (layers,), p)
+
+
+class LayerDrop(Scriptable, nn.ModuleList):
     r"""A stack of layers: in training, a forward pass skips layer ``l`` with probability ``p``.
 
     .. math:: x_{l+1} = \begin{cases} f_l(x_l) & u(l) < T \\ x_l & \text{otherwise} \end{cases}
@@ -27,7 +38,8 @@ class LayerDrop(nn.ModuleList):
 
     Under :func:`torch.compile`, :func:`torch.func.vmap` and tracers Python cannot branch on a decision. There
     all layers run and :func:`torch.where` selects. The result under one key is the same, but a skipped layer
-    that draws random numbers of its own still advances the generator.
+    that draws random numbers of its own still advances the generator. A graph of torch.fx that is traced in
+    training calls the stack as one node; one that is traced in evaluation has a node for each layer.
 
     Indexing, iteration, ``len`` and ``state_dict`` are those of :class:`torch.nn.ModuleList` and see all
     layers. ``layers[::2]`` is the paper's "every other" pruning for inference. To write your own loop, as
@@ -85,15 +97,34 @@ class LayerDrop(nn.ModuleList):
             raise RuntimeError("each example has layers of its own under vmap; call the LayerDrop itself")
         return iter([layer for layer, kept in zip(self, keep.tolist(), strict=True) if kept])
 
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        layers = 0
+        for _ in self:
+            layers += 1
+        keep = torch.ones(layers, dtype=torch.bool)
+        if self.training and self.p > 0:
+            keep = torch.ops.thinned.surviving_layers(layers, float(self.p))
+        for index, layer in enumerate(self):
+            if bool(keep[index]):
+                input = layer(input)
+        return input
+
+    def _traced_forward(self) -> None:
+        """Python cannot branch on a decision in a trace."""
+
     def forward(self, input: Any, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
         """Pass ``input`` through :meth:`surviving`; every layer gets ``*args`` and ``**kwargs`` too."""
+        if self.training and (node := module_node(self, input, *args, key=key, **kwargs)) is not None:
+            return node
         keep = self._keep(key)
         if keep is None:
             for layer in self:
                 input = layer(input, *args, **kwargs)
             return input
         branches = is_eager(keep)
-        for index, (layer, kept) in enumerate(zip(self, keep.tolist() if branches else keep, strict=True)):
+        for index, (layer, kept) in enumerate(
+            zip(self, keep.tolist() if branches else keep.unbind(), strict=True)
+        ):
             if branches and not kept:
                 continue
             output = layer(input, *args, **kwargs)
@@ -111,10 +142,14 @@ class LayerDrop(nn.ModuleList):
         """The decision of each layer, or None if all layers run."""
         if not self.training or self.p == 0:
             return None
-        if key is None:
-            # On the CPU, so that Python can branch without a device synchronization.
-            key = key_for(torch.empty((), device="cpu"), None, sample_dim=None)
-        return keep_mask(key, (len(self),), self.p)
+        if traces_symbolically():
+            raise RuntimeError(
+                "torch.fx would skip the same layers at every call of its graph; accepted: a trace in "
+                "evaluation, which has all layers, or a LayerDrop that a module calls as its child: one node"
+            )
+        if key is None and tracing():
+            return torch.ops.thinned.surviving_layers(len(self), self.p)  # type: ignore[no-any-return]
+        return surviving_layers(len(self), self.p, key=key)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

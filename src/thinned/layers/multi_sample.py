@@ -6,10 +6,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_input, key_for, threshold_and_scale
+from thinned.layers._arguments import apply, drops, key_for, refuse_nested, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
+from thinned.torch_state import compiling
 
 __all__ = ["MultiSampleDropout", "multi_sample_dropout"]
 
@@ -46,11 +50,14 @@ def multi_sample_dropout(
             [2., 2., 0., 2., 0., 0.],
             [0., 2., 0., 0., 2., 2.]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(multi_sample_dropout, locals())
     T, scale = threshold_and_scale(p)
     _check_samples(samples)
-    check_input("multi_sample_dropout", input, key, dense=True)
+    active = drops("multi_sample_dropout", input, p, training, key)
+    refuse_nested("multi_sample_dropout", input)
     stacked = input.expand(samples, *input.shape)
-    if not training or p == 0:
+    if not active:
         return stacked
     key = key_for(input, key)
     numbers = torch.arange(samples, device=key.bits.device)
@@ -108,11 +115,20 @@ class MultiSampleDropout(Layer):
         self.samples = samples
         self.reduction = reduction
 
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return self.head(input)  # type: ignore[no-any-return]
+        features = torch.ops.thinned.multi_sample_dropout(input, float(self.p), samples=self.samples)
+        outputs = self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        return outputs.mean(0) if self.reduction == "mean" else outputs  # type: ignore[no-any-return]
+
     def forward(self, input: Tensor, *, key: Key | None = None) -> Any:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         if not self.training:
             return self.head(input)
         features = multi_sample_dropout(input, self.p, samples=self.samples, key=key)
-        if input.dim() < 2:
+        if not isinstance(input, Proxy) and input.dim() < 2:
             raise RuntimeError(
                 f"MultiSampleDropout needs a batch of features, got shape {tuple(input.shape)}"
             )

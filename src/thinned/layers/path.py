@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_input, check_p, threshold_and_scale
+from thinned.layers._arguments import apply, check_p, drops, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
+from thinned.layers._torchscript import Scriptable
+from thinned.torch_state import compiling
 
 __all__ = ["DropPath", "StochasticDepth", "drop_path", "drop_path_rates", "stochastic_depth"]
 
@@ -46,14 +51,15 @@ def drop_path(
     >>> thinned.functional.drop_path(torch.ones(4, 9), 0.5, training=True, key=thinned.Key(3)).mean(1)
     tensor([0., 0., 2., 2.])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(drop_path, locals())
     T, scale = threshold_and_scale(drop_prob)
-    _check_input("drop_path", input, key)
-    if not training or drop_prob == 0:
+    if not _drops("drop_path", input, drop_prob, training, key):
         return input
     return apply(input, key, range(1, input.dim()), False, T, scale if scale_by_keep else 1.0)
 
 
-class DropPath(nn.Module):
+class DropPath(Scriptable):
     """:func:`thinned.functional.drop_path` as a module, with timm's arguments.
 
     Source: Huang et al. 2016, as the function.
@@ -70,6 +76,8 @@ class DropPath(nn.Module):
         self.scale_by_keep = scale_by_keep
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return drop_path(input, self.drop_prob, self.training, self.scale_by_keep, key=key)
 
     def extra_repr(self) -> str:
@@ -93,10 +101,11 @@ def stochastic_depth(
     >>> thinned.functional.stochastic_depth(torch.ones(4, 9), 0.5, "batch", key=thinned.Key(3)).mean(1)
     tensor([0., 0., 0., 0.])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(stochastic_depth, locals())
     T, scale = threshold_and_scale(p)
     _check_mode(mode)
-    _check_input("stochastic_depth", input, key)
-    if not training or p == 0:
+    if not _drops("stochastic_depth", input, p, training, key):
         return input
     return apply(input, key, range(mode == "row", input.dim()), False, T, scale)
 
@@ -117,6 +126,8 @@ class StochasticDepth(Layer):
         self.mode = mode
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return stochastic_depth(input, self.p, self.mode, self.training, key=key)
 
 
@@ -142,7 +153,8 @@ def _check_mode(mode: str) -> None:
         raise ValueError(f"mode has to be either 'batch' or 'row', but got {mode!r}")
 
 
-def _check_input(name: str, input: Tensor, key: Key | None) -> None:
-    check_input(name, input, key)
-    if not input.dim():
+def _drops(name: str, input: Tensor, p: float, training: bool, key: Key | None) -> bool:
+    active = drops(name, input, p, training, key)
+    if active and not input.dim():
         raise RuntimeError(f"{name} needs a batch dimension, got a tensor of shape ()")
+    return active

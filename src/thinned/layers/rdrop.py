@@ -7,10 +7,14 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import has_torch_function
 
+from thinned.layers._overrides import module_node, overridden
+from thinned.layers._torchscript import Scriptable
 from thinned.nested import refuse
+from thinned.torch_state import compiling
 
 __all__ = ["RDrop", "r_drop_loss"]
 
@@ -65,6 +69,8 @@ def r_drop_loss(
     >>> thinned.functional.r_drop_loss(logits, logits.flip(0), target)
     tensor(1.8879)
     """
+    if has_torch_function((logits1, logits2, target, weight, padding_mask)) and not compiling():
+        return overridden(r_drop_loss, locals())
     _check(alpha, reduction)
     for logits in (logits1, logits2):
         if logits.is_nested:
@@ -114,7 +120,7 @@ def _check(alpha: float, reduction: str) -> None:
         raise ValueError(f"{reduction} is not a valid value for reduction; accepted: mean, sum, none")
 
 
-class RDrop(nn.Module):
+class RDrop(Scriptable):
     """:func:`thinned.functional.r_drop_loss` as a module, for the logits of two passes under dropout.
 
     Two calls of a model have two masks, so a training step computes ``loss = r_drop(model(x), model(x),
@@ -152,6 +158,9 @@ class RDrop(nn.Module):
     def forward(
         self, logits1: Tensor, logits2: Tensor, target: Tensor, *, padding_mask: Tensor | None = None
     ) -> Tensor:
+        node = module_node(self, logits1, logits2, target, padding_mask=padding_mask)
+        if node is not None:
+            return node
         return r_drop_loss(
             logits1,
             logits2,

@@ -7,12 +7,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
-from thinned.layers._arguments import check_input, key_for, threshold_and_scale
+from thinned.layers._arguments import drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
+from thinned.torch_state import compiling
 
 __all__ = ["TargetedDropout", "targeted_dropout"]
 
@@ -70,9 +74,12 @@ def targeted_dropout(
     tensor([[5., 0., 0., 6.],
             [0., 7., 8., 0.]])
     """
+    if has_torch_function_unary(weight) and not compiling():
+        return overridden(targeted_dropout, locals())
     T, _ = threshold_and_scale(p)
     _check_target(target, kind)
-    check_input("targeted_dropout", weight, key, dense=training and p != 0)
+    if not drops("targeted_dropout", weight, p, training, key, dense=True):
+        return weight
     ndim = weight.dim()
     if ndim < 2:
         raise RuntimeError(
@@ -82,8 +89,6 @@ def targeted_dropout(
         raise IndexError(f"dim has to be in {-ndim} .. {ndim - 1}, but got {dim}")
     if key is not None and key.shape:
         raise RuntimeError(f"a weight has one key of shape (), got keys of shape {tuple(key.shape)}")
-    if not training or p == 0:
-        return weight
     units = weight.detach().movedim(dim, 0)
     size = units.flatten(1).abs()
     shape = tuple(units.shape)
@@ -139,6 +144,8 @@ class TargetedDropout(Layer):
         self.dim = dim
 
     def forward(self, weight: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(weight, Proxy) and (node := module_node(self, weight, key=key)) is not None:
+            return node
         return targeted_dropout(
             weight, self.p, target=self.target, kind=self.kind, dim=self.dim, training=self.training, key=key
         )

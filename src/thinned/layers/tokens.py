@@ -6,14 +6,18 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_unary
 
 from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_input, check_p, key_for, threshold_and_scale
+from thinned.layers._arguments import apply, check_p, drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
 from thinned.nested import shape_of
 from thinned.op.from_key import apply_linear
+from thinned.torch_state import compiling
 
 __all__ = ["PatchDropout", "TokenDropout", "patch_dropout", "token_dropout"]
 
@@ -92,10 +96,10 @@ def patch_dropout(
     tensor([[4, 2, 3],
             [3, 4, 0]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(patch_dropout, locals())
     check_p(p)
-    is_active = training and p != 0
-    _check("patch_dropout", input, num_prefix_tokens, key, dense=is_active)
-    if not is_active:
+    if not _drops("patch_dropout", input, p, training, key, num_prefix_tokens, dense=True):
         return (input, None) if return_indices else input
     samples, tokens = input.shape[:2]
     bits = key_for(input, key).bits
@@ -156,6 +160,8 @@ class PatchDropout(Layer):
         self.return_indices = return_indices
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor | tuple[Tensor, Tensor | None]:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return patch_dropout(
             input,
             self.p,
@@ -207,10 +213,10 @@ def token_dropout(
              [2., 2.],
              [2., 2.]]])
     """
+    if has_torch_function_unary(input) and not compiling():
+        return overridden(token_dropout, locals())
     T, factor = threshold_and_scale(p)
-    is_active = training and p != 0
-    _check("token_dropout", input, num_prefix_tokens, key, dense=is_active and num_prefix_tokens != 0)
-    if not is_active:
+    if not _drops("token_dropout", input, p, training, key, num_prefix_tokens, dense=num_prefix_tokens != 0):
         return input
     factor = factor if scale else 1.0
     shared_dims = range(2, input.dim())
@@ -242,6 +248,8 @@ class TokenDropout(Layer):
         self.scale = scale
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
         return token_dropout(
             input,
             self.p,
@@ -260,9 +268,19 @@ def _check_prefix(num_prefix_tokens: int) -> None:
         raise ValueError(f"num_prefix_tokens has to be at least 0, but got {num_prefix_tokens}")
 
 
-def _check(name: str, input: Tensor, num_prefix_tokens: int, key: Key | None, *, dense: bool) -> None:
+def _drops(
+    name: str,
+    input: Tensor,
+    p: float,
+    training: bool,
+    key: Key | None,
+    num_prefix_tokens: int,
+    *,
+    dense: bool,
+) -> bool:
     _check_prefix(num_prefix_tokens)
-    check_input(name, input, key, dense=dense)
+    if not drops(name, input, p, training, key, dense=dense):
+        return False
     if input.dim() < 2:
         raise RuntimeError(f"{name} needs a tensor of shape (N, L, *), got one of {shape_of(input)}")
     if not input.is_nested and input.shape[1] < num_prefix_tokens:
@@ -270,3 +288,4 @@ def _check(name: str, input: Tensor, num_prefix_tokens: int, key: Key | None, *,
             f"{name} got num_prefix_tokens={num_prefix_tokens} and a tensor of shape {tuple(input.shape)}, "
             f"which has {input.shape[1]} tokens along dimension 1"
         )
+    return True

@@ -6,12 +6,16 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_variadic
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_input, key_for, threshold_and_scale
+from thinned.layers._arguments import drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
 from thinned.layers.dropout import keep_mask
 from thinned.nested import alike, elementwise, shape_of
+from thinned.torch_state import compiling
 
 __all__ = ["Zoneout", "zoneout"]
 
@@ -52,10 +56,14 @@ def zoneout(
     >>> thinned.functional.zoneout(candidate, previous, p=0.5, training=False)
     tensor([3., 3., 3., 3., 3., 3.])
     """
+    if has_torch_function_variadic(input, previous) and not compiling():
+        return overridden(zoneout, locals())
     T, _ = threshold_and_scale(p)
-    check_input("zoneout", input, key)
+    active = drops("zoneout", input, p, True, key)
     if not isinstance(previous, Tensor):
         raise TypeError(f"zoneout(): argument 'previous' must be Tensor, not {type(previous).__name__}")
+    if not active:
+        return input
     if not alike(previous, input) or previous.dtype != input.dtype:
         raise RuntimeError(
             f"zoneout needs a previous state like its input, of shape {shape_of(input)} and "
@@ -66,8 +74,12 @@ def zoneout(
     if not training and T:
         if input.dtype in (torch.float16, torch.bfloat16):  # in float32, so that the result is rounded once
             return zoneout(input.float(), previous.float(), p, training=False).to(input.dtype)
+        if input.is_complex():  # by parts: infinity times a real number would be NaN in the other part
+            new, old = (torch.view_as_real(state.resolve_conj()) for state in (input, previous))
+            return torch.view_as_complex(zoneout(new, old, p, training=False))
         return torch.add(input * (T / 2**32), previous, alpha=1 - T / 2**32)
-    key = key_for(input, key, elementwise=True)
+    # In evaluation p is 1 here: no key keeps anything, so none is drawn.
+    key = key_for(input, key if training else Key(0), elementwise=True)
     if input.is_nested:
         return elementwise("zoneout", partial(zoneout, p=p), input, key, previous)
     return torch.where(keep_mask(key, input.shape, p), input, previous)
@@ -92,4 +104,8 @@ class Zoneout(Layer):
         super().__init__(p)
 
     def forward(self, input: Tensor, previous: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) or isinstance(previous, Proxy):
+            node = module_node(self, input, previous, key=key)
+            if node is not None:
+                return node
         return zoneout(input, previous, self.p, training=self.training, key=key)

@@ -1,7 +1,7 @@
 """Find, replace, address and export the dropouts of a model that somebody else wrote."""
 
 from thinned.models.address import Address, address
-from thinned.models.convert import Conversion, Swap, convert, revert
+from thinned.models.convert import Conversion, Setting, Swap, convert, revert
 from thinned.models.convert.rules import register
 from thinned.models.export import Keyed
 from thinned.models.export.decompositions import decompositions
@@ -15,6 +15,7 @@ __all__ = [
     "Intercept",
     "Intercepted",
     "Keyed",
+    "Setting",
     "Site",
     "Swap",
     "address",

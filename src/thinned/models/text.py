@@ -37,8 +37,8 @@ class Listing(Sequence[Item]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def _print(self, summary: str, others: Sequence[Item] = ()) -> str:
-        rows = merge_paths([item.cells() for item in (*self, *others)])
+    def _print(self, summary: str, others: Sequence[Sequence[str]] = ()) -> str:
+        rows = merge_paths([*(item.cells() for item in self), *others])
         return f"{summary}\n{to_text(self.headings, rows)}" if rows else summary
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from thinned.backends import portable
-from thinned.geometry import Geometry, shared
+from thinned.geometry import Geometry, shared, shared_cached
+from thinned.key_source import active
 from thinned.keys import draw, draw_int
 from thinned.op.inplace import count_write, refuse_leaf, refuse_overlap
 from thinned.op.registered import call_backend, keep_mask, key_tensor, library, stack_keys
@@ -23,6 +24,7 @@ from thinned.torch_state import (
     is_legacy_batched,
     is_traced,
     single_level_functions,
+    tracing,
     transforming,
 )
 
@@ -59,10 +61,39 @@ def masked_affine(
         return _sparse(x, key, geometry, T, scale, shift, fill)
     if is_legacy_batched(x):
         return portable.masked_affine(x, key_tensor(key, x), geometry, T, scale, shift, fill)
+    if not compiling() and tracing():
+        return _traced(x, key, geometry, T, scale, shift, fill)
     traced = is_traced(x) or functionalizing()
     apply: Any = torch.ops.thinned.masked_affine if traced else _BothModes.apply
     strides, base = shared(x.shape) if geometry is None else geometry
     return apply(x, key_tensor(key, x), strides, base, T, scale, shift, fill)  # type: ignore[no-any-return]
+
+
+def _traced(x: Tensor, key: int | Tensor | None, geometry: Geometry | None, *constants: float) -> Tensor:
+    """The operation as one node of :func:`torch.jit.trace`, which computes the geometry of each call."""
+    # A size is a tensor in a trace; the stride of a shared dimension is a number.
+    strides = geometry.strides if geometry else ()
+    dims = [dim for dim, stride in enumerate(strides) if isinstance(stride, int) and stride == 0]
+    bits = None if key is None else key_tensor(key, x)
+    return torch.ops.thinned.masked_affine_of(x, bits, dims, *constants)  # type: ignore[no-any-return]
+
+
+def _of_shape(x: Tensor, key: Tensor | None, dims: list[int], *constants: Any) -> Tensor:
+    if key is None and active.key_source is not None:
+        raise RuntimeError(
+            "a traced call of a function such as thinned.functional.dropout knows no thinned.address or "
+            "intercept(key=); trace a layer, such as thinned.Dropout, in its place"
+        )
+    geometry = shared_cached(x.shape, tuple(dims), 0 if key is None else key.dim())
+    return masked_affine(x, key, geometry, *constants)
+
+
+library.define(
+    "masked_affine_of(Tensor x, Tensor? key, int[] broadcast_dims, int T, float scale, float shift, "
+    "float fill) -> Tensor",
+    alias_analysis="CONSERVATIVE",
+)
+library.impl("masked_affine_of", _of_shape, "CompositeImplicitAutograd")
 
 
 def masked_affine_(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from thinned.keys import Key
-from thinned.op.from_key import modes_of, result_of
+from thinned.op.from_key import result_of
 from thinned.op.noise import multiply, opmath
-from thinned.torch_state import compiling, dense, transforming
+from thinned.torch_state import compiling, dense, forward_mode, is_eager
 
 __all__ = ["Noisy", "apply_noisy"]
 
 
-class Noisy(NamedTuple):
+@dataclass(frozen=True)
+class Noisy:
     """A factor ``f(noise, parameter)``.
 
     ``factor`` and ``both`` take ``(noise, parameter, inplace)`` and may overwrite the noise if ``inplace``.
@@ -39,11 +41,15 @@ def apply_noisy(noisy: Noisy, x: Tensor, parameter: Tensor, key: Key) -> Tensor:
     Only ``x``, the parameter and the key are saved. Differentiable in ``x`` and the parameter to any order,
     in both modes.
     """
-    function = _ReverseMode if compiling() else _BothModes
-    return function.apply(x, parameter, key.bits, noisy)  # type: ignore[no-any-return]
+    if not compiling() and forward_mode():
+        # Not by a `jvp`: its saved tensors lack the tangents of an outer jvp, so jvp(jvp(f)) would be wrong.
+        return _Product.forward(x, parameter, key.bits, noisy)
+    return _Product.apply(x, parameter, key.bits, noisy)  # type: ignore[no-any-return,no-untyped-call]
 
 
-class _NoisyProduct:
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> Tensor:
         y = multiply(x, noisy.factor(*_noise(x, parameter, bits, noisy)))
@@ -67,24 +73,13 @@ class _NoisyProduct:
         grad_parameter = summands.sum_to_size(parameter.shape).to(parameter.dtype)
         return multiply(grad, factor).to(x.dtype), grad_parameter, None, None
 
-    @staticmethod
-    def tangent(ctx: Any, x_tangent: Tensor | None, parameter_tangent: Tensor | None, *_: None) -> Tensor:
-        x, parameter, bits = ctx.saved_tensors
-        factor, slope = ctx.noisy.both(*_noise(x, parameter, bits, ctx.noisy))
-        tangent = torch.zeros_like(x) if x_tangent is None else x_tangent * factor
-        if parameter_tangent is not None:
-            tangent = tangent + x * (slope * parameter_tangent)
-        return tangent.to(x.dtype)
-
-
-_ReverseMode, _BothModes = modes_of(_NoisyProduct)
-
 
 def _noise(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> tuple[Tensor, Tensor, bool]:
     """The arguments of ``noisy.factor``."""
     dtype = opmath(x.dtype)
     noise, parameter = noisy.noise(Key.from_bits(bits), x.shape, dtype), parameter.to(dtype)
-    may_overwrite = not (torch.is_grad_enabled() or transforming() or compiling())
+    # A traced graph may run with gradients enabled, where out= is an error.
+    may_overwrite = is_eager(x) and not torch.is_grad_enabled()
     # The factor has the noise's shape only then: a parameter with dimensions may broadcast the noise.
     same_shape = parameter.dim() == 0 or noise.shape == x.shape
     return noise, parameter, may_overwrite and same_shape

@@ -88,6 +88,9 @@ def multiply(x: Tensor, factor: Tensor) -> Tensor:
     plain = not (torch.is_grad_enabled() or compiling() or transforming() or is_legacy_batched(x))
     if plain and factor.dtype == x.dtype and factor.shape == x.shape and x.is_contiguous():
         return factor.mul_(x)
+    if x.is_complex() and not factor.is_complex():
+        # torch would multiply by factor + 0j, and infinity times 0 is NaN.
+        return torch.view_as_complex(torch.view_as_real(x.resolve_conj()) * factor.unsqueeze(-1))
     return x * factor
 
 

@@ -13,7 +13,7 @@ from thinned.geometry import Geometry
 from thinned.keys import Key, draw
 from thinned.op.partitioner import repeat_draws
 from thinned.op.vmap_keys import key_per_call
-from thinned.torch_state import compiling, is_eager, transforming, without_transforms
+from thinned.torch_state import compiling, is_eager, tracing, transforming, without_transforms
 
 __all__ = ["call_backend", "draw_for", "keep_mask", "key_tensor", "library", "stack_keys", "uniform"]
 
@@ -27,17 +27,30 @@ for _schema, *_tags in (
     ("uniform(Tensor key, SymInt[] shape, SymInt[] strides, SymInt base) -> Tensor",),
     ("draw_key(Tensor place) -> Tensor", torch.Tag.nondeterministic_seeded),
 ):
-    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, *_tags))
+    # Conservative: else TorchScript would fold a draw, whose input is constant, into a constant key.
+    alias_analysis = "CONSERVATIVE" if _tags else ""
+    library.define(_schema, alias_analysis=alias_analysis, tags=(torch.Tag.pt2_compliant_tag, *_tags))
 
 
 def keep_mask(key: Tensor, shape: Sequence[int], geometry: Geometry, T: int) -> Tensor:
     """``keep(m(i))`` as a bool tensor of ``shape`` on the key's device."""
+    _refuse_trace(shape)
     return torch.ops.thinned.keep_mask(key, shape, *geometry, T)  # type: ignore[no-any-return]
 
 
 def uniform(key: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
     """``u(m(i)) - 2**31`` as an int32 tensor of ``shape`` on the key's device."""
+    _refuse_trace(shape)
     return torch.ops.thinned.uniform(key, shape, *geometry)  # type: ignore[no-any-return]
+
+
+def _refuse_trace(shape: Sequence[int]) -> None:
+    """Raise NotImplementedError for the sizes of a tensor in a trace, which are tensors themselves."""
+    if not compiling() and tracing() and any(isinstance(size, Tensor) for size in shape):
+        raise NotImplementedError(
+            "torch.jit.trace would make the shape of this mask a constant; call the layer's module without a "
+            "key, or torch.ops.thinned.NAME in place of thinned.functional.NAME, or use torch.export"
+        )
 
 
 def draw_for(x: Tensor) -> Tensor:

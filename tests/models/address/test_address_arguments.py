@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,7 +47,12 @@ def test_a_step_counter_of_one_element_is_its_number(
         ({"seed": Key.from_bits(torch.tensor([1]))}, ValueError, r"seed .* got keys of shape \(1,\)"),
         ({"samples": torch.ones(8)}, TypeError, "samples must be int64 ids in one dimension"),
         ({"samples": torch.ones(2, 4, dtype=torch.int64)}, TypeError, "samples must be int64 ids in one"),
-        ({"samples": [[1]]}, TypeError, "samples must be int64 ids in one dimension"),
+        ({"samples": torch.tensor([])}, TypeError, "ids in one dimension, got torch.float32 of shape"),
+        *(
+            ({"samples": wrong}, TypeError, f"one dimension, got {re.escape(repr(wrong))}")
+            for wrong in ([[1]], [1.5], 5, "ab", [None], np.array([1.5]), np.array([[1, 2]]))
+        ),
+        ({"samples": [1, 2**64]}, ValueError, f"samples must be in .*, got {2**64}"),
         ({"sample_dim": "1"}, TypeError, "got '1'"),
         ({"sample_dim": {"1": "1"}}, TypeError, "got {'1': '1'}"),
         ({"sample_dim": {"encoder.*": 1}}, ValueError, r"no module .* at a path like 'encoder\.\*'"),
@@ -54,6 +61,33 @@ def test_a_step_counter_of_one_element_is_its_number(
 def test_errors(model: nn.Sequential, given: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         address(model, **({"seed": 1, "step": 0} | given))
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [(3, 5), [3, 5], range(3, 6, 2), np.array([3, 5]), (n for n in (3, 5)), [np.uint64(3), np.int8(5)]],
+)
+def test_samples_are_any_integers(model: nn.Sequential, samples: Any) -> None:
+    key = address(model, seed=1, step=0, samples=samples).key_of("1")
+    assert key == address(model, seed=1, step=0, samples=torch.tensor([3, 5])).key_of("1")
+
+
+@pytest.mark.parametrize("samples", [[], (), range(0), torch.tensor([], dtype=torch.int64), np.arange(0)])
+def test_an_empty_batch_has_no_samples(model: nn.Sequential, samples: Any) -> None:
+    context = address(model, seed=1, step=0, samples=samples)
+    assert context.mask_of("1", (0, 8)).shape == (0, 8)
+    with context:
+        assert model(torch.ones(0, 8)).shape == (0, 8)
+        shared = model(torch.ones(1, 8))
+    assert shared.equal(2.0 * address(model, seed=1, step=0).mask_of("1", (1, 8), call=1))
+    with context, pytest.raises(RuntimeError, match=r"shape \(4, 8\), .* no multiple of the 0 samples"):
+        model(torch.ones(4, 8))
+    assert thinned.Keyed(model)(torch.ones(0, 8), key=torch.tensor(7), samples=samples).shape == (0, 8)
+
+
+def test_more_samples_than_an_empty_batch_has(model: nn.Sequential) -> None:
+    with address(model, seed=1, step=0, samples=[3, 5]):
+        assert model(torch.ones(0, 8)).shape == (0, 8)
 
 
 class TestPaths:

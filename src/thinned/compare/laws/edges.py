@@ -120,6 +120,6 @@ LAWS = [
         has_p,
     ),
     law("p = NaN", "p = NaN raises ValueError", partial(refuses_p, outside=(math.nan,)), has_p),
-    law("integer input", "an integer tensor is refused", integers, has_mask),
+    law("integer input", "an integer tensor is refused where something is dropped", integers, has_mask),
     law("dropped NaN or inf", "a dropped element is 0, NaN and infinity included", not_finite, has_mask),
 ]

@@ -13,10 +13,10 @@ from thinned.compare.layers import (
     gaussian,
     layer_drop,
     locked,
-    lstm,
     multi_sample,
     path,
     rdrop,
+    recurrent,
     schedules,
     targeted,
     tokens,
@@ -28,7 +28,20 @@ from thinned.compare.layers._entry import Entry
 __all__ = ["ENTRIES", "Entry", "entry_of"]
 
 FAMILIES = (
-    *(dropout, channels, alpha, path, tokens, attention, block, locked, embedding, zoneout, weights, lstm),
+    *(
+        dropout,
+        channels,
+        alpha,
+        path,
+        tokens,
+        attention,
+        block,
+        locked,
+        embedding,
+        zoneout,
+        weights,
+        recurrent,
+    ),
     *(gaussian, concrete, targeted, layer_drop, multi_sample, rdrop, schedules),
 )
 ENTRIES: list[Entry] = [entry for family in FAMILIES for entry in family.ENTRIES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
@@ -20,6 +21,7 @@ from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.walk import is_ours
 from thinned.nested import shape_of
 from thinned.op.vmap_keys import key_per_call
+from thinned.philox import signed64
 from thinned.torch_state import compiling
 
 __all__ = ["Address", "address"]
@@ -201,8 +203,8 @@ class Address:
         path, module = module_at(self._model, path)
         layer = copy(module)
         layer.training = True
-        x = torch.ones(tuple(shape), requires_grad=True)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.ones(tuple(shape), device="cpu", requires_grad=True)
             y = None
             if is_ours(layer):
                 with _within(_Running(self, calls={path: call}, stack=[path], recomputes=True)):
@@ -347,7 +349,7 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
     count, size = samples.shape[0], input.size(sample_dim)  # .shape, since a symbolic size has no len()
     if size == 1 != count:
         return key
-    rows_each = size // count
+    rows_each = size // max(count, 1)  # an empty batch has no samples
     if rows_each * count != size:
         raise RuntimeError(
             f"the site {path!r} was given a tensor of shape {shape_of(input)}, whose dimension {sample_dim} "
@@ -361,9 +363,16 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
 
 
 def _ids(samples: Tensor | Iterable[int]) -> Tensor:
-    ids = samples if isinstance(samples, Tensor) else torch.tensor(list(samples), dtype=torch.int64)
-    if ids.dtype != torch.int64 or ids.dim() != 1:
-        raise TypeError(
-            f"samples must be int64 ids in one dimension, got {ids.dtype} of shape {tuple(ids.shape)}"
-        )
-    return ids
+    if isinstance(samples, Tensor):
+        if samples.dtype != torch.int64 or samples.dim() != 1:
+            got = f"{samples.dtype} of shape {tuple(samples.shape)}"
+            raise TypeError(f"samples must be int64 ids in one dimension, got {got}")
+        return samples
+    try:
+        ids = [operator.index(sample) for sample in samples]
+    except TypeError:
+        raise TypeError(f"samples must be int64 ids in one dimension, got {samples!r}") from None
+    for sample in ids:
+        if not -(2**63) <= sample < 2**64:
+            raise ValueError(f"samples must be in -2**63 .. 2**64-1, got {sample}")
+    return torch.tensor([signed64(sample) for sample in ids], dtype=torch.int64, device="cpu")

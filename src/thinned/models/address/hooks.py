@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from thinned.key_source import KeySource, active
@@ -57,6 +58,13 @@ _numbers = itertools.count()
 class _Hook:
     def __init__(self, hooks: ModuleHooks, path: str) -> None:
         self.hooks, self.path = hooks, path
+
+    @property
+    def __name__(self) -> str:  # torch.jit.script looks for it
+        raise AttributeError(
+            "torch.jit.script compiles the forward hooks of a model, and cannot compile those of "
+            "thinned.address; script the model before its first address, or a new one with its state_dict"
+        )
 
 
 class _OnEnter(_Hook):
@@ -180,8 +188,15 @@ def hooks_of(model: nn.Module) -> ModuleHooks:
             "thinned.address gives a model hooks on first use, which compiled code cannot; call "
             "thinned.address(model, seed=0, step=0) once before"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "thinned.address needs a model of Python modules, got a ScriptModule, which takes no hooks; "
+            "put it into a module, as in torch.nn.Sequential(scripted)"
+        )
     hooks = ModuleHooks()
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and counts as part of the one around
+            continue
         path = _path(name)
         hooks.paths.add(path)
         dim = _sample_dim(module)

@@ -1,17 +1,20 @@
-"""Swaps the dropout modules of a model for ours, and swaps them back."""
+"""Swaps the dropout modules of a model for ours, sets its other dropouts' numbers, and undoes both."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import nn
 
+from thinned.layers import ConcreteDropout, VariationalDropout
 from thinned.layers._arguments import check_p
-from thinned.models.convert.rules import is_known, make, probability_name, probability_of
+from thinned.models.convert.rules import is_known, make, probability_name, probability_of, unit_of
+from thinned.models.inspect import Site, inspect
+from thinned.models.sites import Rate, is_dropout, rates_of
 from thinned.models.text import Listing, count, format_p
 from thinned.models.walk import (
     Choice,
@@ -23,9 +26,10 @@ from thinned.models.walk import (
 )
 from thinned.torch_state import buffers_of, children_of, load_hooks_of, parameters_of
 
-__all__ = ["Conversion", "Swap", "convert", "revert"]
+__all__ = ["Conversion", "Setting", "Swap", "convert", "revert"]
 
 ORIGIN = "_thinned_origin"
+BEFORE = "_thinned_before"
 HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,24 +62,72 @@ class Swap:
         return [", ".join(self.paths) or "(model)", self.old, self.new, format_p(self.p), self.note]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """The report on one number that ``convert(p=)`` set in place.
+
+    Attributes:
+        paths: all places of the modules that drop with it; ``path`` is the first.
+        type: the name of the type that has the attribute: of the module, or of its config.
+        attribute: its name.
+        old: the number before.
+        new: the number now.
+    """
+
+    paths: tuple[str, ...]
+    type: str
+    attribute: str
+    old: float
+    new: float
+
+    @property
+    def path(self) -> str:
+        """The module's first place in the model; empty for the model itself."""
+        return self.paths[0]
+
+    def cells(self) -> list[str]:
+        """The words of its row in the table."""
+        path = ", ".join(self.paths) or "(model)"
+        return [path, f"{self.type}({self.attribute}=)", "", format_p(self.new), f"was {format_p(self.old)}"]
+
+
 class Conversion(Listing[Swap], Generic[Model]):
     """The result of :func:`convert`: a sequence of :class:`Swap`, which prints as a table.
 
     Attributes:
         model: the converted model.
         left: the dropout modules of known types that stay as they are, with the reasons.
+        settings: the numbers that ``p=`` set in place, as :class:`Setting`.
+        unreached: the sites that :func:`thinned.inspect` finds without a run and that may drop with another
+            probability than ``p=``, as :class:`Site`; empty if no ``p`` was given.
     """
 
     headings = ("path", "type", "becomes", "p", "note")
 
-    def __init__(self, model: Model, swaps: Sequence[Swap], left: Sequence[Swap] = ()) -> None:
+    def __init__(
+        self,
+        model: Model,
+        swaps: Sequence[Swap],
+        left: Sequence[Swap] = (),
+        settings: Sequence[Setting] = (),
+        unreached: Sequence[Site] = (),
+    ) -> None:
         self.model = model
         self.left = tuple(left)
+        self.settings = tuple(settings)
+        self.unreached = tuple(unreached)
         self._items = tuple(swaps)
 
     def __repr__(self) -> str:
-        stayed = f", {len(self.left)} stayed" if self.left else ""
-        return self._print(f"{count(len(self), 'dropout module')} became thinned's{stayed}", self.left)
+        summary = f"{count(len(self), 'dropout module')} became thinned's"
+        summary += f", {len(self.left)} stayed" if self.left else ""
+        summary += f", {count(len(self.settings), 'number')} set" if self.settings else ""
+        summary += f", {count(len(self.unreached), 'site')} not reached" if self.unreached else ""
+        others = [item.cells() for items in (self.left, self.settings) for item in items]
+        for site in self.unreached:
+            why = "not reached" + f": {site.where}" * bool(site.where)
+            others.append([", ".join(site.paths) or "(model)", site.type, "", format_p(site.p), why])
+        return self._print(summary, others)
 
 
 def convert(
@@ -96,16 +148,35 @@ def convert(
     it and :func:`thinned.intercept` replaces it. A list or an attribute that is no child keeps the old
     module, and the swap's note names it.
 
+    With ``p``, everything that drops has this probability afterwards, so that ``p=0`` leaves nothing that
+    drops. Besides the modules that are swapped, these numbers are set in place:
+
+    - the probability of dropouts of thinned, and of those that are left;
+    - ``nn.MultiheadAttention.dropout``, and ``nn.LSTM.dropout``, ``nn.GRU.dropout`` and ``nn.RNN.dropout``
+      with several layers;
+    - every float from 0 to 1 of a module whose name says that it is one, such as ``attention_dropout``,
+      ``layerdrop`` or ``drop_path_rate``;
+    - every attribute that the source of a forward passes to a functional dropout, such as ``self.p`` in
+      ``F.dropout(x, self.p, self.training)``;
+    - the attributes of a config that a forward reads, such as ``self.config.layerdrop``. All models that
+      were built from one config share it, and a saved model has it.
+
+    A layerdrop that is 0 stays 0, because a skipped layer leaves parameters without gradients. Another number
+    that is 0 is set, as ``nn.Dropout(0)`` is. What cannot be set, such as that of ``F.dropout(x, 0.5)``, is
+    in ``unreached``.
+
     Args:
         model: any module. If it is a dropout itself, the new one is ``conversion.model``.
-        p: a probability for all modules that are swapped, instead of their own.
-        include: swap these only: a path's pattern (:mod:`fnmatch`), several, or a function of path and
-            module, which is called for dropout modules alone. One matching path of several suffices.
+        p: a probability for everything that drops.
+        include: convert these only: a path's pattern (:mod:`fnmatch`), several, or a function of path and
+            module, which is called for modules that drop. One matching path of several suffices. An attribute
+            is chosen by the path of its module, and that of a config by the modules that read it.
         exclude: leave these.
-        inplace: change ``model``; otherwise ``conversion.model`` is a deep copy.
+        inplace: change ``model``; otherwise ``conversion.model`` is a deep copy, with a copy of its config.
 
     Returns:
-        A :class:`Conversion`: the swaps, ``.model`` and ``.left``; printed, a table.
+        A :class:`Conversion`: the swaps, ``.model``, ``.left``, ``.settings`` and ``.unreached``; printed, a
+        table.
 
     Raises:
         ValueError: ``p`` outside [0, 1] or NaN, or given where a new module has no probability. Whatever is
@@ -157,21 +228,98 @@ def convert(
         news[id(module)] = new
         note = _note(module, elsewhere.get(id(module), ()))
         swaps[id(new)] = Swap(paths, old, qualified_name(type(new)), probability_of(new), note)
+    settings = [] if p is None else _set_all(model, float(p), chosen, news)
     # From here on nothing raises.
     for new, origin in origins:
         origin.carry_over(new)
     model = _replace(model, news)
     # A module within another that was swapped is gone unless the new one has it too.
-    return Conversion(model, [swaps[id(m)] for m in model.modules() if id(m) in swaps], left)
+    mine = [swaps[id(m)] for m in model.modules() if id(m) in swaps]
+    return Conversion(
+        model, mine, left, settings, () if p is None else list(_unreached(model, float(p), chosen))
+    )
+
+
+def _set_all(
+    model: nn.Module, p: float, chosen: Callable[[tuple[str, ...], nn.Module], bool], swapped: Container[int]
+) -> list[Setting]:
+    """Set the numbers that ``model`` drops with, but for modules that are swapped; all or none."""
+    done: list[tuple[Rate, float]] = []
+    try:
+        for rate in rates_of(model):
+            old = rate.value
+            if (
+                id(rate.owner) in swapped
+                or (rate.stays_off and not old)
+                or not chosen(rate.paths, rate.module)
+            ):
+                continue
+            unit = unit_of(rate.module) if rate.of_module else 1.0
+            new = min(1.0, p / unit) if unit else old
+            if new != old:
+                done.append((rate, old))
+                rate.value = new
+    except Exception:
+        for rate, old in done:
+            rate.value = old
+        raise
+    for rate, old in done:
+        # A module that convert made keeps its probability when it is swapped back.
+        if not (rate.of_module and ORIGIN in vars(rate.module)):
+            _remember(rate, old)
+    return [
+        Setting(rate.paths, qualified_name(type(rate.owner)), rate.name, old, rate.value)
+        for rate, old in done
+    ]
+
+
+class _Before(NamedTuple):
+    """A number that ``convert(p=)`` set."""
+
+    rate: Rate
+    old: float
+    new: float
+
+
+def _remember(rate: Rate, old: float) -> None:
+    """Keep what a number was, in a hidden attribute of the module that drops with it."""
+    known: list[_Before] = vars(rate.module).setdefault(BEFORE, [])
+    for i, before in enumerate(known):
+        if before.rate.owner is rate.owner and before.rate.name == rate.name:
+            del known[i]
+            old = before.old if before.new == old else old
+            break
+    known.append(_Before(rate, old, rate.value))
+
+
+def _unreached(
+    model: nn.Module, p: float, chosen: Callable[[tuple[str, ...], nn.Module], bool]
+) -> Iterator[Site]:
+    """The sites that may drop with another probability than ``p``, as far as the source says."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for site in inspect(model):
+        module = modules[site.path]
+        # What a module called a dropout does beside functional dropouts, it does with its own probability, or
+        # with None, which stands for 0.
+        name = probability_name(module) if site.kind != "call" and is_dropout(module) else None
+        own = name is not None and isinstance(getattr(module, name), int | float | None)
+        reached = site.p in (p, 0) or own or (site.kind == "module" and is_ours(module))
+        if isinstance(module, ConcreteDropout | VariationalDropout):
+            reached = False  # it learns its probability
+        if not reached and chosen(site.paths, module):
+            yield site
 
 
 def revert(model: Model) -> Model:
-    """Undo :func:`convert`: the modules that were swapped come back, in all their places.
+    """Undo :func:`convert`: the modules that were swapped come back, in all their places, and so do the
+    numbers that ``p=`` set in place.
+
+    A number that was set again since, as by :class:`thinned.DropoutSchedule`, stays as it is.
 
     The same modules come back or, in a copy or a loaded pickle of the model, copies of them. The current
     training mode, hooks and probabilities stay, ``p=`` of :func:`convert` included. A type may count its
-    probability in another unit, as timm's DropBlock2d does by its ``gamma_scale``: a probability that did not
-    change comes back as it was, and one that changed is divided by the unit.
+    probability in another unit, as :func:`register` says: a probability that did not change comes back as it
+    was, and one that changed is divided by the unit.
 
     Args:
         model: a model that :func:`convert` changed, a copy or a part of it; others are left as they are.
@@ -186,6 +334,10 @@ def revert(model: Model) -> Model:
     >>> type(model[1])
     <class 'torch.nn.modules.dropout.Dropout'>
     """
+    for module in model.modules():
+        for rate, before, now in vars(module).pop(BEFORE, ()):
+            if rate.value == now:
+                rate.value = before
     olds: dict[int, nn.Module] = {}
     for new in model.modules():
         origin = vars(new).get(ORIGIN)

@@ -14,7 +14,7 @@ from thinned import layers
 from thinned.models.walk import is_ours, qualified_name
 from thinned.torch_state import REPRESENTATION, buffers_of, children_of, parameters_of
 
-__all__ = ["is_known", "make", "probability_name", "probability_of", "register"]
+__all__ = ["is_known", "make", "probability_name", "probability_of", "register", "unit_of"]
 
 Build = Callable[[Any], nn.Module]
 # The attributes in which modules keep their probability.
@@ -162,6 +162,12 @@ def probability_of(module: nn.Module) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+def unit_of(module: nn.Module) -> float:
+    """The factor from the number that ``module`` has to its probability."""
+    found = None if is_ours(module) else _known_base(type(module))
+    return 1.0 if found is None else found[1].unit(module)
+
+
 def _flags(ours: type[nn.Module], *names: str, **flags: Any) -> Build:
     return lambda old: ours(*(getattr(old, name) for name in names), **flags)
 
@@ -172,15 +178,18 @@ def _drop_path(old: Any) -> nn.Module:
 
 
 def _timm_drop_block(old: Any) -> nn.Module:
-    if old.with_noise:
-        raise ValueError("with_noise=True")
-    if not getattr(old, "scale_by_keep", True):
-        raise ValueError("scale_by_keep=False")
-    if not old.gamma_scale:
-        raise ValueError(f"gamma_scale={old.gamma_scale}, which drops nothing at any drop_prob")
-    p = min(1.0, (old.drop_prob or 0.0) * old.gamma_scale)
-    coupled = getattr(old, "couple_channels", True)
-    return layers.DropBlock2d(p, old.block_size, old.inplace, couple_channels=coupled, scale="counted")
+    return layers.DropBlock2d(
+        old.drop_prob or 0.0,
+        old.block_size,
+        old.inplace,
+        # timm before 1.0.23 had a mask for each channel, and no such attribute.
+        couple_channels=getattr(old, "couple_channels", False),
+        scale="counted",
+        batchwise=getattr(old, "batchwise", False) and not old.fast,  # the fast one ignored it
+        scale_by_keep=getattr(old, "scale_by_keep", True),
+        with_noise=old.with_noise,
+        gamma_scale=old.gamma_scale,
+    )
 
 
 def _stable_dropout(old: Any) -> nn.Module:
@@ -189,8 +198,8 @@ def _stable_dropout(old: Any) -> nn.Module:
     return layers.Dropout(old.drop_prob)
 
 
-def _theirs(kind: type[nn.Module] | str, p: str, build: Build, unit: Callable[[Any], float] = _same) -> None:
-    _add(kind, Rule(build, unit, p, stateless=True))
+def _theirs(kind: type[nn.Module] | str, p: str, build: Build) -> None:
+    _add(kind, Rule(build, p=p, stateless=True))
 
 
 for _name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d"):
@@ -200,7 +209,7 @@ for _name in ("AlphaDropout", "FeatureAlphaDropout"):
     _theirs(getattr(nn, _name), "p", _flags(getattr(layers, _name), "p"))
 for _place in ("timm.layers", "timm.models.layers"):
     _theirs(f"{_place}.drop.DropPath", "drop_prob", _drop_path)
-    _theirs(f"{_place}.drop.DropBlock2d", "drop_prob", _timm_drop_block, lambda old: float(old.gamma_scale))
+    _theirs(f"{_place}.drop.DropBlock2d", "drop_prob", _timm_drop_block)
     for _name, _flag in (("PatchDropout", False), ("PatchDropoutWithIndices", True)):
         _patches = _flags(layers.PatchDropout, "prob", "num_prefix_tokens", "ordered", return_indices=_flag)
         _theirs(f"{_place}.patch_dropout.{_name}", "prob", _patches)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from thinned.models.inspect.names import Given, Names, call_method
 from thinned.models.inspect.source import parsed
-from thinned.models.inspect.targets import Call
+from thinned.models.inspect.targets import READS, Call, Read
 
-__all__ = ["calls_in_source"]
+__all__ = ["calls_in_source", "read_source"]
 
 NEARBY = re.compile("drop|atten", re.IGNORECASE)
 READINGS = 8  # of one function, with other arguments each
@@ -36,10 +36,19 @@ def calls_in_source(module: nn.Module) -> list[Call]:
     >>> calls_in_source(torch.nn.Linear(2, 2))
     []
     """
-    reading = _Reading(module)
-    with torch.random.fork_rng(devices=()):  # the model's properties may draw
-        reading.read(module.forward)
-    return [call for calls in reading.found.values() for call in calls.values()]
+    return read_source(module)[0]
+
+
+def read_source(module: nn.Module) -> tuple[list[Call], list[Read]]:
+    """The functional dropouts that ``module.forward`` may reach, and all that the reading has looked up."""
+    reading, reads = _Reading(module), list[Read]()
+    before = READS.set(reads)
+    try:
+        with torch.random.fork_rng(devices=()):  # the model's properties may draw
+            reading.read(module.forward)
+    finally:
+        READS.reset(before)
+    return [call for calls in reading.found.values() for call in calls.values()], reads
 
 
 class _Reading:
@@ -110,7 +119,7 @@ class _Reading:
             before = calls.get(place)
             if before is not None:  # read with other arguments
                 p = call.p if call.p == before.p else None
-                call = replace(before, p=p, note=before.note or call.note)
+                call = replace(before, p=p, note=before.note or call.note, rates=before.rates + call.rates)
             calls[place] = call
         for value, arguments, guarded in names.mentions():
             self.read(value, arguments, guarded)

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 
 from thinned.models.draws import DRAWS, SINGLE, purpose_of
 from thinned.models.inspect.source import TRAINING, Source, outline, parsed
-from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN, TARGETS, Argument, Call, Kind
+from thinned.models.inspect.targets import (
+    ELSEWHERE,
+    HAND_WRITTEN,
+    TARGETS,
+    Argument,
+    Call,
+    Kind,
+    as_float,
+    remember,
+)
 
 __all__ = ["UNCONDITIONAL", "UNKNOWN", "Given", "Names", "call_method"]
 
@@ -116,7 +125,8 @@ class Names:
             case ast.Attribute(attr=name) if name in TRAINING:
                 return training
             case ast.Attribute(owner, name):
-                return getattr(_no_tensor(value(owner)), name)
+                holder = _no_tensor(value(owner))
+                return remember(getattr(holder, name), holder, name)
             case ast.IfExp(test, body, otherwise):
                 return value(body if _no_tensor(value(test)) else otherwise)
             case ast.BoolOp(op, operands):
@@ -132,7 +142,8 @@ class Names:
             case ast.Compare(left, [op], [right]):
                 return OPERATORS[type(op)](_no_tensor(value(left)), _no_tensor(value(right)))
             case ast.Subscript(owner, key):
-                return _no_tensor(value(owner))[value(key)]
+                holder, name = _no_tensor(value(owner)), value(key)
+                return remember(holder[name], holder, name)
             case ast.List(parts) | ast.Tuple(parts):
                 return tuple(map(value, parts))
             case ast.Dict(keys, parts) if None not in keys:
@@ -178,18 +189,22 @@ class Names:
             case ast.Attribute(owner, "get" | "get_interface"), [key, default]:
                 return value(owner).get(value(key), value(default))  # transformers chooses attention so
             case ast.Attribute(owner, "get"), [key]:
-                return value(owner).get(value(key))
+                holder, name = value(owner), value(key)
+                return remember(holder.get(name), holder, name)
             case ast.Attribute(owner, "values"), []:
                 return tuple(value(owner).values())
             case ast.Attribute(ast.Constant(str(text)), "format"), _:
                 return text.format(*(_plain(value(each)) for each in args))
         called = value(call.func)
         if called is getattr:
-            return getattr(_no_tensor(value(args[0])), *map(value, args[1:]))
+            holder, attribute, *otherwise = map(value, args)
+            return remember(getattr(_no_tensor(holder), attribute, *otherwise), holder, attribute)
         if called is partial:
             held, *bound = map(self.value, args)
             return partial(held, *bound, **{name or "": self.value(v) for name, v in keywords.items()})
-        function = next((function for function in PLAIN_FUNCTIONS if function is called), None)
+        if called is float and len(args) == 1 and (number := as_float(value(args[0]))) is not None:
+            return number
+        function: Any = next((function for function in PLAIN_FUNCTIONS if function is called), None)
         if function is not None and not keywords:
             return function(*(_plain(value(each)) for each in args))
         return self._returned(call, called, training)
@@ -359,9 +374,7 @@ class Names:
         passed = argument.of(args, keywords)
         if not isinstance(passed, ast.expr):  # torch's default
             return passed, passed
-        in_training, in_evaluation = (
-            float(v) if isinstance(v, int | float) else None for v in self._both(passed)
-        )
+        in_training, in_evaluation = map(as_float, self._both(passed))
         return in_training, in_evaluation
 
     def _drawn(self, node: ast.Call, function: str, file: str, line: int, last_line: int) -> Call | None:
@@ -398,7 +411,7 @@ class Names:
                 if any(part is node or getattr(part, "id", None) in names for part in parts):
                     word, value = getattr(rate, "attr", getattr(rate, "id", "")), self.value(rate)
                     if isinstance(value, int | float) and (KEEPS.search(word) or RATES.search(word)):
-                        return float(1 - value if KEEPS.search(word) else value)
+                        return as_float(1 - value if KEEPS.search(word) else value)
         return None
 
 

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
-__all__ = ["ELSEWHERE", "HAND_WRITTEN", "TARGETS", "Argument", "Call", "Kind", "Target", "recurrent"]
+__all__ = [
+    "ELSEWHERE",
+    "HAND_WRITTEN",
+    "READS",
+    "TARGETS",
+    "Argument",
+    "Call",
+    "Kind",
+    "Read",
+    "Target",
+    "as_float",
+    "look_up",
+    "recurrent",
+    "remember",
+]
+
+Read = tuple[Any, Any]  # an object and the name of its attribute, or a dictionary and a key
+READS: ContextVar[list[Read]] = ContextVar("READS")  # all that a reading looks up
 
 Kind = Literal["module", "argument", "call", "random", "layer"]
 HAND_WRITTEN = "perhaps a dropout written by hand"
@@ -20,12 +38,15 @@ ELSEWHERE = "drawn from Python's generator, beyond thinned"
 class Call:
     """One call that drops or may drop.
 
+    A ``p`` from :func:`remember` becomes a plain number, and ``rates`` says where it was read.
+
     Attributes:
         name: the function that is called.
         function, file, line, last_line: where the call stands.
         p: its probability in training; None if the source does not say it plainly.
         note: a warning, such as ``HAND_WRITTEN``.
         kind: ``"call"``, ``"random"`` or ``"layer"``, as of :class:`thinned.models.inspect.Site`.
+        rates: where ``p`` was read; several places if the call is reached on several ways.
     """
 
     name: str
@@ -36,6 +57,44 @@ class Call:
     p: float | None = None
     note: str = ""
     kind: Kind = "call"
+    rates: tuple[Read, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.p is not None and (read := getattr(self.p, "read", None)) is not None:
+            object.__setattr__(self, "p", float(self.p))
+            object.__setattr__(self, "rates", (*self.rates, read))
+
+
+class _Float(float):
+    read: Read
+
+
+class _Int(int):
+    read: Read
+
+
+def remember(value: Any, owner: Any, name: Any) -> Any:
+    """``value``; if it is a number, one that knows where it was read, also as the argument of a call."""
+    if (reads := READS.get(None)) is not None:
+        reads.append((owner, name))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    number = (_Float if isinstance(value, float) else _Int)(value)
+    number.read = owner, name
+    return number
+
+
+def as_float(value: Any) -> float | None:
+    """A number as a float that knows where it was read, if ``value`` does; None if it is no number."""
+    if isinstance(value, float) or not isinstance(value, int):
+        return value if isinstance(value, float) else None
+    number: float = remember(float(value), *value.read) if isinstance(value, _Int) else float(value)
+    return number
+
+
+def look_up(owner: Any, name: Any) -> Any:
+    """The attribute of an object, or the item of a dictionary; None if there is none."""
+    return owner.get(name) if isinstance(owner, dict) else getattr(owner, str(name), None)
 
 
 @dataclass(frozen=True)

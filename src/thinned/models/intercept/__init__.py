@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from thinned import functional as F
 from thinned.keys import Key
 from thinned.layers._arguments import threshold_and_scale
+from thinned.layers._overrides import module_node
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.intercept.attention import multi_head_attention_forward, scaled_dot_product_attention
 from thinned.models.intercept.draws import DRAW_HANDLERS, running_in_training
@@ -43,7 +44,8 @@ def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) ->
     ``forward(ctx, ...)``, as in Megatron and DeepSpeed. Other code that a backward pass calls, such as a
     gradient hook, has torch's dropouts. Under :func:`torch.compile` the context may be entered outside the
     compiled function or inside it. It does not reach TorchScript, or graphs that were compiled or exported
-    without it.
+    without it. A symbolic trace of torch.fx within the context is the same as without, and draws no key: the
+    GraphModule runs in a context like any module.
 
     Args:
         key: dropout number ``n`` of the context, from 0, has ``key.fold(n)``. By default keys come from
@@ -148,7 +150,9 @@ class Intercept(Counting, TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.utils.checkpoint.checkpoint and compiling():
             args = (self._within(args[0]), *args[1:])
-        handler = _HANDLERS.get(func)
+        # A call that torch.fx traces, or a class of its own, becomes what it becomes without the context.
+        ours = all(issubclass(kind, Tensor) for kind in types)
+        handler = _HANDLERS.get(func) if ours else None
         result = None if handler is None else handler(self, *args, **kwargs)
         return func(*args, **kwargs) if result is None else result
 
@@ -186,6 +190,8 @@ class Intercepted(nn.Module):
         self.sdpa_follows_training = sdpa_follows_training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (node := module_node(self, *args, **kwargs)) is not None:
+            return node
         with Intercept(self.key, self.sdpa_follows_training):
             return self.module(*args, **kwargs)
 
