@@ -287,6 +287,16 @@ def test_a_reading_reaches_what_a_run_reaches(forward: str, tmp_path: Path) -> N
     assert run.calls == masks(model, x) > 0
 
 
+def test_a_method_from_another_file_leads_back(tmp_path: Path) -> None:
+    """As PyTorch Geometric's propagate, which a template generates; what nothing mentions is no site."""
+    file = tmp_path / "generated.py"
+    file.write_text("def propagate(self, x):\n    return self.message(x)\n")
+    model = written("return self.propagate(x)", tmp_path)
+    type(model).propagate = runpy.run_path(str(file), run_name="generated")["propagate"]
+    found = inspect(model)[:-1]
+    assert [(site.function, site.p) for site in found] == [("Net.message", 0.25)]
+
+
 def test_layerdrop_is_a_site() -> None:
     """Reading finds each of its calls in a model of transformers, with p and what replaces it."""
     model = zoo.bart(encoder_layerdrop=1e-9, decoder_layerdrop=2e-9)  # it draws, and skips nothing

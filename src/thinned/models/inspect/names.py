@@ -200,9 +200,8 @@ class Names:
             holder, attribute, *otherwise = map(value, args)
             return remember(getattr(_no_tensor(holder), attribute, *otherwise), holder, attribute)
         if called is partial:
-            return partial(
-                *map(self.value, args), **{name or "": self.value(v) for name, v in keywords.items()}
-            )
+            held, *bound = map(self.value, args)
+            return partial(held, *bound, **{name or "": self.value(v) for name, v in keywords.items()})
         if called is float and len(args) == 1 and (number := as_float(value(args[0]))) is not None:
             return number
         function: Any = next((function for function in PLAIN_FUNCTIONS if function is called), None)
