@@ -116,7 +116,7 @@ try:
     _made_plainly = torch._C._autograd.CreationMeta.DEFAULT
     _modes = torch._C._len_torch_dispatch_stack
     _is_wrapped = torch._C._dispatch_isTensorSubclassLike
-    tracing = torch._C._is_tracing
+    _tracing = torch._C._is_tracing
     MODULE_CALL = nn.Module._call_impl.__code__  # the code object of a frame that calls a module's forward
     # From 2.13 on; PyTorch 2.11 has no budgets of regions.
     _budget_of_region: Callable[[Any], Any]
@@ -143,6 +143,11 @@ except (AttributeError, ImportError) as error:
 _PLAIN = (Tensor, Parameter)
 
 
+def tracing() -> bool:
+    """Whether :func:`torch.jit.trace` is recording; there sizes are tensors."""
+    return not compiling() and _tracing()  # Dynamo cannot call the latter
+
+
 def is_traced(x: Tensor) -> bool:
     """Whether PyTorch must see the operation itself: under a compiler or a mode, or if ``x`` is not plain.
 
@@ -156,7 +161,7 @@ def is_traced(x: Tensor) -> bool:
         or x.is_meta
         or x._is_zerotensor()
         or _modes()
-        or tracing()
+        or _tracing()
     )
 
 
@@ -167,7 +172,7 @@ def is_eager(x: Tensor) -> bool:
         or type(x) not in _PLAIN
         or transforming()
         or _modes()
-        or tracing()
+        or _tracing()
         or forward_ad._current_level >= 0
     ):
         return False

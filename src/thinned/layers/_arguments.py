@@ -106,7 +106,7 @@ def threshold_and_scale(p: float) -> tuple[int, float]:
 
 
 def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
-    if compiling() or tracing():  # in a trace sizes are tensors
+    if compiling() or tracing():
         return shared(shape, broadcast_dims, key_dims)
     try:
         return shared_cached(shape, broadcast_dims, key_dims)
@@ -166,9 +166,7 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
     if not isinstance(key, Key):
         hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
         raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}{hint}")
-    # Dynamo cannot call tracing(); in a trace sizes are tensors.
-    known = compiling() or not tracing()
-    if key.bits.dim() > 1 or (key.bits.dim() and known and key.shape[:1] != tuple(shape[:1])):
+    if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1]) and not tracing()):
         batch = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit a tensor of shape {tuple(shape)}; "

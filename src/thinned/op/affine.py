@@ -61,7 +61,7 @@ def masked_affine(
         return _sparse(x, key, geometry, T, scale, shift, fill)
     if is_legacy_batched(x):
         return portable.masked_affine(x, key_tensor(key, x), geometry, T, scale, shift, fill)
-    if not compiling() and tracing():
+    if tracing():
         return _traced(x, key, geometry, T, scale, shift, fill)
     traced = is_traced(x) or functionalizing()
     apply: Any = torch.ops.thinned.masked_affine if traced else _BothModes.apply

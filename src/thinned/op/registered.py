@@ -46,7 +46,7 @@ def uniform(key: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
 
 def _refuse_trace(shape: Sequence[int]) -> None:
     """Raise NotImplementedError for the sizes of a tensor in a trace, which are tensors themselves."""
-    if not compiling() and tracing() and any(isinstance(size, Tensor) for size in shape):
+    if tracing() and any(isinstance(size, Tensor) for size in shape):
         raise NotImplementedError(
             "torch.jit.trace would make the shape of this mask a constant; call the layer's module without a "
             "key, or torch.ops.thinned.NAME in place of thinned.functional.NAME, or use torch.export"
