@@ -307,10 +307,12 @@ def let_compiled_checkpoints_count(allowed: bool) -> bool | None:
     return before
 
 
+_traced_by_fx: Callable[[], bool] = getattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing", lambda: False)
+
+
 def traces_symbolically() -> bool:
     """Whether ``torch.fx.symbolic_trace`` or another tracer calls a module with proxies for tensors."""
-    # make_fx and torch.export set the flag too, and trace tensors by a mode.
-    return getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False) and not _modes()
+    return _traced_by_fx() and not _modes()  # make_fx is in torch.fx too, and traces tensors by a mode
 
 
 # Backward passes and recomputation.

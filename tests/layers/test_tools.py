@@ -96,7 +96,8 @@ def symbolically_traced(entry: Entry) -> None:
 def torchscript() -> Iterator[None]:
     """It is deprecated, and a trace warns of each branch, also of those that only raise errors."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.*", DeprecationWarning)
+        for category in (DeprecationWarning, FutureWarning):  # the latter from PyTorch 2.15 on
+            warnings.filterwarnings("ignore", ".*torch.jit.*", category)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         yield
 
