@@ -1,4 +1,4 @@
-"""TorchScript: every layer scripted and traced; functions; the legacy ONNX exporter."""
+"""TorchScript: models and functions, and the legacy ONNX exporter; test_tools.py has every layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import thinned
 from process import output, python
 from thinned import functional as F
 from thinned.compare.implementation import first
-from thinned.compare.layers import ENTRIES, Entry
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -28,24 +27,6 @@ TOOLS: dict[str, Callable[..., Any]] = {
     "script": lambda layer, _: torch.jit.script(layer),
     "trace": lambda layer, inputs: torch.jit.trace(layer, tuple(inputs), check_trace=False),
 }
-# What a layer cannot, and the reason that its user is given.
-HOLES = {
-    ("WeightDrop", "script"): "script its .module for evaluation",
-    # torch.func.functional_call swaps weights, and PyTorch has no way to do so in a trace.
-    ("WeightDrop", "trace"): "can't be used with Jitted modules",
-    ("VariationalLSTM", "script"): "load its state_dict into the layer of torch.nn",
-    ("VariationalGRU", "script"): "load its state_dict into the layer of torch.nn",
-    # Its steps are a loop in Python, which a trace would unroll for one length.
-    ("VariationalLSTM", "trace"): "would make the shape of this mask a constant",
-    ("VariationalGRU", "trace"): "would make the shape of this mask a constant",
-    ("RDrop", "script"): "use torch.export or torch.compile",
-}
-MODULES = [entry for entry in ENTRIES if entry.name != "DropoutSchedule"]
-
-
-def example(entry: Entry) -> tuple[nn.Module, list[Tensor]]:
-    torch.manual_seed(0)
-    return entry.own.make(**entry.example.arguments), entry.example.inputs(torch.float32)
 
 
 def assert_same_draws(ours: Callable[..., Any], eager: Callable[..., Any], *inputs: Tensor) -> None:
@@ -69,27 +50,6 @@ def saved(scripted: Any) -> Any:
 
 # Some checks of shapes warn in a trace, as those of torch.nn.LSTM do.
 checks_shapes = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-
-
-@checks_shapes
-@pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("entry", MODULES, ids=lambda entry: entry.name)
-def test_every_layer(entry: Entry, tool: str) -> None:
-    layer, inputs = example(entry)
-    if hole := HOLES.get((entry.name, tool)):
-        with pytest.raises((NotImplementedError, RuntimeError), match=hole):
-            TOOLS[tool](layer, inputs)
-        return
-    made = saved(TOOLS[tool](layer, inputs))
-    assert_same_draws(made, layer, *inputs)
-    if entry.name != "RDrop":  # which draws nothing
-        assert not first(made(*inputs)).equal(first(made(*inputs)))
-    assert_same_draws(made, layer, *(torch.cat([x, x, x]) for x in inputs))  # another shape
-    if tool == "script":
-        assert_same_draws(made.eval(), layer.eval(), *inputs)
-        assert_same_draws(made.train(), layer.train(), *inputs)
-    else:
-        assert_same_draws(TOOLS[tool](layer.eval(), inputs), layer, *inputs)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
