@@ -266,25 +266,25 @@ class Hole(NamedTuple):
 
 
 _LSTM, _GRU = (
-    Hole(f"its loop over time steps is Python; load its state into `nn.{name}`", "load its state_dict into")
+    Hole(f"Its loop over time steps is Python; load its state into `nn.{name}`", "load its state_dict into")
     for name in ("LSTM", "GRU")
 )
 _UNROLLED = Hole(
-    "a trace would unroll the loop over time steps for one length", "would make the shape of this mask"
+    "A trace would unroll the loop over time steps for one length", "would make the shape of this mask"
 )
 HOLES = {
     ("WeightDrop", "jit.script"): Hole(
         "TorchScript cannot swap the weight of a module; script its `module`", "script its .module"
     ),
     ("WeightDrop", "jit.trace"): Hole(
-        "a trace cannot swap the weight of a module; trace its `module`", "can't be used with Jitted modules"
+        "A trace cannot swap the weight of a module; trace its `module`", "can't be used with Jitted modules"
     ),
     ("VariationalLSTM", "jit.script"): _LSTM,
     ("VariationalLSTM", "jit.trace"): _UNROLLED,
     ("VariationalGRU", "jit.script"): _GRU,
     ("VariationalGRU", "jit.trace"): _UNROLLED,
     ("RDrop", "jit.script"): Hole(
-        "it is a loss, not a part of the model; it can be traced", "use torch.export or torch.compile"
+        "It is a loss, not a part of the model; it can be traced", "use torch.export or torch.compile"
     ),
 }
 
