@@ -26,7 +26,7 @@ __all__ = ["Scriptable", "operation", "register"]
 
 Drawing = TypeVar("Drawing", bound=Callable[..., Tensor])
 
-# The types of annotations, in a schema and in TorchScript; all others are strings, such as Literal["row"].
+# The type of each annotation, in a schema and in TorchScript. Others, such as Literal["row"], are strings.
 _TYPES = {
     "Tensor": ("Tensor", "Tensor"),
     "_Sequence": ("Tensor", "Tensor"),  # locked_dropout's packed sequences are not for TorchScript
@@ -85,7 +85,7 @@ def _type(parameter: inspect.Parameter) -> tuple[str, str]:
 
 
 def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What TorchScript compiles in place of a function: a call of the operation, without a key."""
+    """The function that TorchScript compiles in place of one of ours: a call of the operation."""
     name = function.__name__
     given = [parameter for parameter in _parameters(function) if _type(parameter)[1]]
     # All are positional: TorchScript compiles no keyword-only arguments with defaults.
@@ -142,12 +142,12 @@ class Scriptable(SeenByTracer):
         return self
 
     def _traced_forward(self) -> Callable[..., Any] | None:
-        """What :func:`torch.jit.trace` records in place of ``forward``, or None for ``forward`` itself."""
+        """The function that :func:`torch.jit.trace` records; None for ``forward`` itself."""
         kind = _definer(type(self))
         if kind is None or active.key_source is not None or getattr(self, "return_indices", False):
             return None
         forward = _forward_of(kind, self)
-        # In evaluation no node of ours, nor the eager code, whose checks of shapes warn in a trace.
+        # In evaluation the trace has no node of ours. The eager code would warn of its checks of shapes.
         return forward if self.training or kind not in _NOT_IDENTICAL else None
 
 

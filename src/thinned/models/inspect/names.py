@@ -43,7 +43,7 @@ BY_HAND = {name.partition(".")[2] for name in DRAWS.values() if name.startswith(
 PYTHONS = ("random", "uniform", "rand", "random_sample")
 KEEPS = re.compile("keep|surviv", re.IGNORECASE)
 RATES = re.compile("drop|prob|rate|^p$", re.IGNORECASE)
-# Without side effects, and so are the methods of strings.
+# These functions have no side effects, and so have the methods of strings.
 PLAIN_FUNCTIONS = (abs, bool, dict, float, int, len, list, max, min, round, str, sum, tuple)
 DISPLAYS = ast.Tuple | ast.List | ast.Dict
 COMPUTED = ast.UnaryOp | ast.BinOp | ast.Compare | ast.JoinedStr | ast.FormattedValue | DISPLAYS
@@ -111,7 +111,7 @@ class Names:
         raise LookupError(node)
 
     def _operand(self, node: Any, training: bool) -> Any:
-        """As ``evaluate``, but for tensors, from which nothing is computed."""
+        """As ``evaluate``; raises for a tensor, because a reading computes nothing from data."""
         result = self.evaluate(node, training)
         if isinstance(result, Tensor):
             raise LookupError(result)
@@ -170,7 +170,7 @@ class Names:
         return self._returned(call, called, training)
 
     def _returned(self, call: ast.Call, called: Any, training: bool) -> Any:
-        """What a function returns that consists of this alone."""
+        """The result of a function that has one statement, ``return``."""
         function = getattr(called, "__func__", called)
         source = parsed(function) if self.depth and isinstance(function, FunctionType) else None
         body = getattr(getattr(source.tree, "body", [None])[0], "body", []) if source else []
@@ -220,7 +220,7 @@ class Names:
         return ANYTHING
 
     def mentions(self) -> Iterator[tuple[Any, Given, bool]]:
-        """What the function mentions, the arguments that it passes, and whether it has asked for training."""
+        """Each object that the function mentions, its arguments, and whether training was asked for."""
         callees = {call.func: call for call in self.outline.calls}
         # A look-up that succeeds mentions a default that it does not choose.
         choices = (
@@ -358,7 +358,7 @@ class Names:
 
 
 def call_method(called: Any) -> Any:
-    """What calling an object runs: the bound method of one whose class is written in Python."""
+    """The bound ``__call__`` of an object whose class is written in Python; other objects as they are."""
     is_object = not isinstance(called, FunctionType | MethodType | partial | type) and callable(called)
     method = inspect.getattr_static(type(called), "__call__", None) if is_object else None
     return MethodType(method, called) if isinstance(method, FunctionType) else called
