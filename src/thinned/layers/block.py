@@ -68,6 +68,7 @@ class _DropBlock(Layer):
         with_noise: bool = False,
         gamma_scale: float = 1.0,
         drop_prob: float | None = None,
+        fast: bool = True,  # noqa: ARG002
     ) -> None:
         if drop_prob is not None and p != 0.1:
             name = type(self).__name__
@@ -191,6 +192,7 @@ class DropBlock2d(_DropBlock):
 
     Args:
         drop_prob: timm's name for ``p``; TypeError if both are given.
+        fast: accepted for timm, whose two algorithms are the same law here.
 
     Source: Ghiasi et al., NeurIPS 2018, sections 3 and 3.1.
 
