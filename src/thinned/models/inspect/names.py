@@ -107,6 +107,7 @@ class Names:
         self.parameters = set(parameters)
         self.given = {name: given[name] for name in parameters if name in given}
         self.outline = outline(source.tree, parameters, asked)
+        self.known: dict[tuple[Any, bool], Any] = {}  # what was evaluated before
 
     def value(self, node: Any, training: bool = True) -> Any:
         """The value of an expression in training or in evaluation; ``UNKNOWN`` if it is not plain."""
@@ -117,6 +118,12 @@ class Names:
 
     def evaluate(self, node: Any, training: bool) -> Any:
         """As ``value``; raises if the expression is not plain."""
+        if (node, training) not in self.known:
+            self.known[node, training] = UNKNOWN  # if this raises
+            self.known[node, training] = self._evaluate(node, training)
+        return _known(self.known[node, training])
+
+    def _evaluate(self, node: Any, training: bool) -> Any:
         value = partial(self.evaluate, training=training)
         match node:
             case ast.Constant(constant):
@@ -158,8 +165,8 @@ class Names:
 
     def _attribute(self, holder: Any, name: str, training: bool) -> Any:
         found = remember(getattr(holder, name), holder, name)
-        getter = inspect.getattr_static(type(holder), name, None)
-        if isinstance(found, int | float) and isinstance(getter, property) and getter.fset is None:
+        getter = inspect.getattr_static(type(holder), name, None) if isinstance(found, int | float) else None
+        if isinstance(getter, property) and getter.fset is None:
             with suppress(Exception):  # what it returns may be plain, such as self._p
                 first = getter.fget.__code__.co_varnames[0]  # type: ignore[union-attr]
                 inner = self._result(getter.fget, {first: (holder, holder)}, training)
