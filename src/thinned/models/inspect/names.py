@@ -406,9 +406,11 @@ class Names:
         name = python or next((name for draw, name in DRAWS.items() if draw is called), "")
         if called is UNKNOWN and method in BY_HAND:
             name = f"Tensor.{method}"
+        if not name:
+            return None
         single = bool(python) or (name == DRAWS[torch.rand] and self._shape(node) in SINGLE)
         purpose = purpose_of(file, line, self.function.__name__, single)
-        if not name or (python and not purpose):
+        if python and not purpose:
             return None
         kind: Kind = "layer" if purpose == "layerdrop" else "random"
         note = ELSEWHERE if python else "" if purpose else HAND_WRITTEN
