@@ -13,6 +13,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import takewhile
 from types import FunctionType, MethodType
@@ -106,6 +107,7 @@ class Names:
         self.parameters = set(parameters)
         self.given = {name: given[name] for name in parameters if name in given}
         self.outline = outline(source.tree, parameters, asked)
+        self.known: dict[tuple[Any, bool], Any] = {}  # what was evaluated before
 
     def value(self, node: Any, training: bool = True) -> Any:
         """The value of an expression in training or in evaluation; ``UNKNOWN`` if it is not plain."""
@@ -116,6 +118,12 @@ class Names:
 
     def evaluate(self, node: Any, training: bool) -> Any:
         """As ``value``; raises if the expression is not plain."""
+        if (node, training) not in self.known:
+            self.known[node, training] = UNKNOWN  # if this raises
+            self.known[node, training] = self._evaluate(node, training)
+        return _known(self.known[node, training])
+
+    def _evaluate(self, node: Any, training: bool) -> Any:
         value = partial(self.evaluate, training=training)
         match node:
             case ast.Constant(constant):
@@ -125,8 +133,7 @@ class Names:
             case ast.Attribute(attr=name) if name in TRAINING:
                 return training
             case ast.Attribute(owner, name):
-                holder = _no_tensor(value(owner))
-                return remember(getattr(holder, name), holder, name)
+                return self._attribute(_no_tensor(value(owner)), name, training)
             case ast.IfExp(test, body, otherwise):
                 return value(body if _no_tensor(value(test)) else otherwise)
             case ast.BoolOp(op, operands):
@@ -155,6 +162,16 @@ class Names:
             case ast.Call():
                 return self._called(node, training)
         raise LookupError(node)
+
+    def _attribute(self, holder: Any, name: str, training: bool) -> Any:
+        found = remember(getattr(holder, name), holder, name)
+        getter = inspect.getattr_static(type(holder), name, None) if isinstance(found, int | float) else None
+        if isinstance(getter, property) and getter.fset is None:
+            with suppress(Exception):  # what it returns may be plain, such as self._p
+                first = getter.fget.__code__.co_varnames[0]  # type: ignore[union-attr]
+                inner = self._result(getter.fget, {first: (holder, holder)}, training)
+                return inner if inner == found else found
+        return found
 
     def _named(self, name: str, training: bool) -> Any:
         if assigned := self.outline.assigned.get(name):
@@ -186,11 +203,11 @@ class Names:
             first = self.function.__code__.co_varnames[0]
             return super(self._outside("__class__"), self.given[first][0])
         match call.func, args:
-            case ast.Attribute(owner, "get" | "get_interface"), [key, default]:
+            case ast.Attribute(owner, "get_interface"), [key, default]:
                 return value(owner).get(value(key), value(default))  # transformers chooses attention so
-            case ast.Attribute(owner, "get"), [key]:
+            case ast.Attribute(owner, "get"), [key, *default]:
                 holder, name = value(owner), value(key)
-                return remember(holder.get(name), holder, name)
+                return remember(holder.get(name, *map(value, default)), holder, name)
             case ast.Attribute(owner, "values"), []:
                 return tuple(value(owner).values())
             case ast.Attribute(ast.Constant(str(text)), "format"), _:
@@ -212,13 +229,18 @@ class Names:
     def _returned(self, call: ast.Call, called: Any, training: bool) -> Any:
         """What a function returns that consists of this alone."""
         function = getattr(called, "__func__", called)
-        source = parsed(function) if self.depth and isinstance(function, FunctionType) else None
-        body = getattr(getattr(source.tree, "body", [None])[0], "body", []) if source else []
-        if not source or not body or not isinstance(body[-1], ast.Return) or len(body) > 2:
+        if not isinstance(function, FunctionType):
             raise LookupError(call)
         given = dict(self.arguments(call, called))
         if isinstance(called, MethodType):
             given[function.__code__.co_varnames[0]] = (called.__self__, called.__self__)
+        return self._result(function, given, training)
+
+    def _result(self, function: Any, given: Given, training: bool) -> Any:
+        source = parsed(function) if self.depth else None
+        body = getattr(getattr(source.tree, "body", [None])[0], "body", []) if source else []
+        if not source or not body or not isinstance(body[-1], ast.Return) or len(body) > 2:
+            raise LookupError(function)
         return Names(function, source, given, False, self.depth - 1).evaluate(body[-1].value, training)
 
     def candidates(self, node: Any, depth: int = 4) -> list[Any]:
@@ -331,7 +353,7 @@ class Names:
         for each in node.keywords:
             unpacked = None if each.arg else self.value(each.value)
             if isinstance(unpacked, Mapping):
-                found.update({name: ast.Constant(value) for name, value in unpacked.items()})
+                found.update(_constants(unpacked))
             else:
                 found[each.arg or "**"] = each.value
         return found
@@ -351,12 +373,12 @@ class Names:
         args, keywords = list(positional), self._keywords(node)
         while isinstance(called, partial):
             args = [*map(ast.Constant, called.args), *args]
-            keywords = {**{name: ast.Constant(value) for name, value in called.keywords.items()}, **keywords}
+            keywords = {**_constants(called.keywords), **keywords}
             called = called.func
         target = TARGETS.get(called) if isinstance(called, Hashable) else None
         if target is None:
             return None
-        p, p_in_evaluation = self._argument(args, keywords, target.p)
+        p, p_in_evaluation = self._argument(args, keywords, target.p) if target.p else (None, None)
         on: float | None = 1.0
         on_in_evaluation: float | None = 1.0
         if target.training:
@@ -384,9 +406,11 @@ class Names:
         name = python or next((name for draw, name in DRAWS.items() if draw is called), "")
         if called is UNKNOWN and method in BY_HAND:
             name = f"Tensor.{method}"
+        if not name:
+            return None
         single = bool(python) or (name == DRAWS[torch.rand] and self._shape(node) in SINGLE)
         purpose = purpose_of(file, line, self.function.__name__, single)
-        if not name or (python and not purpose):
+        if python and not purpose:
             return None
         kind: Kind = "layer" if purpose == "layerdrop" else "random"
         note = ELSEWHERE if python else "" if purpose else HAND_WRITTEN
@@ -420,6 +444,11 @@ def call_method(called: Any) -> Any:
     is_object = not isinstance(called, FunctionType | MethodType | partial | type) and callable(called)
     method = inspect.getattr_static(type(called), "__call__", None) if is_object else None
     return MethodType(method, called) if isinstance(method, FunctionType) else called
+
+
+def _constants(values: Mapping[str, Any]) -> dict[str, ast.expr]:
+    """Keywords that a dictionary holds, which a number of them remembers."""
+    return {name: ast.Constant(remember(value, values, name)) for name, value in values.items()}
 
 
 def _is_lookup(call: ast.Call) -> bool:
