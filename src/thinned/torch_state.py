@@ -43,6 +43,7 @@ traces_symbolically                   tested   LayerDrop in a symbolic trace of 
 let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
 traced_lines                          tested   draws of random numbers that ``thinned.intercept`` compiles
 SeenByTracer, ScriptedForward         tested   ``torch.jit.trace`` and ``torch.jit.script`` of layers
+script_as                             tested   ``torch.jit.script`` within ``thinned.intercept``
 WRAPPERS, REPRESENTATION              tested   wrappers in module paths; methods that only print
 ====================================  =======  =========================================================
 """
@@ -479,6 +480,13 @@ class ScriptedForward(*([] if _Stub is None else [_Stub])):  # type: ignore[misc
 
     def __reduce__(self) -> tuple[type[EagerForward], tuple[nn.Module]]:
         return EagerForward, (self.module,)
+
+
+def script_as(function: Callable[..., Any], operator: str) -> None:
+    """Let :func:`torch.jit.script` compile calls of ``function`` as ``operator``, without its source."""
+    register = getattr(sys.modules.get("torch.jit._builtins"), "_register_builtin", None)
+    if register is not None:
+        register(function, operator)
 
 
 # Jagged tensors.

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import oracle
 import thinned
@@ -277,6 +278,32 @@ def test_a_meta_tensor_gives_one(entry: Entry, references: dict[str, Tensor]) ->
 
 
 COMPLEX = ["Dropout", "DropBlock2d", "DropHead", "GaussianDropout", "VariationalDropout", "ConcreteDropout"]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@each_keyed_entry
+def test_a_subclass_with_torch_dispatch_stays_one(
+    entry: Entry, grad: bool, references: dict[str, Tensor]
+) -> None:
+    """As DTensor has to; the gradient is of the subclass too."""
+    layer, inputs = example(entry)
+    wrapped = [TwoTensor(x, x.clone()).requires_grad_(grad and x.is_floating_point()) for x in inputs]
+    with torch.set_grad_enabled(grad):
+        y = first(layer(*wrapped, key=KEY))
+    for part in y.a, y.b:
+        torch.testing.assert_close(part.detach(), references[entry.name])
+    if y.requires_grad:
+        y.sum().backward()
+        assert {type(x.grad) for x in wrapped if x.requires_grad} <= {TwoTensor}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("make", [thinned.DropBlock2d, thinned.GaussianDropout, thinned.Dropout])
+def test_a_subclass_in_compiled_code(make: Callable[..., nn.Module]) -> None:
+    x, layer = torch.ones(2, 3, 9, 9), make(0.3)
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(TwoTensor(x, x.clone()), key=KEY)
+    assert type(y) is TwoTensor
+    torch.testing.assert_close(y.a, layer(x, key=KEY))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -287,6 +287,27 @@ def test_a_reading_reaches_what_a_run_reaches(forward: str, tmp_path: Path) -> N
     assert run.calls == masks(model, x) > 0
 
 
+def test_functions_of_thinned_are_sites() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit, self.p = nn.Parameter(torch.zeros(1)), 0.25
+            self.layer, self.concrete = thinned.Dropout(0.5), thinned.ConcreteDropout()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = thinned.functional.zoneout(x, x, self.p, training=self.training)
+            x = thinned.functional.concrete_dropout(x, self.logit, training=self.training)
+            return self.concrete(self.layer(x))
+
+    read, run = inspect(Model()), inspect(Model(), torch.ones(3))
+    names = ["functional.zoneout", "functional.concrete_dropout", "Dropout", "ConcreteDropout"]
+    expected = [(f"thinned.{name}", p) for name, p in zip(names, [0.25, None, 0.5, None], strict=True)]
+    assert [(site.type, site.p) for site in read] == [(site.type, site.p) for site in run] == expected
+    assert all(site.becomes == site.type and not site.note for site in (*read, *run))
+    assert [site.calls for site in run] == [1, 1, 1, 1]
+    assert read.unreached == ()
+
+
 def test_a_method_from_another_file_leads_back(tmp_path: Path) -> None:
     """As PyTorch Geometric's propagate, which a template generates; what nothing mentions is no site."""
     file = tmp_path / "generated.py"

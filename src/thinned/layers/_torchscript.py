@@ -12,7 +12,7 @@ import linecache
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,12 @@ class Scriptable(SeenByTracer):
 
     _scriptable_forward: ClassVar[Callable[..., Any] | None] = None
     _instead_of_script: ClassVar[str] = "use torch.export or torch.compile"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and cls.__module__.startswith("thinned."):
+            # The code of a graph of torch.fx repeats annotations. Its pickle imports types, but no strings.
+            cls.forward.__annotations__ = get_type_hints(cls.forward)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by :func:`torch.jit.script`; NotImplementedError for a layer that cannot be compiled."""

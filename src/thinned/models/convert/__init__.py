@@ -63,13 +63,13 @@ class Setting(Placed):
     Attributes:
         paths: all places of the modules that drop with it; ``path`` is the first.
         type: the name of the type that has the attribute: of the module, or of its config.
-        attribute: its name.
+        attribute: its name; the key of a dictionary or the index of a list.
         old: the number before.
         new: the number now.
     """
 
     type: str
-    attribute: str
+    attribute: str | int
     old: float
     new: float
 

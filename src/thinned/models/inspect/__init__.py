@@ -13,7 +13,7 @@ from thinned.models.convert.rules import is_known, make, probability_of
 from thinned.models.inspect.by_reading import calls_in_source
 from thinned.models.inspect.by_running import TORCH, Event, run_once
 from thinned.models.inspect.names import UNCONDITIONAL
-from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN, Call, Kind
+from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN, OURS, Call, Kind
 from thinned.models.text import Listing, Placed, count, format_p, format_paths
 from thinned.models.walk import is_ours, modules_with_paths, qualified_name
 
@@ -83,7 +83,7 @@ class Inspection(Listing[Site]):
     @property
     def unreached(self) -> tuple[Site, ...]:
         """The sites that :func:`thinned.convert` does not reach."""
-        return tuple(site for site in self if site.kind != "module" or not site.becomes)
+        return tuple(site for site in self if site.becomes in ("", INTERCEPT))
 
     def __repr__(self) -> str:
         sites = count(len(self), "dropout site")
@@ -164,8 +164,9 @@ def _of_module(module: nn.Module, paths: tuple[str, ...]) -> Site | None:
 
 def _of_call(call: Call, paths: tuple[str, ...]) -> Site:
     beyond = call.note in (HAND_WRITTEN, ELSEWHERE) or call.name.startswith("aten.")
+    becomes = "" if beyond else call.name if call.name.startswith(OURS) else INTERCEPT
     where = call.function, call.file, call.line
-    return Site(paths, call.kind, call.name, call.p, "" if beyond else INTERCEPT, *where, call.note)
+    return Site(paths, call.kind, call.name, call.p, becomes, *where, call.note)
 
 
 def _with_run(site: Site, events: list[Event] | None) -> Site:

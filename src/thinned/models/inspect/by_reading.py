@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from thinned.models.inspect.names import Given, Names, call_method
 from thinned.models.inspect.source import parsed
-from thinned.models.inspect.targets import READS, Call, Read
+from thinned.models.inspect.targets import READS, Call, Read, remember_all
 
 __all__ = ["calls_in_source", "read_source"]
 
@@ -146,7 +146,7 @@ def _bound(called: partial[Any]) -> Given:
     function = getattr(called.func, "__func__", called.func)
     is_bound = isinstance(called.func, MethodType)
     names = function.__code__.co_varnames[is_bound:] if isinstance(function, FunctionType) else ()
-    values = {**dict(zip(names, called.args, strict=False)), **called.keywords}
+    values = {**dict(zip(names, called.args, strict=False)), **remember_all(called.keywords)}
     return {name: (value, value) for name, value in values.items()}
 
 

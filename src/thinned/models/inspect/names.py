@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ast
 import builtins
-import copy
 import inspect
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import takewhile
 from types import FunctionType, MethodType
@@ -32,6 +32,7 @@ from thinned.models.inspect.targets import (
     Kind,
     as_float,
     remember,
+    remember_all,
 )
 
 __all__ = ["UNCONDITIONAL", "UNKNOWN", "Given", "Names", "call_method"]
@@ -72,6 +73,7 @@ class Names:
         self.parameters = set(parameters)
         self.given = {name: given[name] for name in parameters if name in given}
         self.outline = outline(source.tree, parameters, asked)
+        self.known: dict[tuple[Any, bool], Any] = {}  # what was evaluated before
 
     def value(self, node: Any, training: bool = True) -> Any:
         """The value of an expression in training or in evaluation; ``UNKNOWN`` if it is not plain."""
@@ -82,6 +84,12 @@ class Names:
 
     def evaluate(self, node: Any, training: bool) -> Any:
         """As ``value``; raises if the expression is not plain."""
+        if (node, training) not in self.known:
+            self.known[node, training] = UNKNOWN  # if this raises
+            self.known[node, training] = self._evaluate(node, training)
+        return _known(self.known[node, training])
+
+    def _evaluate(self, node: Any, training: bool) -> Any:
         value = partial(self._operand, training=training)
         match node:
             case ast.Constant(constant):
@@ -91,8 +99,7 @@ class Names:
             case ast.Attribute(attr=name) if name in TRAINING:
                 return training
             case ast.Attribute(owner, name):
-                holder = value(owner)
-                return remember(getattr(holder, name), holder, name)
+                return self._attribute(value(owner), name, training)
             case ast.Subscript(owner, key):
                 holder, name = value(owner), value(key)
                 return remember(holder[name], holder, name)
@@ -116,6 +123,16 @@ class Names:
         if isinstance(result, Tensor):
             raise LookupError(result)
         return result
+
+    def _attribute(self, holder: Any, name: str, training: bool) -> Any:
+        found = remember(getattr(holder, name), holder, name)
+        getter = inspect.getattr_static(type(holder), name, None) if isinstance(found, int | float) else None
+        if isinstance(getter, property) and getter.fset is None:
+            with suppress(Exception):  # the result of the property may be plain, such as self._p
+                first = getter.fget.__code__.co_varnames[0]  # type: ignore[union-attr]
+                inner = self._result(getter.fget, {first: (holder, holder)}, training)
+                return inner if inner == found else found
+        return found
 
     def _named(self, name: str, training: bool) -> Any:
         if assigned := self.outline.assigned.get(name):
@@ -172,13 +189,18 @@ class Names:
     def _returned(self, call: ast.Call, called: Any, training: bool) -> Any:
         """The result of a function that has one statement, ``return``."""
         function = getattr(called, "__func__", called)
-        source = parsed(function) if self.depth and isinstance(function, FunctionType) else None
-        body = getattr(getattr(source.tree, "body", [None])[0], "body", []) if source else []
-        if not source or not body or not isinstance(body[-1], ast.Return) or len(body) > 2:
+        if not isinstance(function, FunctionType):
             raise LookupError(call)
         given = dict(self.arguments(call, called))
         if isinstance(called, MethodType):
             given[function.__code__.co_varnames[0]] = (called.__self__, called.__self__)
+        return self._result(function, given, training)
+
+    def _result(self, function: Any, given: Given, training: bool) -> Any:
+        source = parsed(function) if self.depth else None
+        body = getattr(getattr(source.tree, "body", [None])[0], "body", []) if source else []
+        if not source or not body or not isinstance(body[-1], ast.Return) or len(body) > 2:
+            raise LookupError(function)
         return Names(function, source, given, False, self.depth - 1).evaluate(body[-1].value, training)
 
     def candidates(self, node: Any, depth: int = 4) -> list[Any]:
@@ -304,10 +326,11 @@ class Names:
         keywords: dict[str, Any] = {}  # "" for those that are not plain
         for each in node.keywords:
             value = self.value(each.value, training)
-            keywords |= {each.arg or "": value} if each.arg or not isinstance(value, Mapping) else value
+            is_unpacked = each.arg is None and isinstance(value, Mapping)
+            keywords |= remember_all(value) if is_unpacked else {each.arg or "": value}
         is_whole = len(args) == len(positional) and "" not in keywords
         while isinstance(called, partial):
-            args, keywords = [*called.args, *args], {**called.keywords, **keywords}
+            args, keywords = [*called.args, *args], {**remember_all(called.keywords), **keywords}
             called = called.func
         target = TARGETS.get(called) if isinstance(called, Hashable) else None
         if target is None:
@@ -317,7 +340,8 @@ class Names:
             is_plain = is_whole or argument.name in keywords
             return as_float(argument.of(args, keywords)) if is_plain else None
 
-        return target.name, number(target.p), number(target.training) if target.training else 1.0
+        p = number(target.p) if target.p else None
+        return target.name, p, number(target.training) if target.training else 1.0
 
     def _drawn(self, node: ast.Call, at: _At) -> Call | None:
         """A call that draws random numbers of a dropout, or what may be one."""
@@ -326,9 +350,11 @@ class Names:
         name = python or next((name for draw, name in DRAWS.items() if draw is called), "")
         if called is UNKNOWN and method in BY_HAND:
             name = f"Tensor.{method}"
+        if not name:
+            return None
         single = bool(python) or (name == DRAWS[torch.rand] and self._shape(node) in SINGLE)
         purpose = purpose_of(at[1], at[2], self.function.__name__, single)
-        if not name or (python and not purpose):
+        if python and not purpose:
             return None
         kind: Kind = "layer" if purpose == "layerdrop" else "random"
         note = ELSEWHERE if python else "" if purpose else HAND_WRITTEN
@@ -372,7 +398,7 @@ def _is_lookup(call: ast.Call) -> bool:
     return getattr(call.func, "attr", "") in ("get", "get_interface")
 
 
-class _Computation(ast.NodeTransformer):
+class _Computation:
     """Replaces the operands of operators, f-strings and displays by names, and computes with their values."""
 
     def __init__(self, value: Callable[[ast.expr], Any]) -> None:
@@ -380,14 +406,18 @@ class _Computation(ast.NodeTransformer):
         self.values: dict[str, Any] = {}
 
     def result(self, node: ast.expr) -> Any:
-        tree = ast.fix_missing_locations(ast.Expression(self.visit(copy.deepcopy(node))))
+        tree = ast.fix_missing_locations(ast.Expression(self._named(node)))
         return eval(compile(tree, "<plain>", "eval"), {}, self.values)
 
-    def visit(self, node: ast.AST) -> Any:
-        if not isinstance(node, ast.expr) or isinstance(node, COMPUTED | ast.Constant):
-            return self.generic_visit(node)
+    def _named(self, part: Any) -> Any:
+        if isinstance(part, list):
+            return [self._named(each) for each in part]
+        if not isinstance(part, ast.AST):
+            return part
+        if not isinstance(part, ast.expr) or isinstance(part, COMPUTED | ast.Constant):
+            return type(part)(**{name: self._named(field) for name, field in ast.iter_fields(part)})
         name = f"value{len(self.values)}"
-        self.values[name] = self.value(node)
+        self.values[name] = self.value(part)
         return ast.Name(name, ast.Load())
 
 

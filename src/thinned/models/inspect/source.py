@@ -77,6 +77,11 @@ class Outline:
                 ):
                     self.assigned.setdefault(name, []).append(value)
                     plainly.add(target)
+                case ast.Assign([ast.Tuple(targets)], ast.Tuple(values)) if len(targets) == len(values):
+                    for part, value in zip(targets, values, strict=True):
+                        if isinstance(part, ast.Name):
+                            self.assigned.setdefault(part.id, []).append(value)
+                            plainly.add(part)
                 case ast.For(ast.Name(name), iterable) | ast.comprehension(ast.Name(name), iterable):
                     self.elements[name] = iterable
         for node in nodes:
