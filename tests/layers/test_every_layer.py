@@ -209,7 +209,7 @@ def test_a_sample_depends_on_its_key_and_not_on_its_place(entry: Entry) -> None:
 
 @each_keyed_entry
 def test_jacobians(entry: Entry) -> None:
-    """Of parameters and of a factor of the inputs: in both modes, and one over the other."""
+    """Both modes agree, alone and one over the other, for parameters and for a factor of the inputs."""
     layer, inputs = example(entry, torch.float64)
     inputs = [x.narrow(SAMPLE_DIM.get(entry.name, 0), 0, 2) for x in inputs]
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
@@ -339,7 +339,7 @@ def spoil(layer: nn.Module) -> nn.Module:
 
 
 def reset(layer: nn.Module) -> nn.Module:
-    """As distributed trainers and model.apply() do it."""
+    """Call ``reset_parameters`` as distributed trainers and ``model.apply`` do."""
     torch.manual_seed(0)
     return layer.apply(lambda module: getattr(module, "reset_parameters", int)())
 

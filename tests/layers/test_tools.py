@@ -178,7 +178,7 @@ def initialised_on_meta(entry: Entry) -> None:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     assert not any(value.isnan().any() for value in model.state_dict().values())
-    # Not of modules inside: their fresh weights are drawn in another order.
+    # Modules inside are left out: their fresh weights are drawn in another order.
     own, expected = (dict(each.layer.named_parameters(recurse=False)) for each in (model, example.model))
     assert own.keys() == expected.keys()
     for name, value in own.items():

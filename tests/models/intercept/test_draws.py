@@ -43,7 +43,7 @@ def drop_path(x: Tensor, p: float) -> Tensor:
 
 
 def dropout_edge(edge_index: Tensor, p: float) -> Tensor:
-    """As torch_geometric.utils has it."""
+    """torch_geometric.utils has this function."""
     row, _ = edge_index
     return torch.rand(row.size(0), device=edge_index.device) >= p
 
@@ -54,7 +54,7 @@ class DropNode(nn.Module):
 
 
 def stochastic_depth(x: Tensor, p: float) -> Tensor:
-    """As torchvision.ops has it."""
+    """torchvision.ops has this function."""
     return torch.empty(len(x), 1).bernoulli_(1 - p).bool().expand(x.shape)
 
 
