@@ -255,6 +255,8 @@ REACHED: dict[str, tuple[float | None, str]] = {
     "return getattr(self, 'method')(x)": (0.3, "method"),
     "return getattr(self, f'meth{self.kind}')(x)": (0.3, "method"),
     "return getattr(F, 'drop' + 'out')(x, self.p, self.training)": (0.3, "forward"),
+    "return getattr(self, f'meth{x.dim() and self.kind}')(x)": (0.3, "method"),
+    "return (F.dropout if x.dim() else F.alpha_dropout)(x, self.p, self.training)": (0.3, "forward"),
     "return self.functions['plain'](x, self.p, self.training)": (0.3, "forward"),
     "for f in self.functions.values(): x = f(x, self.p, self.training)\nreturn x": (0.3, "forward"),
     "return self.partial(x, training=self.training)": (0.15, "forward"),
@@ -279,7 +281,7 @@ REACHED: dict[str, tuple[float | None, str]] = {
 @pytest.mark.parametrize("forward", REACHED)
 def test_a_reading_reaches_what_a_run_reaches(forward: str, tmp_path: Path) -> None:
     model, x = written(forward, tmp_path), torch.ones(2, 4, 8)
-    (read, _), (run, _) = inspect(model), inspect(model, x)
+    (read, *_), (run, *_) = inspect(model), inspect(model, x)
     p, function = REACHED[forward]
     assert (read.type, read.p, read.note) == ("F.dropout", p, "")
     assert read.function.rpartition(".")[2] in (function, "forward" if function == "<lambda>" else function)

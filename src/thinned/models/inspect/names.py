@@ -215,15 +215,8 @@ class Names:
                 several = [each for each in self.outline.assigned.get(name, ()) if each is not None]
                 if name in self.outline.elements:
                     return _elements(self.value(self.outline.elements[name]))
-                if name in self.parameters and not several:
-                    defaults = _defaults(self.function)
-                    return [defaults[name]] if callable(defaults.get(name)) else []
             case ast.IfExp(_, body, otherwise):
                 several = [body, otherwise]
-            case ast.BoolOp(_, several):
-                pass
-            case ast.Subscript(owner, _):
-                return _elements(self.value(owner))
             case ast.Call(ast.Name("getattr"), [owner, name, *several]):
                 holder, pattern = self.value(owner), re.compile(self._pattern(name))
                 if holder is not UNKNOWN and pattern.pattern != ANYTHING:
