@@ -247,7 +247,14 @@ def test_subclasses() -> None:
     assert_same_draws(torch.jit.script(_Named()), thinned.Dropout(), x)
 
 
-@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def _exported(model: nn.Module) -> nn.Module:
+    torch.export.export(model, (torch.ones(2, 50),), strict=False)  # which copies the attributes of modules
+    return model
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _exported]
+)
 def test_scripting_leaves_the_model_as_it_was(copied: Callable[[nn.Module], nn.Module]) -> None:
     """TorchScript replaces the children of a model by what it is given to compile."""
     model = nn.Sequential(thinned.Dropout(), thinned.DropPath(0.5))
