@@ -161,7 +161,7 @@ def test_functions_in_scripted_code() -> None:
             oracle.assert_same(one, other)
     alone = torch.jit.script(F.dropout)
     assert_same_draws(alone, F.dropout, torch.ones(50))
-    with pytest.raises(RuntimeError, match="between 0 and 1, but got 1.5"):
+    with pytest.raises(RuntimeError, match=r"between 0 and 1, but got 1\.5"):
         alone(torch.ones(50), 1.5, False)
 
 
