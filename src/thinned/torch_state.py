@@ -56,6 +56,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from operator import attrgetter
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -466,7 +467,8 @@ class ScriptedForward(*([] if _Stub is None else [_Stub])):  # type: ignore[misc
     Without TorchScript's private class it compiles the module's own, and says what it cannot.
     """
 
-    module: nn.Module
+    original_method: MethodType
+    module = property(lambda self: self.original_method.__self__)
     __call__ = EagerForward.__call__
 
     @classmethod
@@ -474,9 +476,8 @@ class ScriptedForward(*([] if _Stub is None else [_Stub])):  # type: ignore[misc
         """From a function in TorchScript's language, whose first argument is the module."""
         definition = frontend.get_jit_def(forward, "forward", self_name="RecursiveScriptModule")
         names = {**vars(builtins), **forward.__globals__}
-        stub = cls(names.get, definition, forward)
-        stub.module = module
-        return stub
+        # The module is within a field: torch.export copies a named tuple by its fields.
+        return cls(names.get, definition, MethodType(forward, module))
 
     def __reduce__(self) -> tuple[type[EagerForward], tuple[nn.Module]]:
         return EagerForward, (self.module,)
