@@ -31,6 +31,7 @@ from thinned.models.inspect.targets import (
     Argument,
     Call,
     Kind,
+    Read,
     as_float,
     remember,
 )
@@ -209,7 +210,8 @@ class Names:
                 holder, name = value(owner), value(key)
                 return remember(holder.get(name, *map(value, default)), holder, name)
             case ast.Attribute(owner, "values"), []:
-                return tuple(value(owner).values())
+                holder = value(owner)
+                return tuple(remember(each, holder, name) for name, each in holder.items())
             case ast.Attribute(ast.Constant(str(text)), "format"), _:
                 return text.format(*(_plain(value(each)) for each in args))
         called = value(call.func)
@@ -339,11 +341,11 @@ class Names:
             for callee, args in callees:
                 for called in self.candidates(callee):
                     if (known := self._known(node, called, args)) is not None:
-                        name, p, note = known
+                        name, p, note, rates = known
                         # A partial may hold the training mode.
                         again = note and self._known(node, self.value(callee, False), args)
                         note = again[2] if again else note
-                        yield (node.lineno, node.col_offset, name), Call(name, *at, p, note)
+                        yield (node.lineno, node.col_offset, name), Call(name, *at, p, note, rates=rates)
             if (drawn := self._drawn(node, *at)) is not None:
                 yield (node.lineno, node.col_offset, drawn.name), drawn
 
@@ -368,8 +370,11 @@ class Names:
 
     def _known(
         self, node: ast.Call, called: Any, positional: list[ast.expr]
-    ) -> tuple[str, float | None, str] | None:
-        """The name, the probability and the note of a call of a function that is known to drop."""
+    ) -> tuple[str, float | None, str, tuple[Read, ...]] | None:
+        """The name, the probability and the note of a call of a function that is known to drop.
+
+        The probability may be an element of a list. Last come the places of all elements.
+        """
         args, keywords = list(positional), self._keywords(node)
         while isinstance(called, partial):
             args = [*map(ast.Constant, called.args), *args]
@@ -379,12 +384,22 @@ class Names:
         if target is None:
             return None
         p, p_in_evaluation = self._argument(args, keywords, target.p) if target.p else (None, None)
+        several = self._elements(target.p and target.p.of(args, keywords)) if p is None else []
+        p = several[0] if len(set(several)) == 1 else p
         on: float | None = 1.0
         on_in_evaluation: float | None = 1.0
         if target.training:
             on, on_in_evaluation = self._argument(args, keywords, target.training)
         always = p_in_evaluation and on_in_evaluation and not self.outline.guarded[node]
-        return target.name, 0.0 if on == 0 else p, UNCONDITIONAL if always else ""
+        rates = tuple(read for each in several if (read := getattr(each, "read", None)) is not None)
+        return target.name, 0.0 if on == 0 else p, UNCONDITIONAL if always else "", rates
+
+    def _elements(self, passed: Any) -> list[float | None]:
+        """The numbers in a container of which ``passed`` is one, as in ``rates[i]`` or ``for p in rates``."""
+        name = getattr(passed, "id", None)
+        is_element = name in self.outline.elements and self.outline.assigned.get(name) == [None]
+        is_one = isinstance(passed, ast.Subscript) or is_element
+        return [as_float(each) for each in self.candidates(passed)] if is_one else []
 
     def _argument(
         self, args: list[ast.expr], keywords: dict[str, ast.expr], argument: Argument
@@ -475,8 +490,10 @@ def _known(value: Any) -> Any:
 
 def _elements(container: Any) -> list[Any]:
     if isinstance(container, Mapping):
-        return list(container.values())
-    return list(container) if isinstance(container, list | tuple | set) else []
+        return [remember(value, container, name) for name, value in container.items()]
+    if isinstance(container, list):
+        return [remember(value, container, i) for i, value in enumerate(container)]
+    return list(container) if isinstance(container, tuple | set) else []
 
 
 def _defaults(function: FunctionType) -> dict[str, Any]:
