@@ -464,7 +464,7 @@ _Stub: Any = getattr(sys.modules.get("torch.jit._recursive"), "ScriptMethodStub"
 class ScriptedForward(*([] if _Stub is None else [_Stub])):  # type: ignore[misc]
     """The ``forward`` that :func:`torch.jit.script` compiles for a module that has this attribute.
 
-    Without TorchScript's private class it compiles the module's own, and says what it cannot.
+    Without TorchScript's private class a layer is refused.
     """
 
     original_method: MethodType
@@ -474,6 +474,8 @@ class ScriptedForward(*([] if _Stub is None else [_Stub])):  # type: ignore[misc
     @classmethod
     def of(cls, module: nn.Module, forward: Callable[..., Any]) -> ScriptedForward:
         """From a function in TorchScript's language, whose first argument is the module."""
+        if _Stub is None:
+            raise RuntimeError(_lacks("torch.jit.script of a layer", "ScriptMethodStub"))
         definition = frontend.get_jit_def(forward, "forward", self_name="RecursiveScriptModule")
         names = {**vars(builtins), **forward.__globals__}
         # The module is within a field: torch.export copies a named tuple by its fields.
