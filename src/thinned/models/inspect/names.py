@@ -214,6 +214,8 @@ class Names:
                 return tuple(remember(each, holder, name) for name, each in holder.items())
             case ast.Attribute(ast.Constant(str(text)), "format"), _:
                 return text.format(*(_plain(value(each)) for each in args))
+            case ast.Attribute(ast.Constant(str(text)), "join"), [parts]:
+                return text.join(value(parts))
         called = value(call.func)
         if called is getattr:
             holder, attribute, *otherwise = map(value, args)
@@ -221,6 +223,8 @@ class Names:
         if called is partial:
             held, *bound = map(self.value, args)
             return partial(held, *bound, **{name or "": self.value(v) for name, v in keywords.items()})
+        if called is type and len(args) == 1:
+            return type(value(args[0]))
         if called is float and len(args) == 1 and (number := as_float(value(args[0]))) is not None:
             return number
         function: Any = next((function for function in PLAIN_FUNCTIONS if function is called), None)
@@ -273,6 +277,9 @@ class Names:
                 ]
             case ast.Call(ast.Name("getattr"), [owner, name, *several]):
                 holder, pattern = self.value(owner), re.compile(self._pattern(name))
+                if pattern.pattern == ANYTHING:  # perhaps one of a table
+                    names = [each for each in self.candidates(name, depth - 1) if isinstance(each, str)]
+                    return [getattr(holder, each) for each in names if hasattr(holder, each)]
                 if holder is not UNKNOWN and pattern.pattern != ANYTHING:
                     return [getattr(holder, each) for each in dir(type(holder)) if pattern.fullmatch(each)]
         return [value for each in several for value in self.candidates(each, depth - 1)]
