@@ -254,7 +254,7 @@ def test_a_reading_knows_a_plain_p_and_a_run_every_p(forward: str, tmp_path: Pat
 
 # The lines of a forward, and what they reach: p, and the function around the call.
 REACHED: dict[str, tuple[float | None, str]] = {
-    # By way of a name that is computed, or of what the module holds.
+    # A name is computed, or the module holds the function.
     "return getattr(self, 'method')(x)": (0.3, "method"),
     "return getattr(self, f'meth{self.kind}')(x)": (0.3, "method"),
     "return getattr(self, '_'.join(['do', 'drop']))(x)": (0.85, "do_drop"),
@@ -270,7 +270,7 @@ REACHED: dict[str, tuple[float | None, str]] = {
     "return F.dropout(x, **self.config, training=self.training)": (0.2, "forward"),
     "return F.dropout(x, self.rate(), self.training)": (0.15, "forward"),
     "p = self.p\nreturn (lambda y: F.dropout(y, p, self.training))(x)": (0.3, "<lambda>"),
-    # In what the module inherits, overrides or wraps.
+    # The module inherits, overrides or wraps the function.
     "return self.propagate(x)": (0.25, "message"),
     "return super().forward(x)": (0.55, "forward"),
     "return self.dropped": (0.65, "dropped"),
@@ -315,7 +315,7 @@ def test_functions_of_thinned_are_sites() -> None:
 
 
 def test_a_method_from_another_file_leads_back(tmp_path: Path) -> None:
-    """As PyTorch Geometric's propagate, which a template generates; what nothing mentions is no site."""
+    """A template generates PyTorch Geometric's propagate. A method that nothing mentions is no site."""
     file = tmp_path / "generated.py"
     file.write_text("def propagate(self, x):\n    return self.message(x)\n")
     model = written("return self.propagate(x)", tmp_path)

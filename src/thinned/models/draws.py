@@ -33,7 +33,7 @@ _DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 @lru_cache(maxsize=4096)
 def purpose_of(file: str, line: int, function: str, single: bool) -> Purpose:
-    """What the random numbers that a line draws are for; empty if that is not known.
+    """The purpose of the random numbers that a line draws; empty if it is not known.
 
     They are for a dropout if the function or class around the line is named so: ``dropout_edge``,
     ``drop_path``, ``stochastic_depth``, ``DropNode``. A ``single`` number is for layerdrop if its function

@@ -17,8 +17,8 @@ from thinned.models.walk import is_ours, modules_with_paths
 
 __all__ = ["Rate", "is_dropout", "is_number", "rates_of"]
 
-# Such as dropout, layerdrop, attn_pdrop, drop_path_rate or hidden_dropout_prob. A name such as drop_last or
-# dropout_keep_prob is another number's.
+# It matches dropout, layerdrop, attn_pdrop, drop_path_rate and hidden_dropout_prob; it does not match
+# drop_last or dropout_keep_prob.
 NAME = re.compile(
     r"\w*drop(out[a-z]?)?s?_?(path|connect|block|head|key|edge|node|token)?(_?(rate|ratio|prob|probs|probability|p|\d+))*",
     re.IGNORECASE,

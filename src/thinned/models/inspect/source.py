@@ -53,7 +53,7 @@ def _lambda(code: CodeType, file: str) -> Source | None:
 
 
 class Outline:
-    """What the tree of a function says without values.
+    """The parts of a function's tree that need no values.
 
     Attributes:
         guarded: for each node, whether the code has asked for training before it comes there.

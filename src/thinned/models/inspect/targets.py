@@ -28,6 +28,7 @@ __all__ = [
     "look_up",
     "recurrent",
     "remember",
+    "remember_all",
 ]
 
 Read = tuple[Any, Any]  # an object and the name of its attribute, a dictionary and a key, a list and an index
@@ -87,6 +88,11 @@ def remember(value: Any, owner: Any, name: Any) -> Any:
     number = (_Float if isinstance(value, float) else _Int)(value)
     number.read = owner, name
     return number
+
+
+def remember_all(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The items of a dictionary of arguments, as :func:`remember`."""
+    return {name: remember(value, values, name) for name, value in values.items()}
 
 
 def as_float(value: Any) -> float | None:
