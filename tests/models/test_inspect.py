@@ -293,6 +293,21 @@ def test_a_reading_reaches_what_a_run_reaches(forward: str, tmp_path: Path) -> N
     assert run.calls == masks(model, x) > 0
 
 
+class Unhashable(nn.Module):
+    pairs = (({"q": 1}, max),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for pair in self.pairs:
+            if callable(pair):
+                x = pair(x)
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+def test_what_a_loop_may_call_has_no_hash() -> None:
+    (site,) = inspect(Unhashable())
+    assert (site.type, site.p) == ("F.dropout", 0.5)
+
+
 def test_functions_of_thinned_are_sites() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -11,7 +11,7 @@ import builtins
 import inspect
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property, partial
 from itertools import takewhile
@@ -409,7 +409,9 @@ def call_method(called: Any) -> Any:
 
 
 def _target(called: Any) -> Any:
-    return TARGETS.get(called) if isinstance(called, Hashable) else None
+    with suppress(TypeError):  # a tuple that holds a dictionary has no hash
+        return TARGETS.get(called)
+    return None
 
 
 def _is_no_star(argument: ast.expr) -> bool:
