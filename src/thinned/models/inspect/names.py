@@ -11,7 +11,7 @@ import builtins
 import inspect
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property, partial
 from itertools import takewhile
@@ -177,6 +177,8 @@ class Names:
         if called is partial:
             held, *bound = map(self.value, args)
             return partial(held, *bound, **{name or "": self.value(v) for name, v in keywords.items()})
+        if called is type and len(args) == 1:
+            return type(value(args[0]))
         if called is float and len(args) == 1 and (number := as_float(value(args[0]))) is not None:
             return number
         is_plain = any(called is each for each in PLAIN_FUNCTIONS) or isinstance(
@@ -226,6 +228,9 @@ class Names:
                 return _elements(self.value(owner))
             case ast.Call(ast.Name("getattr"), [owner, name, *several]):
                 holder, pattern = self.value(owner), re.compile(self._pattern(name))
+                if pattern.pattern == ANYTHING:  # perhaps one of a table
+                    names = [each for each in self.candidates(name, depth - 1) if isinstance(each, str)]
+                    return [getattr(holder, each) for each in names if hasattr(holder, each)]
                 if holder is not UNKNOWN and pattern.pattern != ANYTHING:
                     return [getattr(holder, each) for each in dir(type(holder)) if pattern.fullmatch(each)]
         return [value for each in several for value in self.candidates(each, depth - 1)]
@@ -404,7 +409,9 @@ def call_method(called: Any) -> Any:
 
 
 def _target(called: Any) -> Any:
-    return TARGETS.get(called) if isinstance(called, Hashable) else None
+    with suppress(TypeError):  # a tuple that holds a dictionary has no hash
+        return TARGETS.get(called)
+    return None
 
 
 def _is_no_star(argument: ast.expr) -> bool:
