@@ -35,7 +35,7 @@ class Key:
     The bits are an int64 tensor and not a Python number, so that code under :func:`torch.compile` takes
     another key without a recompile. They are on the CPU, whatever the default device, until :meth:`to` moves
     them. Folding in a tensor of ids gives a batch of keys, one for each row of dimension 0 of the tensor they
-    are used on. ``torch.load(weights_only=True)`` loads keys.
+    are used on. ``torch.load(weights_only=True)`` loads keys where thinned is imported.
 
     Args:
         seed: an integer in ``-2**63 .. 2**64-1``, negative ones standing for ``2**64 + seed`` as in

@@ -603,6 +603,7 @@ class Holds(nn.Module):
         self.keywords = {"p": 0.8}
         self.drop = partial(nn.functional.dropout, p=0.9)
         self.ours, self.aten, self.path = 0.15, 0.25, 0.35
+        self.each, self.named = [0.45, 0.55, 0.0], {"first": 0.65}
 
     @property
     def rate(self) -> float:
@@ -617,6 +618,10 @@ class Holds(nn.Module):
         x = dropout(x, self.rate, training)
         x = dropout(x, **self.keywords, training=training)
         x = self.drop(x, training=training)
+        for i in range(len(self.each)):
+            x = dropout(x, self.each[i], training)
+        for rate in self.named.values():
+            x = dropout(x, p=rate, training=training)
         x = thinned.functional.dropout(x, self.ours, training)
         x = thinned.functional.drop_path(x, drop_prob=self.path, training=training)
         return torch.ops.aten.dropout(x, self.aten, training)
@@ -626,9 +631,13 @@ def test_numbers_that_are_read_in_a_few_steps() -> None:
     model, x = Holds(), torch.ones(1000)
     expected = {"config.attention.rate": 0.1, "options.layers.1.q": 0.3, "options.drop": 0.4, "rates.-1": 0.6}
     expected |= {"hidden": 0.7, "keywords.p": 0.8, "drop.p": 0.9, "ours": 0.15, "path": 0.35, "aten": 0.25}
+    expected |= {"each.0": 0.45, "each.1": 0.55, "each.2": 0.0, "named.first": 0.65}
     assert {rate.key: rate.value for rate in rates_of(model)} == expected
+    convert(model, p=0.5)
+    assert model.each == [0.5, 0.5, 0.0]  # as PyTorch Geometric's MLP has it, whose last layer drops nothing
+    revert(model)
     conversion = convert(model, p=0)
-    assert {setting.old for setting in conversion.settings} == set(expected.values())
+    assert {0.0, *(setting.old for setting in conversion.settings)} == set(expected.values())
     assert not conversion.unreached
     assert model(x).equal(x)
     assert model.options["layers"][0] == {"q": 0.2}  # type: ignore[index]

@@ -190,7 +190,7 @@ class Base(nn.Module):
 
 class Net(Base):
     p, layerdrop, config, kind, index = 0.3, 0.2, {"p": 0.2}, "od", 1
-    functions = {"plain": F.dropout}
+    functions, table = {"plain": F.dropout}, {2: "eval", 3: "do_drop"}
     partial = staticmethod(functools.partial(F.dropout, p=0.15))
 
     def __init__(self):
@@ -218,6 +218,9 @@ class Net(Base):
 
     def both(self, x, p):
         return F.dropout(x, p, self.training)
+
+    def do_drop(self, x):
+        return F.dropout(x, 0.85, self.training)
 
     def never(self, x):
         return F.dropout(x, 0.9)
@@ -254,6 +257,9 @@ REACHED: dict[str, tuple[float | None, str]] = {
     # A name is computed, or the module holds the function.
     "return getattr(self, 'method')(x)": (0.3, "method"),
     "return getattr(self, f'meth{self.kind}')(x)": (0.3, "method"),
+    "return getattr(self, '_'.join(['do', 'drop']))(x)": (0.85, "do_drop"),
+    "return getattr(self, self.table[x.dim()])(x)": (0.85, "do_drop"),
+    "return type(self).do_drop(self, x)": (0.85, "do_drop"),
     "return getattr(F, 'drop' + 'out')(x, self.p, self.training)": (0.3, "forward"),
     "return getattr(self, f'meth{x.dim() and self.kind}')(x)": (0.3, "method"),
     "return (F.dropout if x.dim() else F.alpha_dropout)(x, self.p, self.training)": (0.3, "forward"),
@@ -287,6 +293,21 @@ def test_a_reading_reaches_what_a_run_reaches(forward: str, tmp_path: Path) -> N
     assert read.function.rpartition(".")[2] in (function, "forward" if function == "<lambda>" else function)
     assert (run.type, run.line, run.note) == (read.type, read.line, "")
     assert run.calls == masks(model, x) > 0
+
+
+class Unhashable(nn.Module):
+    pairs = (({"q": 1}, max),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for pair in self.pairs:
+            if callable(pair):
+                x = pair(x)
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+def test_what_a_loop_may_call_has_no_hash() -> None:
+    (site,) = inspect(Unhashable())
+    assert (site.type, site.p) == ("F.dropout", 0.5)
 
 
 def test_functions_of_thinned_are_sites() -> None:

@@ -121,6 +121,8 @@ def test_functions_in_scripted_code() -> None:
             oracle.assert_same(one, other)
     alone = torch.jit.script(F.dropout)
     assert_same_draws(alone, F.dropout, torch.ones(50))
+    with pytest.raises(RuntimeError, match=r"between 0 and 1, but got 1\.5"):
+        alone(torch.ones(50), 1.5, False)
 
 
 @checks_shapes
@@ -155,10 +157,15 @@ def test_a_traced_function_whose_shape_would_be_constant_is_refused(function: Ca
     assert_same_draws(traced, function, *(torch.cat([x, x]) for x in inputs))
 
 
+class _FollowsTraining(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.drop_path(F.dropout(x, 0.5, self.training), 0.1, self.training)
+        return F.variational_dropout(x, torch.zeros(1), training=self.training)
+
+
 def test_a_frozen_model_in_evaluation_needs_no_thinned() -> None:
-    model = nn.Sequential(
-        nn.Linear(5, 4), thinned.Dropout(), thinned.DropBlock1d(0.3, 2), nn.Linear(4, 2)
-    ).eval()
+    layers = thinned.Dropout(), thinned.DropBlock1d(0.3, 2), _FollowsTraining()
+    model = nn.Sequential(nn.Linear(5, 4), *layers, nn.Linear(4, 2)).eval()
     scripted = torch.jit.script(model)
     frozen = torch.jit.freeze(scripted)
     assert "thinned::" not in str(frozen.inlined_graph)
@@ -207,7 +214,14 @@ def test_subclasses() -> None:
     assert_same_draws(torch.jit.script(_Named()), thinned.Dropout(), x)
 
 
-@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def _exported(model: nn.Module) -> nn.Module:
+    torch.export.export(model, (torch.ones(2, 50),), strict=False)  # which copies the attributes of modules
+    return model
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _exported]
+)
 def test_scripting_leaves_the_model_as_it_was(copied: Callable[[nn.Module], nn.Module]) -> None:
     """TorchScript replaces the children of a model by what it is given to compile."""
     model = nn.Sequential(thinned.Dropout(), thinned.DropPath(0.5))

@@ -41,6 +41,8 @@ _TYPES = {
     "Key | None": ("Tensor?", ""),
 }
 _STRING = ("str", "str")
+# The functions that do more in evaluation than to return their input.
+_MORE_IN_EVALUATION = ("dropout1d", "embedding_dropout", "multi_sample_dropout", "zoneout")
 
 
 def register(functions: Iterable[Callable[..., Any]]) -> None:
@@ -93,9 +95,15 @@ def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
         f"{each.name}: {_type(each)[1]}{'' if each.default is each.empty else f' = {each.default!r}'}"
         for each in given
     ]
+    names, body = [each.name for each in given], []
+    if "training" in names and name not in _MORE_IN_EVALUATION:
+        # So that code that was frozen or exported in evaluation has no node of ours.
+        valid = [f" and {each} >= 0.0 and {each} <= 1.0" for each in names if each in ("p", "drop_prob")]
+        body = [f"    if not training{''.join(valid)}:", f"        return {names[0]}"]
     return _compiled(
         f"def {name}({', '.join(declared)}) -> Tensor:",
-        f"    return torch.ops.thinned.{name}({_arguments(given, [each.name for each in given])})",
+        *body,
+        f"    return torch.ops.thinned.{name}({_arguments(given, names)})",
     )
 
 

@@ -107,7 +107,8 @@ def rates_of(model: nn.Module) -> list[Rate]:
             if place is None:
                 continue  # perhaps a global, which other models use too
             of_module = module is owner and name == _main(module)
-            stays_off = bool(LAYERDROP.search(str(name))) or (is_ours(module) and not of_module)
+            stays_off = bool(LAYERDROP.search(str(name))) or isinstance(owner, list)
+            stays_off |= is_ours(module) and not of_module
             key = place if of_module else _join(place, name)
             rate = rates.get((id(owner), name)) or Rate(module, (), owner, name, key, stays_off)
             if rate.paths or _can_be_set(rate):

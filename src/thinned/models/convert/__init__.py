@@ -146,12 +146,12 @@ def convert(
       ``layerdrop`` or ``drop_path_rate``;
     - every attribute that the source of a forward passes to a functional dropout, such as ``self.p`` in
       ``F.dropout(x, self.p, self.training)``;
-    - the attributes of a config that a forward reads, such as ``self.config.layerdrop``. All models that
-      were built from one config share it, and a saved model has it.
+    - the attributes of a config that a forward reads, such as ``self.config.layerdrop``, and the items of a
+      dictionary or a list. All models that were built from one config share it, and a saved model has it.
 
-    A layerdrop that is 0 stays 0, because a skipped layer leaves parameters without gradients. Another number
-    that is 0 is set, as ``nn.Dropout(0)`` is. What cannot be set, such as that of ``F.dropout(x, 0.5)``, is
-    in ``unreached``.
+    A layerdrop that is 0 stays 0, because a skipped layer leaves parameters without gradients. So does a 0 in
+    a list, which exempts a layer. Another number that is 0 is set, as ``nn.Dropout(0)`` is. ``unreached`` has
+    what cannot be set, such as that of ``F.dropout(x, 0.5)``.
 
     Args:
         model: any module. If it is a dropout itself, the new one is ``conversion.model``.

@@ -11,7 +11,7 @@ import builtins
 import inspect
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property, partial
 from itertools import takewhile
@@ -169,7 +169,7 @@ class Names:
                 holder, name = value(owner), value(key)
                 return remember(holder.get(name, *map(value, default)), holder, name)
             case ast.Attribute(owner, "values"), []:
-                return tuple(value(owner).values())
+                return tuple(remember_all(value(owner)).values())
         called = value(call.func)
         if called is getattr:
             holder, attribute, *otherwise = map(value, args)
@@ -177,6 +177,8 @@ class Names:
         if called is partial:
             held, *bound = map(self.value, args)
             return partial(held, *bound, **{name or "": self.value(v) for name, v in keywords.items()})
+        if called is type and len(args) == 1:
+            return type(value(args[0]))
         if called is float and len(args) == 1 and (number := as_float(value(args[0]))) is not None:
             return number
         is_plain = any(called is each for each in PLAIN_FUNCTIONS) or isinstance(
@@ -219,6 +221,9 @@ class Names:
                 several = [body, otherwise]
             case ast.Call(ast.Name("getattr"), [owner, name, *several]):
                 holder, pattern = self.value(owner), re.compile(self._pattern(name))
+                if pattern.pattern == ANYTHING:  # perhaps one of a table
+                    names = [each for each in self.candidates(name, depth - 1) if isinstance(each, str)]
+                    return [getattr(holder, each) for each in names if hasattr(holder, each)]
                 if holder is not UNKNOWN and pattern.pattern != ANYTHING:
                     return [getattr(holder, each) for each in dir(type(holder)) if pattern.fullmatch(each)]
         return [value for each in several for value in self.candidates(each, depth - 1)]
@@ -306,10 +311,23 @@ class Names:
         if (found := self._known(node, called, args, True)) is None:
             return None
         name, p, on = found
+        several: list[float | None] = []
+        if p is None and (target := _target(called)) is not None and target.p:
+            keywords = {each.arg or "": each.value for each in node.keywords}
+            several = self._elements(target.p.of(args, keywords))
+            p = several[0] if len(set(several)) == 1 else None
+        rates = tuple(read for each in several if (read := getattr(each, "read", None)) is not None)
         in_evaluation = self.value(callee, False)  # a partial may hold the training mode
         again = self._known(node, called if in_evaluation is UNKNOWN else in_evaluation, args, False)
         always = again is not None and again[1] and again[2] and not self.outline.guarded[node]
-        return Call(name, *at, 0.0 if on == 0 else p, UNCONDITIONAL if always else "")
+        return Call(name, *at, 0.0 if on == 0 else p, UNCONDITIONAL if always else "", rates=rates)
+
+    def _elements(self, passed: Any) -> list[float | None]:
+        """The numbers in a container of which ``passed`` is one, as in ``rates[i]`` or ``for p in rates``."""
+        name = getattr(passed, "id", None)
+        is_element = name in self.outline.elements and self.outline.assigned.get(name) == [None]
+        is_one = isinstance(passed, ast.Subscript) or is_element
+        return [as_float(each) for each in self.candidates(passed)] if is_one else []
 
     def _known(
         self, node: ast.Call, called: Any, positional: list[ast.expr], training: bool
@@ -325,7 +343,7 @@ class Names:
         while isinstance(called, partial):
             args, keywords = [*called.args, *args], {**remember_all(called.keywords), **keywords}
             called = called.func
-        target = TARGETS.get(called) if isinstance(called, Hashable) else None
+        target = _target(called)
         if target is None:
             return None
 
@@ -383,6 +401,12 @@ def call_method(called: Any) -> Any:
     return MethodType(method, called) if isinstance(method, FunctionType) else called
 
 
+def _target(called: Any) -> Any:
+    with suppress(TypeError):  # a tuple that holds a dictionary has no hash
+        return TARGETS.get(called)
+    return None
+
+
 def _is_no_star(argument: ast.expr) -> bool:
     return not isinstance(argument, ast.Starred)
 
@@ -422,8 +446,10 @@ def _known(value: Any) -> Any:
 
 def _elements(container: Any) -> list[Any]:
     if isinstance(container, Mapping):
-        return list(container.values())
-    return list(container) if isinstance(container, list | tuple | set) else []
+        return [*remember_all(container).values()]
+    if isinstance(container, list):
+        return [remember(value, container, i) for i, value in enumerate(container)]
+    return list(container) if isinstance(container, tuple | set) else []
 
 
 def _defaults(function: FunctionType) -> dict[str, Any]:
