@@ -219,6 +219,8 @@ class Names:
                     return _elements(self.value(self.outline.elements[name]))
             case ast.IfExp(_, body, otherwise):
                 several = [body, otherwise]
+            case ast.Subscript(owner, _):
+                return _elements(self.value(owner))
             case ast.Call(ast.Name("getattr"), [owner, name, *several]):
                 holder, pattern = self.value(owner), re.compile(self._pattern(name))
                 if pattern.pattern == ANYTHING:  # perhaps one of a table
