@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import queue
 import re
 import runpy
 import textwrap
@@ -557,3 +558,18 @@ def fails() -> nn.Module:
 def test_no_model_by_that_name(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         model_of(text)
+
+
+def test_a_reading_takes_nothing_from_a_queue() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rates: queue.SimpleQueue[float] = queue.SimpleQueue()
+            self.rates.put(0.4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.dropout(x, self.rates.get(False), self.training)
+
+    model = Model()
+    assert [site.p for site in inspect(model)] == [None]
+    assert model.rates.get(False) == 0.4

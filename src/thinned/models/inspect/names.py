@@ -166,10 +166,10 @@ class Names:
                 return super(self._outside("__class__"), self.given[first][0])
             case ast.Attribute(owner, "get" | "get_interface"), [key, *default]:
                 # transformers chooses its attention so.
-                holder, name = value(owner), value(key)
+                holder, name = _mapping(value(owner)), value(key)
                 return remember(holder.get(name, *map(value, default)), holder, name)
             case ast.Attribute(owner, "values"), []:
-                return tuple(remember_all(value(owner)).values())
+                return tuple(remember_all(_mapping(value(owner))).values())
         called = value(call.func)
         if called is getattr:
             holder, attribute, *otherwise = map(value, args)
@@ -411,6 +411,13 @@ def _target(called: Any) -> Any:
 
 def _is_no_star(argument: ast.expr) -> bool:
     return not isinstance(argument, ast.Starred)
+
+
+def _mapping(holder: Any) -> Mapping[Any, Any]:
+    """``holder``; LookupError if it is no mapping: the ``get`` of a queue takes what it returns."""
+    if not isinstance(holder, Mapping):
+        raise LookupError(holder)
+    return holder
 
 
 def _is_lookup(call: ast.Call) -> bool:
