@@ -34,7 +34,8 @@ def _of_module(path: str, module: ModuleType) -> Iterator[str]:
         value = getattr(module, name)
         yield from _of_value(f"{path}.{name}", value)
         if inspect.isclass(value):
-            for method in sorted({"forward"} | vars(value).keys()):
+            bases = (vars(base) for base in value.__mro__ if base.__module__.startswith("thinned."))
+            for method in sorted({"forward"}.union(*bases)):
                 inherited = method != "forward" and hasattr(nn.Module, method)
                 if not method.startswith("_") and hasattr(value, method) and not inherited:
                     yield from _of_value(f"{path}.{name}.{method}", getattr(value, method))

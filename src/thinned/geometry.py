@@ -36,6 +36,8 @@ def dims_of(shape: Sequence[Any], broadcast_dims: Sequence[int]) -> set[int]:
     """``broadcast_dims`` counted from the front; IndexError for a dimension that ``shape`` does not have."""
     ndim = len(shape)
     for dim in broadcast_dims:
+        if not hasattr(dim, "__index__"):
+            raise TypeError(f"broadcast_dims must be integers, got {tuple(broadcast_dims)}")
         if not -ndim <= dim < ndim:
             accepted = f"in {-ndim} .. {ndim - 1}" if ndim else "absent for a 0-d tensor"
             raise IndexError(

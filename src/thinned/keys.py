@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 import threading
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from thinned import backends
 from thinned.backends import portable
@@ -33,7 +35,7 @@ class Key:
     The bits are an int64 tensor and not a Python number, so that code under :func:`torch.compile` takes
     another key without a recompile. They are on the CPU, whatever the default device, until :meth:`to` moves
     them. Folding in a tensor of ids gives a batch of keys, one for each row of dimension 0 of the tensor they
-    are used on. ``torch.load(weights_only=True)`` loads keys.
+    are used on. ``torch.load(weights_only=True)`` loads keys where thinned is imported.
 
     Args:
         seed: an integer in ``-2**63 .. 2**64-1``, negative ones standing for ``2**64 + seed`` as in
@@ -77,6 +79,8 @@ class Key:
         >>> Key.from_bits(torch.tensor(7))
         Key(7)
         """
+        if isinstance(bits, Proxy):
+            return _node(_from_bits, bits)
         if not isinstance(bits, Tensor) or bits.dtype != torch.int64:
             got = f"{bits.dtype}" if isinstance(bits, Tensor) else f"{bits!r} of type {type(bits).__name__}"
             raise TypeError(f"a key's bits must be an int64 tensor, got {got}")
@@ -104,6 +108,8 @@ class Key:
         if isinstance(data, Tensor):
             if data.dtype != torch.int64:
                 raise TypeError(f"ids to fold into a key must be int64, got {data.dtype}")
+        elif isinstance(data, Proxy):
+            return _node(_folded, self, data)
         elif isinstance(data, (int, torch.SymInt)) or hasattr(data, "__index__"):
             number = _int64(data)
             if is_eager(self.bits) and self.bits.is_cpu and not self.bits.dim():
@@ -177,8 +183,18 @@ def savable(bits: Tensor) -> Tensor:
         return bits.clone()
 
 
+# torch.fx writes the name of a function into code, but none of a method.
 def _from_bits(bits: Tensor) -> Key:
-    return Key.from_bits(bits)  # torch.fx writes the name of a function into code, but none of a method
+    return Key.from_bits(bits)
+
+
+def _folded(key: Key, data: Tensor) -> Key:
+    return key.fold(data)
+
+
+def _node(function: Callable[..., Key], *args: Any) -> Any:
+    """The key that a call of ``function`` makes in the graph that torch.fx traces."""
+    return args[-1].tracer.create_proxy("call_function", function, args, {})
 
 
 # For a compiler a fold is one node instead of the 150 nodes of a philox4x32 with 10 rounds.

@@ -43,6 +43,7 @@ traces_symbolically                   tested   LayerDrop in a symbolic trace of 
 let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
 traced_lines                          tested   draws of random numbers that ``thinned.intercept`` compiles
 SeenByTracer, ScriptedForward         tested   ``torch.jit.trace`` and ``torch.jit.script`` of layers
+script_as                             tested   ``torch.jit.script`` within ``thinned.intercept``
 WRAPPERS, REPRESENTATION              tested   wrappers in module paths; methods that only print
 ====================================  =======  =========================================================
 """
@@ -55,6 +56,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from operator import attrgetter
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -464,23 +466,32 @@ _Stub: Any = getattr(sys.modules.get("torch.jit._recursive"), "ScriptMethodStub"
 class ScriptedForward(*([] if _Stub is None else [_Stub])):  # type: ignore[misc]
     """The ``forward`` that :func:`torch.jit.script` compiles for a module that has this attribute.
 
-    Without TorchScript's private class it compiles the module's own, and says what it cannot.
+    Without TorchScript's private class a layer is refused.
     """
 
-    module: nn.Module
+    original_method: MethodType
+    module = property(lambda self: self.original_method.__self__)
     __call__ = EagerForward.__call__
 
     @classmethod
     def of(cls, module: nn.Module, forward: Callable[..., Any]) -> ScriptedForward:
         """From a function in TorchScript's language, whose first argument is the module."""
+        if _Stub is None:
+            raise RuntimeError(_lacks("torch.jit.script of a layer", "ScriptMethodStub"))
         definition = frontend.get_jit_def(forward, "forward", self_name="RecursiveScriptModule")
         names = {**vars(builtins), **forward.__globals__}
-        stub = cls(names.get, definition, forward)
-        stub.module = module
-        return stub
+        # The module is within a field: torch.export copies a named tuple by its fields.
+        return cls(names.get, definition, MethodType(forward, module))
 
     def __reduce__(self) -> tuple[type[EagerForward], tuple[nn.Module]]:
         return EagerForward, (self.module,)
+
+
+def script_as(function: Callable[..., Any], operator: str) -> None:
+    """Let :func:`torch.jit.script` compile calls of ``function`` as ``operator``, without its source."""
+    register = getattr(sys.modules.get("torch.jit._builtins"), "_register_builtin", None)
+    if register is not None:
+        register(function, operator)
 
 
 # Jagged tensors.

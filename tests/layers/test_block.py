@@ -381,7 +381,7 @@ def test_text() -> None:
         "batchwise=False, scale_by_keep=True, with_noise=False, gamma_scale=0.5)"
     )
     layer = DropBlock2d(
-        drop_prob=0.4, block_size=(2, 3), couple_channels=True, scale="counted", gamma_scale=0.5
+        drop_prob=0.4, block_size=(2, 3), couple_channels=True, scale="counted", gamma_scale=0.5, fast=False
     )
     assert repr(layer) == text
 

@@ -69,6 +69,7 @@ def keys(*shape: int) -> thinned.Key:
         ),
         ((3, 4), {"broadcast_dims": (2,)}, IndexError, "names dimension 2, but for shape (3, 4)"),
         ((3, 4), {"broadcast_dims": (0, -3)}, IndexError, "names dimension -3, but for shape (3, 4)"),
+        ((3, 4), {"broadcast_dims": (0.5,)}, TypeError, "must be integers, got (0.5,)"),
         ((), {"broadcast_dims": (0,)}, IndexError, "names dimension 0, but for shape ()"),
         ((), {"broadcast_dims": (-1,)}, IndexError, "names dimension -1, but for shape ()"),
     ],

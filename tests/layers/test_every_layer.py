@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import oracle
 import thinned
+from layers.test_tools import OF_WEIGHTS, SAMPLE_DIM
 from thinned.compare.implementation import first
 from thinned.compare.laws import Law, Verdict, examine
 from thinned.compare.layers import ENTRIES, Entry
@@ -28,10 +30,6 @@ from thinned.layers._module import TorchLayer
 QUICK = Settings(quick=True)
 KEY = thinned.Key(7)
 KEYED = [entry for entry in ENTRIES if entry.name not in ("RDrop", "DropoutSchedule")]
-SAMPLE_DIM = {"LockedDropout": 1, "VariationalLSTM": 1, "VariationalGRU": 1}
-# The samples share a key.
-OF_WEIGHTS = ("WeightDrop", "VariationalLSTM", "VariationalGRU", "TargetedDropout", "LayerDrop")
-
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 each_keyed_entry = pytest.mark.parametrize("entry", KEYED, ids=lambda entry: entry.name)
 
@@ -209,71 +207,9 @@ def test_a_sample_depends_on_its_key_and_not_on_its_place(entry: Entry) -> None:
     oracle.assert_same(other, y.index_select(dim, order))
 
 
-def separately(entry: Entry, x: Tensor) -> Tensor:
-    """Some samples of an input, along dimension 0, each a batch of one."""
-    dim = SAMPLE_DIM.get(entry.name, 0)
-    return torch.stack([x.narrow(dim, n, 1) for n in range(3)])
-
-
-@each_keyed_entry
-def test_per_sample_gradients(entry: Entry) -> None:
-    """As in training with differential privacy: each sample's gradient of parameters and inputs, in one call.
-
-    It is that of a loop over the samples and their keys, and of the batch under these keys.
-    """
-    layer, inputs = example(entry, torch.float64)
-    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-
-    def loss(
-        values: tuple[dict[str, Tensor], list[Tensor]], inputs: list[Tensor], bits: Tensor | None
-    ) -> Tensor:
-        numbers = iter(values[1])
-        arguments = tuple(next(numbers) if x.is_floating_point() else x for x in inputs)
-        keyed = {} if bits is None else {"key": thinned.Key.from_bits(bits)}
-        return first(torch.func.functional_call(layer, values[0], arguments, keyed)).square().sum()
-
-    def gradients(randomness: str, keys: thinned.Key | None) -> Any:
-        in_dims = ((None, 0), 0, None if keys is None else 0)
-        bits = None if keys is None else keys.bits
-        batches = [separately(entry, x) for x in inputs]
-        numbers = [x for x in batches if x.is_floating_point()]
-        call = torch.vmap(torch.func.grad(loss), in_dims=in_dims, randomness=randomness)
-        return call((parameters, numbers), batches, bits)
-
-    def loop(keys: list[thinned.Key]) -> Any:
-        each = []
-        for n, key in enumerate(keys):
-            own = [separately(entry, x)[n] for x in inputs]
-            numbers = [x for x in own if x.is_floating_point()]
-            each.append(torch.func.grad(loss)((parameters, numbers), own, key.bits))
-        return torch.utils._pytree.tree_map(lambda *gradients: torch.stack(gradients), *each)
-
-    keys = KEY.fold(torch.arange(3))
-    one_by_one = [KEY.fold(n) for n in range(3)]
-    actual = gradients("error", keys)
-    torch.testing.assert_close(actual, loop(one_by_one))
-    torch.manual_seed(1)
-    drawn = thinned.Key.from_bits(thinned.keys.draw(torch.device("cpu")))
-    for randomness, expected in (("same", [drawn] * 3), ("different", [drawn.fold(n) for n in range(3)])):
-        torch.manual_seed(1)
-        torch.testing.assert_close(gradients(randomness, None), loop(expected))
-    with pytest.raises(RuntimeError, match="random operation while in randomness error mode"):
-        gradients("error", None)
-    if entry.name in OF_WEIGHTS:
-        return
-    dim = SAMPLE_DIM.get(entry.name, 0)
-    batch = [x.narrow(dim, 0, 3) for x in inputs]
-    wrt = [*layer.parameters(), *(x.requires_grad_() for x in batch if x.is_floating_point())]
-    y = first(layer(*batch, key=keys))
-    for n in range(3):
-        of_batch = list(torch.autograd.grad(y.select(dim, n).square().sum(), wrt, retain_graph=True))
-        of_batch[len(parameters) :] = [x.narrow(dim, n, 1) for x in of_batch[len(parameters) :]]
-        torch.testing.assert_close([each[n] for each in (*actual[0].values(), *actual[1])], of_batch)
-
-
 @each_keyed_entry
 def test_jacobians(entry: Entry) -> None:
-    """Of parameters and of a factor of the inputs: in both modes, and one over the other."""
+    """Both modes agree, alone and one over the other, for parameters and for a factor of the inputs."""
     layer, inputs = example(entry, torch.float64)
     inputs = [x.narrow(SAMPLE_DIM.get(entry.name, 0), 0, 2) for x in inputs]
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
@@ -344,6 +280,32 @@ def test_a_meta_tensor_gives_one(entry: Entry, references: dict[str, Tensor]) ->
 COMPLEX = ["Dropout", "DropBlock2d", "DropHead", "GaussianDropout", "VariationalDropout", "ConcreteDropout"]
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@each_keyed_entry
+def test_a_subclass_with_torch_dispatch_stays_one(
+    entry: Entry, grad: bool, references: dict[str, Tensor]
+) -> None:
+    """As DTensor has to; the gradient is of the subclass too."""
+    layer, inputs = example(entry)
+    wrapped = [TwoTensor(x, x.clone()).requires_grad_(grad and x.is_floating_point()) for x in inputs]
+    with torch.set_grad_enabled(grad):
+        y = first(layer(*wrapped, key=KEY))
+    for part in y.a, y.b:
+        torch.testing.assert_close(part.detach(), references[entry.name])
+    if y.requires_grad:
+        y.sum().backward()
+        assert {type(x.grad) for x in wrapped if x.requires_grad} <= {TwoTensor}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("make", [thinned.DropBlock2d, thinned.GaussianDropout, thinned.Dropout])
+def test_a_subclass_in_compiled_code(make: Callable[..., nn.Module]) -> None:
+    x, layer = torch.ones(2, 3, 9, 9), make(0.3)
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(TwoTensor(x, x.clone()), key=KEY)
+    assert type(y) is TwoTensor
+    torch.testing.assert_close(y.a, layer(x, key=KEY))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", [*COMPLEX, "Zoneout", "EmbeddingDropout"])
 def test_a_finite_part_beside_infinity_stays_finite(name: str, training: bool) -> None:
@@ -377,7 +339,7 @@ def spoil(layer: nn.Module) -> nn.Module:
 
 
 def reset(layer: nn.Module) -> nn.Module:
-    """As distributed trainers and model.apply() do it."""
+    """Call ``reset_parameters`` as distributed trainers and ``model.apply`` do."""
     torch.manual_seed(0)
     return layer.apply(lambda module: getattr(module, "reset_parameters", int)())
 

@@ -194,7 +194,7 @@ def test_an_address_gives_the_key(function: Callable[..., Any]) -> None:
     ids=["edge", "pair", "node", "undirected", "relabelled"],
 )
 def test_compiled_without_a_break(function: Callable[..., Any]) -> None:
-    """Where Dynamo captures shapes that depend on data, as a mask's number of True."""
+    """Dynamo captures shapes that depend on data, such as a mask's number of True."""
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         for edges in (EDGES, EDGES[:, 3:]):

@@ -23,11 +23,8 @@ from thinned.compare.implementation import first
 from thinned.compare.layers import ENTRIES, Entry
 
 KEY = thinned.Key(7)
-LAYERS = [entry for entry in ENTRIES if entry.name != "DropoutSchedule"]
 # Their forward cannot be traced, nor can that of a torch.nn.LSTM.
-OPAQUE = ("VariationalLSTM", "VariationalGRU", "WeightDrop", "LayerDrop")
-
-each_layer = pytest.mark.parametrize("entry", LAYERS, ids=lambda entry: entry.name)
+OPAQUE = ("DropoutSchedule", "VariationalLSTM", "VariationalGRU", "WeightDrop", "LayerDrop")
 
 x34, x234, x2345 = torch.ones(3, 4), torch.ones(2, 3, 4), torch.ones(2, 3, 4, 5)
 target = torch.tensor([0, 2, 1])
@@ -106,38 +103,18 @@ def assert_equal(y: Any, expected: Any) -> None:
         oracle.assert_same(y.detach(), expected.detach())
 
 
-@each_layer
-def test_a_layer_is_one_node_that_stays_alive(entry: Entry) -> None:
-    layer, inputs = entry.own.make(**entry.example.arguments), entry.example.inputs(torch.float32)
-    graph = traced(layer, *inputs)
-    assert [(node.op, node.target) for node in nodes(graph)] == [("call_module", "call")]
-    for module in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
-        assert_equal(under_seed(module, *inputs), under_seed(layer, *inputs))
-        module.eval()
-        layer.eval()
-        assert_equal(under_seed(module, *inputs), under_seed(layer, *inputs))
-        layer.train()
-    if probabilities := [
-        name for name in vars(layer) if name in ("p", "drop_prob") or name in getattr(layer, "_p_names", ())
-    ]:
-        for name in probabilities:
-            setattr(graph.train().call, name, 0.0)
-        state = torch.get_rng_state()
-        graph(*inputs)
-        assert torch.get_rng_state().equal(state)
-
-
-@each_layer
+@pytest.mark.parametrize(
+    "entry", [each for each in ENTRIES if each.name not in OPAQUE], ids=lambda entry: entry.name
+)
 def test_the_root_of_a_trace_and_a_subclass_with_its_own_forward(entry: Entry) -> None:
     """A node of the layer would call itself, and the subclass's arithmetic twice."""
-    if entry.name in OPAQUE:
-        pytest.skip("a forward that is not traced")
     layer, inputs = entry.own.make(**entry.example.arguments), entry.example.inputs(torch.float32)
-    assert_equal(under_seed(fx.symbolic_trace(layer), *inputs), under_seed(layer, *inputs))
+    graph = fx.symbolic_trace(layer)
+    for module in (graph, pickle.loads(pickle.dumps(graph))):
+        assert_equal(under_seed(module, *inputs), under_seed(layer, *inputs))
 
     def forward(self: Any, *args: Any) -> Any:
-        y = entry.layer.forward(self, *args)
-        return y[0] + 1 if entry.name == "VariationalLSTM" else y + 1
+        return entry.layer.forward(self, *args) + 1
 
     layer.__class__ = type("Own", (entry.layer,), {"forward": forward})
     graph = traced(layer, *inputs)
@@ -207,9 +184,29 @@ def test_a_key_is_a_constant_of_the_graph(shape: tuple[int, ...]) -> None:
     assert fx.symbolic_trace(graph)(x34).equal(Model()(x34))
 
 
-def test_a_key_of_a_traced_tensor_is_refused() -> None:
-    with pytest.raises(TypeError, match="must be an int64 tensor, got Proxy"):
-        fx.symbolic_trace(lambda x: F.dropout(x, key=thinned.Key.from_bits(x)))
+class KeyOfInputs(nn.Module):
+    """Keys that are functions of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.key = thinned.Dropout(0.5), KEY
+        self.keyed = thinned.Keyed(nn.Sequential(thinned.Dropout(0.5)))
+
+    def forward(self, x, ids):  # type: ignore[no-untyped-def]  # a graph with string annotations has no pickle
+        rows = self.key.fold(ids)
+        x = self.drop(x, key=rows) + F.dropout(x, 0.1, key=rows.fold("other"))
+        x = F.dropout(x, 0.1, key=thinned.Key.from_bits(ids)) + self.keyed(x, key=ids.sum(), samples=ids)
+        return x, F.keep_mask(rows, (3, 4), 0.5)
+
+
+def test_a_key_of_a_traced_tensor_is_a_node() -> None:
+    ids = torch.tensor([5, -1, 2**40])
+    graph = fx.symbolic_trace(KeyOfInputs())
+    for module in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph)), fx.symbolic_trace(graph)):
+        assert_equal(module(x34, ids), KeyOfInputs()(x34, ids))
+        assert_equal(module(x34, ids + 1), KeyOfInputs()(x34, ids + 1))
+    with pytest.raises(TypeError, match=r"must be an integer, got Proxy\(seed\)"):
+        fx.symbolic_trace(lambda seed: thinned.Key(seed).bits)
 
 
 class Wrapped(Tensor):

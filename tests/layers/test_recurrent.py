@@ -371,7 +371,7 @@ def test_wrong_laws_are_seen(kind: str, law: str, wrong: Callable[..., nn.Module
 @each_kind
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled(kind: str) -> None:
-    """In evaluation; the law of the entry compiles training."""
+    """The layer is in evaluation here; the law of the entry compiles training."""
     net, x, hx = made(kind, "one layer", recurrent_p=0.5)
     in_one = torch.compile(net.eval(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(in_one, x[:2], hx), run(net, x[:2], hx))

@@ -27,6 +27,9 @@ from thinned.compare.layers import ENTRIES, Entry
 
 PAGE = Path(__file__).parents[2] / "docs" / "tools.md"
 KEY = thinned.Key(7)
+SAMPLE_DIM = {"LockedDropout": 1, "VariationalLSTM": 1, "VariationalGRU": 1}
+# The samples share a key.
+OF_WEIGHTS = ("WeightDrop", "VariationalLSTM", "VariationalGRU", "TargetedDropout", "LayerDrop")
 LAYERS = [entry for entry in ENTRIES if entry.name != "DropoutSchedule"]  # it is no layer
 
 
@@ -37,37 +40,45 @@ class Call(NamedTuple):
     inputs: tuple[Tensor, ...]
 
     def results(self, model: Callable[..., Any] | None = None, seed: int = 1) -> list[Tensor]:
-        """The output and the gradients of the inputs, in a call that draws its key under ``seed``."""
+        """Output, random state and the inputs' gradients, of a call that draws its key under ``seed``."""
         torch.manual_seed(seed)
         inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in self.inputs]
         y = first((model or self.model)(*inputs))
+        state = torch.get_rng_state()
         leaves = [x for x in inputs if x.requires_grad]
-        grads = torch.autograd.grad(y.sum(), leaves) if leaves and y.requires_grad else ()
-        return [y.detach(), *grads]
+        grads = (
+            torch.autograd.grad(y.sum(), leaves, materialize_grads=True) if leaves and y.requires_grad else ()
+        )
+        return [y.detach(), state, *grads]
+
+    def larger(self) -> Call:
+        """The same layer with inputs of another shape."""
+        return Call(self.model, tuple(torch.cat([x, x, x]) for x in self.inputs))
 
     def check(self, model: Any) -> None:
-        """``model`` has the layer's masks, seed by seed, and its gradients."""
+        """``model`` has the layer's masks and gradients, and leaves the generator as the layer does."""
         for seed in (1, 2, 3):
             for mine, expected in zip(self.results(model, seed), self.results(seed=seed), strict=True):
                 torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
 
 
+# Without annotations: a graph of torch.fx whose annotations are strings has no pickle.
 class One(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x):  # type: ignore[no-untyped-def]
         return self.layer(x)
 
 
 class Two(One):
-    def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, x, y):  # type: ignore[no-untyped-def]
         return self.layer(x, y)
 
 
 class Three(One):
-    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, x, y, z):  # type: ignore[no-untyped-def]
         return self.layer(x, y, z)
 
 
@@ -79,7 +90,7 @@ def call(entry: Entry) -> Call:
 
 
 def symbolically_traced(entry: Entry) -> None:
-    """One node, and the module in it can still be put into evaluation."""
+    """One node, whose module still follows the mode and ``p``, also in copies of the graph."""
     example = call(entry)
     traced = fx.symbolic_trace(example.model)
     assert [node.op for node in traced.graph.nodes] == [
@@ -87,9 +98,14 @@ def symbolically_traced(entry: Entry) -> None:
         "call_module",
         "output",
     ]
-    example.check(traced)
-    example.model.eval()
-    example.check(traced.eval())
+    for graph in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
+        for mode in (True, False):
+            example.model.train(mode)
+            example.check(graph.train(mode))
+    if entry.example.p_name and hasattr(traced.layer, entry.example.p_name):
+        setattr(traced.train().layer, entry.example.p_name, 0.0)
+        example.model.train()
+        example.check(traced)
 
 
 @contextmanager
@@ -102,22 +118,31 @@ def torchscript() -> Iterator[None]:
         yield
 
 
+def saved(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.jit.save(model, buffer)
+    buffer.seek(0)
+    return torch.jit.load(buffer)
+
+
 def scripted(entry: Entry) -> None:
     example = call(entry)
     with torchscript():
-        model = torch.jit.script(example.model)
-        buffer = io.BytesIO()
-        torch.jit.save(model, buffer)
-        buffer.seek(0)
-        example.check(torch.jit.load(buffer))
-    example.model.eval()
-    example.check(model.eval())
+        model = saved(torch.jit.script(example.model))
+    for mode in (True, False, True):
+        example.model.train(mode)
+        example.check(model.train(mode))
+    example.larger().check(model)
 
 
 def traced(entry: Entry) -> None:
     example = call(entry)
     with torchscript():
-        example.check(torch.jit.trace(example.model, example.inputs, check_trace=False))
+        for mode in (True, False):
+            example.model.train(mode)
+            model = saved(torch.jit.trace(example.model, example.inputs, check_trace=False))
+            example.check(model)
+            example.larger().check(model)
 
 
 def exported(entry: Entry) -> None:
@@ -154,7 +179,7 @@ def initialised_on_meta(entry: Entry) -> None:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     assert not any(value.isnan().any() for value in model.state_dict().values())
-    # Not of modules inside: their fresh weights are drawn in another order.
+    # Modules inside are left out: their fresh weights are drawn in another order.
     own, expected = (dict(each.layer.named_parameters(recurse=False)) for each in (model, example.model))
     assert own.keys() == expected.keys()
     for name, value in own.items():
@@ -164,30 +189,61 @@ def initialised_on_meta(entry: Entry) -> None:
 
 
 def differentiated_by_sample(entry: Entry) -> None:
-    """``vmap`` of ``grad``, as opacus has it, is a loop over samples with keys of their own."""
-    example = call(entry)
-    layer, (x, *rest) = example.model.layer, example.inputs
-    samples = [each.unsqueeze(1) for each in (x, *rest)]
-    bits = KEY.fold(torch.arange(len(x))).bits
-    parameters = {name: each.detach() for name, each in layer.named_parameters()}
+    """As in training with differential privacy: each sample's gradient of parameters and inputs, in one call.
 
-    def loss(inputs: tuple[Tensor, dict[str, Tensor]], bits: Tensor, *rest: Tensor) -> Tensor:
-        x, parameters = inputs
-        key = {} if isinstance(layer, thinned.RDrop) else {"key": thinned.Key.from_bits(bits)}
-        y = first(functional_call(layer, parameters, (x, *rest), key))
-        return (y * torch.linspace(1, 2, y.numel()).view(y.shape)).sum()
+    It is that of a loop over the samples and their keys, and of the batch under these keys.
+    """
+    torch.manual_seed(0)
+    layer, inputs = entry.own.make(**entry.example.arguments).double(), entry.example.inputs(torch.float64)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    dim = SAMPLE_DIM.get(entry.name, 0)
+    # A sample is a batch of one.
+    samples = [torch.stack([x.narrow(dim, n, 1) for n in range(3)]) for x in inputs]
 
-    def of_sample(x: Tensor, bits: Tensor, *rest: Tensor) -> Any:
-        if x.is_floating_point():
-            return grad(loss)((x, parameters), bits, *rest)
-        return {}, grad(lambda parameters: loss((x, parameters), bits, *rest))(parameters)
+    def loss(
+        values: tuple[dict[str, Tensor], list[Tensor]], inputs: list[Tensor], bits: Tensor | None
+    ) -> Tensor:
+        numbers = iter(values[1])
+        arguments = tuple(next(numbers) if x.is_floating_point() else x for x in inputs)
+        keyed = {} if bits is None else {"key": thinned.Key.from_bits(bits)}
+        return first(functional_call(layer, values[0], arguments, keyed)).square().sum()
 
-    together = vmap(of_sample)(samples[0], bits, *samples[1:])
-    for i in range(len(x)):
-        alone = of_sample(samples[0][i], bits[i], *(each[i] for each in samples[1:]))
-        torch.testing.assert_close(
-            torch.utils._pytree.tree_map(lambda y, i=i: y[i], together), alone, rtol=1e-5, atol=1e-6
-        )
+    def together(randomness: str, keys: thinned.Key | None) -> Any:
+        in_dims = ((None, 0), 0, None if keys is None else 0)
+        numbers = [x for x in samples if x.is_floating_point()]
+        call = vmap(grad(loss), in_dims=in_dims, randomness=randomness)
+        return call((parameters, numbers), samples, None if keys is None else keys.bits)
+
+    def loop(keys: list[thinned.Key | None]) -> Any:
+        each = []
+        for n, key in enumerate(keys):
+            own = [x[n] for x in samples]
+            numbers = [x for x in own if x.is_floating_point()]
+            each.append(grad(loss)((parameters, numbers), own, None if key is None else key.bits))
+        return torch.utils._pytree.tree_map(lambda *gradients: torch.stack(gradients), *each)
+
+    if entry.name == "RDrop":  # which draws nothing
+        torch.testing.assert_close(together("error", None), loop([None] * 3))
+        return
+    keys = KEY.fold(torch.arange(3))
+    actual = together("error", keys)
+    torch.testing.assert_close(actual, loop([KEY.fold(n) for n in range(3)]))
+    torch.manual_seed(1)
+    drawn = thinned.Key.from_bits(thinned.keys.draw(torch.device("cpu")))
+    for randomness, expected in (("same", [drawn] * 3), ("different", [drawn.fold(n) for n in range(3)])):
+        torch.manual_seed(1)
+        torch.testing.assert_close(together(randomness, None), loop(expected))
+    with pytest.raises(RuntimeError, match="random operation while in randomness error mode"):
+        together("error", None)
+    if entry.name in OF_WEIGHTS:
+        return
+    batch = [x.narrow(dim, 0, 3) for x in inputs]
+    wrt = [*layer.parameters(), *(x.requires_grad_() for x in batch if x.is_floating_point())]
+    y = first(layer(*batch, key=keys))
+    for n in range(3):
+        of_batch = list(torch.autograd.grad(y.select(dim, n).square().sum(), wrt, retain_graph=True))
+        of_batch[len(parameters) :] = [x.narrow(dim, n, 1) for x in of_batch[len(parameters) :]]
+        torch.testing.assert_close([each[n] for each in (*actual[0].values(), *actual[1])], of_batch)
 
 
 TOOLS: dict[str, Callable[[Entry], None]] = {
@@ -201,14 +257,36 @@ TOOLS: dict[str, Callable[[Entry], None]] = {
     "meta device": initialised_on_meta,
     "gradients by sample": differentiated_by_sample,
 }
-HOLES: dict[tuple[str, str], str] = {
-    ("WeightDrop", "jit.script"): "TorchScript cannot swap the weight of a module; script its `module`",
-    ("WeightDrop", "jit.trace"): "a trace cannot swap the weight of a module; trace its `module`",
-    ("VariationalLSTM", "jit.script"): "its loop over time steps is Python; load its state into `nn.LSTM`",
-    ("VariationalLSTM", "jit.trace"): "a trace would unroll the loop over time steps for one length",
-    ("VariationalGRU", "jit.script"): "its loop over time steps is Python; load its state into `nn.GRU`",
-    ("VariationalGRU", "jit.trace"): "a trace would unroll the loop over time steps for one length",
-    ("RDrop", "jit.script"): "it is a loss, not a part of the model; it can be traced",
+
+
+class Hole(NamedTuple):
+    """Why a tool cannot take a layer, and the error that its user gets."""
+
+    reason: str
+    error: str
+
+
+_LSTM, _GRU = (
+    Hole(f"Its loop over time steps is Python; load its state into `nn.{name}`", "load its state_dict into")
+    for name in ("LSTM", "GRU")
+)
+_UNROLLED = Hole(
+    "A trace would unroll the loop over time steps for one length", "would make the shape of this mask"
+)
+HOLES = {
+    ("WeightDrop", "jit.script"): Hole(
+        "TorchScript cannot swap the weight of a module; script its `module`", "script its .module"
+    ),
+    ("WeightDrop", "jit.trace"): Hole(
+        "A trace cannot swap the weight of a module; trace its `module`", "can't be used with Jitted modules"
+    ),
+    ("VariationalLSTM", "jit.script"): _LSTM,
+    ("VariationalLSTM", "jit.trace"): _UNROLLED,
+    ("VariationalGRU", "jit.script"): _GRU,
+    ("VariationalGRU", "jit.trace"): _UNROLLED,
+    ("RDrop", "jit.script"): Hole(
+        "It is a loss, not a part of the model; it can be traced", "use torch.export or torch.compile"
+    ),
 }
 
 each_pair = pytest.mark.parametrize(
@@ -219,23 +297,26 @@ each_pair = pytest.mark.parametrize(
 
 @each_pair
 def test_tool(entry: Entry, tool: str) -> None:
-    if (entry.name, tool) not in HOLES:
+    if (hole := HOLES.get((entry.name, tool))) is None:
         TOOLS[tool](entry)
         return
-    with pytest.raises((NotImplementedError, RuntimeError)):
+    with pytest.raises((NotImplementedError, RuntimeError), match=hole.error):
         TOOLS[tool](entry)
 
 
 def table() -> str:
     """The table of ``docs/tools.md``."""
-    reasons = list(dict.fromkeys(HOLES.values()))
+    reasons = list(dict.fromkeys(hole.reason for hole in HOLES.values()))
     rows = [["layer", *TOOLS], ["---"] * (1 + len(TOOLS))]
     for entry in LAYERS:
         cells = [(entry.name, tool) for tool in TOOLS]
         rows.append(
             [
                 f"`{entry.name}`",
-                *(f"no ({reasons.index(HOLES[cell]) + 1})" if cell in HOLES else "yes" for cell in cells),
+                *(
+                    f"no ({reasons.index(HOLES[cell].reason) + 1})" if cell in HOLES else "yes"
+                    for cell in cells
+                ),
             ]
         )
     lines = ["| " + " | ".join(row) + " |" for row in rows]

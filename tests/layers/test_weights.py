@@ -393,7 +393,7 @@ def test_weights_in_other_places() -> None:
 
 
 def test_weight_that_is_gone() -> None:
-    """As in a module that a library for low-rank adaptation has wrapped."""
+    """A library for low-rank adaptation wraps modules so."""
 
     class Adapted(nn.Module):
         def __init__(self, base_layer: nn.Module) -> None:

@@ -8,6 +8,7 @@ import pickle
 import types
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -588,6 +589,63 @@ def test_which_numbers_p_sets() -> None:
     model = revert(pickle.loads(pickle.dumps(model)))
     assert {rate.name: rate.value for rate in rates_of(model[0])} == expected
     assert (model[1].dropout, model[2].dropout) == (0.0, 0.125)
+
+
+class Holds(nn.Module):
+    """Numbers that a forward reads in a few steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = types.SimpleNamespace(attention=types.SimpleNamespace(rate=0.1))
+        self.options = {"layers": [{"q": 0.2}, {"q": 0.3}], "drop": 0.4}
+        self.rates = [0.5, 0.6]
+        self.hidden = 0.7
+        self.keywords = {"p": 0.8}
+        self.drop = partial(nn.functional.dropout, p=0.9)
+        self.ours, self.aten, self.path = 0.15, 0.25, 0.35
+        self.each, self.named = [0.45, 0.55, 0.0], {"first": 0.65}
+
+    @property
+    def rate(self) -> float:
+        return self.hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout, training = nn.functional.dropout, self.training
+        x = dropout(x, self.config.attention.rate, training)
+        x = dropout(x, self.options["layers"][1]["q"], training)  # type: ignore[index]
+        x = dropout(x, self.options.get("drop", 0.0), training)  # type: ignore[arg-type]
+        x = dropout(x, self.rates[-1], training)
+        x = dropout(x, self.rate, training)
+        x = dropout(x, **self.keywords, training=training)
+        x = self.drop(x, training=training)
+        for i in range(len(self.each)):
+            x = dropout(x, self.each[i], training)
+        for rate in self.named.values():
+            x = dropout(x, p=rate, training=training)
+        x = thinned.functional.dropout(x, self.ours, training)
+        x = thinned.functional.drop_path(x, drop_prob=self.path, training=training)
+        return torch.ops.aten.dropout(x, self.aten, training)
+
+
+def test_numbers_that_are_read_in_a_few_steps() -> None:
+    model, x = Holds(), torch.ones(1000)
+    expected = {"config.attention.rate": 0.1, "options.layers.1.q": 0.3, "options.drop": 0.4, "rates.-1": 0.6}
+    expected |= {"hidden": 0.7, "keywords.p": 0.8, "drop.p": 0.9, "ours": 0.15, "path": 0.35, "aten": 0.25}
+    expected |= {"each.0": 0.45, "each.1": 0.55, "each.2": 0.0, "named.first": 0.65}
+    assert {rate.key: rate.value for rate in rates_of(model)} == expected
+    convert(model, p=0.5)
+    assert model.each == [0.5, 0.5, 0.0]  # as PyTorch Geometric's MLP has it, whose last layer drops nothing
+    revert(model)
+    conversion = convert(model, p=0)
+    assert {0.0, *(setting.old for setting in conversion.settings)} == set(expected.values())
+    assert not conversion.unreached
+    assert model(x).equal(x)
+    assert model.options["layers"][0] == {"q": 0.2}  # type: ignore[index]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        revert(copied)
+        assert {rate.key: rate.value for rate in rates_of(copied)} == expected
+        assert not copied(x).equal(x)
+    assert model(x).equal(x)
 
 
 def test_a_layerdrop_of_0_stays_0() -> None:

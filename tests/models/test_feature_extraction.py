@@ -52,7 +52,7 @@ def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def _features(model: nn.Module, nodes: list[str], x: Tensor, seed: int) -> list[Tensor]:
-    """What the modules of these names gave when first called, and the model, in one call."""
+    """The first results of the modules of these names, and the model's, in one call."""
     outputs: dict[str, Tensor] = {}
 
     def keep(node: str, output: Tensor) -> None:

@@ -36,6 +36,8 @@ class Net(nn.Module):
         self.maps, self.units = nn.Dropout2d(0.2), nn.Dropout(0.3)
         self.first, self.last = nn.Linear(288, 10), nn.Linear(10, 4)
         self.stack = thinned.LayerDrop([nn.Linear(4, 4) for _ in range(2)], p=0.5)
+        self.head = thinned.MultiSampleDropout(nn.Linear(4, 4))
+        self.connect = thinned.WeightDrop(nn.Linear(4, 4), ["weight"])
 
     def forward(self, x):  # type: ignore[no-untyped-def]  # a graph with string annotations has no pickle
         x = self.maps(torch_functional.relu(self.bn(self.conv(x))))
@@ -43,7 +45,7 @@ class Net(nn.Module):
             x = torch_functional.dropout(x, 0.1, self.training)
             x = F.dropout(x, 0.1, self.training)
         x = self.first(x.flatten(1))
-        return self.stack(self.last(self.units(x)))
+        return self.connect(self.head(self.stack(self.last(self.units(x)))))
 
 
 def converted(training: bool = True, functional: bool = True) -> nn.Module:
@@ -63,8 +65,9 @@ def under_seed(call: Callable[..., Tensor], *args: Any) -> Tensor:
 def test_quantization(aware: bool) -> None:
     model = converted(training=aware, functional=False)
     if aware:
-        # As every module that torch.fx does not trace into, a LayerDrop has to be excepted.
-        apart = PrepareCustomConfig().set_non_traceable_module_classes([thinned.LayerDrop])
+        # As every module that torch.fx does not trace into, these have to be excepted.
+        containers = [thinned.LayerDrop, thinned.MultiSampleDropout, thinned.WeightDrop]
+        apart = PrepareCustomConfig().set_non_traceable_module_classes(containers)
         qconfig = get_default_qat_qconfig_mapping("x86")
         prepared = prepare_qat_fx(model, qconfig, (x,), prepare_custom_config=apart)
         before = prepared.last.weight.detach().clone()

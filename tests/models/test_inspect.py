@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import queue
 import re
 import runpy
 import textwrap
@@ -190,7 +191,7 @@ class Base(nn.Module):
 
 class Net(Base):
     p, layerdrop, config, kind, index = 0.3, 0.2, {"p": 0.2}, "od", 1
-    functions = {"plain": F.dropout}
+    functions, table = {"plain": F.dropout}, {2: "eval", 3: "do_drop"}
     partial = staticmethod(functools.partial(F.dropout, p=0.15))
 
     def __init__(self):
@@ -218,6 +219,9 @@ class Net(Base):
 
     def both(self, x, p):
         return F.dropout(x, p, self.training)
+
+    def do_drop(self, x):
+        return F.dropout(x, 0.85, self.training)
 
     def never(self, x):
         return F.dropout(x, 0.9)
@@ -251,10 +255,15 @@ def test_a_reading_knows_a_plain_p_and_a_run_every_p(forward: str, tmp_path: Pat
 
 # The lines of a forward, and what they reach: p, and the function around the call.
 REACHED: dict[str, tuple[float | None, str]] = {
-    # By way of a name that is computed, or of what the module holds.
+    # A name is computed, or the module holds the function.
     "return getattr(self, 'method')(x)": (0.3, "method"),
     "return getattr(self, f'meth{self.kind}')(x)": (0.3, "method"),
+    "return getattr(self, '_'.join(['do', 'drop']))(x)": (0.85, "do_drop"),
+    "return getattr(self, self.table[x.dim()])(x)": (0.85, "do_drop"),
+    "return type(self).do_drop(self, x)": (0.85, "do_drop"),
     "return getattr(F, 'drop' + 'out')(x, self.p, self.training)": (0.3, "forward"),
+    "return getattr(self, f'meth{x.dim() and self.kind}')(x)": (0.3, "method"),
+    "return (F.dropout if x.dim() else F.alpha_dropout)(x, self.p, self.training)": (0.3, "forward"),
     "return self.functions['plain'](x, self.p, self.training)": (0.3, "forward"),
     "for f in self.functions.values(): x = f(x, self.p, self.training)\nreturn x": (0.3, "forward"),
     "return self.partial(x, training=self.training)": (0.15, "forward"),
@@ -264,7 +273,7 @@ REACHED: dict[str, tuple[float | None, str]] = {
     "return F.dropout(x, **self.config, training=self.training)": (0.2, "forward"),
     "return F.dropout(x, self.rate(), self.training)": (0.15, "forward"),
     "p = self.p\nreturn (lambda y: F.dropout(y, p, self.training))(x)": (0.3, "<lambda>"),
-    # In what the module inherits, overrides or wraps.
+    # The module inherits, overrides or wraps the function.
     "return self.propagate(x)": (0.25, "message"),
     "return super().forward(x)": (0.55, "forward"),
     "return self.dropped": (0.65, "dropped"),
@@ -279,7 +288,7 @@ REACHED: dict[str, tuple[float | None, str]] = {
 @pytest.mark.parametrize("forward", REACHED)
 def test_a_reading_reaches_what_a_run_reaches(forward: str, tmp_path: Path) -> None:
     model, x = written(forward, tmp_path), torch.ones(2, 4, 8)
-    (read, _), (run, _) = inspect(model), inspect(model, x)
+    (read, *_), (run, *_) = inspect(model), inspect(model, x)
     p, function = REACHED[forward]
     assert (read.type, read.p, read.note) == ("F.dropout", p, "")
     assert read.function.rpartition(".")[2] in (function, "forward" if function == "<lambda>" else function)
@@ -287,8 +296,44 @@ def test_a_reading_reaches_what_a_run_reaches(forward: str, tmp_path: Path) -> N
     assert run.calls == masks(model, x) > 0
 
 
+class Unhashable(nn.Module):
+    pairs = (({"q": 1}, max),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for pair in self.pairs:
+            if callable(pair):
+                x = pair(x)
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+def test_what_a_loop_may_call_has_no_hash() -> None:
+    (site,) = inspect(Unhashable())
+    assert (site.type, site.p) == ("F.dropout", 0.5)
+
+
+def test_functions_of_thinned_are_sites() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit, self.p = nn.Parameter(torch.zeros(1)), 0.25
+            self.layer, self.concrete = thinned.Dropout(0.5), thinned.ConcreteDropout()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = thinned.functional.zoneout(x, x, self.p, training=self.training)
+            x = thinned.functional.concrete_dropout(x, self.logit, training=self.training)
+            return self.concrete(self.layer(x))
+
+    read, run = inspect(Model()), inspect(Model(), torch.ones(3))
+    names = ["functional.zoneout", "functional.concrete_dropout", "Dropout", "ConcreteDropout"]
+    expected = [(f"thinned.{name}", p) for name, p in zip(names, [0.25, None, 0.5, None], strict=True)]
+    assert [(site.type, site.p) for site in read] == [(site.type, site.p) for site in run] == expected
+    assert all(site.becomes == site.type and not site.note for site in (*read, *run))
+    assert [site.calls for site in run] == [1, 1, 1, 1]
+    assert read.unreached == ()
+
+
 def test_a_method_from_another_file_leads_back(tmp_path: Path) -> None:
-    """As PyTorch Geometric's propagate, which a template generates; what nothing mentions is no site."""
+    """A template generates PyTorch Geometric's propagate. A method that nothing mentions is no site."""
     file = tmp_path / "generated.py"
     file.write_text("def propagate(self, x):\n    return self.message(x)\n")
     model = written("return self.propagate(x)", tmp_path)
@@ -513,3 +558,18 @@ def fails() -> nn.Module:
 def test_no_model_by_that_name(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         model_of(text)
+
+
+def test_a_reading_takes_nothing_from_a_queue() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rates: queue.SimpleQueue[float] = queue.SimpleQueue()
+            self.rates.put(0.4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.dropout(x, self.rates.get(False), self.training)
+
+    model = Model()
+    assert [site.p for site in inspect(model)] == [None]
+    assert model.rates.get(False) == 0.4

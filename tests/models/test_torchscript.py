@@ -1,4 +1,4 @@
-"""TorchScript: every layer scripted and traced; functions; the legacy ONNX exporter."""
+"""TorchScript: models and functions, and the legacy ONNX exporter; test_tools.py has every layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import thinned
 from process import output, python
 from thinned import functional as F
 from thinned.compare.implementation import first
-from thinned.compare.layers import ENTRIES, Entry
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -28,24 +27,6 @@ TOOLS: dict[str, Callable[..., Any]] = {
     "script": lambda layer, _: torch.jit.script(layer),
     "trace": lambda layer, inputs: torch.jit.trace(layer, tuple(inputs), check_trace=False),
 }
-# What a layer cannot, and the reason that its user is given.
-HOLES = {
-    ("WeightDrop", "script"): "script its .module for evaluation",
-    # torch.func.functional_call swaps weights, and PyTorch has no way to do so in a trace.
-    ("WeightDrop", "trace"): "can't be used with Jitted modules",
-    ("VariationalLSTM", "script"): "load its state_dict into the layer of torch.nn",
-    ("VariationalGRU", "script"): "load its state_dict into the layer of torch.nn",
-    # Its steps are a loop in Python, which a trace would unroll for one length.
-    ("VariationalLSTM", "trace"): "would make the shape of this mask a constant",
-    ("VariationalGRU", "trace"): "would make the shape of this mask a constant",
-    ("RDrop", "script"): "use torch.export or torch.compile",
-}
-MODULES = [entry for entry in ENTRIES if entry.name != "DropoutSchedule"]
-
-
-def example(entry: Entry) -> tuple[nn.Module, list[Tensor]]:
-    torch.manual_seed(0)
-    return entry.own.make(**entry.example.arguments), entry.example.inputs(torch.float32)
 
 
 def assert_same_draws(ours: Callable[..., Any], eager: Callable[..., Any], *inputs: Tensor) -> None:
@@ -69,27 +50,6 @@ def saved(scripted: Any) -> Any:
 
 # Some checks of shapes warn in a trace, as those of torch.nn.LSTM do.
 checks_shapes = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-
-
-@checks_shapes
-@pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("entry", MODULES, ids=lambda entry: entry.name)
-def test_every_layer(entry: Entry, tool: str) -> None:
-    layer, inputs = example(entry)
-    if hole := HOLES.get((entry.name, tool)):
-        with pytest.raises((NotImplementedError, RuntimeError), match=hole):
-            TOOLS[tool](layer, inputs)
-        return
-    made = saved(TOOLS[tool](layer, inputs))
-    assert_same_draws(made, layer, *inputs)
-    if entry.name != "RDrop":  # which draws nothing
-        assert not first(made(*inputs)).equal(first(made(*inputs)))
-    assert_same_draws(made, layer, *(torch.cat([x, x, x]) for x in inputs))  # another shape
-    if tool == "script":
-        assert_same_draws(made.eval(), layer.eval(), *inputs)
-        assert_same_draws(made.train(), layer.train(), *inputs)
-    else:
-        assert_same_draws(TOOLS[tool](layer.eval(), inputs), layer, *inputs)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -161,6 +121,8 @@ def test_functions_in_scripted_code() -> None:
             oracle.assert_same(one, other)
     alone = torch.jit.script(F.dropout)
     assert_same_draws(alone, F.dropout, torch.ones(50))
+    with pytest.raises(RuntimeError, match=r"between 0 and 1, but got 1\.5"):
+        alone(torch.ones(50), 1.5, False)
 
 
 @checks_shapes
@@ -195,10 +157,15 @@ def test_a_traced_function_whose_shape_would_be_constant_is_refused(function: Ca
     assert_same_draws(traced, function, *(torch.cat([x, x]) for x in inputs))
 
 
+class _FollowsTraining(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.drop_path(F.dropout(x, 0.5, self.training), 0.1, self.training)
+        return F.variational_dropout(x, torch.zeros(1), training=self.training)
+
+
 def test_a_frozen_model_in_evaluation_needs_no_thinned() -> None:
-    model = nn.Sequential(
-        nn.Linear(5, 4), thinned.Dropout(), thinned.DropBlock1d(0.3, 2), nn.Linear(4, 2)
-    ).eval()
+    layers = thinned.Dropout(), thinned.DropBlock1d(0.3, 2), _FollowsTraining()
+    model = nn.Sequential(nn.Linear(5, 4), *layers, nn.Linear(4, 2)).eval()
     scripted = torch.jit.script(model)
     frozen = torch.jit.freeze(scripted)
     assert "thinned::" not in str(frozen.inlined_graph)
@@ -247,7 +214,14 @@ def test_subclasses() -> None:
     assert_same_draws(torch.jit.script(_Named()), thinned.Dropout(), x)
 
 
-@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def _exported(model: nn.Module) -> nn.Module:
+    torch.export.export(model, (torch.ones(2, 50),), strict=False)  # which copies the attributes of modules
+    return model
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _exported]
+)
 def test_scripting_leaves_the_model_as_it_was(copied: Callable[[nn.Module], nn.Module]) -> None:
     """TorchScript replaces the children of a model by what it is given to compile."""
     model = nn.Sequential(thinned.Dropout(), thinned.DropPath(0.5))

@@ -12,7 +12,7 @@ import linecache
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ __all__ = ["Scriptable", "operation", "register"]
 
 Drawing = TypeVar("Drawing", bound=Callable[..., Tensor])
 
-# The types of annotations, in a schema and in TorchScript; all others are strings, such as Literal["row"].
+# The type of each annotation, in a schema and in TorchScript. Others, such as Literal["row"], are strings.
 _TYPES = {
     "Tensor": ("Tensor", "Tensor"),
     "_Sequence": ("Tensor", "Tensor"),  # locked_dropout's packed sequences are not for TorchScript
@@ -41,6 +41,8 @@ _TYPES = {
     "Key | None": ("Tensor?", ""),
 }
 _STRING = ("str", "str")
+# The functions that do more in evaluation than to return their input.
+_MORE_IN_EVALUATION = ("dropout1d", "embedding_dropout", "multi_sample_dropout", "zoneout")
 
 
 def register(functions: Iterable[Callable[..., Any]]) -> None:
@@ -85,7 +87,7 @@ def _type(parameter: inspect.Parameter) -> tuple[str, str]:
 
 
 def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What TorchScript compiles in place of a function: a call of the operation, without a key."""
+    """The function that TorchScript compiles in place of one of ours: a call of the operation."""
     name = function.__name__
     given = [parameter for parameter in _parameters(function) if _type(parameter)[1]]
     # All are positional: TorchScript compiles no keyword-only arguments with defaults.
@@ -93,9 +95,15 @@ def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
         f"{each.name}: {_type(each)[1]}{'' if each.default is each.empty else f' = {each.default!r}'}"
         for each in given
     ]
+    names, body = [each.name for each in given], []
+    if "training" in names and name not in _MORE_IN_EVALUATION:
+        # So that code that was frozen or exported in evaluation has no node of ours.
+        valid = [f" and {each} >= 0.0 and {each} <= 1.0" for each in names if each in ("p", "drop_prob")]
+        body = [f"    if not training{''.join(valid)}:", f"        return {names[0]}"]
     return _compiled(
         f"def {name}({', '.join(declared)}) -> Tensor:",
-        f"    return torch.ops.thinned.{name}({_arguments(given, [each.name for each in given])})",
+        *body,
+        f"    return torch.ops.thinned.{name}({_arguments(given, names)})",
     )
 
 
@@ -127,6 +135,12 @@ class Scriptable(SeenByTracer):
     _scriptable_forward: ClassVar[Callable[..., Any] | None] = None
     _instead_of_script: ClassVar[str] = "use torch.export or torch.compile"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and cls.__module__.startswith("thinned."):
+            # The code of a graph of torch.fx repeats annotations. Its pickle imports types, but no strings.
+            cls.forward.__annotations__ = get_type_hints(cls.forward)
+
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by :func:`torch.jit.script`; NotImplementedError for a layer that cannot be compiled."""
         if (kind := _definer(type(self))) is not None:
@@ -142,12 +156,12 @@ class Scriptable(SeenByTracer):
         return self
 
     def _traced_forward(self) -> Callable[..., Any] | None:
-        """What :func:`torch.jit.trace` records in place of ``forward``, or None for ``forward`` itself."""
+        """The function that :func:`torch.jit.trace` records; None for ``forward`` itself."""
         kind = _definer(type(self))
         if kind is None or active.key_source is not None or getattr(self, "return_indices", False):
             return None
         forward = _forward_of(kind, self)
-        # In evaluation no node of ours, nor the eager code, whose checks of shapes warn in a trace.
+        # In evaluation the trace has no node of ours. The eager code would warn of its checks of shapes.
         return forward if self.training or kind not in _NOT_IDENTICAL else None
 
 

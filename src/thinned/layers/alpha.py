@@ -140,7 +140,7 @@ def _alpha_dropout(
     key: Key | None,
     broadcast_dims: Sequence[int] | None,
 ) -> Tensor:
-    """Without ``broadcast_dims``, a channel's elements share one decision."""
+    """A channel's elements share one decision, unless ``broadcast_dims`` says otherwise."""
     T, _ = threshold_and_scale(p)
     if not drops(name, input, p, training, key):
         return input

@@ -115,7 +115,7 @@ def keep_mask(
     tensor([[0, 0, 0, 1, 1, 1],
             [0, 0, 0, 1, 0, 0]], dtype=torch.int32)
     """
-    if not compiling() and (isinstance(shape, Proxy) or has_torch_function(shape)):
+    if not compiling() and (isinstance(shape, Proxy) or has_torch_function((key, *shape))):
         return overridden(keep_mask, locals())
     T, _ = threshold_and_scale(p)
     shape = tuple(shape)

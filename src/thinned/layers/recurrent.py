@@ -434,7 +434,7 @@ def _permuted(state: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _valid_steps(packed: PackedSequence) -> States:
-    """For each step, which samples have it: shape ``(N, 1)``, in the order before they were sorted."""
+    """The samples that have each step: masks of shape ``(N, 1)``, in the order before they were sorted."""
     samples = torch.arange(int(packed.batch_sizes[0]))
     valid = (packed.batch_sizes[:, None] > samples).to(packed.data.device)
     return _permuted(valid, packed.unsorted_indices).unsqueeze(2).unbind()

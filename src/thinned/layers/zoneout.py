@@ -78,7 +78,7 @@ def zoneout(
             new, old = (torch.view_as_real(state.resolve_conj()) for state in (input, previous))
             return torch.view_as_complex(zoneout(new, old, p, training=False))
         return torch.add(input * (T / 2**32), previous, alpha=1 - T / 2**32)
-    # In evaluation p is 1 here: no key keeps anything, so none is drawn.
+    # Evaluation comes here only with p = 1, where every key gives the same mask: no key is drawn.
     key = key_for(input, key if training else Key(0), elementwise=True)
     if input.is_nested:
         return elementwise("zoneout", partial(zoneout, p=p), input, key, previous)

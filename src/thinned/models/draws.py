@@ -33,36 +33,33 @@ _DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 @lru_cache(maxsize=4096)
 def purpose_of(file: str, line: int, function: str, single: bool) -> Purpose:
-    """What the random numbers that a line draws are for; empty if that is not known.
+    """The purpose of the random numbers that a line draws; empty if it is not known.
 
     They are for a dropout if the function or class around the line is named so: ``dropout_edge``,
     ``drop_path``, ``stochastic_depth``, ``DropNode``. A ``single`` number is for layerdrop if its function
     mentions that: ``torch.rand([]) < self.layerdrop``. Without the source, only ``function``'s name counts.
     """
     resumed = _RESUMED.fullmatch(function)
-    around = _around(_tree(file), line)
+    around = _around(file, line)
     if single and around and any(_SKIPS_LAYERS.search(name) for name in _names(around[0])):
         return "layerdrop"
     names = [resumed[1] if resumed else function, *(each.name for each in around)]
     return "dropout" if any(_DROPS.search(name) for name in names) else ""
 
 
-@lru_cache(maxsize=8)
-def _tree(file: str) -> ast.AST:
+@lru_cache(maxsize=64)
+def _definitions(file: str) -> list[_DEFINITIONS]:
+    """The functions and classes of a file, innermost first."""
     try:
-        return ast.parse("".join(linecache.getlines(file)))
+        tree = ast.parse("".join(linecache.getlines(file)))
     except SyntaxError:
-        return ast.Module([], [])
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, _DEFINITIONS)][::-1]  # walk goes outside in
 
 
-def _around(tree: ast.AST, line: int) -> list[_DEFINITIONS]:
+def _around(file: str, line: int) -> list[_DEFINITIONS]:
     """The functions around a line, and the classes that these are methods of, innermost first."""
-    found = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, _DEFINITIONS) and node.lineno <= line <= (node.end_lineno or node.lineno)
-    ]
-    found = found[::-1]  # ast.walk goes outside in
+    found = [each for each in _definitions(file) if each.lineno <= line <= (each.end_lineno or each.lineno)]
     return found if found and not isinstance(found[0], ast.ClassDef) else []
 
 

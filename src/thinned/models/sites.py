@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,8 +17,8 @@ from thinned.models.walk import is_ours, modules_with_paths
 
 __all__ = ["Rate", "is_dropout", "is_number", "rates_of"]
 
-# Such as dropout, layerdrop, attn_pdrop, drop_path_rate or hidden_dropout_prob. A name such as drop_last or
-# dropout_keep_prob is another number's.
+# It matches dropout, layerdrop, attn_pdrop, drop_path_rate and hidden_dropout_prob; it does not match
+# drop_last or dropout_keep_prob.
 NAME = re.compile(
     r"\w*drop(out[a-z]?)?s?_?(path|connect|block|head|key|edge|node|token)?(_?(rate|ratio|prob|probs|probability|p|\d+))*",
     re.IGNORECASE,
@@ -33,8 +34,8 @@ class Rate:
         module: the module that drops with it; the first, if several read the same config.
         paths: all places of the modules that drop with it.
         owner: the object that has the attribute: the module, or a config that it reads at each call; or a
-            dictionary.
-        name: the attribute, or the dictionary's key.
+            dictionary or list.
+        name: the attribute, or the dictionary's key, or the list's index.
         key: the path of a dropout module; for other numbers, path and attribute, such as ``attn.dropout``.
         stays_off: whether a 0 says that the model does without this kind of dropout.
     """
@@ -42,7 +43,7 @@ class Rate:
     module: nn.Module
     paths: tuple[str, ...]
     owner: Any
-    name: str
+    name: Any
     key: str
     stays_off: bool = False
 
@@ -54,10 +55,10 @@ class Rate:
 
     @value.setter
     def value(self, value: float) -> None:
-        if isinstance(self.owner, dict):
+        if isinstance(self.owner, dict | list):
             self.owner[self.name] = value
         else:
-            setattr(self.owner, self.name, value)
+            setattr(self.owner, str(self.name), value)
 
     @property
     def of_module(self) -> bool:
@@ -92,21 +93,22 @@ def rates_of(model: nn.Module) -> list[Rate]:
     """
     found = modules_with_paths(model)
     paths_of = {id(module): paths for module, paths in found}
-    holders: dict[int, str] = {}
+    holders = _Holders()
     for module, paths in found:
         for name, value in vars(module).items():
-            holders.setdefault(id(value), _join(paths[0], name))
+            holders.add(value, _join(paths[0], name))
     rates: dict[tuple[int, str], Rate] = {}
     for reader, reader_paths in found:
-        for owner, name in _numbers(reader):
+        for owner, name in _numbers(reader, holders):
             module, paths = reader, reader_paths
             if isinstance(owner, nn.Module):  # a forward may read the number of another module
                 module, paths = owner, paths_of.get(id(owner), ())
-            place = paths[0] if module is owner and paths else holders.get(id(owner))
+            place = paths[0] if module is owner and paths else holders.path_of(owner)
             if place is None:
                 continue  # perhaps a global, which other models use too
             of_module = module is owner and name == _main(module)
-            stays_off = bool(LAYERDROP.search(name)) or (is_ours(module) and not of_module)
+            stays_off = bool(LAYERDROP.search(str(name))) or isinstance(owner, list)
+            stays_off |= is_ours(module) and not of_module
             key = place if of_module else _join(place, name)
             rate = rates.get((id(owner), name)) or Rate(module, (), owner, name, key, stays_off)
             if rate.paths or _can_be_set(rate):
@@ -115,7 +117,23 @@ def rates_of(model: nn.Module) -> list[Rate]:
     return list(rates.values())
 
 
-def _join(path: str, name: str) -> str:
+class _Holders:
+    """The paths of what the modules hold: configs, dictionaries, and what these hold and a forward reads."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[Any, str]] = {}  # by id, with the object, so that no other has its id
+
+    def add(self, value: Any, path: str) -> None:
+        """Note where ``value`` is; of a partial, its keywords."""
+        value = value.keywords if isinstance(value, partial) else value
+        self.known.setdefault(id(value), (value, path))
+
+    def path_of(self, value: Any) -> str | None:
+        """Where ``value`` is; None if no module holds it, such as a global."""
+        return self.known.get(id(value), (None, None))[1]
+
+
+def _join(path: str, name: Any) -> str:
     return f"{path}.{name}" if path else name
 
 
@@ -125,15 +143,14 @@ def _main(module: nn.Module) -> str | None:
     return name if name is not None and is_number(getattr(module, name)) else None
 
 
-def _numbers(module: nn.Module) -> Iterator[tuple[Any, str]]:
+def _numbers(module: nn.Module, holders: _Holders) -> Iterator[tuple[Any, str]]:
     """The objects and the attributes with a number that ``module`` drops with, some of them repeatedly."""
     mine = vars(module)
     if (main := _main(module)) is not None:
         yield module, main
     if is_ours(module):
-        yield from (
-            (module, name) for name, value in mine.items() if name.endswith("_p") and is_number(value)
-        )
+        names = (name for name in mine if name.endswith("_p") and name != "initial_p")
+        yield from ((module, name) for name in names if is_number(mine[name]))
         return
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         # A recurrent layer drops between its layers, so not if there is only one.
@@ -143,6 +160,9 @@ def _numbers(module: nn.Module) -> Iterator[tuple[Any, str]]:
         yield from ((module, name) for name, value in mine.items() if _is_named_rate(name, value))
     if not type(module).__module__.startswith("torch."):
         calls, reads = read_source(module)
+        for owner, name in reads:
+            if (path := holders.path_of(owner)) is not None:
+                holders.add(look_up(owner, name), _join(path, name))
         yield from (rate for call in calls for rate in call.rates if is_number(look_up(*rate)))
         for owner, name in reads:
             if not isinstance(owner, nn.Module) and _is_named_rate(name, look_up(owner, name)):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol, TypeVar, overload
 
-__all__ = ["Listing", "count", "format_p", "merge_paths", "to_text"]
+__all__ = ["Listing", "Placed", "count", "format_p", "format_paths", "merge_paths", "to_text"]
 
 Row = tuple[str, ...]
 
@@ -17,6 +18,18 @@ class _Cells(Protocol):
 
 
 Item = TypeVar("Item", bound=_Cells)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An entry of a listing that stands at one or several paths of a model."""
+
+    paths: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """The module's first place in the model; empty for the model itself."""
+        return self.paths[0]
 
 
 class Listing(Sequence[Item]):
@@ -92,3 +105,8 @@ def count(number: int, noun: str) -> str:
 def format_p(p: float | None) -> str:
     """Six digits of a probability; empty if it is unknown."""
     return "" if p is None else f"{p:g}"
+
+
+def format_paths(paths: Sequence[str]) -> str:
+    """All places of a module; ``(model)`` for the model itself."""
+    return ", ".join(paths) or "(model)"

@@ -42,7 +42,7 @@ def apply_noisy(noisy: Noisy, x: Tensor, parameter: Tensor, key: Key) -> Tensor:
     in both modes.
     """
     if not compiling() and forward_mode():
-        # Not by a `jvp`: its saved tensors lack the tangents of an outer jvp, so jvp(jvp(f)) would be wrong.
+        # A jvp of the Function would be wrong in jvp(jvp(f)): saved tensors lack the outer jvp's tangents.
         return _Product.forward(x, parameter, key.bits, noisy)
     return _Product.apply(x, parameter, key.bits, noisy)  # type: ignore[no-any-return,no-untyped-call]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from thinned import op
 from thinned.geometry import dims_of, shared
 from thinned.keys import Key
-from thinned.torch_state import compiling, is_legacy_batched, transforming
+from thinned.torch_state import is_eager
 
 __all__ = ["logistic", "multiply", "normal", "opmath", "uniform"]
 
@@ -85,9 +85,9 @@ def logistic(
 
 def multiply(x: Tensor, factor: Tensor) -> Tensor:
     """``x * factor`` in the factor's dtype. May overwrite ``factor``."""
-    plain = not (torch.is_grad_enabled() or compiling() or transforming() or is_legacy_batched(x))
-    if plain and factor.dtype == x.dtype and factor.shape == x.shape and x.is_contiguous():
-        return factor.mul_(x)
+    same = factor.dtype == x.dtype and factor.shape == x.shape
+    if same and not torch.is_grad_enabled() and is_eager(x) and x.is_contiguous():
+        return factor.mul_(x)  # not for a subclass of Tensor, whose result has to be one too
     if x.is_complex() and not factor.is_complex():
         # torch would multiply by factor + 0j, and infinity times 0 is NaN.
         return torch.view_as_complex(torch.view_as_real(x.resolve_conj()) * factor.unsqueeze(-1))

@@ -16,7 +16,7 @@ X = torch.randn(12, 4)
 
 
 def dropout_edge(edge_index: Tensor, p: float = 0.5) -> Tensor:
-    """As torch_geometric.utils has it since the issue; dropout_adj was the same."""
+    """torch_geometric.utils has it so since the issue; dropout_adj was the same."""
     return edge_index[:, torch.rand(edge_index.size(1), device=edge_index.device) >= p]
 
 

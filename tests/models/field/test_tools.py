@@ -268,7 +268,7 @@ def test_opacus_103_torch() -> None:
 
 
 def test_opacus_103_thinned() -> None:
-    """Without dropout as nn.LSTM, and with a key for each sequence the masks that each has alone."""
+    """It is nn.LSTM without dropout; with a key for each sequence, each has the masks that it has alone."""
     packed = pack_sequence(SEQUENCES)
     lstm = thinned.VariationalLSTM(3, 4, 2, input_p=0.5, layer_p=0.3, recurrent_p=0.2)
     plain = nn.LSTM(3, 4, 2)

@@ -235,6 +235,19 @@ def test_modes_of_others_still_shut_the_fast_path() -> None:
             assert _get_current_function_mode_stack() == before
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_the_check_for_the_fast_path_is_scripted() -> None:
+    """As in nn.MultiheadAttention, which TorchScript compiles once a process."""
+
+    class Checks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if torch.overrides.has_torch_function((x,)) else x + 1
+
+    with intercept():
+        scripted = torch.jit.script(Checks())
+    oracle.assert_same(scripted(X), X + 1)
+
+
 def test_nothing_is_left_behind() -> None:
     before = torch.overrides.has_torch_function
     checkpointing = dict(vars(torch.utils.checkpoint))

@@ -102,7 +102,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _states(mode: str, samples: int, settings: Settings) -> Any:
-    """Those of the call before, as torch.nn takes them."""
+    """States from an earlier call, as torch.nn takes them."""
     states = settings.normal(2, 1, samples, UNITS, dtype=torch.float32).unbind()
     return states if mode == "LSTM" else states[0]
 
@@ -117,7 +117,7 @@ def evaluation(layer: Case, settings: Settings, mode: str) -> Finding:
 
 
 def input_mask(layer: Case, settings: Settings) -> Finding:
-    """Seen in the gradient, which is exactly 0 for what was dropped."""
+    """The gradient shows the mask: it is exactly 0 for what was dropped."""
     p, samples = 0.3, 500
     x = settings.normal(3, samples, INPUTS, dtype=torch.float32).requires_grad_()
     (gradient,) = torch.autograd.grad(_make(layer, input_p=p)(x)[0].sum(), x)
@@ -131,7 +131,7 @@ def input_mask(layer: Case, settings: Settings) -> Finding:
 def recurrent_mask(layer: Case, settings: Settings, mode: str) -> Finding:
     """One sample's mask of the state is one of the columns of its weight, at every step.
 
-    Seen in the gradient of the weight, whose column of a dropped unit is exactly 0.
+    The gradient of the weight shows it: the column of a dropped unit is exactly 0.
     """
     p = 0.3
     module = _make(layer, recurrent_p=p)
@@ -142,7 +142,7 @@ def recurrent_mask(layer: Case, settings: Settings, mode: str) -> Finding:
 
 
 def weight_mask(layer: Case, settings: Settings) -> Finding:
-    """Seen in the gradient of the weight."""
+    """The gradient of the weight shows the mask."""
     p = 0.3
     module = _make(layer, weight_p=p)
     x = settings.normal(4, 3, INPUTS, dtype=torch.float32)

@@ -15,7 +15,7 @@ from thinned.layers._arguments import check_p
 from thinned.models.convert.rules import is_known, make, probability_name, probability_of, unit_of
 from thinned.models.inspect import Site, inspect
 from thinned.models.sites import Rate, is_dropout, rates_of
-from thinned.models.text import Listing, count, format_p
+from thinned.models.text import Listing, Placed, count, format_p, format_paths
 from thinned.models.walk import (
     Choice,
     chooser,
@@ -35,7 +35,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Swap:
+class Swap(Placed):
     """The report on one module.
 
     Attributes:
@@ -46,49 +46,37 @@ class Swap:
         note: a difference that remains, or the reason why it was left.
     """
 
-    paths: tuple[str, ...]
     old: str
     new: str
     p: float | None
     note: str = ""
 
-    @property
-    def path(self) -> str:
-        """The module's first place in the model; empty for the model itself."""
-        return self.paths[0]
-
     def cells(self) -> list[str]:
         """The words of its row in the table."""
-        return [", ".join(self.paths) or "(model)", self.old, self.new, format_p(self.p), self.note]
+        return [format_paths(self.paths), self.old, self.new, format_p(self.p), self.note]
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Placed):
     """The report on one number that ``convert(p=)`` set in place.
 
     Attributes:
         paths: all places of the modules that drop with it; ``path`` is the first.
         type: the name of the type that has the attribute: of the module, or of its config.
-        attribute: its name.
+        attribute: its name; the key of a dictionary or the index of a list.
         old: the number before.
         new: the number now.
     """
 
-    paths: tuple[str, ...]
     type: str
-    attribute: str
+    attribute: str | int
     old: float
     new: float
 
-    @property
-    def path(self) -> str:
-        """The module's first place in the model; empty for the model itself."""
-        return self.paths[0]
-
     def cells(self) -> list[str]:
         """The words of its row in the table."""
-        path = ", ".join(self.paths) or "(model)"
-        return [path, f"{self.type}({self.attribute}=)", "", format_p(self.new), f"was {format_p(self.old)}"]
+        what, was = f"{self.type}({self.attribute}=)", f"was {format_p(self.old)}"
+        return [format_paths(self.paths), what, "", format_p(self.new), was]
 
 
 class Conversion(Listing[Swap], Generic[Model]):
@@ -126,7 +114,7 @@ class Conversion(Listing[Swap], Generic[Model]):
         others = [item.cells() for items in (self.left, self.settings) for item in items]
         for site in self.unreached:
             why = "not reached" + f": {site.where}" * bool(site.where)
-            others.append([", ".join(site.paths) or "(model)", site.type, "", format_p(site.p), why])
+            others.append([format_paths(site.paths), site.type, "", format_p(site.p), why])
         return self._print(summary, others)
 
 
@@ -158,12 +146,12 @@ def convert(
       ``layerdrop`` or ``drop_path_rate``;
     - every attribute that the source of a forward passes to a functional dropout, such as ``self.p`` in
       ``F.dropout(x, self.p, self.training)``;
-    - the attributes of a config that a forward reads, such as ``self.config.layerdrop``. All models that
-      were built from one config share it, and a saved model has it.
+    - the attributes of a config that a forward reads, such as ``self.config.layerdrop``, and the items of a
+      dictionary or a list. All models that were built from one config share it, and a saved model has it.
 
-    A layerdrop that is 0 stays 0, because a skipped layer leaves parameters without gradients. Another number
-    that is 0 is set, as ``nn.Dropout(0)`` is. What cannot be set, such as that of ``F.dropout(x, 0.5)``, is
-    in ``unreached``.
+    A layerdrop that is 0 stays 0, because a skipped layer leaves parameters without gradients. So does a 0 in
+    a list, which exempts a layer. Another number that is 0 is set, as ``nn.Dropout(0)`` is. ``unreached`` has
+    what cannot be set, such as that of ``F.dropout(x, 0.5)``.
 
     Args:
         model: any module. If it is a dropout itself, the new one is ``conversion.model``.
@@ -299,8 +287,8 @@ def _unreached(
     modules = dict(model.named_modules(remove_duplicate=False))
     for site in inspect(model):
         module = modules[site.path]
-        # What a module called a dropout does beside functional dropouts, it does with its own probability, or
-        # with None, which stands for 0.
+        # A module called a dropout draws with its own probability, unless the site is a call of torch's
+        # dropouts. None stands for 0.
         name = probability_name(module) if site.kind != "call" and is_dropout(module) else None
         own = name is not None and isinstance(getattr(module, name), int | float | None)
         reached = site.p in (p, 0) or own or (site.kind == "module" and is_ours(module))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from thinned.keys import Key
+from thinned.layers._overrides import module_node
 from thinned.models.address import address
 from thinned.models.address.hooks import hooks_of
 
@@ -60,6 +61,8 @@ class Keyed(nn.Module):
         hooks_of(model)  # now: compiled and exported code cannot register hooks
 
     def forward(self, *args: Any, key: Tensor, samples: Tensor | None = None, **kwargs: Any) -> Any:
+        if (node := module_node(self, *args, key=key, samples=samples, **kwargs)) is not None:
+            return node
         seed = Key.from_bits(key)
         if key.dim():
             raise ValueError(

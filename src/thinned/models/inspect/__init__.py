@@ -13,8 +13,8 @@ from thinned.models.convert.rules import is_known, make, probability_of
 from thinned.models.inspect.by_reading import calls_in_source
 from thinned.models.inspect.by_running import TORCH, Event, run_once
 from thinned.models.inspect.names import UNCONDITIONAL
-from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN, Call, Kind
-from thinned.models.text import Listing, count, format_p
+from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN, OURS, Call, Kind
+from thinned.models.text import Listing, Placed, count, format_p, format_paths
 from thinned.models.walk import is_ours, modules_with_paths, qualified_name
 
 __all__ = ["Inspection", "Site", "inspect"]
@@ -25,7 +25,7 @@ UNKNOWN = "not known to thinned.register"
 
 
 @dataclass(frozen=True)
-class Site:
+class Site(Placed):
     """One place at which a model drops.
 
     Attributes:
@@ -43,7 +43,6 @@ class Site:
             that is left, whose calls are sites of their own.
     """
 
-    paths: tuple[str, ...]
     kind: Kind
     type: str
     p: float | None
@@ -55,11 +54,6 @@ class Site:
     calls: int | None = None
 
     @property
-    def path(self) -> str:
-        """The module's first place in the model; empty for the model itself."""
-        return self.paths[0]
-
-    @property
     def where(self) -> str:
         """``function, line 12 of file.py``; empty for a module."""
         return f"{self.function}, line {self.line} of {Path(self.file).name}" if self.line else ""
@@ -67,8 +61,15 @@ class Site:
     def cells(self) -> list[str]:
         """The words of its row in the table."""
         calls = "" if self.calls is None else str(self.calls)
-        path = ", ".join(self.paths) or "(model)"
-        return [path, self.type, format_p(self.p), self.becomes, calls, self.where, self.note]
+        return [
+            format_paths(self.paths),
+            self.type,
+            format_p(self.p),
+            self.becomes,
+            calls,
+            self.where,
+            self.note,
+        ]
 
 
 class Inspection(Listing[Site]):
@@ -82,7 +83,7 @@ class Inspection(Listing[Site]):
     @property
     def unreached(self) -> tuple[Site, ...]:
         """The sites that :func:`thinned.convert` does not reach."""
-        return tuple(site for site in self if site.kind != "module" or not site.becomes)
+        return tuple(site for site in self if site.becomes in ("", INTERCEPT))
 
     def __repr__(self) -> str:
         sites = count(len(self), "dropout site")
@@ -163,8 +164,9 @@ def _of_module(module: nn.Module, paths: tuple[str, ...]) -> Site | None:
 
 def _of_call(call: Call, paths: tuple[str, ...]) -> Site:
     beyond = call.note in (HAND_WRITTEN, ELSEWHERE) or call.name.startswith("aten.")
+    becomes = "" if beyond else call.name if call.name.startswith(OURS) else INTERCEPT
     where = call.function, call.file, call.line
-    return Site(paths, call.kind, call.name, call.p, "" if beyond else INTERCEPT, *where, call.note)
+    return Site(paths, call.kind, call.name, call.p, becomes, *where, call.note)
 
 
 def _with_run(site: Site, events: list[Event] | None) -> Site:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from thinned.models.inspect.names import Given, Names, call_method
 from thinned.models.inspect.source import parsed
-from thinned.models.inspect.targets import READS, Call, Read
+from thinned.models.inspect.targets import READS, Call, Read, remember_all
 
 __all__ = ["calls_in_source", "read_source"]
 
@@ -52,7 +52,7 @@ def read_source(module: nn.Module) -> tuple[list[Call], list[Read]]:
 
 
 class _Reading:
-    """What has been read for one module.
+    """The state of the reading of one module.
 
     Attributes:
         found: the calls, by the code of the function around them and by their place.
@@ -93,7 +93,7 @@ class _Reading:
 
     def _follows(self, function: FunctionType, receiver: Any) -> bool:
         """Whether to read a function that another mentions."""
-        # Not __module__, which a wrapper has from what it wraps.
+        # functools.wraps copies __module__ from the wrapped function; __globals__ are the function's own.
         home = function.__globals__.get("__name__") or function.__module__ or ""
         if home.partition(".")[0] in ("torch", "thinned"):
             return receiver is self.module and function.__name__ == "forward"  # by super()
@@ -146,7 +146,7 @@ def _bound(called: partial[Any]) -> Given:
     function = getattr(called.func, "__func__", called.func)
     is_bound = isinstance(called.func, MethodType)
     names = function.__code__.co_varnames[is_bound:] if isinstance(function, FunctionType) else ()
-    values = {**dict(zip(names, called.args, strict=False)), **called.keywords}
+    values = {**dict(zip(names, called.args, strict=False)), **remember_all(called.keywords)}
     return {name: (value, value) for name, value in values.items()}
 
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 import thinned
 from thinned.models.convert.rules import probability_of
 from thinned.models.draws import DRAWS, SINGLE, purpose_of
-from thinned.models.inspect.targets import HAND_WRITTEN, TARGETS, Call, Kind, recurrent
+from thinned.models.inspect.targets import HAND_WRITTEN, OURS, TARGETS, Call, Kind, recurrent
 from thinned.models.walk import is_ours
 from thinned.torch_state import TorchDispatchMode, arguments_of, buffers_of
 
@@ -79,21 +79,24 @@ class _Spy(TorchFunctionMode):
     def enter(self, module: nn.Module, _: Any) -> None:
         # The calls of a module that a forward makes are those of the module whose forward it is.
         self.stack.append(module if id(module) in self.members else self.stack[-1])
-        if module.training and is_ours(module) and (p := probability_of(module)):
+        if module.training and is_ours(module) and (p := probability_of(module)) != 0:
             self.add(module, Call("thinned", "", "", 0, 0), p)
 
     def leave(self, *_: Any) -> None:
         if len(self.stack) > 1:
             self.stack.pop()
 
-    def report(self, name: str, p: float | None, drawn: Sequence[int] | None = None) -> None:
+    def report(
+        self, name: str, p: float | None, drawn: Sequence[int] | None = None, ours: bool = False
+    ) -> None:
         """Report a call, unless it is within one that is reported or within a layer of ours.
 
-        ``drawn`` is the shape of random numbers that the call draws for an unknown purpose.
+        ``drawn`` is the shape of random numbers that the call draws for an unknown purpose, and ``ours``
+        whether the call is of a function of ours.
         """
-        frame = None if self.reported else _caller()
+        frame = None if self.reported else _caller((TORCH, THINNED) if ours else (TORCH,))
         code = frame.f_code if frame else None
-        if self.reported or (code and code.co_filename.startswith(THINNED)):
+        if self.reported or (not ours and code and code.co_filename.startswith(THINNED)):
             return
         purpose, at = "", ("", "", 0, 0)
         if frame and code:
@@ -115,9 +118,10 @@ class _Spy(TorchFunctionMode):
         kwargs = kwargs or {}
         target = TARGETS.get(function)
         found = (target.name, target.rate(args, kwargs)) if target else recurrent(function, args)
-        if found is None or not found[1]:
+        ours = target is not None and target.name.startswith(OURS)
+        if found is None or found[1] == 0 or (ours and is_ours(self.stack[-1])):
             return function(*args, **kwargs)
-        self.report(*found)
+        self.report(*found, ours=ours)
         before, self.reported = self.reported, True
         try:
             return function(*args, **kwargs)
@@ -125,12 +129,12 @@ class _Spy(TorchFunctionMode):
             self.reported = before
 
 
-def _caller() -> FrameType | None:
-    """The innermost frame outside torch and this file; None if there is only the call of the model."""
+def _caller(within: tuple[str, ...]) -> FrameType | None:
+    """The innermost frame outside these folders and this file; None if there is only the model's call."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not run_once.__code__:
         file = frame.f_code.co_filename
-        if file != __file__ and not file.startswith(TORCH):
+        if file != __file__ and not file.startswith(within):
             return frame
         frame = frame.f_back
     return None

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
-import operator
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import takewhile
 from types import FunctionType, MethodType
@@ -32,6 +32,7 @@ from thinned.models.inspect.targets import (
     Kind,
     as_float,
     remember,
+    remember_all,
 )
 
 __all__ = ["UNCONDITIONAL", "UNKNOWN", "Given", "Names", "call_method"]
@@ -43,47 +44,13 @@ BY_HAND = {name.partition(".")[2] for name in DRAWS.values() if name.startswith(
 PYTHONS = ("random", "uniform", "rand", "random_sample")
 KEEPS = re.compile("keep|surviv", re.IGNORECASE)
 RATES = re.compile("drop|prob|rate|^p$", re.IGNORECASE)
-PLAIN_FUNCTIONS: tuple[Callable[..., Any], ...] = (
-    abs,
-    bool,
-    dict,
-    float,
-    int,
-    len,
-    list,
-    max,
-    min,
-    round,
-    str,
-    sum,
-    tuple,
-)
-OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-}
-UNARY: dict[type, Callable[[Any], Any]] = {
-    ast.Not: operator.not_,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-}
+# These functions have no side effects, and so have the methods of strings.
+PLAIN_FUNCTIONS = (abs, bool, dict, float, int, len, list, max, min, round, str, sum, tuple)
+DISPLAYS = ast.Tuple | ast.List | ast.Dict
+COMPUTED = ast.UnaryOp | ast.BinOp | ast.Compare | ast.JoinedStr | ast.FormattedValue | DISPLAYS
 
 Given = Mapping[str, tuple[Any, Any]]  # values by name, in training and in evaluation
+_At = tuple[str, str, int, int]  # function, file, and the first and the last line
 
 
 class Names:
@@ -106,6 +73,7 @@ class Names:
         self.parameters = set(parameters)
         self.given = {name: given[name] for name in parameters if name in given}
         self.outline = outline(source.tree, parameters, asked)
+        self.known: dict[tuple[Any, bool], Any] = {}  # what was evaluated before
 
     def value(self, node: Any, training: bool = True) -> Any:
         """The value of an expression in training or in evaluation; ``UNKNOWN`` if it is not plain."""
@@ -116,7 +84,13 @@ class Names:
 
     def evaluate(self, node: Any, training: bool) -> Any:
         """As ``value``; raises if the expression is not plain."""
-        value = partial(self.evaluate, training=training)
+        if (node, training) not in self.known:
+            self.known[node, training] = UNKNOWN  # if this raises
+            self.known[node, training] = self._evaluate(node, training)
+        return _known(self.known[node, training])
+
+    def _evaluate(self, node: Any, training: bool) -> Any:
+        value = partial(self._operand, training=training)
         match node:
             case ast.Constant(constant):
                 return constant
@@ -125,36 +99,40 @@ class Names:
             case ast.Attribute(attr=name) if name in TRAINING:
                 return training
             case ast.Attribute(owner, name):
-                holder = _no_tensor(value(owner))
-                return remember(getattr(holder, name), holder, name)
+                return self._attribute(value(owner), name, training)
+            case ast.Subscript(owner, key):
+                holder, name = value(owner), value(key)
+                return remember(holder[name], holder, name)
             case ast.IfExp(test, body, otherwise):
-                return value(body if _no_tensor(value(test)) else otherwise)
+                return value(body if value(test) else otherwise)
             case ast.BoolOp(op, operands):
                 for operand in operands:
-                    result = _no_tensor(value(operand))
+                    result = value(operand)
                     if bool(result) is isinstance(op, ast.Or):
                         break
                 return result
-            case ast.UnaryOp(op, operand):
-                return UNARY[type(op)](_no_tensor(value(operand)))
-            case ast.BinOp(left, op, right):
-                return OPERATORS[type(op)](_plain(value(left)), _plain(value(right)))
-            case ast.Compare(left, [op], [right]):
-                return OPERATORS[type(op)](_no_tensor(value(left)), _no_tensor(value(right)))
-            case ast.Subscript(owner, key):
-                holder, name = _no_tensor(value(owner)), value(key)
-                return remember(holder[name], holder, name)
-            case ast.List(parts) | ast.Tuple(parts):
-                return tuple(map(value, parts))
-            case ast.Dict(keys, parts) if None not in keys:
-                return dict(zip(map(value, keys), map(value, parts), strict=True))
-            case ast.JoinedStr(parts):
-                return "".join(str(_plain(value(part))) for part in parts)
-            case ast.FormattedValue(part, conversion=-1, format_spec=None):
-                return value(part)
             case ast.Call():
                 return self._called(node, training)
+            case ast.expr() if isinstance(node, COMPUTED):
+                return _Computation(value).result(node)
         raise LookupError(node)
+
+    def _operand(self, node: Any, training: bool) -> Any:
+        """As ``evaluate``; raises for a tensor, because a reading computes nothing from data."""
+        result = self.evaluate(node, training)
+        if isinstance(result, Tensor):
+            raise LookupError(result)
+        return result
+
+    def _attribute(self, holder: Any, name: str, training: bool) -> Any:
+        found = remember(getattr(holder, name), holder, name)
+        getter = inspect.getattr_static(type(holder), name, None) if isinstance(found, int | float) else None
+        if isinstance(getter, property) and getter.fset is None:
+            with suppress(Exception):  # the result of the property may be plain, such as self._p
+                first = getter.fget.__code__.co_varnames[0]  # type: ignore[union-attr]
+                inner = self._result(getter.fget, {first: (holder, holder)}, training)
+                return inner if inner == found else found
+        return found
 
     def _named(self, name: str, training: bool) -> Any:
         if assigned := self.outline.assigned.get(name):
@@ -180,45 +158,51 @@ class Names:
 
     def _called(self, call: ast.Call, training: bool) -> Any:
         """The result of a few functions that have no side effects."""
-        value = partial(self.evaluate, training=training)
+        value = partial(self._operand, training=training)
         args, keywords = call.args, {each.arg: each.value for each in call.keywords}
-        if isinstance(call.func, ast.Name) and call.func.id == "super" and not args:
-            first = self.function.__code__.co_varnames[0]
-            return super(self._outside("__class__"), self.given[first][0])
         match call.func, args:
-            case ast.Attribute(owner, "get" | "get_interface"), [key, default]:
-                return value(owner).get(value(key), value(default))  # transformers chooses attention so
-            case ast.Attribute(owner, "get"), [key]:
-                holder, name = value(owner), value(key)
-                return remember(holder.get(name), holder, name)
+            case ast.Name("super"), []:
+                first = self.function.__code__.co_varnames[0]
+                return super(self._outside("__class__"), self.given[first][0])
+            case ast.Attribute(owner, "get" | "get_interface"), [key, *default]:
+                # transformers chooses its attention so.
+                holder, name = _mapping(value(owner)), value(key)
+                return remember(holder.get(name, *map(value, default)), holder, name)
             case ast.Attribute(owner, "values"), []:
-                return tuple(value(owner).values())
-            case ast.Attribute(ast.Constant(str(text)), "format"), _:
-                return text.format(*(_plain(value(each)) for each in args))
+                return tuple(remember_all(_mapping(value(owner))).values())
         called = value(call.func)
         if called is getattr:
             holder, attribute, *otherwise = map(value, args)
-            return remember(getattr(_no_tensor(holder), attribute, *otherwise), holder, attribute)
+            return remember(getattr(holder, attribute, *otherwise), holder, attribute)
         if called is partial:
             held, *bound = map(self.value, args)
             return partial(held, *bound, **{name or "": self.value(v) for name, v in keywords.items()})
+        if called is type and len(args) == 1:
+            return type(value(args[0]))
         if called is float and len(args) == 1 and (number := as_float(value(args[0]))) is not None:
             return number
-        function: Any = next((function for function in PLAIN_FUNCTIONS if function is called), None)
-        if function is not None and not keywords:
-            return function(*(_plain(value(each)) for each in args))
+        is_plain = any(called is each for each in PLAIN_FUNCTIONS) or isinstance(
+            getattr(called, "__self__", 0), str
+        )
+        if is_plain and not keywords:
+            return called(*map(value, args))
         return self._returned(call, called, training)
 
     def _returned(self, call: ast.Call, called: Any, training: bool) -> Any:
-        """What a function returns that consists of this alone."""
+        """The result of a function that has one statement, ``return``."""
         function = getattr(called, "__func__", called)
-        source = parsed(function) if self.depth and isinstance(function, FunctionType) else None
-        body = getattr(getattr(source.tree, "body", [None])[0], "body", []) if source else []
-        if not source or not body or not isinstance(body[-1], ast.Return) or len(body) > 2:
+        if not isinstance(function, FunctionType):
             raise LookupError(call)
         given = dict(self.arguments(call, called))
         if isinstance(called, MethodType):
             given[function.__code__.co_varnames[0]] = (called.__self__, called.__self__)
+        return self._result(function, given, training)
+
+    def _result(self, function: Any, given: Given, training: bool) -> Any:
+        source = parsed(function) if self.depth else None
+        body = getattr(getattr(source.tree, "body", [None])[0], "body", []) if source else []
+        if not source or not body or not isinstance(body[-1], ast.Return) or len(body) > 2:
+            raise LookupError(function)
         return Names(function, source, given, False, self.depth - 1).evaluate(body[-1].value, training)
 
     def candidates(self, node: Any, depth: int = 4) -> list[Any]:
@@ -233,22 +217,15 @@ class Names:
                 several = [each for each in self.outline.assigned.get(name, ()) if each is not None]
                 if name in self.outline.elements:
                     return _elements(self.value(self.outline.elements[name]))
-                if name in self.parameters and not several:
-                    defaults = _defaults(self.function)
-                    return [defaults[name]] if callable(defaults.get(name)) else []
             case ast.IfExp(_, body, otherwise):
                 several = [body, otherwise]
-            case ast.BoolOp(_, several):
-                pass
             case ast.Subscript(owner, _):
                 return _elements(self.value(owner))
-            case ast.Call(ast.Attribute(owner, "get"), [_, *several]):
-                return [
-                    *_elements(self.value(owner)),
-                    *(v for n in several for v in self.candidates(n, depth - 1)),
-                ]
             case ast.Call(ast.Name("getattr"), [owner, name, *several]):
                 holder, pattern = self.value(owner), re.compile(self._pattern(name))
+                if pattern.pattern == ANYTHING:  # perhaps one of a table
+                    names = [each for each in self.candidates(name, depth - 1) if isinstance(each, str)]
+                    return [getattr(holder, each) for each in names if hasattr(holder, each)]
                 if holder is not UNKNOWN and pattern.pattern != ANYTHING:
                     return [getattr(holder, each) for each in dir(type(holder)) if pattern.fullmatch(each)]
         return [value for each in several for value in self.candidates(each, depth - 1)]
@@ -265,7 +242,7 @@ class Names:
         return ANYTHING
 
     def mentions(self) -> Iterator[tuple[Any, Given, bool]]:
-        """What the function mentions, the arguments that it passes, and whether it has asked for training."""
+        """Each object that the function mentions, its arguments, and whether training was asked for."""
         callees = {call.func: call for call in self.outline.calls}
         # A look-up that succeeds mentions a default that it does not choose.
         choices = (
@@ -293,7 +270,7 @@ class Names:
         if not isinstance(function, FunctionType):
             return {each.arg: self._both(each.value) for each in call.keywords if each.arg}
         names = function.__code__.co_varnames[is_bound : function.__code__.co_argcount]
-        positional = list(takewhile(lambda each: not isinstance(each, ast.Starred), call.args))
+        positional = list(takewhile(_is_no_star, call.args))
         passed = dict(zip(names, map(self._both, positional), strict=False))
         passed |= {each.arg: self._both(each.value) for each in call.keywords if each.arg}
         if len(positional) < len(call.args) or any(each.arg is None for each in call.keywords):
@@ -316,25 +293,10 @@ class Names:
                 callees += [(argument, node.args[i + 1 :]) for i, argument in enumerate(node.args)]
             for callee, args in callees:
                 for called in self.candidates(callee):
-                    if (known := self._known(node, called, args)) is not None:
-                        name, p, note = known
-                        # A partial may hold the training mode.
-                        again = note and self._known(node, self.value(callee, False), args)
-                        note = again[2] if again else note
-                        yield (node.lineno, node.col_offset, name), Call(name, *at, p, note)
-            if (drawn := self._drawn(node, *at)) is not None:
+                    if (call := self._dropout(node, callee, called, args, at)) is not None:
+                        yield (node.lineno, node.col_offset, call.name), call
+            if (drawn := self._drawn(node, at)) is not None:
                 yield (node.lineno, node.col_offset, drawn.name), drawn
-
-    def _keywords(self, node: ast.Call) -> dict[str, ast.expr]:
-        """The keywords of a call; ``**`` stands for those that are not plain."""
-        found: dict[str, ast.expr] = {}
-        for each in node.keywords:
-            unpacked = None if each.arg else self.value(each.value)
-            if isinstance(unpacked, Mapping):
-                found.update({name: ast.Constant(value) for name, value in unpacked.items()})
-            else:
-                found[each.arg or "**"] = each.value
-        return found
 
     def _is_read(self, called: ast.expr) -> bool:
         """Whether a call is of a function of Python, which shows itself what it does with its arguments."""
@@ -344,60 +306,79 @@ class Names:
         home = getattr(function, "__module__", None) or ""
         return isinstance(function, FunctionType | MethodType) and home.partition(".")[0] != "torch"
 
+    def _dropout(
+        self, node: ast.Call, callee: ast.expr, called: Any, args: list[ast.expr], at: _At
+    ) -> Call | None:
+        """The call, if it is of a function that is known to drop."""
+        if (found := self._known(node, called, args, True)) is None:
+            return None
+        name, p, on = found
+        several: list[float | None] = []
+        if p is None and (target := _target(called)) is not None and target.p:
+            keywords = {each.arg or "": each.value for each in node.keywords}
+            several = self._elements(target.p.of(args, keywords))
+            p = several[0] if len(set(several)) == 1 else None
+        rates = tuple(read for each in several if (read := getattr(each, "read", None)) is not None)
+        in_evaluation = self.value(callee, False)  # a partial may hold the training mode
+        again = self._known(node, called if in_evaluation is UNKNOWN else in_evaluation, args, False)
+        always = again is not None and again[1] and again[2] and not self.outline.guarded[node]
+        return Call(name, *at, 0.0 if on == 0 else p, UNCONDITIONAL if always else "", rates=rates)
+
+    def _elements(self, passed: Any) -> list[float | None]:
+        """The numbers in a container of which ``passed`` is one, as in ``rates[i]`` or ``for p in rates``."""
+        name = getattr(passed, "id", None)
+        is_element = name in self.outline.elements and self.outline.assigned.get(name) == [None]
+        is_one = isinstance(passed, ast.Subscript) or is_element
+        return [as_float(each) for each in self.candidates(passed)] if is_one else []
+
     def _known(
-        self, node: ast.Call, called: Any, positional: list[ast.expr]
-    ) -> tuple[str, float | None, str] | None:
-        """The name, the probability and the note of a call of a function that is known to drop."""
-        args, keywords = list(positional), self._keywords(node)
+        self, node: ast.Call, called: Any, positional: list[ast.expr], training: bool
+    ) -> tuple[str, float | None, float | None] | None:
+        """The name of a function that is known to drop, ``p``, and whether it is on; None if not plain."""
+        args = [self.value(each, training) for each in takewhile(_is_no_star, positional)]
+        keywords: dict[str, Any] = {}  # "" for those that are not plain
+        for each in node.keywords:
+            value = self.value(each.value, training)
+            is_unpacked = each.arg is None and isinstance(value, Mapping)
+            keywords |= remember_all(value) if is_unpacked else {each.arg or "": value}
+        is_whole = len(args) == len(positional) and "" not in keywords
         while isinstance(called, partial):
-            args = [*map(ast.Constant, called.args), *args]
-            keywords = {**{name: ast.Constant(value) for name, value in called.keywords.items()}, **keywords}
+            args, keywords = [*called.args, *args], {**remember_all(called.keywords), **keywords}
             called = called.func
-        target = TARGETS.get(called) if isinstance(called, Hashable) else None
+        target = _target(called)
         if target is None:
             return None
-        p, p_in_evaluation = self._argument(args, keywords, target.p)
-        on: float | None = 1.0
-        on_in_evaluation: float | None = 1.0
-        if target.training:
-            on, on_in_evaluation = self._argument(args, keywords, target.training)
-        always = p_in_evaluation and on_in_evaluation and not self.outline.guarded[node]
-        return target.name, 0.0 if on == 0 else p, UNCONDITIONAL if always else ""
 
-    def _argument(
-        self, args: list[ast.expr], keywords: dict[str, ast.expr], argument: Argument
-    ) -> tuple[float | None, float | None]:
-        """The number that is passed, in training and in evaluation; None if it is not plain."""
-        starred = "**" in keywords or any(isinstance(each, ast.Starred) for each in args)
-        if starred and argument.name not in keywords:
-            return None, None
-        passed = argument.of(args, keywords)
-        if not isinstance(passed, ast.expr):  # torch's default
-            return passed, passed
-        in_training, in_evaluation = map(as_float, self._both(passed))
-        return in_training, in_evaluation
+        def number(argument: Argument) -> float | None:
+            is_plain = is_whole or argument.name in keywords
+            return as_float(argument.of(args, keywords)) if is_plain else None
 
-    def _drawn(self, node: ast.Call, function: str, file: str, line: int, last_line: int) -> Call | None:
+        p = number(target.p) if target.p else None
+        return target.name, p, number(target.training) if target.training else 1.0
+
+    def _drawn(self, node: ast.Call, at: _At) -> Call | None:
         """A call that draws random numbers of a dropout, or what may be one."""
         called, method = self.value(node.func), getattr(node.func, "attr", "")
         python = _of_python(called)
         name = python or next((name for draw, name in DRAWS.items() if draw is called), "")
         if called is UNKNOWN and method in BY_HAND:
             name = f"Tensor.{method}"
+        if not name:
+            return None
         single = bool(python) or (name == DRAWS[torch.rand] and self._shape(node) in SINGLE)
-        purpose = purpose_of(file, line, self.function.__name__, single)
-        if not name or (python and not purpose):
+        purpose = purpose_of(at[1], at[2], self.function.__name__, single)
+        if python and not purpose:
             return None
         kind: Kind = "layer" if purpose == "layerdrop" else "random"
         note = ELSEWHERE if python else "" if purpose else HAND_WRITTEN
         rate = self._rate(node) if purpose else None
-        return Call(name, function, file, line, last_line, rate, note, kind)
+        return Call(name, *at, rate, note, kind)
 
     def _shape(self, node: ast.Call) -> Any:
         """The shape of what ``torch.rand`` draws, if it is plain."""
         keywords = {each.arg: each.value for each in node.keywords}
         sizes = [self.value(each) for each in (*node.args, *filter(None, [keywords.get("size")]))]
-        return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple) else tuple(sizes)
+        return tuple(sizes[0] if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes)
 
     def _rate(self, node: ast.Call) -> float | None:
         """The probability with which random numbers are compared, if it is plain."""
@@ -416,26 +397,54 @@ class Names:
 
 
 def call_method(called: Any) -> Any:
-    """What calling an object runs: the bound method of one whose class is written in Python."""
+    """The bound ``__call__`` of an object whose class is written in Python; other objects as they are."""
     is_object = not isinstance(called, FunctionType | MethodType | partial | type) and callable(called)
     method = inspect.getattr_static(type(called), "__call__", None) if is_object else None
     return MethodType(method, called) if isinstance(method, FunctionType) else called
+
+
+def _target(called: Any) -> Any:
+    with suppress(TypeError):  # a tuple that holds a dictionary has no hash
+        return TARGETS.get(called)
+    return None
+
+
+def _is_no_star(argument: ast.expr) -> bool:
+    return not isinstance(argument, ast.Starred)
+
+
+def _mapping(holder: Any) -> Mapping[Any, Any]:
+    """``holder``; LookupError if it is no mapping: the ``get`` of a queue takes what it returns."""
+    if not isinstance(holder, Mapping):
+        raise LookupError(holder)
+    return holder
 
 
 def _is_lookup(call: ast.Call) -> bool:
     return getattr(call.func, "attr", "") in ("get", "get_interface")
 
 
-def _no_tensor(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        raise LookupError(value)
-    return value
+class _Computation:
+    """Replaces the operands of operators, f-strings and displays by names, and computes with their values."""
 
+    def __init__(self, value: Callable[[ast.expr], Any]) -> None:
+        self.value = value
+        self.values: dict[str, Any] = {}
 
-def _plain(value: Any) -> Any:
-    if not isinstance(value, int | float | str | tuple | dict):
-        raise LookupError(value)
-    return value
+    def result(self, node: ast.expr) -> Any:
+        tree = ast.fix_missing_locations(ast.Expression(self._named(node)))
+        return eval(compile(tree, "<plain>", "eval"), {}, self.values)
+
+    def _named(self, part: Any) -> Any:
+        if isinstance(part, list):
+            return [self._named(each) for each in part]
+        if not isinstance(part, ast.AST):
+            return part
+        if not isinstance(part, ast.expr) or isinstance(part, COMPUTED | ast.Constant):
+            return type(part)(**{name: self._named(field) for name, field in ast.iter_fields(part)})
+        name = f"value{len(self.values)}"
+        self.values[name] = self.value(part)
+        return ast.Name(name, ast.Load())
 
 
 def _known(value: Any) -> Any:
@@ -446,8 +455,10 @@ def _known(value: Any) -> Any:
 
 def _elements(container: Any) -> list[Any]:
     if isinstance(container, Mapping):
-        return list(container.values())
-    return list(container) if isinstance(container, list | tuple | set) else []
+        return [*remember_all(container).values()]
+    if isinstance(container, list):
+        return [remember(value, container, i) for i, value in enumerate(container)]
+    return list(container) if isinstance(container, tuple | set) else []
 
 
 def _defaults(function: FunctionType) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _lambda(code: CodeType, file: str) -> Source | None:
 
 
 class Outline:
-    """What the tree of a function says without values.
+    """The parts of a function's tree that need no values.
 
     Attributes:
         guarded: for each node, whether the code has asked for training before it comes there.
@@ -77,6 +77,11 @@ class Outline:
                 ):
                     self.assigned.setdefault(name, []).append(value)
                     plainly.add(target)
+                case ast.Assign([ast.Tuple(targets)], ast.Tuple(values)) if len(targets) == len(values):
+                    for part, value in zip(targets, values, strict=True):
+                        if isinstance(part, ast.Name):
+                            self.assigned.setdefault(part.id, []).append(value)
+                            plainly.add(part)
                 case ast.For(ast.Name(name), iterable) | ast.comprehension(ast.Name(name), iterable):
                     self.elements[name] = iterable
         for node in nodes:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
+from thinned import functional
+
 __all__ = [
     "ELSEWHERE",
     "HAND_WRITTEN",
+    "OURS",
     "READS",
     "TARGETS",
     "Argument",
@@ -24,13 +28,15 @@ __all__ = [
     "look_up",
     "recurrent",
     "remember",
+    "remember_all",
 ]
 
-Read = tuple[Any, Any]  # an object and the name of its attribute, or a dictionary and a key
+Read = tuple[Any, Any]  # an object and the name of its attribute, a dictionary and a key, a list and an index
 READS: ContextVar[list[Read]] = ContextVar("READS")  # all that a reading looks up
 
 Kind = Literal["module", "argument", "call", "random", "layer"]
 HAND_WRITTEN = "perhaps a dropout written by hand"
+OURS = "thinned.functional."
 ELSEWHERE = "drawn from Python's generator, beyond thinned"
 
 
@@ -84,6 +90,11 @@ def remember(value: Any, owner: Any, name: Any) -> Any:
     return number
 
 
+def remember_all(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The items of a dictionary of arguments, as :func:`remember`."""
+    return {name: remember(value, values, name) for name, value in values.items()}
+
+
 def as_float(value: Any) -> float | None:
     """A number as a float that knows where it was read, if ``value`` does; None if it is no number."""
     if isinstance(value, float) or not isinstance(value, int):
@@ -93,7 +104,9 @@ def as_float(value: Any) -> float | None:
 
 
 def look_up(owner: Any, name: Any) -> Any:
-    """The attribute of an object, or the item of a dictionary; None if there is none."""
+    """The attribute of an object, or the item of a dictionary or list; None if there is none."""
+    if isinstance(owner, list):
+        return owner[name] if isinstance(name, int) and -len(owner) <= name < len(owner) else None
     return owner.get(name) if isinstance(owner, dict) else getattr(owner, str(name), None)
 
 
@@ -112,16 +125,17 @@ class Argument:
 
 @dataclass(frozen=True)
 class Target:
-    """A function that drops; ``training`` is None if it drops whenever it is called."""
+    """A function that drops; ``training`` is None if it always drops, ``p`` if it learns its probability."""
 
     name: str
-    p: Argument
+    p: Argument | None
     training: Argument | None
 
-    def rate(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-        """The probability with which a call drops; 0 if it does not."""
-        on = self.training is None or self.training.of(args, kwargs)
-        return float(self.p.of(args, kwargs) or 0.0) if on else 0.0
+    def rate(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
+        """The probability with which a call drops; 0 if it does not, None if it learns it."""
+        if self.training is not None and not self.training.of(args, kwargs):
+            return 0.0
+        return None if self.p is None else float(self.p.of(args, kwargs) or 0.0)
 
 
 TARGETS: dict[Any, Target] = {
@@ -137,8 +151,27 @@ for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
     TARGETS[getattr(F, _name)] = Target(f"F.{_name}", Argument("p", 1, 0.5), Argument("training", 2, _on))
 _names = ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
 for _name in (*_names, *(f"{_name}_" for _name in _names), "native_dropout"):
-    _train = Argument("train", 2, False)
-    TARGETS[getattr(torch, _name)] = Target(f"torch.{_name}", Argument("p", 1, 0.0), _train)
+    _target = Target(f"torch.{_name}", Argument("p", 1, 0.0), Argument("train", 2, False))
+    TARGETS[getattr(torch, _name)] = _target
+    if (_packet := getattr(torch.ops.aten, _name, None)) is not None:
+        TARGETS[_packet] = TARGETS[_packet.default] = _target
+
+
+def _target_of(function: Any, name: str) -> Target | None:
+    """The target of a function of thinned; None for one that does not depend on the training mode."""
+    arguments = {
+        each.name: Argument(each.name, place, each.default)
+        for place, each in enumerate(signature(function).parameters.values())
+    }
+    if "training" not in arguments:
+        return None
+    return Target(name, arguments.get("p") or arguments.get("drop_prob"), arguments["training"])
+
+
+for _name in functional.__all__:
+    _function = getattr(functional, _name)
+    if (_ours := _target_of(_function, f"{OURS}{_name}")) is not None:
+        TARGETS[_function] = _ours
 
 
 def recurrent(function: Any, args: Sequence[Any]) -> tuple[str, float] | None:

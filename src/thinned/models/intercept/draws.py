@@ -79,7 +79,7 @@ def _new(
 ) -> Tensor | None:
     dtype, device, requires_grad = (options.pop(name, None) for name in ("dtype", "device", "requires_grad"))
     dtype = dtype or torch.get_default_dtype()
-    # Such as a generator, which torch's own function then has to draw from.
+    # Other options, such as a generator, are for torch's own function.
     if any(options.values()) or dtype not in _BITS or not _is_for_dropout(shape):
         return None
     like = torch.empty((), dtype=dtype, device=device).expand(shape)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.overrides
 
-from thinned.torch_state import modes_of_thread, pop_mode, push_mode
+from thinned.torch_state import modes_of_thread, pop_mode, push_mode, script_as
 
 __all__ = ["FastPath", "is_innermost", "remove_mode"]
 
@@ -28,13 +28,15 @@ class FastPath:
         self._lock = threading.Lock()
         self._installed = 0
         self._original: Any = None
+        self._check = self._has_torch_function  # one object, which TorchScript knows by its identity
+        script_as(self._check, "aten::has_torch_function")
 
     def install(self) -> None:
         """Replace torch's check, unless that has been done."""
         with self._lock:
             if not self._installed:
                 self._original = overrides.has_torch_function
-                overrides.has_torch_function = self._has_torch_function
+                overrides.has_torch_function = self._check
             self._installed += 1
 
     def remove(self) -> None:
