@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from torch import SymInt
+
 __all__ = ["Geometry", "dims_of", "shared", "shared_cached", "span", "split_rows"]
 
 
@@ -36,7 +38,8 @@ def dims_of(shape: Sequence[Any], broadcast_dims: Sequence[int]) -> set[int]:
     """``broadcast_dims`` counted from the front; IndexError for a dimension that ``shape`` does not have."""
     ndim = len(shape)
     for dim in broadcast_dims:
-        if not hasattr(dim, "__index__"):
+        # Dynamo cannot ask a symbolic size for an attribute.
+        if not (isinstance(dim, int | SymInt) or hasattr(dim, "__index__")):
             raise TypeError(f"broadcast_dims must be integers, got {tuple(broadcast_dims)}")
         if not -ndim <= dim < ndim:
             accepted = f"in {-ndim} .. {ndim - 1}" if ndim else "absent for a 0-d tensor"
