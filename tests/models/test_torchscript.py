@@ -17,6 +17,7 @@ import thinned
 from process import output, python
 from thinned import functional as F
 from thinned.compare.implementation import first
+from thinned.compare.layers import ENTRIES, Entry
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -50,6 +51,16 @@ def saved(scripted: Any) -> Any:
 
 # Some checks of shapes warn in a trace, as those of torch.nn.LSTM do.
 checks_shapes = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "entry", [entry for entry in ENTRIES if entry.name != "DropoutSchedule"], ids=lambda entry: entry.name
+)
+def test_a_trace_of_evaluation_has_no_node_of_ours(entry: Entry) -> None:
+    layer = entry.own.make(**entry.example.arguments).eval()
+    traced = TOOLS["trace"](layer, entry.example.inputs(torch.float32))
+    assert "thinned::" not in str(traced.inlined_graph)
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -156,13 +156,11 @@ class Scriptable(SeenByTracer):
         return self
 
     def _traced_forward(self) -> Callable[..., Any] | None:
-        """The function that :func:`torch.jit.trace` records; None for ``forward`` itself."""
-        kind = _definer(type(self))
-        if kind is None or active.key_source is not None or getattr(self, "return_indices", False):
+        """The function that :func:`torch.jit.trace` records; None for ``forward``, as in evaluation."""
+        if not self.training or active.key_source is not None or getattr(self, "return_indices", False):
             return None
-        forward = _forward_of(kind, self)
-        # In evaluation the trace has no node of ours. The eager code would warn of its checks of shapes.
-        return forward if self.training or kind not in _NOT_IDENTICAL else None
+        kind = _definer(type(self))
+        return None if kind is None else _forward_of(kind, self)
 
 
 def _definer(kind: type) -> type | None:
@@ -172,7 +170,6 @@ def _definer(kind: type) -> type | None:
     return ours if definer.__module__ == ours.__module__ else None
 
 
-_NOT_IDENTICAL: set[type] = set()  # the layers that do something in evaluation
 _forwards: dict[type, Callable[..., Any] | None] = {}
 
 
@@ -196,10 +193,8 @@ def _call_of_function(kind: type, module: nn.Module) -> Callable[..., Any] | Non
     values = [f"float(self.{p.name})" if p.annotation == "float" else f"self.{p.name}" for p in stored]
     constants = {p.name for p in stored if p.name != "training" and not p.annotation.startswith("Tensor")}
     kind.__constants__ = tuple({*getattr(kind, "__constants__", ()), *constants})  # type: ignore[attr-defined]
-    identity = ["    if not self.training:", f"        return {inputs[0]}"]
-    if len(inputs) > 1:
-        _NOT_IDENTICAL.add(kind)
-        identity = []
+    # A layer of several inputs, such as Zoneout, combines them in evaluation too.
+    identity = ["    if not self.training:", f"        return {inputs[0]}"] if len(inputs) == 1 else []
     return _compiled(
         f"def forward(self, {', '.join(f'{name}: Tensor' for name in inputs)}) -> Tensor:",
         *identity,  # so that a frozen module in evaluation has no node of ours

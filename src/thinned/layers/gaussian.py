@@ -278,7 +278,8 @@ class VariationalDropout(Scriptable):
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
             return node
-        return variational_dropout(input, self._bounded(), training=self.training, key=key)
+        log_alpha = self._bounded() if self.training else self.log_alpha
+        return variational_dropout(input, log_alpha, training=self.training, key=key)
 
     def kl(self, approximation: Literal["polynomial", "sigmoid"] = "polynomial") -> Tensor:
         """:func:`thinned.functional.variational_kl` of one variable for each ``alpha``.
