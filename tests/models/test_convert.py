@@ -1006,3 +1006,12 @@ def test_the_table() -> None:
     assert lines[3][:4] == ["2", f"{zoo.OwnForward.__module__}.OwnForward", "0.1", "left:"]
     assert conversion[0] is conversion[:1][0]
     assert str(convert(nn.Linear(2, 2))) == "0 dropout modules became thinned's"
+
+
+def test_p_leaves_the_number_that_a_learned_probability_begins_with() -> None:
+    """``reset_parameters`` could not restore 0."""
+    layers = nn.Sequential(thinned.ConcreteDropout(0.2), thinned.VariationalDropout(0.3))
+    conversion = thinned.convert(layers, p=0)
+    assert not conversion.settings
+    assert [layer.initial_p for layer in layers] == [0.2, 0.3]
+    assert [site.path for site in conversion.unreached] == ["0", "1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ __all__ = [
     "check_key",
     "check_p",
     "check_parameter",
+    "check_tensor",
     "drops",
     "key_for",
     "number",
@@ -124,8 +126,7 @@ def drops(
     """
     active = training and p != 0
     if getattr(input, "dtype", None) not in DTYPES:
-        if not isinstance(input, Tensor):
-            raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
+        check_tensor(name, "input", input)
         if active:
             raise RuntimeError(
                 f"{name} needs a floating-point or complex tensor, got {input.dtype} of shape "
@@ -138,6 +139,12 @@ def drops(
     return active
 
 
+def check_tensor(function: str, name: str, value: Any) -> None:
+    """Raise torch's TypeError for the argument ``name`` if it is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}(): argument {name!r} must be Tensor, not {type(value).__name__}")
+
+
 def refuse_nested(name: str, input: Tensor) -> None:
     """Raise NotImplementedError for a nested tensor."""
     if input.is_nested:
@@ -146,8 +153,7 @@ def refuse_nested(name: str, input: Tensor) -> None:
 
 def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) -> Tensor:
     """The learned parameter in a shape that broadcasts to ``input``'s; raise if it has no such shape."""
-    if not isinstance(parameter, Tensor):
-        raise TypeError(f"{function}(): argument {name!r} must be Tensor, not {type(parameter).__name__}")
+    check_tensor(function, name, parameter)
     if not parameter.is_floating_point():
         raise RuntimeError(f"{name} has to be a floating-point tensor, got {parameter.dtype}")
     if parameter.dim() == 1 and parameter.shape[0] == 1:

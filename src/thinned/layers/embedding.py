@@ -9,7 +9,7 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function_variadic
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_key, drops, key_for, threshold_and_scale
+from thinned.layers._arguments import check_key, check_tensor, drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers.dropout import keep_mask
@@ -98,8 +98,7 @@ def embedding_dropout(
         y = torch.view_as_complex(torch.view_as_real(y) * scale) if y.is_complex() else y * scale
         return torch.where(keep.unsqueeze(-1), y, 0)
 
-    if not isinstance(input, Tensor):
-        raise TypeError(f"embedding_dropout(): argument 'input' must be Tensor, not {type(input).__name__}")
+    check_tensor("embedding_dropout", "input", input)
     if not active:
         return look_up(input)
     if input.is_nested:

@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function_unary
 from thinned import op
 from thinned.geometry import shared
 from thinned.keys import Key
-from thinned.layers._arguments import check_key, key_for, threshold_and_scale
+from thinned.layers._arguments import check_key, check_tensor, key_for, threshold_and_scale
 from thinned.layers._overrides import overridden
 from thinned.torch_state import compiling
 
@@ -180,8 +180,7 @@ def _num_nodes(edge_index: Tensor, num_nodes: int | None) -> int:
 
 
 def _check(name: str, edge_index: Tensor, key: Key | None, active: bool) -> None:
-    if not isinstance(edge_index, Tensor):
-        raise TypeError(f"{name}(): argument 'edge_index' must be Tensor, not {type(edge_index).__name__}")
+    check_tensor(name, "edge_index", edge_index)
     if active and (
         edge_index.dim() != 2
         or edge_index.shape[0] != 2

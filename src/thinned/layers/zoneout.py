@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function_variadic
 
 from thinned.keys import Key
-from thinned.layers._arguments import drops, key_for, threshold_and_scale
+from thinned.layers._arguments import check_tensor, drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers.dropout import keep_mask
@@ -60,8 +60,7 @@ def zoneout(
         return overridden(zoneout, locals())
     T, _ = threshold_and_scale(p)
     active = drops("zoneout", input, p, True, key)
-    if not isinstance(previous, Tensor):
-        raise TypeError(f"zoneout(): argument 'previous' must be Tensor, not {type(previous).__name__}")
+    check_tensor("zoneout", "previous", previous)
     if not active:
         return input
     if not alike(previous, input) or previous.dtype != input.dtype:
