@@ -7,17 +7,20 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from thinned.torch_state import children_of
+from thinned.torch_state import WRAPPERS, children_of
 
 __all__ = [
+    "PARALLEL_WRAPPERS",
     "Choice",
     "chooser",
     "is_ours",
     "modules_with_paths",
     "other_references",
     "qualified_name",
+    "wrapped_in",
 ]
 
+PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
@@ -100,3 +103,17 @@ def _matcher(name: str, choice: Choice) -> Callable[[str, nn.Module], bool]:
             f"a module, got {choice!r}"
         )
     return lambda path, _: any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def wrapped_in(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper of torch.compile, FSDP, DDP, DataParallel or checkpointing; else None.
+
+    >>> import torch
+    >>> linear = torch.nn.Linear(2, 2)
+    >>> wrapped_in(torch.compile(linear)) is linear, wrapped_in(linear)
+    (True, None)
+    """
+    children = children_of(module)
+    if type(module) in PARALLEL_WRAPPERS:
+        return children["module"]
+    return next((children[name] for name in WRAPPERS if name in children), None)
