@@ -29,7 +29,9 @@ def test_import_brings_no_other_package_and_not_the_compiler() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [thinned, thinned.functional, thinned.schedules, thinned.spec, thinned.backends], ids=str
+    "module",
+    [thinned, thinned.functional, thinned.schedules, thinned.spec, thinned.backends],
+    ids=lambda module: module.__name__,
 )
 def test_dir_is_what_is_public(module: ModuleType) -> None:
     assert set(dir(module)) - {"__version__"} == set(module.__all__)

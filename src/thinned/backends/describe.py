@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeAlias
@@ -19,13 +20,13 @@ Value: TypeAlias = str | int | list[str] | None
 NEWEST_TESTED = "2.15"  # the newest PyTorch on which the tests pass; docs/versions.md has their counts
 
 
-def describe() -> dict[str, dict[str, Value]]:
+def describe() -> dict[str, Mapping[str, Value]]:
     """Sections of names and values, for a person to read and to paste into a report, or for JSON.
 
     >>> describe()["serves"]["cpu"] in backends.available()
     True
     """
-    sections: dict[str, dict[str, Value]] = {
+    sections: dict[str, Mapping[str, Value]] = {
         "versions": {"thinned": _version("thinned"), "torch": _torch(), "numpy": _version("numpy")}
         | {"python": platform.python_version()},
         "machine": {
