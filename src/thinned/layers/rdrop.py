@@ -122,7 +122,13 @@ def _check(alpha: float, reduction: str) -> None:
 
 
 class RDrop(Scriptable):
-    """:func:`thinned.functional.r_drop_loss` as a module, for the logits of two passes under dropout.
+    """A loss that makes two passes under dropout agree.
+
+    Use this loss to train or fine-tune a classifier or a translator that has dropouts, if a step may cost two
+    passes. The paper's ``alpha`` is 5 for translation and 0.1 to 1 for fine-tuning. If the only dropout is
+    before the head, :class:`MultiSampleDropout` costs less.
+
+    :func:`thinned.functional.r_drop_loss` has the formula.
 
     Two calls of a model have two masks, so a training step computes ``loss = r_drop(model(x), model(x),
     target)``. One pass over a doubled batch does the same: ``r_drop(*model(torch.cat([x, x])).chunk(2),
