@@ -123,7 +123,8 @@ def test_which_modules_take_part() -> None:
             "stack": thinned.LayerDrop([nn.Dropout(0.1)], 0.2),
             "own": named("MyDropConnect", 0.3),
             "vision": named("StochasticDepth", 0.25),
-            "pooling": named("Pooling", 2.0),
+            "pooling": named("Pooling", 0.9),
+            "distance": nn.PairwiseDistance(2.0),
             "linear": nn.Linear(2, 2),
             "attention": nn.MultiheadAttention(4, 2, dropout=0.1),
             "lstm": nn.LSTM(2, 2, 2, dropout=0.6),
@@ -138,8 +139,8 @@ def test_which_modules_take_part() -> None:
     chosen = DropoutSchedule(network, lambda _: 0.5, include=lambda path, _: path.startswith("torch"))
     assert chosen.last_p == dict.fromkeys(of_torch, 0.25)
     assert network["path"].p == 0.2
-    pooling = DropoutSchedule(network, lambda _: 0.1, include=lambda path, _: path in ("pooling", "lstm"))
-    assert pooling.last_p == pytest.approx({"pooling": 0.2, "lstm.dropout": 0.06})
+    pooling = DropoutSchedule(network, lambda _: 0.1, include=["pooling", "lstm", "distance"])
+    assert pooling.last_p == pytest.approx({"pooling": 0.09, "lstm.dropout": 0.06})
     assert network["lstm"].dropout == pytest.approx(0.06)
     everywhere = DropoutSchedule(network, lambda _: 1.0, attributes=("dropout",)).last_p
     assert everywhere == pytest.approx({"attention": 0.1, "lstm": 0.06, "ours": 0.0})
@@ -262,7 +263,7 @@ def swapped_by_convert(network: Any) -> None:
 
 
 def reverted(network: Any) -> None:
-    thinned.revert(thinned.convert(network) and network)
+    thinned.revert(thinned.convert(network))
 
 
 def wrapped(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Any], None]:
@@ -518,10 +519,15 @@ def test_copied_or_pickled_with_the_model(how: Callable[[Any], Any]) -> None:
 
 
 def test_include_takes_the_choices_of_convert() -> None:
-    for include in ("2.*", ["2.0", "2.1"], lambda path, _: path.startswith("2.")):
-        assert set(DropoutSchedule(model(), lambda _: 1.0, include=include).last_p) == {"2.0", "2.1"}
+    kinds = nn.Dropout2d, thinned.DropPath
+    for include in ("2.*", "2", ["2.0", "2.1"], nn.Sequential, kinds, lambda path, _: path.startswith("2.")):
+        network = nn.ModuleList(model())
+        assert set(DropoutSchedule(network, lambda _: 1.0, include=include).last_p) == {"2.0", "2.1"}
     with pytest.raises(TypeError, match="include must be"):
         DropoutSchedule(model(), lambda _: 1.0, include=3)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="include='dropout' matches no module") as caught:
+        DropoutSchedule(model(), lambda _: 1.0, include=["dropout", "2.*"])
+    assert caught[0].filename == __file__
 
 
 def test_state_of_another_model() -> None:

@@ -14,12 +14,16 @@ from typing import Any, Literal
 from torch import nn
 
 from thinned.models.sites import Place, Rate, RatesByPath, is_dropout, is_number, own_attribute, rates_of
-from thinned.models.walk import Choice, chooser, modules_with_paths
+from thinned.models.walk import Choice, check_model, chooser, modules_with_paths, wrapped_in
 from thinned.torch_state import WRAPPERS
 
 __all__ = ["DropoutSchedule", "Schedule", "cosine", "curriculum", "early", "late", "linear", "v_shape"]
 
 Schedule = Callable[[int], float]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class DropoutSchedule:
@@ -48,9 +52,9 @@ class DropoutSchedule:
     Args:
         model: the model with the dropouts. A module under two paths counts once.
         schedule: a function from the step to the factor.
-        include: schedule these modules only: a path's pattern (:mod:`fnmatch`), several, or a function of
-            path and module. A module that it chooses needs no known number: one that is called "p" or
-            "drop_prob" will do. Default: every module that drops.
+        include: schedule these modules only: a choice as that of :func:`thinned.convert`. A module that it
+            chooses needs no known number: one from 0 to 1 that is called "p" or "drop_prob" will do.
+            Default: every module that drops.
         attributes: schedule these attributes only: the first that a module has as a number. A key of
             ``last_p`` is then the path alone.
 
@@ -80,15 +84,16 @@ class DropoutSchedule:
         include: Choice | None = None,
         attributes: Sequence[str] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+        check_model("DropoutSchedule", model)
         if not callable(schedule):
             raise TypeError(
                 "schedule must be a function of the step, such as thinned.schedules.linear(1.0, 0.0, "
                 f"steps=1000), got {schedule!r} of type {type(schedule).__name__}"
             )
+        while (inner := wrapped_in(model)) is not None:
+            model = inner
         self.schedule = schedule
-        chosen = chooser(include, None)
+        chosen = chooser(model, include, None)
         names = ("p", "drop_prob") if attributes is None else tuple(attributes)
         rates = [rate for rate in rates_of(model) if rate.value or not rate.stays_off]
         scheduled: list[tuple[Rate, tuple[str | None, ...]]] = []
@@ -97,13 +102,17 @@ class DropoutSchedule:
                 if chosen(rate.paths, rate.module):
                     scheduled.append((rate, (None, rate.name) if rate.of_module else (rate.name,)))
             taken = {id(rate.owner) for rate in rates}
-            candidates = {id(module) for module in model.modules()} - taken if include else set()
+            candidates = set() if include is None else {id(module) for module in model.modules()} - taken
         else:
             candidates = {id(rate.owner) for rate in rates if rate.name in names}
-            candidates |= {id(module) for module in model.modules() if include or is_dropout(module)}
+            candidates |= {
+                id(module) for module in model.modules() if include is not None or is_dropout(module)
+            }
         for module, paths in modules_with_paths(model):
             name = next((name for name in names if is_number(getattr(module, name, None))), None)
-            if name is not None and id(module) in candidates and chosen(paths, module):
+            if name is None or (attributes is None and not 0 <= getattr(module, name) <= 1):
+                continue  # such as the p of nn.PairwiseDistance
+            if id(module) in candidates and chosen(paths, module):
                 places = tuple(Place(path) for path in paths)
                 rate = Rate(module, paths, module, name, paths[0], places=places)
                 scheduled.append((rate, (*names, None) if own_attribute(module) == name else names))

@@ -13,6 +13,7 @@ from torch.fx import Proxy
 
 from thinned.key_source import active
 from thinned.keys import Key
+from thinned.layers._named import Named
 from thinned.layers._overrides import module_node
 from thinned.models.address import address
 from thinned.models.address.hooks import hooks_of
@@ -25,7 +26,7 @@ __all__ = ["Keyed"]
 _PACKAGES = str(Path(torch.__file__).parent), str(Path(__file__).parents[2])
 
 
-class Keyed(nn.Module):
+class Keyed(Named):
     r"""A module that calls another with masks that are a function of a further input, the key.
 
     .. math:: \text{mask key} = \text{Key}(key).\text{fold}(0).\text{fold}(site)
