@@ -99,7 +99,7 @@ class Keyed(Named):
 def _key(key: Any) -> Key:
     if isinstance(key, Key):
         return key
-    if isinstance(key, Proxy) or (isinstance(key, Tensor) and key.dtype == torch.int64):
+    if isinstance(key, Proxy) or getattr(key, "dtype", None) == torch.int64:
         return Key.from_bits(key)
     got = f"{key.dtype}" if isinstance(key, Tensor) else f"{key!r} of type {type(key).__name__}"
     hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
