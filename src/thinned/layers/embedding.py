@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_variadic
 
+from thinned.checks import check_integer
 from thinned.keys import Key
 from thinned.layers._arguments import check_key, check_tensor, drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
@@ -78,11 +79,13 @@ def embedding_dropout(
     if has_torch_function_variadic(input, weight) and not compiling():
         return overridden(embedding_dropout, locals())
     _, scale = threshold_and_scale(p)
-    active = drops("embedding_dropout", weight, p, training, None)
+    active = drops("embedding_dropout", weight, p, training, None, argument="weight")
     if active and weight.dim() != 2:
         raise RuntimeError(
             f"embedding_dropout needs a weight of shape (words, size), got shape {tuple(weight.shape)}"
         )
+    if padding_idx is not None:
+        check_integer("padding_idx", padding_idx)
     if key is not None:
         check_key(key, shape_of(input))
 

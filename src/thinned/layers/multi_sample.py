@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
+from thinned.checks import check_integer
 from thinned.keys import Key
 from thinned.layers._arguments import apply, drops, key_for, refuse_nested, threshold_and_scale
 from thinned.layers._module import Layer
@@ -141,5 +142,4 @@ class MultiSampleDropout(Layer):
 
 
 def _check_samples(samples: int) -> None:
-    if samples < 1:
-        raise ValueError(f"samples has to be at least 1, but got {samples}")
+    check_integer("samples", samples, least=1)

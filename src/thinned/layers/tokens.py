@@ -156,7 +156,7 @@ class PatchDropout(Layer):
     ) -> None:
         if prob is not None and p != 0.5:
             raise TypeError(f"PatchDropout() got p={p} and prob={prob}, two names for one argument")
-        super().__init__(p if prob is None else prob)
+        super().__init__(*(p, "p") if prob is None else (prob, "prob"))
         _check_prefix(num_prefix_tokens)
         self.num_prefix_tokens = num_prefix_tokens
         self.ordered = ordered
