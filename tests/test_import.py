@@ -1,9 +1,13 @@
-"""Imports that `import thinned` adds to those of torch."""
+"""Imports that `import thinned` adds to those of torch, and the names that tab completion finds."""
 
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
+import pytest
+
+import thinned
 from process import output
 
 ADDED = """
@@ -38,3 +42,17 @@ PATCHED = """
 def test_import_patches_nothing_of_torch() -> None:
     """But the set of types that torch.load takes, to which it adds a key."""
     assert [name for name in output(PATCHED).split() if "safe_globals" not in name] == []
+
+
+@pytest.mark.parametrize(
+    "module",
+    [thinned, thinned.functional, thinned.schedules, thinned.spec, thinned.backends],
+    ids=lambda module: module.__name__,
+)
+def test_dir_is_what_is_public(module: ModuleType) -> None:
+    assert set(dir(module)) - {"__version__"} == set(module.__all__)
+    assert all(hasattr(module, name) for name in dir(module))
+
+
+def test_dir_finds_the_public_modules() -> None:
+    assert {"functional", "schedules", "backends", "spec", "Dropout", "__version__"} <= set(dir(thinned))

@@ -934,7 +934,7 @@ def test_a_subclass_with_nothing_but_a_constructor_and_a_representation_is_swapp
     model = convert(nn.Sequential(old))
     assert type(model[0]) is thinned.Dropout
     assert data.items() <= vars(model[0]).items()
-    assert repr(model[0]) == "Dropout(printed)"
+    assert repr(model[0]) == "thinned.Dropout(printed)"
     model[0].p = 0.1
     assert revert(model)[0] is old
     assert vars(old).items() >= (data | {"p": 0.1}).items()

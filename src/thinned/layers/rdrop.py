@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
+from thinned.layers._arguments import autocasts
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers._torchscript import Scriptable
 from thinned.nested import refuse
@@ -110,7 +111,7 @@ def r_drop_loss(
         loss = entropy + alpha * divergence
         loss = loss.sum() if reduction == "sum" else loss
     # Under autocast torch's own losses are float32.
-    return loss if torch.is_autocast_enabled(logits1.device.type) else loss.to(dtype)
+    return loss if autocasts(logits1.device.type) else loss.to(dtype)
 
 
 def _check(alpha: float, reduction: str) -> None:

@@ -86,7 +86,7 @@ def convert(
     >>> thinned.convert(model)
     Sequential(
       (0): Linear(in_features=4, out_features=4, bias=True)
-      (1): Dropout(p=0.1, inplace=False)
+      (1): thinned.Dropout(p=0.1, inplace=False)
     )
     >>> type(model[1])
     <class 'thinned.layers.dropout.Dropout'>

@@ -78,7 +78,7 @@ def register(kind: type[nn.Module] | str, build: Build, *, unit: Callable[[Any],
     ...         return x * torch.rand_like(x).gt(self.rate) if self.training else x
     >>> thinned.register(Noise, lambda old: thinned.Dropout(old.rate))
     >>> thinned.convert(torch.nn.Sequential(torch.nn.Linear(2, 2), Noise(0.2)))[1]
-    Dropout(p=0.2, inplace=False)
+    thinned.Dropout(p=0.2, inplace=False)
     """
     _add(kind, Rule(build, unit))
 
