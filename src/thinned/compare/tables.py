@@ -10,6 +10,7 @@ from thinned.compare import timing, training
 from thinned.compare.laws import Finding, Verdict
 from thinned.compare.layers import ENTRIES, Entry
 from thinned.compare.report import Report, Sample
+from thinned.compare.textbook import TUTORIAL
 from thinned.compare.timing import MULTIPLY, Timing
 from thinned.compare.training import Run
 
@@ -55,7 +56,9 @@ def tutorial(report: Report) -> Table:
         ]
 
     rows = [Row("mean", cells("mean")), Row("standard deviation", cells("deviation"))]
-    return Table("The tutorial's comparison: torch.ones(1000, 100), p = 0.5", report.names, {"": rows})
+    source = f"{TUTORIAL.author.split()[-1]} {TUTORIAL.year}"
+    title = f"The tutorial's comparison ({source}): torch.ones(1000, 100), p = 0.5"
+    return Table(title, report.names, {"": rows})
 
 
 def laws(report: Report) -> Table:
@@ -108,7 +111,7 @@ def _bytes(saved: float | None) -> str:
 
 
 def training_runs(report: Report) -> Table:
-    columns = ["test error", "training loss", "ms a step", "dropout adds"]
+    columns = ["training error", "test error", "ms a step", "dropout adds"]
     title = (
         f"Training on {training.TRAINING_DIGITS:,} MNIST digits for {training.EPOCHS} epochs, "
         f"tested on {training.TEST_DIGITS:,} others"
@@ -121,8 +124,7 @@ def _run(run: Run) -> Iterable[Cell]:
         yield Cell(MARKS[Verdict.CRASHED] + run.failure, Verdict.CRASHED)
         yield from [Cell(NOTHING)] * 3
         return
-    yield Cell(f"{run.test_error:.2%}")
-    yield Cell(f"{run.training_loss[-1]:.4f}")
+    yield from (Cell(f"{list(errors.values())[-1]:.2%}") for errors in (run.training_error, run.test_error))
     yield Cell(f"{run.step_ms:.2f}")
     yield Cell(NOTHING if run.name == training.WITHOUT else f"{run.added_percent:+.1f}%")
 
