@@ -2,7 +2,8 @@
 
 The files, each of which imports only those above it:
 
-    errors, settings    an exception in a few words; the choices of a user
+    errors, figures     an exception in a few words; numbers as a person reads them
+    settings            the choices of a user
     implementation      an implementation, and what a layer's entry says of inputs, arguments and mask
     loading             names on the command line -> implementations, models
     timing, memory, training    nanoseconds an element, bytes kept for backward, a network on real digits
