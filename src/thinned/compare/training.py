@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from thinned.compare.errors import one_line
 from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
+from thinned.compare.timing import middle_half
 
 __all__ = ["EPOCHS", "WITHOUT", "Run", "train_all"]
 
@@ -43,7 +44,9 @@ class Run:
         training_loss: for each epoch, the mean cross-entropy of its steps, with dropout.
         training_error: after some epochs, the share of the training digits that evaluation gets wrong.
         test_error: after the same epochs, the share of the test digits.
-        step_ms: the median of the steps.
+        added_percent: what dropout adds to a step, the median over steps taken by turns.
+        added_quartiles: the middle half of these.
+        step_ms: the median of the plain network's steps, and what dropout adds to it.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Run:
     test_error: dict[int, float] = field(default_factory=dict)
     step_ms: float | None = None
     added_percent: float | None = None
+    added_quartiles: tuple[float, float] | None = None
     failure: str | None = None
 
 
@@ -119,9 +123,11 @@ class Trainee:
         return float(wrong.double().mean())
 
     def compare_steps(self, plain: Trainee) -> None:
-        self.run.step_ms = median(self.seconds) * 1e3
         ratios = [own / base for own, base in zip(self.seconds, plain.seconds, strict=True)]
+        self.run.step_ms = median(ratios) * median(plain.seconds) * 1e3
         self.run.added_percent = (median(ratios) - 1) * 100
+        low, high = middle_half(ratios)
+        self.run.added_quartiles = (low - 1) * 100, (high - 1) * 100
 
 
 def train_all(
