@@ -37,8 +37,8 @@ def test_networks_learn_and_do_not_disturb_each_other(monkeypatch: pytest.Monkey
     for name in (WITHOUT, "torch", "textbook"):
         run = together[name]
         assert run.training_loss[1] < run.training_loss[0]
-        assert list(run.test_loss) == [2]
-        assert run.test_error is not None
-        assert 0.05 < run.test_error < 0.8
+        assert list(run.training_error) == list(run.test_error) == [1, 2]
+        assert 0 < run.training_error[2] < run.training_error[1]
+        assert 0.05 < run.test_error[2] < 0.8
         assert run.step_ms is not None
     assert together["FailsAfterTenSteps"].failure == "IndexError: enough"
