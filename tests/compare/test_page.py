@@ -107,6 +107,7 @@ def test_page_stands_alone() -> None:
 
 def test_networks_have_the_units_of_the_mask() -> None:
     mask = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[0, :12] = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0]).bool()
     mask[1, :12], mask[2, :12] = True, False
     networks = plots.thinned_networks(mask)
     assert list(networks) == ["evaluation", "example 1", "example 2", "example 3"]
