@@ -166,7 +166,7 @@ def test_terminal(compared: tuple[str, str, str]) -> None:
     for law in DROPOUT:
         assert law.name in printed
     assert "✗ NaN; gradients NaN" in printed
-    assert "ForgetsToScale: breaks 6 of 45 laws, 2 not offered: kept values, mean in float16" in printed
+    assert "ForgetsToScale: breaks 7 of 48 laws, 2 not offered: kept values, mean in float16" in printed
     assert max(len(line) for line in printed.splitlines()) <= 100
 
 
