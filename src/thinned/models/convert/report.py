@@ -16,14 +16,14 @@ from thinned.models.sites import is_dropout, rates_of
 from thinned.models.text import count, format_p, format_paths, merge_paths
 from thinned.models.walk import is_ours, other_references
 
-__all__ = ["report", "report_reverted"]
+__all__ = ["report_converted", "report_reverted"]
 
 LOG = logging.getLogger("thinned")
 Chosen = Callable[[tuple[str, ...], nn.Module], bool]
 NAMED = 6  # places or types in one line
 
 
-def report(
+def report_converted(
     model: nn.Module,
     found: Sequence[tuple[nn.Module, tuple[str, ...]]],
     news: Mapping[int, nn.Module],
@@ -71,7 +71,7 @@ def _report(
 
     modules = dict(model.named_modules(remove_duplicate=False))
     sites = inspect(model)
-    mine = [site for site in sites if chosen(site.paths, modules[site.path])]
+    mine = [site for site in sites if _is_chosen(site, modules[site.path], chosen)]
     left = [site for site in sites.unreached if site in mine and site.p != 0]
     told = [*_stayed(left), *_are_no_modules(left, swapped), *_old_ones(found, news)]
     if p is not None:
@@ -82,9 +82,9 @@ def _report(
         if sites and not mine:
             LOG.warning("%s: include and exclude choose none of its dropouts", caller)
         elif rates_of(model) or sites:
-            LOG.info("%s: it has dropouts that are no modules, with p=0", caller)
+            LOG.info("%s: its dropouts are no modules and have p=0", caller)
         else:
-            LOG.warning("%s: found no dropout", caller)
+            LOG.warning("%s: found no dropout in its modules and their source", caller)
 
 
 def _stayed(left: Sequence[Site]) -> Iterator[str]:
@@ -92,7 +92,12 @@ def _stayed(left: Sequence[Site]) -> Iterator[str]:
     stayed = [site for site in left if site.kind == "module"]
     if stayed:
         names = _counted(f"{site.type} ({site.note.removeprefix('left: ')})" for site in stayed)
-        yield f"{count(len(stayed), 'dropout module')} stayed, thinned.register says how to swap: {names}"
+        intercepted = {site.paths for site in left if site.becomes == INTERCEPT}
+        n = sum(site.paths in intercepted for site in stayed)
+        yield (
+            f"{count(len(stayed), 'dropout module')} stayed: {names}; thinned.register adds a type"
+            + f", thinned.intercept() reaches the calls in {n} of them" * bool(n)
+        )
 
 
 def _are_no_modules(left: Sequence[Site], swapped: int) -> Iterator[str]:
@@ -120,6 +125,13 @@ def _old_ones(
             yield f"{format_paths(paths)} is still the old module in {', '.join(elsewhere[id(module)])}"
 
 
+def _is_chosen(site: Site, module: nn.Module, chosen: Chosen) -> bool:
+    try:
+        return chosen(site.paths, module)
+    except Exception:  # a function that reads module.p, of a module that calls F.dropout
+        return True
+
+
 def _has(site: Site, module: nn.Module, p: float) -> bool:
     """Whether a site drops with ``p`` or not at all, as far as the source says."""
     if isinstance(module, ConcreteDropout | VariationalDropout):
@@ -133,10 +145,7 @@ def _has(site: Site, module: nn.Module, p: float) -> bool:
 
 
 def _with_another_p(sites: Sequence[Site], p: float) -> Iterator[str]:
-    rows = [
-        (format_paths(site.paths), site.type + f", p={format_p(site.p)}" * (site.p is not None))
-        for site in sites
-    ]
+    rows = [(format_paths(site.paths), f"{site.type}, p={format_p(site.p) or 'unknown'}") for site in sites]
     if rows:
         shown = [f"{path} ({what})" for path, what in merge_paths(rows)]
         names = ", ".join(shown[:NAMED]) + f" and {len(shown) - NAMED} more" * (len(shown) > NAMED)
@@ -157,5 +166,5 @@ def _counted(names: Iterable[str]) -> str:
 
 def report_reverted(model: nn.Module, modules: int, numbers: int) -> None:
     """Log what a revert undid, at INFO."""
-    done = f"{count(modules, 'module')} came back" + f", {count(numbers, 'number')} too" * bool(numbers)
+    done = f"{count(modules, 'module')} and {count(numbers, 'number')} came back"
     LOG.info("thinned.revert(%s): %s", type(model).__name__, done)
