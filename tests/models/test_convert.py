@@ -668,8 +668,8 @@ def test_a_report_that_fails_fails_no_conversion(
 
 
 def test_a_function_that_fails_for_what_is_no_module_is_no_failure(told: Callable[..., str]) -> None:
-    model = nn.Sequential(nn.Dropout(0.1), nn.LSTM(2, 2, 2, dropout=0.1))
-    convert(model, include=lambda _, module: module.p < 0.5)  # an LSTM has no p
+    model = nn.Sequential(nn.Dropout(0.1), nn.LSTM(2, 2, 2, dropout=0.1), thinned.RDrop())
+    convert(model, include=lambda _, module: module.p < 0.5)  # the others have no p
     assert is_ours(model[0])
     assert "torch.nn.LSTM(dropout=)" in told()
 

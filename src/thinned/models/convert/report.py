@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -44,9 +43,7 @@ def report_converted(
     if not LOG.isEnabledFor(logging.WARNING):
         return  # the reading of the source takes the most time
     try:
-        with warnings.catch_warnings():  # the model's properties may warn
-            warnings.simplefilter("ignore")
-            _report(model, found, news, numbers, p, chosen)
+        _report(model, found, news, numbers, p, chosen)
     except Exception:
         LOG.debug("thinned.convert could not say what it left", exc_info=True)
 
@@ -59,11 +56,17 @@ def _report(
     p: float | None,
     chosen: Chosen,
 ) -> None:
+    def is_chosen(paths: tuple[str, ...], module: nn.Module) -> bool:
+        try:
+            return chosen(paths, module)
+        except Exception:  # a function that reads module.p, of a module that calls F.dropout
+            return True
+
     caller = f"thinned.convert({type(model).__name__})"
     made = {id(new) for new in news.values()}
     # A module within another that was swapped is gone unless the new one has it too.
     swapped = sum(id(module) in made for module in model.modules())
-    ours = sum(is_ours(module) and chosen(paths, module) for module, paths in found)
+    ours = sum(is_ours(module) and is_chosen(paths, module) for module, paths in found)
     done = [f"{count(swapped, 'dropout module')} became thinned's"]
     done += [f"{count(ours, 'module')} already {_were(ours)} thinned's"] * bool(ours)
     done += [f"{count(numbers, 'number')} set to p={p}"] * bool(numbers)
@@ -71,8 +74,9 @@ def _report(
 
     modules = dict(model.named_modules(remove_duplicate=False))
     sites = inspect(model)
-    mine = [site for site in sites if _is_chosen(site, modules[site.path], chosen)]
-    left = [site for site in sites.unreached if site in mine and site.p != 0]
+    mine = [site for site in sites if is_chosen(site.paths, modules[site.path])]
+    unreached = {id(site) for site in sites.unreached}
+    left = [site for site in mine if id(site) in unreached and site.p != 0]
     told = [*_stayed(left), *_are_no_modules(left, swapped), *_old_ones(found, news)]
     if p is not None:
         told += _with_another_p([site for site in mine if not _has(site, modules[site.path], p)], p)
@@ -123,13 +127,6 @@ def _old_ones(
     for module, paths in found:
         if id(module) in news and id(module) in elsewhere:
             yield f"{format_paths(paths)} is still the old module in {', '.join(elsewhere[id(module)])}"
-
-
-def _is_chosen(site: Site, module: nn.Module, chosen: Chosen) -> bool:
-    try:
-        return chosen(site.paths, module)
-    except Exception:  # a function that reads module.p, of a module that calls F.dropout
-        return True
 
 
 def _has(site: Site, module: nn.Module, p: float) -> bool:
