@@ -189,6 +189,9 @@ def keyed() -> nn.Module:
 
 
 class TestKeyed:
+    def test_repr(self) -> None:
+        assert repr(Keyed(nn.ReLU())) == "thinned.Keyed(\n  (model): ReLU()\n)"
+
     def test_formula(self, keyed: Any) -> None:
         root = Key(7).fold(0)
         _, second = call(keyed, image(4), 7)

@@ -112,8 +112,9 @@ def check_model(function: str, model: Any) -> None:
         got += f": call it, as in thinned.{function}({name}(...))" * issubclass(model, nn.Module)
     else:
         # A state_dict would fill the screen.
-        shown = " ".join(reprlib.repr(model).split())
-        got = "None" if model is None else f"{shown} of type {type(model).__name__}"
+        kind = type(model).__name__
+        shown = f"the {kind} {name}" if name else f"{' '.join(reprlib.repr(model).split())} of type {kind}"
+        got = "None" if model is None else shown
         owner = getattr(model, "__self__", None)
         if isinstance(owner, nn.Module):  # model.parameters, without the parentheses
             got += f": pass the {type(owner).__name__} itself"
@@ -197,11 +198,13 @@ def _no_match(
     if any(type(module).__name__ == item for module, _ in found):
         return f"{text}: a string is a pattern of paths; pass the class {item} itself"
     paths = [path for _, paths in found for path in paths if path]
-    if item.endswith(".*"):
-        candidates = [f"{path.rpartition('.')[0]}.*" for path in paths if "." in path]
-    else:  # whoever writes "dropout" may mean "*.dropout"
-        candidates = paths + [f"*.{path.rpartition('.')[2]}" for path in paths]
-    close = get_close_matches(item, list(dict.fromkeys(candidates)))
+    # "dropout" may mean "*.dropout", and "model.encoder" the "encoder" of the model.
+    others = [other for other in (f"*.{item}", item.partition(".")[2]) if other.strip("*.")]
+    close = [other for other in others if any(fnmatchcase(path, other) for path in paths)]
+    if not close:
+        of_children = item.endswith(".*")
+        named = [f"{path.rpartition('.')[0]}.*" for path in paths if "." in path] if of_children else paths
+        close = get_close_matches(item, list(dict.fromkeys(named)))
     return text + f"; close to it are {', '.join(map(repr, close))}" * bool(close)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -16,14 +15,14 @@ from thinned.models.sites import is_dropout, rates_of
 from thinned.models.text import count, format_p, format_paths, merge_paths
 from thinned.models.walk import is_ours, other_references
 
-__all__ = ["report", "report_reverted"]
+__all__ = ["report_converted", "report_reverted"]
 
 LOG = logging.getLogger("thinned")
 Chosen = Callable[[tuple[str, ...], nn.Module], bool]
 NAMED = 6  # places or types in one line
 
 
-def report(
+def report_converted(
     model: nn.Module,
     found: Sequence[tuple[nn.Module, tuple[str, ...]]],
     news: Mapping[int, nn.Module],
@@ -44,9 +43,7 @@ def report(
     if not LOG.isEnabledFor(logging.WARNING):
         return  # the reading of the source takes the most time
     try:
-        with warnings.catch_warnings():  # the model's properties may warn
-            warnings.simplefilter("ignore")
-            _report(model, found, news, numbers, p, chosen)
+        _report(model, found, news, numbers, p, chosen)
     except Exception:
         LOG.debug("thinned.convert could not say what it left", exc_info=True)
 
@@ -59,11 +56,17 @@ def _report(
     p: float | None,
     chosen: Chosen,
 ) -> None:
+    def is_chosen(paths: tuple[str, ...], module: nn.Module) -> bool:
+        try:
+            return chosen(paths, module)
+        except Exception:  # a function that reads module.p, of a module that calls F.dropout
+            return True
+
     caller = f"thinned.convert({type(model).__name__})"
     made = {id(new) for new in news.values()}
     # A module within another that was swapped is gone unless the new one has it too.
     swapped = sum(id(module) in made for module in model.modules())
-    ours = sum(is_ours(module) and chosen(paths, module) for module, paths in found)
+    ours = sum(is_ours(module) and is_chosen(paths, module) for module, paths in found)
     done = [f"{count(swapped, 'dropout module')} became thinned's"]
     done += [f"{count(ours, 'module')} already {_were(ours)} thinned's"] * bool(ours)
     done += [f"{count(numbers, 'number')} set to p={p}"] * bool(numbers)
@@ -71,8 +74,9 @@ def _report(
 
     modules = dict(model.named_modules(remove_duplicate=False))
     sites = inspect(model)
-    mine = [site for site in sites if chosen(site.paths, modules[site.path])]
-    left = [site for site in sites.unreached if site in mine and site.p != 0]
+    mine = [site for site in sites if is_chosen(site.paths, modules[site.path])]
+    unreached = {id(site) for site in sites.unreached}
+    left = [site for site in mine if id(site) in unreached and site.p != 0]
     told = [*_stayed(left), *_are_no_modules(left, swapped), *_old_ones(found, news)]
     if p is not None:
         told += _with_another_p([site for site in mine if not _has(site, modules[site.path], p)], p)
@@ -82,9 +86,9 @@ def _report(
         if sites and not mine:
             LOG.warning("%s: include and exclude choose none of its dropouts", caller)
         elif rates_of(model) or sites:
-            LOG.info("%s: it has dropouts that are no modules, with p=0", caller)
+            LOG.info("%s: its dropouts are no modules and have p=0", caller)
         else:
-            LOG.warning("%s: found no dropout", caller)
+            LOG.warning("%s: found no dropout in its modules and their source", caller)
 
 
 def _stayed(left: Sequence[Site]) -> Iterator[str]:
@@ -92,7 +96,12 @@ def _stayed(left: Sequence[Site]) -> Iterator[str]:
     stayed = [site for site in left if site.kind == "module"]
     if stayed:
         names = _counted(f"{site.type} ({site.note.removeprefix('left: ')})" for site in stayed)
-        yield f"{count(len(stayed), 'dropout module')} stayed, thinned.register says how to swap: {names}"
+        intercepted = {site.paths for site in left if site.becomes == INTERCEPT}
+        n = sum(site.paths in intercepted for site in stayed)
+        yield (
+            f"{count(len(stayed), 'dropout module')} stayed: {names}; thinned.register adds a type"
+            + f", thinned.intercept() reaches the calls in {n} of them" * bool(n)
+        )
 
 
 def _are_no_modules(left: Sequence[Site], swapped: int) -> Iterator[str]:
@@ -133,10 +142,7 @@ def _has(site: Site, module: nn.Module, p: float) -> bool:
 
 
 def _with_another_p(sites: Sequence[Site], p: float) -> Iterator[str]:
-    rows = [
-        (format_paths(site.paths), site.type + f", p={format_p(site.p)}" * (site.p is not None))
-        for site in sites
-    ]
+    rows = [(format_paths(site.paths), f"{site.type}, p={format_p(site.p) or 'unknown'}") for site in sites]
     if rows:
         shown = [f"{path} ({what})" for path, what in merge_paths(rows)]
         names = ", ".join(shown[:NAMED]) + f" and {len(shown) - NAMED} more" * (len(shown) > NAMED)
@@ -157,5 +163,5 @@ def _counted(names: Iterable[str]) -> str:
 
 def report_reverted(model: nn.Module, modules: int, numbers: int) -> None:
     """Log what a revert undid, at INFO."""
-    done = f"{count(modules, 'module')} came back" + f", {count(numbers, 'number')} too" * bool(numbers)
+    done = f"{count(modules, 'module')} and {count(numbers, 'number')} came back"
     LOG.info("thinned.revert(%s): %s", type(model).__name__, done)
