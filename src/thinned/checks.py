@@ -21,18 +21,27 @@ def got(value: Any) -> str:
 
 def check_integer(name: str, value: Any, least: int | None = None) -> None:
     """Raise TypeError for what is no integer, and ValueError for one below ``least``."""
-    if not isinstance(value, int | SymInt):
-        try:
-            operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name} must be an integer, {got(value)}") from None
+    if not _is_integer(value):
+        raise TypeError(f"{name} must be an integer, {got(value)}")
     if least is not None and value < least:
         raise ValueError(f"{name} has to be at least {least}, but got {value}")
 
 
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, bool | int | SymInt):
+        return not isinstance(value, bool)
+    try:
+        operator.index(value)
+    except (TypeError, RuntimeError):  # a meta tensor has no value
+        return False
+    return True
+
+
 def check_real(name: str, value: Any) -> None:
     """Raise TypeError for what is no number and no tensor of one element."""
-    if isinstance(value, float | int) or (isinstance(value, Tensor) and value.numel() == 1):
+    if isinstance(value, float | int) or (
+        isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
+    ):
         return
     # float() accepts strings, and arrays of one element, which have a length.
     if isinstance(value, Tensor) or not hasattr(value, "__float__") or hasattr(value, "__len__"):

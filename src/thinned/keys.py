@@ -123,7 +123,7 @@ class Key:
 
     def to(self, device: torch.device | str) -> Key:
         """The same key with its bits on a device."""
-        if not isinstance(device, torch.device | str | int):
+        if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
             raise TypeError(f"device must be a torch.device or the name of one, {got(device)}")
         return Key.from_bits(self.bits.to(device))
 

@@ -22,6 +22,7 @@ __all__ = [
     "autocasts",
     "bits_for",
     "broadcasts",
+    "check_device",
     "check_key",
     "check_p",
     "check_parameter",
@@ -171,6 +172,15 @@ def check_tensor(function: str, name: str, value: Any) -> None:
         raise TypeError(f"{function}(): argument {name!r} must be Tensor, not {type(value).__name__}")
 
 
+def check_device(name: str, value: Tensor, input: Tensor, other: str = "input") -> None:
+    """Raise torch's RuntimeError unless ``value`` is a number on the CPU, or on ``input``'s device."""
+    if value.device != input.device and (value.dim() or not value.is_cpu):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} is on {value.device} and {other} is "
+            f"on {input.device}"
+        )
+
+
 def refuse_nested(name: str, input: Tensor) -> None:
     """Raise NotImplementedError for a nested tensor."""
     if input.is_nested:
@@ -189,7 +199,10 @@ def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) 
     if not parameter.is_floating_point():
         raise RuntimeError(f"{name} has to be a floating-point tensor, got {parameter.dtype}")
     if parameter.dim() == 1 and parameter.shape[0] == 1:
-        return parameter.reshape(())  # fits a 0-d input too
+        parameter = parameter.reshape(())  # fits a 0-d input too
+    check_device(name, parameter, input)
+    if not parameter.dim():
+        return parameter
     shape = nested.shape_of(input)
     if not broadcasts(parameter.shape, shape):
         raise RuntimeError(

@@ -184,7 +184,7 @@ class ConcreteDropout(Scriptable):
         p = number(p)
         if not 0 < p < 1:
             raise ValueError(
-                f"the initial dropout probability has to be above 0 and below 1, but got {p}: "
+                f"the initial dropout probability p has to be above 0 and below 1, but got {p}: "
                 "its logit is learned"
             )
         _check_temperature(temperature)
@@ -293,8 +293,8 @@ def concrete_regularization(
     if num_features is None:
         if weights[0].dim() < 2:
             raise ValueError(
-                f"num_features has to be given where the first weight has no dimension 1, but its shape is "
-                f"{tuple(weights[0].shape)}"
+                "num_features has to be given where the first of weights has no dimension 1, but "
+                f"its shape is {tuple(weights[0].shape)}"
             )
         num_features = weights[0].shape[1]
     logit = p_logit.reshape(())

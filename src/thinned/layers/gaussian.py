@@ -254,7 +254,7 @@ class VariationalDropout(Scriptable):
         p = number(p)
         if not 0 < p < 1:
             raise ValueError(
-                f"the initial dropout probability has to be above 0 and below 1, but got {p}: the "
+                f"the initial dropout probability p has to be above 0 and below 1, but got {p}: the "
                 "logarithm of alpha = p / (1 - p) is learned"
             )
         check_real("max_alpha", max_alpha)

@@ -132,11 +132,11 @@ class MultiSampleDropout(Layer):
             return node
         if not self.training:
             return self.head(input)
-        features = multi_sample_dropout(input, self.p, samples=self.samples, key=key)
-        if not isinstance(input, Proxy) and input.dim() < 2:
+        if isinstance(input, Tensor) and not input.is_nested and input.dim() < 2:
             raise RuntimeError(
-                f"MultiSampleDropout needs a batch of features, got shape {tuple(input.shape)}"
+                f"MultiSampleDropout needs a batch of features, got an input of shape {tuple(input.shape)}"
             )
+        features = multi_sample_dropout(input, self.p, samples=self.samples, key=key)
         outputs = self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         return outputs.mean(0) if self.reduction == "mean" else outputs
 

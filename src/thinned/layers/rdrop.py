@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
 from thinned.checks import check_real, got
-from thinned.layers._arguments import autocasts, broadcasts, check_tensor
+from thinned.layers._arguments import autocasts, broadcasts, check_device, check_tensor
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers._torchscript import Scriptable
 from thinned.nested import refuse
@@ -75,11 +75,12 @@ def r_drop_loss(
         return overridden(r_drop_loss, locals())
     _check(alpha, reduction)
     check_real("label_smoothing", label_smoothing)
-    for name, value in (("logits1", logits1), ("logits2", logits2), ("target", target)):
-        check_tensor("r_drop_loss", name, value)
-    for name, optional in (("weight", weight), ("padding_mask", padding_mask)):
-        if optional is not None:
-            check_tensor("r_drop_loss", name, optional)
+    check_tensor("r_drop_loss", "logits1", logits1)
+    given = {"logits2": logits2, "target": target, "weight": weight, "padding_mask": padding_mask}
+    for name, value in given.items():
+        if value is not None or name in ("logits2", "target"):
+            check_tensor("r_drop_loss", name, value)
+            check_device(name, value, logits1, "logits1")  # type: ignore[arg-type]  # a tensor
     for logits in (logits1, logits2):
         if logits.is_nested:
             refuse("r_drop_loss", logits, "plain tensors, such as the values() of a jagged one")

@@ -44,10 +44,11 @@ class _VariationalRNN(Scriptable, nn.RNNBase):
         for name, size in zip(("input_size", "hidden_size", "num_layers"), sizes, strict=True):
             check_integer(name, size)
         check_integer("proj_size", proj_size)
+        for name, p in probabilities.items():
+            check_p(p, name)
         super().__init__(mode, *sizes, bias, batch_first, 0.0, bidirectional, proj_size, device, dtype)
         self._p_names = tuple(probabilities)
         for name, p in probabilities.items():
-            check_p(p, name)
             setattr(self, name, p)
 
     input_p: float

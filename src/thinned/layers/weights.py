@@ -160,7 +160,8 @@ class WeightDrop(Layer):
         for name in self.weights:
             if name not in accepted:
                 raise ValueError(
-                    f"{type(module).__name__} has no parameter {name!r}; accepted: {', '.join(accepted)}"
+                    f"weights must be those of the module, but {type(module).__name__} has no parameter "
+                    f"{name!r}; accepted: {', '.join(accepted)}"
                 )
 
     def forward(self, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
