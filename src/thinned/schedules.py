@@ -112,7 +112,7 @@ class DropoutSchedule:
         for module, paths in modules_with_paths(model):
             name = next((name for name in names if is_number(getattr(module, name, None))), None)
             if name is None or (attributes is None and not 0 <= getattr(module, name) <= 1):
-                continue  # such as the p of nn.PairwiseDistance
+                continue  # such as the p of nn.TripletMarginLoss
             if id(module) in candidates and chosen(paths, module):
                 places = tuple(Place(path) for path in paths)
                 rate = Rate(module, paths, module, name, paths[0], places=places)
