@@ -690,7 +690,7 @@ def test_what_p_cannot_set_is_reported() -> None:
     assert [(site.path, site.p) for site in conversion.unreached] == expected
     assert SHARED.dropout == 0.2  # a global of all models
     assert "4 sites not reached" in repr(conversion)
-    assert "not reached: Literal.forward, line" in repr(conversion)
+    assert "not reached: test_convert.py:" in repr(conversion)
     assert (model[2].p, model[3].drop_prob, model[4].drop_prob) == (0, 0, None)
     assert not convert(model, p=0, exclude="1*").unreached
 

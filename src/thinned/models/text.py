@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
+from textwrap import TextWrapper
 from typing import Protocol, TypeVar, overload
 
 __all__ = ["Listing", "Placed", "count", "format_p", "format_paths", "merge_paths", "to_text"]
 
 Row = tuple[str, ...]
+WIDTH, NARROWEST = 100, 8  # of a table, and of a column that is wrapped
+SHOWN = 2  # places of one module
+_PARTS = re.compile(r"(?<=[./_(])(?=\w)")
 
 
 class _Cells(Protocol):
@@ -50,22 +55,41 @@ class Listing(Sequence[Item]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def _print(self, summary: str, others: Sequence[Sequence[str]] = ()) -> str:
+    def _print(self, summary: str, others: Sequence[Sequence[str]] = (), width: int = WIDTH) -> str:
         rows = merge_paths([*(item.cells() for item in self), *others])
-        return f"{summary}\n{to_text(self.headings, rows)}" if rows else summary
+        return f"{summary}\n{to_text(self.headings, rows, width)}" if rows else summary
 
 
-def to_text(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+class _Wrapper(TextWrapper):
+    """Breaks a path or a name that has no line's width behind its separators."""
+
+    def _split(self, text: str) -> list[str]:
+        room = self.width - len(self.subsequent_indent)
+        words = super()._split(text)
+        return [part for word in words for part in (_PARTS.split(word) if len(word) > room else [word])]
+
+
+def to_text(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> str:
     """Columns as wide as they have to be, without those that are empty in all rows.
 
-    >>> print(to_text(["path", "p", "note"], [["layers.0", "0.1", ""], ["head", "0.25", ""]]))
-    path      p
-    layers.0  0.1
-    head      0.25
+    The widest columns are wrapped if a line would exceed ``width``.
+
+    >>> print(to_text(["path", "p", "note"], [["layers.0", "0.1", ""], ["encoder.dropout", "0.25", ""]], 16))
+    path        p
+    layers.0    0.1
+    encoder.    0.25
+      dropout
     """
     columns = [column for column in zip(headings, *rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
-    lines = [map(str.ljust, line, widths) for line in zip(*columns, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    wrappers = [_Wrapper(each, subsequent_indent="  ", break_on_hyphens=False) for each in widths]
+    lines = [
+        map(str.ljust, line, widths)
+        for row in zip(*columns, strict=True)
+        for line in zip_longest(*(w.wrap(cell) for w, cell in zip(wrappers, row, strict=True)), fillvalue="")
+    ]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
@@ -108,5 +132,6 @@ def format_p(p: float | None) -> str:
 
 
 def format_paths(paths: Sequence[str]) -> str:
-    """All places of a module; ``(model)`` for the model itself."""
-    return ", ".join(paths) or "(model)"
+    """The places of a module, the first ones if there are many; ``(model)`` for the model itself."""
+    more = f" and {len(paths) - SHOWN} more" * (len(paths) > SHOWN + 1)
+    return ", ".join(path or "(model)" for path in (paths[:SHOWN] if more else paths)) + more

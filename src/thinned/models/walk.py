@@ -4,26 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from thinned.torch_state import children_of
 
 __all__ = [
+    "ORIGIN",
     "Choice",
     "chooser",
     "is_ours",
+    "modules_in_containers",
     "modules_with_paths",
+    "original",
     "other_references",
     "qualified_name",
 ]
 
 Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
+ORIGIN = "_thinned_origin"  # of a module that convert made: what it was made from
+
 
 def is_ours(module: nn.Module) -> bool:
     """Whether ``module`` is a layer of thinned."""
     return any(base.__module__.startswith("thinned.layers.") for base in type(module).__mro__)
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module that :func:`thinned.convert` replaced by ``module``; others are their own originals."""
+    origin = vars(module).get(ORIGIN)
+    replaced: nn.Module = module if origin is None else origin.module
+    return replaced
 
 
 def qualified_name(kind: type) -> str:
@@ -79,6 +92,44 @@ def other_references(found: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> dict
                 if isinstance(item, nn.Module):
                     references.setdefault(id(item), []).append(f"{paths[0]}.{name}" if paths[0] else name)
     return references
+
+
+def modules_in_containers(
+    found: Iterable[tuple[nn.Module, tuple[str, ...]]],
+) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """The modules that are no children, but in a list, a dictionary or an attribute, and their children.
+
+    Args:
+        found: the result of :func:`modules_with_paths`.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential()
+    >>> model.drops = [torch.nn.Dropout()]
+    >>> modules_in_containers(modules_with_paths(model))
+    [(Dropout(p=0.5, inplace=False), ('drops[0]',))]
+    """
+    known = {id(module) for module, _ in found}
+    hidden = []
+    for parent, paths in found:
+        for name, value in vars(parent).items():
+            if value is children_of(parent):
+                continue
+            for root, place in _contained(value, f"{paths[0]}.{name}" if paths[0] else name):
+                for module, inner in modules_with_paths(root) if id(root) not in known else ():
+                    if id(module) not in known:
+                        known.add(id(module))
+                        hidden.append((module, tuple(f"{place}.{path}" if path else place for path in inner)))
+    return hidden
+
+
+def _contained(value: Any, place: str, depth: int = 3) -> Iterator[tuple[nn.Module, str]]:
+    """The modules in a container, and in containers within it, with their places."""
+    if isinstance(value, nn.Module):
+        yield value, place
+    elif depth and isinstance(value, dict | list | tuple | set):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _contained(item, f"{place}[{key!r}]", depth - 1)
 
 
 def chooser(include: Choice | None, exclude: Choice | None) -> Callable[[tuple[str, ...], nn.Module], bool]:

@@ -17,6 +17,7 @@ from thinned.models.inspect import Site, inspect
 from thinned.models.sites import Rate, is_dropout, rates_of
 from thinned.models.text import Listing, Placed, count, format_p, format_paths
 from thinned.models.walk import (
+    ORIGIN,
     Choice,
     chooser,
     is_ours,
@@ -28,7 +29,6 @@ from thinned.torch_state import buffers_of, children_of, load_hooks_of, paramete
 
 __all__ = ["Conversion", "Setting", "Swap", "convert", "revert"]
 
-ORIGIN = "_thinned_origin"
 BEFORE = "_thinned_before"
 HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 Model = TypeVar("Model", bound=nn.Module)
