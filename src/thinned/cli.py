@@ -133,9 +133,9 @@ def inspect(
         typer.Option(
             "--input",
             metavar="[NAME=]SIZES[:DTYPE]",
-            help="Run the model on random input of these sizes, such as 2x3x32x32, once in training and once "
-            "in evaluation. Repeat it for several arguments. 2x16:int64 has a dtype of torch, and integers are "
-            "0 or 1; mask=2x16:bool is passed by name.",
+            help="Run the model on random input of these sizes, such as 2x3x32x32, in training and in "
+            "evaluation. Repeat it for several arguments. 2x16:int64 has a dtype of torch; integers are 0 or "
+            "1. mask=2x16:bool is passed by name.",
         ),
     ] = None,
     json: Annotated[

@@ -142,11 +142,16 @@ def test_a_call_draws_one_number_however_it_is_made(entry: Entry) -> None:
 
 @each_keyed_entry
 def test_repr_names_the_layer_and_its_arguments(entry: Entry) -> None:
-    text = repr(example(entry)[0])
-    assert text.startswith(f"{entry.name}(")
+    layer = example(entry)[0]
+    text = repr(layer)
+    assert text.startswith(f"thinned.{entry.name}(")
     for name, value in entry.example.arguments.items():
         if name in inspect.signature(entry.layer).parameters and (name != "p" or entry.example.p_name):
             assert f"{name}={value!r}" in text or f"{entry.name}({value!r}, {value!r}" in text
+    assert f"(0): {text.splitlines()[0]}" in repr(nn.ModuleList([layer]))
+    own = type("Own", (type(layer),), {})  # a user's subclass prints by its own name
+    layer.__class__ = own
+    assert repr(layer) == text.replace(f"thinned.{entry.name}(", "Own(", 1)
 
 
 @each_keyed_entry

@@ -54,11 +54,6 @@ def drops(found: Iterable[Site]) -> int:
 CASES = [*zoo.MODELS, "bert eager", "gpt2 eager", "vit eager", "t5 eager", "llama eager"]
 
 
-def converted(model: nn.Module, **arguments: Any) -> Any:
-    made = thinned.convert(model, **arguments)
-    return getattr(made, "model", made)
-
-
 def make(case: str) -> nn.Module:
     name, _, eager = case.partition(" ")
     return zoo.MODELS[name](attn_implementation="eager") if eager else zoo.MODELS[name]()
@@ -87,7 +82,7 @@ def test_no_dropout_but_ours_is_left_where_inspect_says_so(case: str) -> None:
     model = make(case)
     inputs = zoo.inputs(model)
     before = inspect(model, **inputs)
-    model = converted(model)
+    model = thinned.convert(model)
     after = inspect(model, **inputs)
     left, ours = ([site for site in after if site.is_thinned is which] for which in (False, True))
     assert masks(model, **inputs) == drops(left) == drops(s for s in before if s.status != "convert")
@@ -443,6 +438,7 @@ def test_the_calls_of_a_left_dropout_are_reported() -> None:
     assert [(site.path, site.type, site.p, site.where) for site in run] == [
         (site.path, site.type, site.p, site.where) for site in found
     ]
+    assert [site.note for site in inspect(thinned.convert(model))] == [site.note for site in found]
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])

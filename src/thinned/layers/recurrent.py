@@ -251,7 +251,7 @@ class VariationalLSTM(_VariationalRNN):
     >>> output.shape, h.shape
     (torch.Size([7, 2, 5]), torch.Size([2, 2, 5]))
     >>> lstm
-    VariationalLSTM(3, 5, num_layers=2, input_p=0.5, recurrent_p=0.25)
+    thinned.VariationalLSTM(3, 5, num_layers=2, input_p=0.5, recurrent_p=0.25)
     """
 
     _states = ("hidden", "cell")

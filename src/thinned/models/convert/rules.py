@@ -23,6 +23,7 @@ __all__ = [
     "numbers_of",
     "probability_name",
     "probability_of",
+    "refusal",
     "register",
     "unit_of",
 ]
@@ -71,7 +72,7 @@ def register(kind: type[nn.Module] | str, build: Build, *, unit: Callable[[Any],
             installed; a name may have the wildcards of :mod:`fnmatch`. A class takes precedence over a name,
             and the latest name over earlier ones.
         build: makes the new module from the old one, which it must not change. A :class:`ValueError` says
-            that no layer of ours is equivalent: the module stays and the message is reported. Training mode,
+            that no layer of ours is equivalent: the module stays and the message is logged. Training mode,
             hooks and further attributes are carried over. If the new module keeps the parameters and buffers
             under the old names, ``state_dict`` stays as it was.
         unit: gives, for an old module, the factor by which ``build`` multiplies its probability, such as
@@ -88,8 +89,8 @@ def register(kind: type[nn.Module] | str, build: Build, *, unit: Callable[[Any],
     ...     def forward(self, x):
     ...         return x * torch.rand_like(x).gt(self.rate) if self.training else x
     >>> thinned.register(Noise, lambda old: thinned.Dropout(old.rate))
-    >>> thinned.convert(torch.nn.Sequential(torch.nn.Linear(2, 2), Noise(0.2))).model[1]
-    Dropout(p=0.2, inplace=False)
+    >>> thinned.convert(torch.nn.Sequential(torch.nn.Linear(2, 2), Noise(0.2)))[1]
+    thinned.Dropout(p=0.2, inplace=False)
     """
     _add(kind, Rule(build, unit))
 
@@ -172,6 +173,20 @@ def is_dropout(module: nn.Module) -> bool:
     if isinstance(module, layers.RDrop):
         return False
     return is_ours(module) or is_known(module) or "drop" in name or name == "stochasticdepth"
+
+
+def refusal(module: nn.Module) -> str:
+    """The reason why convert leaves a dropout module; empty for one that it swaps, and for other modules."""
+    if is_ours(module) or not is_dropout(module):
+        return ""
+    if is_known(module):
+        try:
+            make(module)
+        except ValueError as error:
+            return str(error)
+        return ""
+    has_more = any(True for _ in module.parameters()) or bool(children_of(module))
+    return "" if has_more else f"no rule for {type(module).__name__}"
 
 
 def is_number(value: Any) -> bool:

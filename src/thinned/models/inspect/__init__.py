@@ -10,14 +10,21 @@ from typing import Any, Literal
 
 from torch import nn
 
-from thinned.models.convert.rules import is_dropout, is_known, make, numbers_of, probability_of
+from thinned.models.convert.rules import is_dropout, is_known, make, numbers_of, probability_of, refusal
 from thinned.models.inspect.by_reading import calls_in_source
 from thinned.models.inspect.by_running import TORCH, Event, run_once
 from thinned.models.inspect.names import UNCONDITIONAL
 from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN, Call, Kind
 from thinned.models.intercept import Intercepted, is_intercepted
 from thinned.models.text import WIDTH, Listing, Placed, count, format_p, format_paths
-from thinned.models.walk import is_ours, modules_in_containers, modules_with_paths, original, qualified_name
+from thinned.models.walk import (
+    check_model,
+    is_ours,
+    modules_in_containers,
+    modules_with_paths,
+    original,
+    qualified_name,
+)
 
 __all__ = ["Inspection", "Site", "Status", "inspect"]
 
@@ -150,8 +157,7 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
     path  type                     p    drops  status
     0     torch.nn.LSTM(dropout=)  0.2  1      needs thinned.intercept()
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+    check_model("inspect", model)
     found = modules_with_paths(model)
     hidden = modules_in_containers(found)
     orphans = {id(module) for module, _ in hidden}
@@ -194,8 +200,7 @@ def _sites_of(module: nn.Module, paths: tuple[str, ...], events: list[Event] | N
 
 
 def _of_module(module: nn.Module, paths: tuple[str, ...]) -> Site | None:
-    kind, p = type(module), probability_of(module)
-    name, numbers = qualified_name(kind), numbers_of(module)
+    name, p, numbers = qualified_name(type(module)), probability_of(module), numbers_of(module)
     if is_ours(module) and is_dropout(module):
         was = original(module)
         several = ", ".join(f"{each}={value:g}" for each, value in numbers.items() if value)
@@ -210,16 +215,12 @@ def _of_module(module: nn.Module, paths: tuple[str, ...]) -> Site | None:
         )
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return Site(paths, "argument", f"{name}(dropout=)", p, "intercept") if numbers else None
-    if is_known(module):
-        try:
-            new, _ = make(module)
-        except ValueError as error:
-            return Site(paths, "module", name, p, "register", note=str(error))
-        if new is not None and new is not module:
-            return Site(paths, "module", name, probability_of(new), "convert", qualified_name(type(new)))
-    if is_dropout(module) and not list(module.parameters()) and not list(module.children()):
-        return Site(paths, "module", name, p, "register", note=f"no rule for {kind.__name__}")
-    return None
+    if reason := refusal(module):
+        return Site(paths, "module", name, p, "register", note=reason)
+    new = make(module)[0] if is_known(module) else None
+    if new is None or new is module:
+        return None
+    return Site(paths, "module", name, probability_of(new), "convert", qualified_name(type(new)))
 
 
 def _of_call(call: Call, paths: tuple[str, ...]) -> Site:
