@@ -7,10 +7,14 @@ import queue
 import re
 import runpy
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,10 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import thinned
+from layers.test_overrides import CALLS
 from models import zoo
 from thinned.cli import app
 from thinned.compare.loading import model_of
-from thinned.models.inspect import IN_EVALUATION, Site, inspect
+from thinned.models.inspect import IN_EVALUATION, INTERCEPTED, NO_CHILD, Site, inspect
 from thinned.models.inspect.names import UNCONDITIONAL
 from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN
 
@@ -160,7 +165,10 @@ def written(forward: str, folder: Path) -> nn.Module:
 HEAD = """
 import functools
 import numpy as np
+import thinned
 import torch
+from thinned import functional as TF
+from thinned.functional import drop_path as from_thinned
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import dropout as imported
@@ -326,6 +334,158 @@ def test_functions_of_thinned_are_sites() -> None:
     assert [(site.type, site.p) for site in read] == [(site.type, site.p) for site in run] == expected
     assert all(site.is_thinned and not site.note for site in (*read, *run))
     assert [site.calls for site in run] == [1, 1, 1, 1]
+
+
+DROPPING = [name for name in CALLS if not name.endswith(("_kl", "_regularization", "_loss"))]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_function_of_thinned_that_drops_is_a_site(name: str, tmp_path: Path) -> None:
+    args, kwargs = CALLS[name]
+    parameters = signature(getattr(thinned.functional, name))
+    given = parameters.bind(*args, **kwargs).arguments
+    given |= {"training": True} if "training" in parameters.parameters else {}
+    model = written(f"return TF.{name}(**self.given) if self.training else x", tmp_path)
+    vars(model).update(given=given)
+    read, run = inspect(model)[:-1], inspect(model, torch.ones(1))[:-1]
+    p = given.get("p", given.get("drop_prob"))
+    expected = [(f"thinned.functional.{name}", p, "thinned", "")] if name in DROPPING else []
+    for found in (read, run):
+        assert [(site.type, site.p, site.status, site.note) for site in found] == expected
+    assert drops(run) == len(expected)
+
+
+SPELLINGS = [
+    "return thinned.functional.drop_path(x, 0.3, self.training)",
+    "return TF.drop_path(x, drop_prob=self.p, training=self.training)",
+    "return from_thinned(x, self.p, self.training)",
+    "from thinned.functional import drop_path\nreturn drop_path(x, 0.3, self.training)",
+    "import thinned.functional as ours\nreturn ours.drop_path(x, 0.3, self.training)",
+    "import torch\nimport thinned\nreturn thinned.functional.drop_path(x, 0.3, self.training)",
+    "f = TF.drop_path if self.p else F.dropout\nreturn f(x, 0.3, self.training)",
+    "return checkpoint(TF.drop_path, x, 0.3, self.training, use_reentrant=False)",
+]
+
+
+@pytest.mark.parametrize("forward", SPELLINGS)
+def test_a_function_of_thinned_is_read_however_it_is_imported(forward: str, tmp_path: Path) -> None:
+    model, x = written(forward, tmp_path), torch.ones(2, 4, 8)
+    for found in (inspect(model), inspect(model, x)):
+        assert [(site.type, site.p, site.status, site.note) for site in found[:-1]] == [
+            ("thinned.functional.drop_path", 0.3, "thinned", "")
+        ]
+
+
+class Hidden(nn.Module):
+    """A dropout in a list is no child; two are made in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Dropout(0.1)
+        deep = nn.Sequential(thinned.LayerDrop([nn.ReLU()], 0.3))
+        self.drops = [nn.Dropout(0.2), self.child, {"deep": deep}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drops[0](self.child(x))  # type: ignore[operator]
+        return thinned.Dropout(0.4)(self.drops[2]["deep"](x))  # type: ignore[index]
+
+
+def test_modules_that_are_no_children_are_sites() -> None:
+    model = thinned.convert(Hidden())
+    found = [
+        ("child", "thinned.Dropout", 0.1, "thinned", ""),
+        ("drops[0]", "torch.nn.Dropout", 0.2, "intercept", NO_CHILD),
+        ("drops[1]", "torch.nn.Dropout", 0.1, "intercept", NO_CHILD),  # which convert has swapped
+        ("drops[2]['deep'].0", "thinned.LayerDrop", 0.3, "thinned", NO_CHILD),
+    ]
+    assert [(site.path, site.type, site.p, site.status, site.note) for site in inspect(model)] == found
+    run = inspect(model, torch.ones(2, 3))
+    assert [(site.path, site.type, site.calls) for site in run] == [
+        ("", "thinned.Dropout", 1),
+        *((path, kind, path != "drops[1]") for path, kind, *_ in found),
+    ]
+    always = ["", "drops[0]", "drops[2]['deep'].0"]  # eval() does not reach them
+    assert [site.path for site in run if IN_EVALUATION in site.note] == always
+    with Count() as count:
+        model.eval()(torch.ones(2, 3))
+    assert count.masks == 1  # of torch's, for drops[0]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_intercept_reaches_is_thinneds_within_it(wrapped: bool) -> None:
+    model = zoo.lstm()
+    inputs = zoo.inputs(model)
+    whole = thinned.Intercepted(model) if wrapped else model
+    with nullcontext() if wrapped else thinned.intercept():
+        found = inspect(whole, **inputs)
+    assert [(site.status, site.note, site.calls) for site in found] == [("thinned", INTERCEPTED, 1)] * 2
+    assert [site.status for site in inspect(model)] == ["intercept", "convert"]
+
+
+class Percent(nn.Module):
+    """It counts in percent."""
+
+    def __init__(self, rate: float = 20) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.rate / 100, self.training)
+
+
+class LeftPercent(Percent):
+    def extra(self) -> None:
+        """By which it is more than the rule knows."""
+
+
+thinned.register(Percent, lambda old: thinned.Dropout(old.rate / 100), unit=lambda _: 0.01)
+
+
+def reads(body: str, folder: Path, **attributes: Any) -> nn.Module:
+    model = written(body, folder)
+    vars(model).update(attributes)
+    return nn.Sequential(model)
+
+
+SAME_P: dict[str, Callable[[Path], nn.Module]] = {
+    **{name: lambda _, name=name: zoo.MODELS[name]() for name in zoo.MODELS if name != "swin"},
+    "attention with p = 0": lambda _: nn.MultiheadAttention(4, 2),
+    "attention with a number of NumPy": lambda _: nn.MultiheadAttention(4, 2, dropout=np.float32(0.1)),
+    "recurrent with p = 0": lambda _: nn.GRU(4, 4, 2),
+    "several probabilities": lambda _: thinned.VariationalLSTM(4, 4, 2, input_p=0.1, recurrent_p=0.2),
+    "a tensor": lambda _: nn.Dropout(torch.tensor(0.1)),  # type: ignore[arg-type]
+    "another unit": lambda _: Percent(),
+    "another unit, left": lambda _: LeftPercent(),
+    "left": lambda _: nn.Sequential(zoo.AlwaysOn(0.1), zoo.OwnForward(0.1)),
+    "a number of NumPy": lambda folder: reads(
+        "return F.dropout(x, self.rate, self.training)", folder, rate=np.float32(0.1)
+    ),
+    "a config": lambda folder: reads(
+        "return TF.drop_path(x, self.config.rate, self.training)", folder, config=SimpleNamespace(rate=0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAME_P)
+def test_it_says_the_same_p_as_convert(case: str, tmp_path: Path) -> None:
+    model = SAME_P[case](tmp_path)
+    found = inspect(thinned.convert(model, p=0.3))
+    # The class of `reads` has another dropout, which nothing calls.
+    assert {site.p for site in found if site.path != "0.inner"} == {0.3}
+    assert all(site.p == 0 for site in inspect(thinned.convert(model, p=0)))
+
+
+def test_a_p_before_the_conversion() -> None:
+    """None for 0, a unit, and what has no one number or none."""
+    drop_path = zoo.library_class("timm.layers.drop:DropPath")
+    several = thinned.VariationalLSTM(4, 4, 2, input_p=0.1, recurrent_p=0.2)
+    model = nn.Sequential(drop_path(None), Percent(), several, thinned.RDrop())
+    model.append(nn.MultiheadAttention(4, 2, dropout=None))  # type: ignore[arg-type]
+    assert [(site.p, site.note) for site in inspect(model)] == [
+        (0, ""),
+        (0.2, ""),
+        (None, "input_p=0.1, recurrent_p=0.2"),
+    ]
 
 
 def test_a_method_from_another_file_leads_back(tmp_path: Path) -> None:

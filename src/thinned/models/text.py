@@ -1,63 +1,18 @@
-"""Sequences that print as a table of plain text."""
+"""Tables of plain text, and the words in them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby, zip_longest
 from textwrap import TextWrapper
-from typing import Protocol, TypeVar, overload
 
-__all__ = ["Listing", "Placed", "count", "format_p", "format_paths", "merge_paths", "to_text"]
+__all__ = ["WIDTH", "count", "format_p", "format_paths", "merge_paths", "to_text"]
 
 Row = tuple[str, ...]
 WIDTH, NARROWEST = 100, 8  # of a table, and of a column that is wrapped
 SHOWN = 2  # places of one module
 _PARTS = re.compile(r"(?<=[./_(])(?=\w)")
-
-
-class _Cells(Protocol):
-    def cells(self) -> list[str]:
-        """A row of the table: the paths, then one word for each further heading."""
-
-
-Item = TypeVar("Item", bound=_Cells)
-
-
-@dataclass(frozen=True)
-class Placed:
-    """An entry of a listing that stands at one or several paths of a model."""
-
-    paths: tuple[str, ...]
-
-    @property
-    def path(self) -> str:
-        """The module's first place in the model; empty for the model itself."""
-        return self.paths[0]
-
-
-class Listing(Sequence[Item]):
-    """A sequence whose subclasses print as a summary and a table."""
-
-    headings: Row
-    _items: tuple[Item, ...]
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Item]: ...
-
-    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
-        return self._items[index]
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def _print(self, summary: str, others: Sequence[Sequence[str]] = (), width: int = WIDTH) -> str:
-        rows = merge_paths([*(item.cells() for item in self), *others])
-        return f"{summary}\n{to_text(self.headings, rows, width)}" if rows else summary
 
 
 class _Wrapper(TextWrapper):

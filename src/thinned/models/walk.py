@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from thinned.layers._named import Named
 from thinned.torch_state import children_of
 
 __all__ = [
@@ -35,7 +36,10 @@ ORIGIN = "_thinned_origin"  # of a module that convert made: what it was made fr
 
 def is_ours(module: nn.Module) -> bool:
     """Whether ``module`` is a layer of thinned."""
-    return any(base.__module__.startswith("thinned.layers.") for base in type(module).__mro__)
+    homes = {base.__module__ for base in type(module).__mro__} - {
+        Named.__module__
+    }  # Intercepted has that too
+    return any(home.startswith("thinned.layers.") for home in homes)
 
 
 def original(module: nn.Module) -> nn.Module:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -16,7 +17,7 @@ from thinned.models.inspect.by_running import TORCH, Event, run_once
 from thinned.models.inspect.names import UNCONDITIONAL
 from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN, Call, Kind
 from thinned.models.intercept import Intercepted, is_intercepted
-from thinned.models.text import WIDTH, Listing, Placed, count, format_p, format_paths
+from thinned.models.text import WIDTH, count, format_p, format_paths, merge_paths, to_text
 from thinned.models.walk import (
     check_model,
     is_ours,
@@ -29,27 +30,24 @@ from thinned.models.walk import (
 __all__ = ["Inspection", "Site", "Status", "inspect"]
 
 Status = Literal["thinned", "convert", "intercept", "register", "off", "perhaps", "beyond"]
-# The words of a row, and those that follow a number of sites, one and several.
-WORDS: dict[Status, tuple[str, str, str]] = {
-    "thinned": ("thinned's", "is thinned's", "are thinned's"),
-    "convert": (
-        "becomes",
-        "becomes thinned's by thinned.convert()",
-        "become thinned's by thinned.convert()",
-    ),
-    "intercept": ("needs thinned.intercept()", "needs thinned.intercept()", "need thinned.intercept()"),
-    "register": ("needs thinned.register()", "needs thinned.register()", "need thinned.register()"),
-    "off": ("off (p = 0)", "is off (p = 0)", "are off (p = 0)"),
-    "perhaps": ("perhaps a dropout", "is perhaps a dropout", "are perhaps dropouts"),
-    "beyond": ("out of reach", "is out of reach", "are out of reach"),
+# The words that follow one site and several; those of a row have no "is".
+WORDS: dict[Status, tuple[str, str]] = {
+    "thinned": ("is thinned's", "are thinned's"),
+    "convert": ("becomes thinned's by thinned.convert()", "become thinned's by thinned.convert()"),
+    "intercept": ("needs thinned.intercept()", "need thinned.intercept()"),
+    "register": ("needs thinned.register()", "need thinned.register()"),
+    "off": ("is off (p = 0)", "are off (p = 0)"),
+    "perhaps": ("is perhaps a dropout", "are perhaps dropouts"),
+    "beyond": ("is out of reach", "are out of reach"),
 }
+HEADINGS = ("path", "type", "p", "drops", "status")
 IN_EVALUATION = "drops in evaluation too"
 INTERCEPTED = "by thinned.intercept()"
 NO_CHILD = "no child of a module, so convert() and eval() do not reach it"
 
 
 @dataclass(frozen=True)
-class Site(Placed):
+class Site:
     """One place at which a model drops.
 
     Attributes:
@@ -72,6 +70,7 @@ class Site(Placed):
         calls: the number of times that it dropped in a run in training; None without a run.
     """
 
+    paths: tuple[str, ...]
     kind: Kind
     type: str
     p: float | None
@@ -85,6 +84,11 @@ class Site(Placed):
     calls: int | None = None
 
     @property
+    def path(self) -> str:
+        """The module's first place in the model; empty for the model itself."""
+        return self.paths[0]
+
+    @property
     def is_thinned(self) -> bool:
         """Whether it draws from thinned."""
         return self.status == "thinned"
@@ -96,8 +100,8 @@ class Site(Placed):
 
     def cells(self) -> list[str]:
         """The words of its row in the table."""
-        status = f"becomes {self.becomes}" if self.becomes else WORDS[self.status][0]
-        status = f"was {self.was}" if self.was else status
+        status = f"was {self.was}" if self.was else f"becomes {self.becomes}" if self.becomes else ""
+        status = status or WORDS[self.status][0].removeprefix("is ")
         notes = "" if self.status == "off" else self.note
         return [
             format_paths(self.paths),
@@ -108,20 +112,31 @@ class Site(Placed):
         ]
 
 
-class Inspection(Listing[Site]):
+class Inspection(Sequence[Site]):
     """The result of :func:`inspect`: a sequence of :class:`Site`, which prints as a table."""
 
-    headings = ("path", "type", "p", "drops", "status")
-
     def __init__(self, sites: Sequence[Site]) -> None:
-        self._items = tuple(sites)
+        self._sites = tuple(sites)
+
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Site]: ...
+
+    def __getitem__(self, index: int | slice) -> Site | Sequence[Site]:
+        return self._sites[index]
+
+    def __len__(self) -> int:
+        return len(self._sites)
 
     def table(self, width: int = WIDTH) -> str:
-        """The table, wrapped to lines of ``width`` characters."""
+        """A line with the numbers of sites, and the table, wrapped to ``width`` characters."""
         counts = Counter(site.status for site in self)
-        parts = [f"{n} {WORDS[status][1 + (n > 1)]}" for status in WORDS if (n := counts[status])]
+        parts = [f"{n} {WORDS[status][n > 1]}" for status in WORDS if (n := counts[status])]
         summary = count(len(self), "dropout site") + f": {', '.join(parts)}" * bool(parts)
-        return self._print(summary, width=width)
+        rows = merge_paths([site.cells() for site in self])
+        return "\n".join([textwrap.fill(summary, width), *([to_text(HEADINGS, rows, width)] if rows else [])])
 
     def __repr__(self) -> str:
         return self.table()

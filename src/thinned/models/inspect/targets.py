@@ -37,7 +37,7 @@ Read = tuple[Any, Any]  # an object and the name of its attribute, a dictionary 
 READS: ContextVar[list[Read]] = ContextVar("READS")  # all that a reading looks up
 
 Kind = Literal["module", "argument", "call", "random", "layer"]
-HAND_WRITTEN = "perhaps a dropout written by hand"
+HAND_WRITTEN = "draws random numbers"
 OURS = "thinned.functional."
 ELSEWHERE = "drawn from Python's generator"
 
