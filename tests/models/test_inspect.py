@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import queue
 import re
 import runpy
 import textwrap
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import thinned
 from layers.test_overrides import CALLS
@@ -676,17 +679,123 @@ def test_a_model_named_on_the_command_line(tmp_path: Path) -> None:
     assert model_of(f"{file}:it") is model_of(f"{file}:it")
 
 
+def test_the_table_fits_100_columns() -> None:
+    deep = nn.Sequential(OrderedDict(a_long_name_of_a_stage=nn.Sequential(zoo.swin(), zoo.bert(), Hidden())))
+    model = nn.Sequential(deep, *[deep] * 20)
+    widest = [max(map(len, found.table(w).splitlines())) for found in [inspect(model)] for w in (100, 80, 60)]
+    assert [each <= w for each, w in zip(widest, (100, 80, 60), strict=True)] == [True] * 3
+
+
+def command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", *arguments], env={"COLUMNS": "100"})
+
+
 def test_the_command() -> None:
-    done = CliRunner().invoke(app, ["inspect", f"{__file__}:two_blocks"])
+    done = command(f"{__file__}:two_blocks")
     assert done.exit_code == 0
     assert done.output == f"{inspect(two_blocks())}\n"
     assert [line.split()[:2] for line in done.output.splitlines()[2:]] == [
         ["0-1", "F.dropout,"],
         ["0-1.attention", "torch.nn.MultiheadAttention(dropout=)"],
     ]
-    failed = CliRunner().invoke(app, ["inspect", "torch.nn"])
-    assert failed.exit_code == 2
-    assert "thinned inspect: unknown model 'torch.nn'" in failed.output
+
+
+MODELS = """
+import argparse, functools, torch, thinned
+from torch import nn
+from torch.nn import functional as F
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.words, self.drops = nn.Linear(8, 8), nn.Embedding(9, 8), [nn.Dropout(0.1)]
+
+    def forward(self, x, ids=None, mask=None):
+        x = self.drops[0](self.linear(x)) + (0 if ids is None else self.words(ids))
+        return F.dropout(x, 0.2, self.training) * (1 if mask is None else mask[..., None])
+
+class Half(Net):
+    def __init__(self):
+        super().__init__()
+        print("no part of the output")
+        self.bfloat16()
+
+def raises():
+    return [helper() for _ in range(2)]
+
+def helper():
+    raise TypeError("no weights\\nat all")
+
+def reads_arguments():
+    argparse.ArgumentParser(exit_on_error=False).parse_args(["--no-such"])
+
+def uses_torch():
+    return nn.Linear(2, 2)(torch.ones(3))
+
+def takes_one(x):
+    return x
+
+not_enough = functools.partial(takes_one, y=3)
+seq = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("Net", ["2x3x8"]),
+        ("Net", ["2x3x8", "2x3:int64", "2x3:bool"]),
+        ("Net", ["mask=2x3:float64", "2x3x8", "ids=2x3:long"]),
+        ("Half", ["2x3x8", "2x3:int32"]),
+    ],
+)
+def test_the_command_runs_the_model(name: str, inputs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODELS)
+    options = [part for each in inputs for part in ("--input", each)]
+    done = command(f"{tmp_path}/mine.py:{name}", *options, "--json")
+    assert done.exit_code == 0, done.output
+    functional, hidden = json.loads(done.stdout)
+    assert (functional["type"], functional["p"], functional["calls"]) == ("F.dropout", 0.2, 1)
+    assert (functional["status"], functional["where"]) == ("intercept", "mine.py:13")
+    assert (hidden["paths"], hidden["calls"], hidden["note"]) == (
+        ["drops[0]"],
+        1,
+        f"{IN_EVALUATION}; {NO_CHILD}",
+    )
+    assert set(functional) == {field.name for field in fields(Site)} | {"where"}
+
+
+REFUSED = [
+    ("torch.nn", [], "unknown model 'torch.nn'"),
+    ("raises", [], "mine.py:raises raises TypeError: no weights (mine.py, line 25, in helper)"),
+    ("reads_arguments", [], "raises SystemExit: 2 (mine.py, line 28, in reads_arguments)"),
+    ("uses_torch", [], "(mine.py, line 31, in uses_torch)"),
+    ("takes_one", [], "mine.py:takes_one cannot be called without arguments: TypeError: takes_one() missing"),
+    ("not_enough", [], "mine.py:not_enough cannot be called without arguments: TypeError"),
+    ("Net", ["2x7"], "mine.py:Net raises in the run: RuntimeError: mat1 and mat2"),
+    ("Net", ["2x7"], "(2x7 and 8x8) (mine.py, line 12, in forward)"),
+    ("Net", ["x=2x8", "y=3"], "raises in the run: TypeError"),
+    ("seq", ["2x4"], "linear.py, line"),
+    ("Net", ["2,7"], "input '2,7' is not understood; accepted are sizes, such as 2x3x32x32, with a dtype"),
+    ("Net", ["2x7:int128"], "input '2x7:int128' is not understood"),
+    ("Net", ["2x7:nn"], "input '2x7:nn' is not understood"),
+    ("Net", [""], "input '' is not understood"),
+    ("Net", ["99999999x99999999"], "cannot make the inputs: RuntimeError"),
+]
+
+
+@pytest.mark.parametrize(("name", "inputs", "words"), REFUSED)
+def test_what_the_command_refuses_is_one_line(
+    name: str, inputs: list[str], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(MODELS)
+    text = name if "." in name else f"{tmp_path}/mine.py:{name}"
+    done = command(text, *(part for each in inputs for part in ("--input", each)))
+    assert (done.exit_code, done.stdout) == (2, "")
+    last = done.stderr.splitlines()[-1].replace(f"{tmp_path}/", "")
+    assert last.startswith("thinned inspect: ")
+    assert words in last
+    assert "Traceback" not in done.stderr
 
 
 def two_blocks() -> nn.Module:

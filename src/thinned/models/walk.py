@@ -36,9 +36,8 @@ ORIGIN = "_thinned_origin"  # of a module that convert made: what it was made fr
 
 def is_ours(module: nn.Module) -> bool:
     """Whether ``module`` is a layer of thinned."""
-    homes = {base.__module__ for base in type(module).__mro__} - {
-        Named.__module__
-    }  # Intercepted has that too
+    homes = {base.__module__ for base in type(module).__mro__}
+    homes.discard(Named.__module__)  # which Intercepted and Keyed have, too
     return any(home.startswith("thinned.layers.") for home in homes)
 
 
