@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import inspect
 import math
 import pickle
+import pkgutil
 import re
 from collections.abc import Callable
 from functools import partial
@@ -94,6 +96,32 @@ def test_is_public_and_documented(entry: Entry) -> None:
     for name in entry.functional.split(", "):
         place = thinned if name.startswith("schedules.") else thinned.functional
         assert ">>> " in (inspect.getdoc(attrgetter(name)(place)) or "")
+
+
+@pytest.mark.parametrize(
+    "entry", [each for each in ENTRIES if issubclass(each.layer, nn.Module)], ids=lambda entry: entry.name
+)
+def test_docstring_says_when_to_use_the_layer_and_which_else(entry: Entry) -> None:
+    text = inspect.getdoc(entry.layer) or ""
+    when = next((part for part in text.split("\n\n") if part.startswith("Use this l")), "")
+    others = set(re.findall(r":class:`(\w+)`", when)) - {entry.name}
+    assert others, "no other layer is named beside `Use this layer ...`"
+    assert others <= set(thinned.__all__)
+    assert f"thinned.{entry.name}(" in text.partition(">>> ")[2]
+    named = set(re.findall(r":func:`~?thinned.functional.(\w+)`", text))
+    assert ".. math::" in text or set(entry.functional.split(", ")) <= named
+
+
+@pytest.mark.parametrize("place", [thinned, thinned.functional])
+def test_references_of_docstrings_exist(place: Any) -> None:
+    known = {*thinned.__all__, *thinned.functional.__all__, *dir(builtins)}
+    for name in place.__all__:
+        text = inspect.getdoc(getattr(place, name)) or ""
+        for reference in re.findall(r":(?:func|class):`~?([\w.]+)`", text):
+            if "." in reference:
+                assert pkgutil.resolve_name(reference) is not None
+            else:
+                assert reference in known, f"{name} refers to {reference}"
 
 
 @each_keyed_entry

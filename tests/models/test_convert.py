@@ -279,7 +279,6 @@ def test_a_scheduled_probability_comes_back_to_the_last_bit() -> None:
         expected = schedule.last_p
         assert {rate.key: rate.value for rate in rates_of(revert(model))} == expected
         convert(model)
-        schedule._scheduled = thinned.DropoutSchedule(model, lambda _: 1.0)._scheduled
 
 
 def test_a_probability_that_is_none_comes_back() -> None:

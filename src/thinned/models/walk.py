@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from thinned.layers._named import Named
-from thinned.torch_state import children_of
+from thinned.torch_state import WRAPPERS, children_of
 
 __all__ = [
     "ORIGIN",
+    "PARALLEL_WRAPPERS",
     "Choice",
     "check_model",
     "chooser",
@@ -26,12 +27,14 @@ __all__ = [
     "original",
     "other_references",
     "qualified_name",
+    "wrapped_in",
 ]
 
 Function = Callable[[str, nn.Module], bool]
 Choice = str | type | UnionType | Function | Iterable[str | type | UnionType | Function]
 
 ORIGIN = "_thinned_origin"  # of a module that convert made: what it was made from
+PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -242,3 +245,17 @@ def _no_match(
         candidates = paths + [f"*.{path.rpartition('.')[2]}" for path in paths]
     close = get_close_matches(item, list(dict.fromkeys(candidates)))
     return text + f"; close to it are {', '.join(map(repr, close))}" * bool(close)
+
+
+def wrapped_in(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper of torch.compile, FSDP, DDP, DataParallel or checkpointing; else None.
+
+    >>> import torch
+    >>> linear = torch.nn.Linear(2, 2)
+    >>> wrapped_in(torch.compile(linear)) is linear, wrapped_in(linear)
+    (True, None)
+    """
+    children = children_of(module)
+    if type(module) in PARALLEL_WRAPPERS:
+        return children["module"]
+    return next((children[name] for name in WRAPPERS if name in children), None)

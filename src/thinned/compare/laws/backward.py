@@ -11,7 +11,7 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from thinned.compare.implementation import Case
-from thinned.compare.laws.law import Finding, Law, has_mask, holds_if, is_random, nothing_wrong
+from thinned.compare.laws.law import Finding, Law, Level, has_mask, holds_if, is_random, nothing_wrong
 from thinned.compare.laws.values import departure, same, scale_of, under_seed
 from thinned.compare.memory import saved_by_call
 from thinned.compare.settings import Settings
@@ -138,18 +138,59 @@ def works_in_place(case: Case) -> bool:
 
 FAMILY = "backward and in place"
 law = partial(Law, FAMILY)
+unlike_torch = partial(law, level=Level.UNLIKE_TORCH)
 LAWS = [
-    law("gradient", "the gradient is that of finite differences under one mask", gradient),
-    law("mask of gradient", "backward has the forward's mask and scale", mask_of_gradient, has_mask),
-    law("second derivative", "the gradient can be differentiated again", second_derivative),
-    law("in place", "inplace=True writes into the input's memory", in_place, works_in_place),
     law(
+        "gradient",
+        "the gradient is that of finite differences under one mask",
+        gradient,
+        why="The optimiser follows the gradient of another function.",
+    ),
+    law(
+        "mask of gradient",
+        "backward has the forward's mask and scale",
+        mask_of_gradient,
+        has_mask,
+        why="Weights are changed for outputs that they did not make.",
+    ),
+    unlike_torch(
+        "second derivative",
+        "the gradient can be differentiated again",
+        second_derivative,
+        why="Gradient penalties and meta-learning fail, or follow a wrong gradient.",
+    ),
+    unlike_torch(
+        "in place",
+        "inplace=True writes into the input's memory",
+        in_place,
+        works_in_place,
+        why="The memory that inplace=True is meant to save is not saved, or autograd is not told.",
+    ),
+    unlike_torch(
         "in place on a leaf",
         "a leaf that needs grad is refused before it is written",
         in_place_leaf,
         works_in_place,
+        why="A parameter is overwritten by a call that fails.",
     ),
-    law("same seed", "one seed gives one mask, another seed another", same_seed, is_random),
-    law("checkpoint", "a checkpointed region's gradient equals the plain one", checkpointed),
-    law("saved", "keeps for backward what the formula has to, and less than a byte an element more", saved),
+    unlike_torch(
+        "same seed",
+        "one seed gives one mask, another seed another",
+        same_seed,
+        is_random,
+        why="torch.manual_seed does not reproduce a run.",
+    ),
+    law(
+        "checkpoint",
+        "a checkpointed region's gradient equals the plain one",
+        checkpointed,
+        why="Recomputation draws another mask: the gradient belongs to another forward.",
+    ),
+    law(
+        "saved",
+        "keeps for backward what the formula has to, and less than a byte an element more",
+        saved,
+        level=Level.NICETY,
+        why="Each layer holds a copy or a mask of its input until backward.",
+    ),
 ]

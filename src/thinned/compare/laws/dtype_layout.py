@@ -1,4 +1,4 @@
-"""The output has the dtype, shape and memory format of the input."""
+"""The output has the dtype, shape, memory format and device of the input."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from thinned.compare.implementation import Case, first
-from thinned.compare.laws.law import P_FOR_EQUALITY, Finding, Law, has_mask, holds_if, nothing_wrong
+from thinned.compare.errors import one_line
+from thinned.compare.implementation import Case, NotOfferedError, first
+from thinned.compare.laws.law import P_FOR_EQUALITY, Finding, Law, Level, has_mask, holds_if, nothing_wrong
 from thinned.compare.laws.values import departure, under_seed
 from thinned.compare.settings import DTYPES, Settings
 
@@ -123,26 +124,95 @@ def sliced(layer: Case, settings: Settings) -> Finding:
     return nothing_wrong(complaint, "base untouched")
 
 
+def other_devices(layer: Case, settings: Settings) -> Finding:
+    """On ``meta``, where tensors have a device and no values, so that this machine needs no other device.
+
+    A layer that reads values, as by ``item()``, cannot run there and may be right on a GPU.
+    """
+    module, inputs = layer.called(settings)
+    module, inputs = module.to("meta"), tuple(x.to("meta") for x in inputs)
+    try:
+        y = first(module(*inputs))
+    except (RuntimeError, TypeError) as error:
+        words = str(error)
+        if any(each in words for each in ("expected device", "same device", "to numpy")):
+            return holds_if(False, one_line(error))
+        raise NotOfferedError("needs the values") from error
+    return holds_if(y.is_meta, f"output on {y.device}" if not y.is_meta else "stays there")
+
+
 def has_images(case: Case) -> bool:
     return case.takes_any_shape or (case.masked is not None and len(case.masked.shape) in (4, 5))
 
 
 FAMILY = "dtype and layout"
 law = partial(Law, FAMILY, applies=has_mask)
+unlike_torch = partial(Law, FAMILY, level=Level.UNLIKE_TORCH)
 LAWS = [
-    Law(FAMILY, "dtype", "float16, bfloat16, float32 and float64 stay what they are", dtypes),
-    Law(FAMILY, "autocast", "autocast changes no mask", autocast),
-    law("complex", "both parts of a complex number are kept or dropped together", complex_numbers),
-    Law(
-        FAMILY,
+    unlike_torch(
+        "dtype",
+        "float16, bfloat16, float32 and float64 stay what they are",
+        dtypes,
+        why="A model in half precision computes in float32 from here on, or fails at the next layer.",
+    ),
+    unlike_torch(
+        "autocast",
+        "autocast changes no mask",
+        autocast,
+        why="A run with mixed precision differs from one without by its masks.",
+    ),
+    unlike_torch(
+        "complex",
+        "both parts of a complex number are kept or dropped together",
+        complex_numbers,
+        has_mask,
+        why="A complex feature loses its real or imaginary part alone.",
+    ),
+    unlike_torch(
         "channels_last",
         "output and gradient keep the input's memory format",
         channels_last,
         has_images,
+        why="The convolution that follows copies its input or takes a slower path.",
     ),
-    law("permuted input", "output and gradient keep the input's strides", permuted),
-    law("0-d input", "a scalar is dropped or kept, and stays a scalar, or is refused", zero_dimensional),
-    law("empty input", "no elements in, none out, forward and backward", empty),
-    law("expanded input", "every decision of a broadcast view is made for itself", expanded),
-    law("sliced input", "a strided view gives the same law, and its base is untouched", sliced),
+    unlike_torch(
+        "permuted input",
+        "output and gradient keep the input's strides",
+        permuted,
+        has_mask,
+        why="A view() that worked before the layer fails after it.",
+    ),
+    unlike_torch(
+        "0-d input",
+        "a scalar is dropped or kept, and stays a scalar, or is refused",
+        zero_dimensional,
+        has_mask,
+        why="A loss or a single feature changes its shape.",
+    ),
+    unlike_torch(
+        "empty input",
+        "no elements in, none out, forward and backward",
+        empty,
+        has_mask,
+        why="The last, empty batch of a worker or expert stops the run.",
+    ),
+    Law(
+        FAMILY,
+        "other devices",
+        "the mask is made where the input is: on meta nothing of another device is mixed in",
+        other_devices,
+        why="The layer that works on the CPU fails on a GPU.",
+    ),
+    law(
+        "expanded input",
+        "every decision of a broadcast view is made for itself",
+        expanded,
+        why="Elements that share memory share a decision, or are scaled twice in place.",
+    ),
+    law(
+        "sliced input",
+        "a strided view gives the same law, and its base is untouched",
+        sliced,
+        why="Elements that the caller did not pass are overwritten, or drop at another rate.",
+    ),
 ]

@@ -9,27 +9,42 @@ import torch
 from torch import Tensor
 
 from thinned.compare.implementation import Case, first
-from thinned.compare.laws.law import Finding, Law, has_mask, holds_if
+from thinned.compare.laws.law import Finding, Law, Level, has_mask, holds_if
 from thinned.compare.settings import Settings
 
 __all__ = ["LAWS"]
 
 
 def evaluation(layer: Case, settings: Settings) -> Finding:
-    module, inputs = layer.called(settings)
-    return _returns_input(first(module.eval()(*inputs)), inputs[0])
+    return _has_values_of_input(*_in_evaluation(layer, settings))
 
 
 def p_zero(layer: Case, settings: Settings) -> Finding:
+    return _has_values_of_input(*_at_p_zero(layer, settings))
+
+
+def no_copy(layer: Case, settings: Settings) -> Finding:
+    calls = {"in evaluation": _in_evaluation}
+    if has_p(layer):
+        calls["at p = 0"] = _at_p_zero
+    outputs = {when: call(layer, settings) for when, call in calls.items()}
+    copies = [when for when, (y, x) in outputs.items() if y is not x]
+    return holds_if(not copies, f"a copy {' and '.join(copies)}" if copies else "the input")
+
+
+def _in_evaluation(layer: Case, settings: Settings) -> tuple[Tensor, Tensor]:
+    module, inputs = layer.called(settings)
+    return first(module.eval()(*inputs)), inputs[0]
+
+
+def _at_p_zero(layer: Case, settings: Settings) -> tuple[Tensor, Tensor]:
     module, inputs = layer.called(settings, torch.float32, **{layer.example.p_name: 0.0})
-    return _returns_input(first(module(*inputs)), inputs[0])
+    return first(module(*inputs)), inputs[0]
 
 
-def _returns_input(y: Tensor, x: Tensor) -> Finding:
-    if y is x:
-        return holds_if(True, "the input")
+def _has_values_of_input(y: Tensor, x: Tensor) -> Finding:
     if torch.equal(y, x):
-        return holds_if(False, "a copy of the input")
+        return holds_if(True, "the input's values")
     return holds_if(False, f"other values, {(y.double() / x.double()).median():.4g} x")
 
 
@@ -110,16 +125,66 @@ def keeps_at_zero(case: Case) -> bool:
 FAMILY = "edge cases"
 law = partial(Law, FAMILY)
 LAWS = [
-    law("evaluation", "in evaluation the input itself comes back", evaluation, is_identity),
-    law("p = 0", "at p = 0 the input itself comes back", p_zero, keeps_at_zero),
-    law("p = 1", "at p = 1 all values and all gradients are zero", p_one, has_mask),
+    law(
+        "evaluation",
+        "in evaluation the input comes back unchanged",
+        evaluation,
+        is_identity,
+        why="Predictions are random, or differ from what training prepared for.",
+    ),
+    law(
+        "p = 0",
+        "at p = 0 the input comes back unchanged",
+        p_zero,
+        keeps_at_zero,
+        why="Training without dropout is changed by the layer.",
+    ),
+    law(
+        "no copy",
+        "in evaluation and at p = 0 the input itself comes back",
+        no_copy,
+        is_identity,
+        level=Level.NICETY,
+        why="Each copy costs memory and time for nothing.",
+    ),
+    law(
+        "p = 1",
+        "at p = 1 all values and all gradients are zero",
+        p_one,
+        has_mask,
+        level=Level.UNLIKE_TORCH,
+        why="One NaN at the end of a schedule or search ruins the weights.",
+    ),
     law(
         "p outside [0, 1]",
         "p below 0 or above 1 raises ValueError that names it",
         partial(refuses_p, outside=(-0.1, 1.5)),
         has_p,
+        level=Level.UNLIKE_TORCH,
+        why="A mistaken p, such as a percentage, trains without a word.",
     ),
-    law("p = NaN", "p = NaN raises ValueError", partial(refuses_p, outside=(math.nan,)), has_p),
-    law("integer input", "an integer tensor is refused where something is dropped", integers, has_mask),
-    law("dropped NaN or inf", "a dropped element is 0, NaN and infinity included", not_finite, has_mask),
+    law(
+        "p = NaN",
+        "p = NaN raises ValueError",
+        partial(refuses_p, outside=(math.nan,)),
+        has_p,
+        level=Level.NICETY,
+        why="A p that was computed wrongly goes unnoticed.",
+    ),
+    law(
+        "integer input",
+        "an integer tensor is refused where something is dropped",
+        integers,
+        has_mask,
+        level=Level.UNLIKE_TORCH,
+        why="Integers cannot hold scaled values: they are rounded, or change their dtype.",
+    ),
+    law(
+        "dropped NaN or inf",
+        "a dropped element is 0, NaN and infinity included",
+        not_finite,
+        has_mask,
+        level=Level.NICETY,
+        why="An infinity in a masked-out place becomes NaN: 0 * inf.",
+    ),
 ]

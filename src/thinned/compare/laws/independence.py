@@ -91,10 +91,40 @@ def _dropped(layer: Case, settings: Settings) -> Tensor:
 FAMILY = "independence"
 law = partial(Law, FAMILY, applies=has_mask)
 LAWS = [
-    law("neighbours", "elements side by side along any axis are dropped independently", neighbours),
-    law("lags", f"elements {LAGS[0]} to {LAGS[-1]} apart are dropped independently", lags),
-    law("rows", "any two rows are dropped independently", rows),
-    law("counts", "no slice loses more than its share", counts),
-    law("calls", "every call draws a new mask", calls),
-    law("contents", "the mask does not depend on the input's values", contents),
+    law(
+        "neighbours",
+        "elements side by side along any axis are dropped independently",
+        neighbours,
+        why="Neighbours that drop together let features co-adapt.",
+    ),
+    law(
+        "lags",
+        f"elements {LAGS[0]} to {LAGS[-1]} apart are dropped independently",
+        lags,
+        why="A mask with a period leaves the same groups of features together.",
+    ),
+    law(
+        "rows",
+        "any two rows are dropped independently",
+        rows,
+        why="Samples of a batch that share a mask average over fewer thinned networks.",
+    ),
+    law(
+        "counts",
+        "no slice loses more than its share",
+        counts,
+        why="A sample or feature that is dropped more than others is trained less.",
+    ),
+    law(
+        "calls",
+        "every call draws a new mask",
+        calls,
+        why="A mask that repeats trains one thinned network instead of all of them.",
+    ),
+    law(
+        "contents",
+        "the mask does not depend on the input's values",
+        contents,
+        why="A mask that looks at values distorts them, and the mean is no longer x.",
+    ),
 ]

@@ -16,6 +16,7 @@ __all__ = [
     "P_FOR_EQUALITY",
     "Finding",
     "Law",
+    "Level",
     "Verdict",
     "examine",
     "has_mask",
@@ -38,6 +39,23 @@ class Verdict(str, Enum):
     @property
     def is_breach(self) -> bool:
         return self in (Verdict.BROKEN, Verdict.CRASHED)
+
+
+class Level(str, Enum):
+    """The severity of a broken law, the worst first."""
+
+    WRONG = "wrong"
+    UNLIKE_TORCH = "unlike torch"
+    NICETY = "nicety"
+
+    def includes(self, other: Level) -> bool:
+        """Whether ``other`` is at least as bad.
+
+        >>> [Level.UNLIKE_TORCH.includes(level) for level in Level]
+        [True, True, False]
+        """
+        order = list(Level)
+        return order.index(other) <= order.index(self)
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,10 @@ class Law:
     Attributes:
         check: measures an implementation, from the settings' seed.
         applies: whether it is a law of thinned's own layer.
+        level: ``wrong``, if a layer that breaks the law is no dropout or trains another network than it
+            says; ``unlike torch``, if it is one that PyTorch's users would stumble over; ``nicety``, if it
+            could be better.
+        why: what goes wrong for a user of a layer that breaks the law, in a line.
         case: thinned's own layer, in the place of which an implementation is examined.
     """
 
@@ -72,6 +94,8 @@ class Law:
     statement: str
     check: Callable[[Case, Settings], Finding]
     applies: Callable[[Case], bool] = field(default=lambda _: True)
+    level: Level = Level.WRONG
+    why: str = ""
     case: Case | None = None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.compare.implementation import Case, first
-from thinned.compare.laws.law import Finding, Law, holds_if, is_random
+from thinned.compare.laws.law import Finding, Law, Level, holds_if, is_random
 from thinned.compare.laws.values import same, under_seed
 from thinned.compare.settings import Settings
 
@@ -102,11 +102,38 @@ def has_no_parameters(case: Case) -> bool:
 
 
 FAMILY = "transforms"
-law = partial(Law, FAMILY)
+law = partial(Law, FAMILY, level=Level.UNLIKE_TORCH)
 LAWS = [
-    law("torch.compile", "compiles without a graph break, to what eager code gives", compiled),
-    law("vmap", "one mask for all examples or one for each, as asked", vmapped, is_random),
-    law("deepcopy", "a copy has the original's masks and mode", partial(copied, make=copy.deepcopy)),
-    law("pickle", "a layer survives pickling with its masks and mode", partial(copied, make=_pickled)),
-    law("state_dict", "there is nothing in it", state, has_no_parameters),
+    law(
+        "torch.compile",
+        "compiles without a graph break, to what eager code gives",
+        compiled,
+        why="torch.compile fails or falls back at this layer, or trains with another mask.",
+    ),
+    law(
+        "vmap",
+        "one mask for all examples or one for each, as asked",
+        vmapped,
+        is_random,
+        why="Per-sample gradients and ensembles fail, or share a mask that they should not.",
+    ),
+    law(
+        "deepcopy",
+        "a copy has the original's masks and mode",
+        partial(copied, make=copy.deepcopy),
+        why="A copied model, such as an average of weights, behaves differently.",
+    ),
+    law(
+        "pickle",
+        "a layer survives pickling with its masks and mode",
+        partial(copied, make=_pickled),
+        why="Models cannot be saved whole or sent to another process.",
+    ),
+    law(
+        "state_dict",
+        "there is nothing in it",
+        state,
+        has_no_parameters,
+        why="Checkpoints of the model without this layer do not load.",
+    ),
 ]
