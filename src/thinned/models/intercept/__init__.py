@@ -23,7 +23,7 @@ from thinned.models.intercept.fast_path import FastPath, is_innermost, remove_mo
 from thinned.models.intercept.recurrent import Packed, Padded, run
 from thinned.torch_state import compiler_is_imported, compiling, modes_of_thread, never_inlined
 
-__all__ = ["Intercept", "Intercepted", "intercept"]
+__all__ = ["Intercept", "Intercepted", "intercept", "is_intercepted"]
 
 
 def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) -> Intercept:
@@ -156,6 +156,11 @@ class Intercept(Counting, TorchFunctionMode):
         handler = _HANDLERS.get(func) if ours else None
         result = None if handler is None else handler(self, *args, **kwargs)
         return func(*args, **kwargs) if result is None else result
+
+
+def is_intercepted() -> bool:
+    """Whether this thread, or this asyncio task, is within :func:`thinned.intercept`."""
+    return Intercept._innermost.get() is not None
 
 
 def _check_key(key: Key | None) -> None:
