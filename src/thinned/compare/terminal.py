@@ -61,5 +61,5 @@ class Terminal:
 
     def show_verdicts(self, report: Report) -> None:
         for name in report.names:
-            style = STYLES[Verdict.BROKEN if report.breaches(name) else Verdict.HOLDS]
+            style = STYLES[Verdict.BROKEN if report.fails(name) else Verdict.HOLDS]
             self.output.print(Text(f"{name}: {report.verdict(name)}", style))
