@@ -13,7 +13,18 @@ from thinned.compare.report import Report, Sample
 from thinned.compare.timing import MULTIPLY, Timing
 from thinned.compare.training import Run
 
-__all__ = ["Cell", "Row", "Table", "laws", "layers", "layers_page", "speed", "training_runs", "tutorial"]
+__all__ = [
+    "Cell",
+    "Row",
+    "Table",
+    "laws",
+    "layers",
+    "layers_page",
+    "layers_record",
+    "speed",
+    "training_runs",
+    "tutorial",
+]
 
 MARKS = {Verdict.HOLDS: "✓ ", Verdict.BROKEN: "✗ ", Verdict.CRASHED: "✗ crashed: "}
 NOTHING = "–"
@@ -130,6 +141,20 @@ def _run(run: Run) -> Iterable[Cell]:
 def layers() -> Table:
     rows = [Row(entry.name, [Cell(text) for text in _cells(entry)]) for entry in ENTRIES]
     return Table(f"{len(rows)} layers", list(COLUMNS_OF_LAYERS), {"": rows})
+
+
+def layers_record() -> list[dict[str, str | list[str]]]:
+    """The table of layers for a program.
+
+    >>> layers_record()[0]["layer"]
+    'Dropout'
+    """
+    return [
+        {"layer": entry.name}
+        | dict(zip(COLUMNS_OF_LAYERS, _cells(entry), strict=True))
+        | {"functional": entry.functional.split(", ")}
+        for entry in ENTRIES
+    ]
 
 
 def layers_page() -> str:
