@@ -91,7 +91,7 @@ class Terminal:
         for group in groups:
             shown = [heading, *(columns[i] for i in group)]
             room = self.output.width - 1 - sum(BORDERS + column.narrowest for column in shown)
-            if notes and len(groups) == 1 and room >= BORDERS + NOTES:
+            if notes and room >= BORDERS + NOTES:
                 shown.append(notes)
             self.output.print(self._rich(table, shown, group))
         if table.note:
