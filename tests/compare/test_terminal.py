@@ -154,7 +154,7 @@ def test_colours_are_readable_on_light_and_on_dark_paper(monkeypatch: pytest.Mon
 
 
 def test_a_time_is_its_ratio_times_the_reference() -> None:
-    """A machine that slows down by half between rounds, by hand: it slows both, and a ratio of 3 is one of times."""
+    """A machine that slows down by half between rounds, by hand: a ratio of 3 is one of times."""
     base = [1e-6, 2e-6, 4e-6, 2e-6, 1e-6]
     own = [3e-6, 6e-6, 4e-6, 6e-6, 2.5e-6]
     multiply, ours = beside({MULTIPLY: base, "ours": own}, MULTIPLY, 1000, "forward")

@@ -135,8 +135,6 @@ class Terminal:
         """As wide as the content, if that fits; else the names come first, then the most crowded column."""
         room = self.output.width - 1 - BORDERS * len(columns)
         widths = [column.narrowest for column in columns]
-        while sum(widths) > room and max(widths) > 10:  # a word is wider than the terminal
-            widths[widths.index(max(widths))] -= 1
         widths[0] += max(0, min(columns[0].widest - widths[0], room - sum(widths)))
         while sum(widths) < room:
             crowded = max(range(len(columns)), key=lambda i: columns[i].widest / widths[i])
