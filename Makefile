@@ -1,12 +1,17 @@
-# Every target sets up what it needs: a virtual environment in .venv and the compiled kernel in it.
+# Every target sets up what it needs in the virtual environment .venv, and nothing where that is there already.
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
+# `make compare NATIVE=OFF` goes without the compiled kernel and needs no compiler.
+NATIVE ?= ON
 BIN := $(VENV)/bin
 # Test processes, at most 8: each takes 1.3 GB. `make test WORKERS=0` runs the tests in one, where --pdb works.
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
-SOURCES := pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
+SOURCES := pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*.* csrc/simd/*)
+# Errors only. Python compiles what it imports at the first import: pip would compile all of PyTorch, which takes longer.
+PIP := SKBUILD_CMAKE_DEFINE=THINNED_NATIVE=$(NATIVE) $(BIN)/python -m pip install -qq --no-compile -c $(CONSTRAINTS)
+FAILED = { echo "Setting up $(VENV) failed for the reason above; the next make tries again." >&2; exit 1; }
 
 .PHONY: help setup compare test test-torch test-slow sanitize lint bench doctor clean
 help:
@@ -19,23 +24,44 @@ help:
 	@echo "make bench      time against peers; appends to benchmarks/results.csv"
 	@echo "make doctor     versions, backends, instruction sets, threads"
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.tests
 
+PYTHON_3 := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\)".*/\1/p' pyproject.toml)
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, $(PYTHON_3)))' 2>/dev/null || { \
+	  found=$$(command -v $(PYTHON) >/dev/null && $(PYTHON) -V 2>&1 || echo not found); \
+	  echo "thinned needs Python 3.$(PYTHON_3) or later, and $(PYTHON) is $$found." \
+	    "Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
 
-$(VENV)/.installed: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+# thinned with its kernel, and the packages of its command.
+$(VENV)/.command: $(BIN)/python $(SOURCES)
+	@test $(NATIVE) = OFF && exit; \
+	  for compiler in $${CXX:-c++ g++ clang++}; do command -v $$compiler >/dev/null && exit; done; \
+	  echo "thinned's kernel needs a C++17 compiler, and $${CXX:-c++, g++, clang++} is not found." \
+	    "Install one, or go without the kernel: make $(MAKECMDGOALS) NATIVE=OFF" >&2; exit 1
+	@echo "$(if $(wildcard $@),Updating $(VENV): thinned's kernel; about half a minute,$\
+	  Setting up $(VENV): PyTorch and thinned's kernel; about 1 minute the first time (CUDA's PyTorch takes longer))"
+	@$(PIP) -e '.[compare]' || $(FAILED)
 	@touch $@
 
-compare: setup
+$(VENV)/.tests: $(VENV)/.command
+	@echo "Adding what the tests need to $(VENV): transformers, lightning, ONNX and others; about 1 minute the first time"
+	@$(PIP) 'thinned[dev]' || $(FAILED)
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.command
+	@echo "Adding what thinned is timed beside to $(VENV): JAX, timm and torchvision; about half a minute the first time"
+	@$(PIP) 'thinned[bench]' || $(FAILED)
+	@touch $@
+
+compare: $(VENV)/.command
 	$(BIN)/thinned compare $(ARGS)
 
-doctor: setup
+doctor: $(VENV)/.command
 	$(BIN)/thinned doctor
 
-test: setup
+test: $(VENV)/.tests
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-torch:
@@ -47,19 +73,18 @@ test-torch:
 	mkdir -p $(@D)
 	echo torch==$* > $@
 
-test-slow: setup
+test-slow: $(VENV)/.tests
 	$(PYTEST) -m slow $(ARGS)
 
-sanitize: setup
+sanitize: $(VENV)/.tests
 	$(MAKE) -C csrc/tests run PYTHON=$(abspath $(BIN)/python)
 
-lint: setup
+lint: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:

@@ -186,7 +186,7 @@ def _compiling() -> Iterator[Case]:
         config = BertConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=64
         )
-        model = thinned.convert(BertForSequenceClassification(config).train()).model
+        model = thinned.convert(BertForSequenceClassification(config).train())
         words = torch.arange(24).reshape(2, 12)
 
         def compile_and_run() -> None:

@@ -5,6 +5,7 @@ thinned compare examples/broken_dropout.py:ForgetsToScale --quick --check
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -100,3 +101,31 @@ class WrongGradient(Correct):
         y = super().drop(x, keep)
         other = super().drop(x, self.keep(x))
         return other + (y - other).detach()
+
+
+class StraightThrough(Correct):
+    """Sends the whole gradient back, also to dropped elements."""
+
+    def drop(self, x: Tensor, keep: Tensor) -> Tensor:
+        return x + (super().drop(x, keep) - x).detach()
+
+
+class DropsInEvaluation(Correct):
+    """Asks for p alone, and never whether the model is in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x, self.keep(x)) if self.p > 0 else x
+
+
+class MakesMaskOnCPU(Correct):
+    """Draws where torch.rand draws by default, wherever the input is."""
+
+    def keep(self, x: Tensor) -> Tensor:
+        return torch.rand(x.shape, dtype=torch.float64) < 1 - self.p
+
+
+class DrawsFromNumPy(Correct):
+    """Draws from a generator that neither torch.manual_seed nor checkpointing knows."""
+
+    def keep(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(np.random.random(x.shape) < 1 - self.p, device=x.device)

@@ -23,3 +23,7 @@ except PackageNotFoundError:
 
 __all__ = ["DropoutSchedule", "Key", "backends", "functional", "keep_mask", "schedules", "spec"]
 __all__ += [*_layers, *_models]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]  # for tab completion

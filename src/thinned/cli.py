@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json as json_
+import platform
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Annotated
 if not all(find_spec(package) for package in ("jinja2", "matplotlib", "mlxtend", "rich", "scipy", "typer")):
     sys.exit("thinned's command line needs the extra: pip install 'thinned[compare]'")
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -26,27 +29,41 @@ from thinned.compare.terminal import Terminal
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def main() -> None:
-    """The entry point of `thinned` and of `python -m thinned.cli`."""
-    app(prog_name="thinned")
+def main(program: str = "thinned") -> None:
+    """The entry point of `thinned` and, as another program, of `python -m thinned`."""
+    app(prog_name=program)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(thinned.__version__)
-        raise typer.Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def thinned_(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="With --version: thinned's, PyTorch's, Python's, and the backends.")
     ] = False,
 ) -> None:
     """Dropout for PyTorch, with masks that are a pure function of a key and a position."""
+    if version:
+        about = {
+            "thinned": thinned.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "backends": list(thinned.backends.available()),
+        }
+        typer.echo(_json(about) if json else thinned.__version__)
+        raise typer.Exit
+    if json:
+        context.fail("--json goes after a command, as in `thinned doctor --json`, or beside --version")
+    if not context.invoked_subcommand:
+        context.fail("Missing command.")
+
+
+def _json(content: object) -> str:
+    return json_.dumps(content, indent=2, ensure_ascii=False)
 
 
 @app.command()
@@ -106,13 +123,19 @@ def compare(
 
 @app.command()
 def layers(
+    context: typer.Context,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print it as docs/layers.md has it.")] = False,
+    json: Json = False,
 ) -> None:
-    """The table of layers: function, shape of the mask, source, peer."""
+    """The table of layers: functions, shape of the mask, source, peer."""
+    if markdown and json:
+        context.fail("--markdown and --json exclude each other")
     if markdown:
         sys.stdout.write(tables.layers_page())
-        return
-    Terminal().show(tables.layers())
+    elif json:
+        typer.echo(_json(tables.layers_record()))
+    else:
+        Terminal().show(tables.layers())
 
 
 @app.command()
@@ -135,13 +158,17 @@ def inspect(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(json: Json = False) -> None:
     """Versions, backends, instruction sets, threads: what serves dropout here, and why not another."""
+    sections = thinned.backends.describe()
+    if json:
+        typer.echo(_json(sections))
+        return
     console = Console()
-    for section, entries in thinned.backends.describe().items():
+    for section, entries in sections.items():
         table = Table(title=section, title_justify="left", show_header=False)
         for name, value in entries.items():
-            table.add_row(name, str(value))
+            table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
         console.print(table)
 
 

@@ -54,3 +54,7 @@ __all__ = [
 ]
 
 register(globals()[name] for name in __all__)
+
+
+def __dir__() -> list[str]:
+    return __all__

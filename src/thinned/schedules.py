@@ -19,6 +19,10 @@ __all__ = ["DropoutSchedule", "Schedule", "cosine", "curriculum", "early", "late
 Schedule = Callable[[int], float]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 class DropoutSchedule:
     r"""Changes the drop probabilities of a model over training: multiplies each by a factor of the step.
 

@@ -16,6 +16,11 @@ from numpy.typing import NDArray
 
 __all__ = ["dropout", "fold", "keep_mask", "philox4x32", "scale", "threshold"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Element = TypeVar("Element", bound=np.inexact[Any])
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)

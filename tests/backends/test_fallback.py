@@ -114,33 +114,60 @@ def test_portable_takes_over_with_one_warning_and_the_same_results() -> None:
     ]
 
 
-@pytest.mark.skipif("native" in backends.missing(), reason="the compiled kernel is missing")
+needs_native = pytest.mark.skipif("native" in backends.missing(), reason="the compiled kernel is missing")
+
+
+@needs_native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_environment_forces_an_instruction_set() -> None:
-    """Those that this processor has, each in a process of its own, and one that there is not."""
+    """Each that this processor has, as written, in capitals, within spaces; and the best without a name."""
     from thinned.backends import _native
 
+    best, accepted = _native.isa(), _native.supported_isas()
+    named = {name: isa for isa in accepted for name in (isa, isa.upper(), f" {isa} ")}
     printed = output(
         f"""
         import os, torch
-        for isa in {[*_native.supported_isas(), "sse9"]}:
+        for name in {[*named, "", " "]}:
             if os.fork():
                 os.wait()
                 continue
-            os.environ["THINNED_ISA"] = isa
-            try:
-                import thinned
-                from thinned.backends import _native
-                kept = thinned.keep_mask(thinned.Key(7), (1000,), 0.3).sum().item()
-                print(_native.isa(), kept, flush=True)
-            except Exception as error:
-                print(error, flush=True)
+            os.environ["THINNED_ISA"] = name
+            import thinned
+            from thinned.backends import _native
+            kept = thinned.keep_mask(thinned.Key(7), (1000,), 0.3).sum().item()
+            print(_native.isa(), thinned.backends.describe()["native"]["THINNED_ISA"], kept, flush=True)
             os._exit(0)
         """,
-        PYTHONWARNINGS="ignore",
+        PYTHONWARNINGS="ignore::DeprecationWarning,error::UserWarning",
     )
     kept = int(thinned.keep_mask(thinned.Key(7), (1000,), 0.3).sum())
-    *forced, unknown = printed.splitlines()
-    assert forced == [f"{isa} {kept}" for isa in _native.supported_isas()]
-    accepted = ", ".join(_native.supported_isas())
-    assert f"no instruction set 'sse9' on this machine; accepted: {accepted}" in unknown
+    expected = [f"{isa} {isa} {kept}" for isa in named.values()] + [f"{best} not set {kept}"] * 2
+    assert printed.splitlines() == expected
+
+
+@needs_native
+def test_an_unknown_instruction_set_is_one_warning_and_a_line_of_doctor() -> None:
+    from thinned.backends import _native
+
+    accepted = f"thinned has no such instruction set, accepted are {', '.join(_native.supported_isas())}"
+    code = "import thinned; print(thinned.backends.describe()['native']['THINNED_ISA'])"
+    warned = python(code, THINNED_ISA="sse9")
+    assert warned.returncode == 0
+    assert warned.stdout == f"'sse9' is ignored: {accepted}\n"
+    message = f"THINNED_ISA='sse9' is ignored: {accepted}; thinned uses {_native.isa()}"
+    assert warned.stderr == f"<string>:1: UserWarning: {message}\n"
+    strict = python(code, THINNED_ISA="sse9", PYTHONWARNINGS="error")
+    assert strict.returncode == 1
+    assert strict.stderr.splitlines()[-1] == f"UserWarning: {message}"
+
+
+@needs_native
+def test_an_instruction_set_that_this_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from thinned.backends import _native, native
+
+    monkeypatch.setattr(_native, "supported_isas", lambda: ["baseline"])
+    monkeypatch.setattr(_native, "compiled_isas", lambda: ["baseline", "avx2"])
+    reason = "'AVX2' is ignored: this processor has no such instruction set, accepted are baseline"
+    with pytest.warns(UserWarning, match=f"^THINNED_ISA={reason}; thinned uses {_native.isa()}$"):
+        assert native._force_isa("AVX2") == reason

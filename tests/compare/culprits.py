@@ -189,6 +189,7 @@ CULPRITS = {
     "permuted input": changed(ForgetsStrides),
     "0-d input": changed(FlattensScalars),
     "empty input": changed(FailsOnEmpty),
+    "other devices": example("MakesMaskOnCPU"),
     "expanded input": changed(DecidesOnceForViews),
     "sliced input": changed(WritesItsInput),
     "gradient": example("WrongGradient"),

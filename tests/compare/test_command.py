@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import platform
 import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from markupsafe import escape
 from typer.testing import CliRunner, Result
 
 import thinned
 from thinned import cli
 from thinned.cli import app
-from thinned.compare import run
+from thinned.compare import run, tables
 from thinned.compare.laws import LAWS
 from thinned.compare.layers import _entry, entry_of
 
@@ -30,6 +34,61 @@ def test_doctor_names_the_backend_of_the_cpu() -> None:
     result = thinned_command("doctor")
     assert result.exit_code == 0
     assert "portable" in result.stdout
+
+
+def layers_as_the_table_has_them() -> list[dict[str, object]]:
+    table = tables.layers()
+    rows = (
+        dict(zip(table.columns, (cell.text for cell in row.cells), strict=True)) for row in table.sections[""]
+    )
+    layers = zip(table.sections[""], rows, strict=True)
+    return [
+        {"layer": row.heading} | cells | {"functional": cells["functional"].split(", ")}
+        for row, cells in layers
+    ]
+
+
+def versions() -> dict[str, object]:
+    names = {"thinned": thinned.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return names | {"backends": list(thinned.backends.available())}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content"),
+    [
+        (["doctor", "--json"], thinned.backends.describe),
+        (["layers", "--json"], layers_as_the_table_has_them),
+        (["--version", "--json"], versions),
+        (["--json", "--version"], versions),
+    ],
+    ids=["doctor", "layers", "version", "json first"],
+)
+def test_json(arguments: list[str], content: Callable[[], object]) -> None:
+    result = thinned_command(*arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout) == content()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--json"], ["--json", "doctor"], ["layers", "--json", "--markdown"], ["--"]]
+)
+def test_options_that_do_not_go_together(arguments: list[str]) -> None:
+    result = thinned_command(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Help and errors name what was typed; a shell completes the command."""
+
+    def printed(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["__main__.py", *arguments])
+        with pytest.raises(SystemExit):
+            runpy.run_module("thinned", run_name="__main__")
+        return "".join(capsys.readouterr())
+
+    assert "Usage: python -m thinned doctor" in printed("doctor", "--help")
+    assert "Try 'python -m thinned --help'" in printed("nonsense")
+    assert printed("--show-completion", "bash").rstrip().endswith("_thinned_completion thinned")
 
 
 @pytest.fixture
@@ -79,10 +138,12 @@ def test_wrong_arguments_get_one_line(arguments: list[str], message: str) -> Non
     assert result.stderr.count("\n") == 1
 
 
-def test_a_missing_extra_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", ["cli.py", "__main__.py"])
+def test_a_missing_extra_gets_one_line(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "typer" else name)
+    monkeypatch.delitem(sys.modules, "thinned.cli")
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(cli.__file__)
+        runpy.run_path(str(Path(cli.__file__).with_name(file)), run_name="__main__")
     assert ended.value.code == "thinned's command line needs the extra: pip install 'thinned[compare]'"
 
 
@@ -105,7 +166,7 @@ def test_terminal(compared: tuple[str, str, str]) -> None:
     for law in DROPOUT:
         assert law.name in printed
     assert "✗ NaN; gradients NaN" in printed
-    assert "ForgetsToScale: breaks 7 of 47 laws, 2 not offered: kept values, mean in float16" in printed
+    assert "ForgetsToScale: breaks 7 of 48 laws, 2 not offered: kept values, mean in float16" in printed
     assert max(len(line) for line in printed.splitlines()) <= 100
 
 

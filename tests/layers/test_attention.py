@@ -146,8 +146,8 @@ def test_wrong_arguments() -> None:
 
 def test_modules() -> None:
     heads, keys = DropHead(0.25, dim=2, normalize="expected"), DropKey(0.3, broadcast_dims=[1, 2])
-    assert repr(heads) == "DropHead(p=0.25, dim=2, normalize='expected')"
-    assert repr(keys) == "DropKey(p=0.3, broadcast_dims=(1, 2))"
+    assert repr(heads) == "thinned.DropHead(p=0.25, dim=2, normalize='expected')"
+    assert repr(keys) == "thinned.DropKey(p=0.3, broadcast_dims=(1, 2))"
     x = torch.randn(3, 4, 5, 6)
     assert heads(x, key=KEY).equal(drop_head(x, 0.25, dim=2, normalize="expected", key=KEY))
     assert keys(x, key=KEY).equal(drop_key(x, 0.3, broadcast_dims=(1, 2), key=KEY))

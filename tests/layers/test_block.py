@@ -377,7 +377,7 @@ def test_another_batch_and_other_channels_take_no_other_graph() -> None:
 
 def test_text() -> None:
     text = (
-        "DropBlock2d(p=0.4, block_size=(2, 3), inplace=False, couple_channels=True, scale='counted', "
+        "thinned.DropBlock2d(p=0.4, block_size=(2, 3), inplace=False, couple_channels=True, scale='counted', "
         "batchwise=False, scale_by_keep=True, with_noise=False, gamma_scale=0.5)"
     )
     layer = DropBlock2d(

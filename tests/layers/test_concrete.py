@@ -160,8 +160,11 @@ def test_what_a_layer_shows() -> None:
     assert list(layer.state_dict()) == ["p_logit"]
     assert layer.p_logit.shape == (1,)
     shown = "temperature=0.1, weight_regularizer=1e-06, dropout_regularizer=1e-05"
-    assert repr(layer) == f"ConcreteDropout({shown})"
-    assert repr(ConcreteDropout(broadcast_dims=[2, 3])) == f"ConcreteDropout({shown}, broadcast_dims=(2, 3))"
+    assert repr(layer) == f"thinned.ConcreteDropout({shown})"
+    assert (
+        repr(ConcreteDropout(broadcast_dims=[2, 3]))
+        == f"thinned.ConcreteDropout({shown}, broadcast_dims=(2, 3))"
+    )
 
 
 def test_regulariser_is_that_of_the_authors() -> None:

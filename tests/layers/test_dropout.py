@@ -116,7 +116,7 @@ def test_a_layer_without_broadcast_dims_has_the_state_of_torchs(name: str) -> No
     """So have layers that were pickled before there were any."""
     ours, theirs = (getattr(module, name)(0.3, True) for module in (thinned, nn))
     assert vars(ours).keys() == vars(theirs).keys()
-    assert repr(ours) == f"{name}(p=0.3, inplace=True)"
+    assert repr(ours) == f"thinned.{name}(p=0.3, inplace=True)"
 
 
 def test_mask_of_a_batch_of_keys() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import inspect
 import math
 import pickle
+import pkgutil
 import re
 from collections.abc import Callable
 from functools import partial
@@ -96,6 +98,32 @@ def test_is_public_and_documented(entry: Entry) -> None:
         assert ">>> " in (inspect.getdoc(attrgetter(name)(place)) or "")
 
 
+@pytest.mark.parametrize(
+    "entry", [each for each in ENTRIES if issubclass(each.layer, nn.Module)], ids=lambda entry: entry.name
+)
+def test_docstring_says_when_to_use_the_layer_and_which_else(entry: Entry) -> None:
+    text = inspect.getdoc(entry.layer) or ""
+    when = next((part for part in text.split("\n\n") if part.startswith("Use this l")), "")
+    others = set(re.findall(r":class:`(\w+)`", when)) - {entry.name}
+    assert others, "no other layer is named beside `Use this layer ...`"
+    assert others <= set(thinned.__all__)
+    assert f"thinned.{entry.name}(" in text.partition(">>> ")[2]
+    named = set(re.findall(r":func:`~?thinned.functional.(\w+)`", text))
+    assert ".. math::" in text or set(entry.functional.split(", ")) <= named
+
+
+@pytest.mark.parametrize("place", [thinned, thinned.functional])
+def test_references_of_docstrings_exist(place: Any) -> None:
+    known = {*thinned.__all__, *thinned.functional.__all__, *dir(builtins)}
+    for name in place.__all__:
+        text = inspect.getdoc(getattr(place, name)) or ""
+        for reference in re.findall(r":(?:func|class):`~?([\w.]+)`", text):
+            if "." in reference:
+                assert pkgutil.resolve_name(reference) is not None
+            else:
+                assert reference in known, f"{name} refers to {reference}"
+
+
 @each_keyed_entry
 def test_a_key_decides(entry: Entry, references: dict[str, Tensor]) -> None:
     oracle.assert_same(result(entry, KEY), references[entry.name])
@@ -142,11 +170,16 @@ def test_a_call_draws_one_number_however_it_is_made(entry: Entry) -> None:
 
 @each_keyed_entry
 def test_repr_names_the_layer_and_its_arguments(entry: Entry) -> None:
-    text = repr(example(entry)[0])
-    assert text.startswith(f"{entry.name}(")
+    layer = example(entry)[0]
+    text = repr(layer)
+    assert text.startswith(f"thinned.{entry.name}(")
     for name, value in entry.example.arguments.items():
         if name in inspect.signature(entry.layer).parameters and (name != "p" or entry.example.p_name):
             assert f"{name}={value!r}" in text or f"{entry.name}({value!r}, {value!r}" in text
+    assert f"(0): {text.splitlines()[0]}" in repr(nn.ModuleList([layer]))
+    own = type("Own", (type(layer),), {})  # a user's subclass prints by its own name
+    layer.__class__ = own
+    assert repr(layer) == text.replace(f"thinned.{entry.name}(", "Own(", 1)
 
 
 @each_keyed_entry

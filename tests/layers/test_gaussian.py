@@ -157,11 +157,12 @@ def test_arguments_of_variational_dropout() -> None:
     layer = VariationalDropout(0.2)
     assert list(layer.state_dict()) == ["log_alpha"]
     assert (layer.p.item(), layer.alpha.item()) == (pytest.approx(0.2), pytest.approx(0.25))
-    assert repr(layer) == "VariationalDropout(max_alpha=1.0)"
+    assert repr(layer) == "thinned.VariationalDropout(max_alpha=1.0)"
     assert (
-        repr(VariationalDropout(0.2, num_features=7)) == "VariationalDropout(num_features=7, max_alpha=1.0)"
+        repr(VariationalDropout(0.2, num_features=7))
+        == "thinned.VariationalDropout(num_features=7, max_alpha=1.0)"
     )
-    assert repr(GaussianDropout(0.2)) == "GaussianDropout(p=0.2)"
+    assert repr(GaussianDropout(0.2)) == "thinned.GaussianDropout(p=0.2)"
 
 
 @pytest.mark.parametrize(

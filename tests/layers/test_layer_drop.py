@@ -124,7 +124,7 @@ def test_a_module_list() -> None:
     assert (len(pruned), pruned.p, pruned[1] is layers[2]) == (3, 0.3, True)
     layers.append(nn.Identity())
     assert len(layers) == 7
-    assert repr(layers).startswith("LayerDrop(p=0.3\n  (0-5): 6 x Sequential(")
+    assert repr(layers).startswith("thinned.LayerDrop(p=0.3\n  (0-5): 6 x Sequential(")
 
 
 def test_other_arguments_reach_each_layer() -> None:

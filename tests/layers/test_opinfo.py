@@ -289,7 +289,7 @@ def test_layers(
     """A layer takes the place of PyTorch's, and is its function."""
     ours, theirs = layer(p, inplace), torchs(p, inplace)
     assert isinstance(ours, torchs)
-    assert repr(ours) == repr(theirs)
+    assert repr(ours) == f"thinned.{theirs}"
     assert vars(ours).keys() == vars(theirs).keys()
     assert (ours.state_dict(), list(ours.parameters())) == ({}, [])
     made = [samples(inputs, torch.float32) for name, inputs, _ in OPS if name == function.__name__]
@@ -310,8 +310,8 @@ def test_layers(
 
 @each_layer
 def test_arguments_of_layers(layer: type[nn.Module], torchs: type[nn.Module], function: object) -> None:  # noqa: ARG001
-    assert repr(layer()) == repr(torchs())
-    assert repr(layer(inplace=True, p=1)) == repr(torchs(inplace=True, p=1))
+    assert repr(layer()) == f"thinned.{torchs()}"
+    assert repr(layer(inplace=True, p=1)) == f"thinned.{torchs(inplace=True, p=1)}"
     for p in (-0.1, 1.1):
         with pytest.raises(ValueError, match="between 0 and 1") as theirs:
             torchs(p)

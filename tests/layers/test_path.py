@@ -75,8 +75,11 @@ def test_another_mode(mode: str) -> None:
 
 
 def test_arguments_of_layers() -> None:
-    assert repr(thinned.DropPath(0.2, scale_by_keep=False)) == "DropPath(drop_prob=0.2, scale_by_keep=False)"
-    assert repr(thinned.StochasticDepth(0.2, "batch")) == "StochasticDepth(p=0.2, mode='batch')"
+    assert (
+        repr(thinned.DropPath(0.2, scale_by_keep=False))
+        == "thinned.DropPath(drop_prob=0.2, scale_by_keep=False)"
+    )
+    assert repr(thinned.StochasticDepth(0.2, "batch")) == "thinned.StochasticDepth(p=0.2, mode='batch')"
     x = torch.randn(40, 3)
     for layer, name in (
         (thinned.DropPath(0.5, scale_by_keep=False), "drop_path without scale"),

@@ -165,7 +165,7 @@ def test_module_hands_on_its_arguments() -> None:
     expected = r_drop_loss(a, b, target, 2.0, weight=weight, padding_mask=mask, **arguments)
     for each in (layer, layer.eval()):
         assert each(a, b, target, padding_mask=mask).equal(expected)
-    assert repr(layer) == "RDrop(alpha=2.0, reduction='sum')"
+    assert repr(layer) == "thinned.RDrop(alpha=2.0, reduction='sum')"
 
 
 @pytest.mark.parametrize("alpha", [-0.5, math.nan])

@@ -128,7 +128,7 @@ def test_parametrization() -> None:
 
 def test_repr() -> None:
     layer = TargetedDropout(0.3, target=0.4, kind="unit", dim=1)
-    assert repr(layer) == "TargetedDropout(p=0.3, target=0.4, kind='unit', dim=1)"
+    assert repr(layer) == "thinned.TargetedDropout(p=0.3, target=0.4, kind='unit', dim=1)"
 
 
 @pytest.mark.usefixtures("fresh_compiler")

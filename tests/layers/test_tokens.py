@@ -245,8 +245,11 @@ def test_timms_arguments() -> None:
 
 def test_repr() -> None:
     patches, tokens = PatchDropout(0.25, 2, True, True), TokenDropout(0.3, num_prefix_tokens=1, scale=False)
-    assert repr(patches) == "PatchDropout(p=0.25, num_prefix_tokens=2, ordered=True, return_indices=True)"
-    assert repr(tokens) == "TokenDropout(p=0.3, num_prefix_tokens=1, scale=False)"
+    assert (
+        repr(patches)
+        == "thinned.PatchDropout(p=0.25, num_prefix_tokens=2, ordered=True, return_indices=True)"
+    )
+    assert repr(tokens) == "thinned.TokenDropout(p=0.3, num_prefix_tokens=1, scale=False)"
 
 
 class Wrong(PatchDropoutFormula):

@@ -33,13 +33,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def made(name: str) -> nn.Module:
-    return convert(MODELS[name]()).model
+    return convert(MODELS[name]())
 
 
 def small() -> nn.Module:
     """One site: compilers take half a second for each."""
     torch.manual_seed(0)
-    return convert(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))).model
+    return convert(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)))
 
 
 def inputs(model: nn.Module, batch: int) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def test_sizes_that_nobody_announced() -> None:
 
 def test_inductor_has_the_masks() -> None:
     """Fusion and rounding change no mask."""
-    model = convert(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.3))).model
+    model = convert(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.3)))
     fast, x = compiled(model, "inductor"), torch.randn(6, 8)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(3):
@@ -183,7 +183,7 @@ class TestWithin:
     @pytest.mark.parametrize("kind", ["tensor", "integer"])
     def test_a_whole_step(self, kind: str) -> None:
         """Forward, backward and update in one graph; a step that is a tensor never recompiles."""
-        model = convert(zoo.attention(0.3)).model if kind == "tensor" else small()
+        model = convert(zoo.attention(0.3)) if kind == "tensor" else small()
         address(model, seed=7, step=0)
         (x,) = inputs(model, 4).values()
 
@@ -244,7 +244,7 @@ class TestWithin:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's, after a break
 def test_graph_breaks() -> None:
     """Dynamo breaks its graph for recurrent networks, whose sites are the same all the same."""
-    model = convert(zoo.lstm()).model
+    model = convert(zoo.lstm())
     fast = torch.compile(model, backend="aot_eager")
     for step in range(3):
         for samples in (None, torch.arange(4) + step):
@@ -256,7 +256,7 @@ def test_graph_breaks() -> None:
 @pytest.mark.parametrize("randomness", ["same", "different", "error"])
 def test_mapped(randomness: str) -> None:
     """An ensemble; each number of members compiles once."""
-    members = [convert(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))).model for _ in range(3)]
+    members = [convert(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))) for _ in range(3)]
     model, x = members[0], torch.randn(4, 8)
     parameters, _ = stack_module_state(members)
     address(model, seed=7, step=0)
@@ -296,7 +296,7 @@ class Devices:
 @pytest.mark.parametrize("samples", [None, [3, 1, 4, 2]])
 def test_keys_are_where_the_model_is(samples: list[int] | None) -> None:
     """A CUDA graph needs this. The meta device stands for one that is not the CPU."""
-    model = convert(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Dropout(0.1))).model.to("meta")
+    model = convert(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Dropout(0.1))).to("meta")
     devices = Devices()
     fast = compiled(model, devices)
     with address(model, seed=7, step=3, samples=samples):
@@ -311,7 +311,7 @@ def test_reduce_overhead(samples: bool) -> None:
     from torch._dynamo.utils import counters
 
     layers = nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.Dropout(0.1)
-    model = convert(nn.Sequential(*layers)).model.cuda()
+    model = convert(nn.Sequential(*layers)).cuda()
     x = torch.randn(32, 64, device="cuda")
     fast = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -105,7 +105,7 @@ class TestEvaluation:
     @pytest.mark.parametrize("intercepted", [False, True])
     @pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "transformer", "encoder", "cnn"])
     def test_no_dropout_is_left(self, name: str, intercepted: bool) -> None:
-        model = thinned.convert(MODELS[name]()).model.eval()
+        model = thinned.convert(MODELS[name]()).eval()
         arguments = inputs(model)
         with torch.no_grad(), thinned.intercept() if intercepted else contextlib.nullcontext():
             program = torch.export.export(model, (), arguments, strict=False)
@@ -115,7 +115,7 @@ class TestEvaluation:
 
     def test_a_call_of_torchs_own_leaves_one(self) -> None:
         """An intercept reaches it, and convert does not (pytorch#103681)."""
-        model = thinned.convert(zoo.attention()).model.eval()
+        model = thinned.convert(zoo.attention()).eval()
         arguments = inputs(model)
         stock = torch.export.export(model, (), arguments, strict=False)
         assert random_ones(operations(stock)) == ["aten.dropout.default"]
@@ -125,7 +125,7 @@ class TestEvaluation:
 
     @pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "encoder", "cnn"])
     def test_onnx(self, name: str, in_onnx: Callable[..., Any]) -> None:
-        model = thinned.convert(MODELS[name]()).model.eval()
+        model = thinned.convert(MODELS[name]()).eval()
         arguments = inputs(model)
         with torch.no_grad():
             types, run = in_onnx(model, (), kwargs=arguments)
@@ -258,7 +258,7 @@ class TestKeyed:
     @pytest.mark.parametrize("make", [zoo.attention, partial(zoo.bert, num_hidden_layers=1), zoo.lstm])
     def test_models(self, make: Callable[[], nn.Module]) -> None:
         """All sites are in training mode, also those that are no modules."""
-        model = thinned.convert(make()).model
+        model = thinned.convert(make())
         keyed, arguments = Keyed(thinned.Intercepted(model)), inputs(model)
         with torch.no_grad():
             program = torch.export.export(keyed, (), {**arguments, "key": torch.tensor(1)}, strict=False)

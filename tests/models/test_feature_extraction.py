@@ -80,8 +80,7 @@ def test_create_feature_extractor(name: str, arguments: dict[str, Any]) -> None:
     """Each dropout is one node, and the features are those of the modules in the model itself."""
     torchvision = _feature_extraction()
     stock = _build(name, arguments)
-    conversion = thinned.convert(copy.deepcopy(stock))
-    ours = conversion.model
+    ours = thinned.convert(copy.deepcopy(stock))
     tracing: dict[str, Any] = {}
     create = torchvision.create_feature_extractor
     if name.startswith("timm"):
@@ -90,7 +89,7 @@ def test_create_feature_extractor(name: str, arguments: dict[str, Any]) -> None:
         tracing["autowrap_functions"] = list(timm.get_notrace_functions())
         create = timm.create_feature_extractor
     names = torchvision.get_graph_node_names(ours, tracer_kwargs=tracing)[0]
-    dropped = [swap.path for swap in conversion if swap.p and swap.path in names]
+    dropped = [site.path for site in thinned.inspect(ours) if site.p and site.path in names]
     nodes = list(dict.fromkeys([dropped[0], dropped[-1]]))
     extractor = create(ours, [*nodes, names[-1]])
     x = torch.randn(8, 3, 64, 64)
@@ -120,7 +119,7 @@ def test_features_only(name: str, arguments: dict[str, Any]) -> None:
     """The feature models of timm itself convert like others."""
     _feature_extraction()  # timm imports torchvision
     stock = _build(name, arguments | {"features_only": True, "out_indices": (1, 2)})
-    ours = thinned.convert(copy.deepcopy(stock)).model
+    ours = thinned.convert(copy.deepcopy(stock))
     x = torch.randn(8, 3, 64, 64)
     with torch.no_grad():
         for mine, theirs in zip(ours.eval()(x), stock.eval()(x), strict=True):
@@ -140,10 +139,10 @@ def test_quantization_aware_training(name: str) -> None:
     _feature_extraction()
     quantization = importlib.import_module("torch.ao.quantization")
     quantize_fx = importlib.import_module("torch.ao.quantization.quantize_fx")
-    conversion = thinned.convert(_build(f"torchvision.{name}", {"num_classes": 4}).train())
+    converted = thinned.convert(_build(f"torchvision.{name}", {"num_classes": 4}).train())
     x = torch.randn(8, 3, 64, 64)
     mapping = quantization.get_default_qat_qconfig_mapping("fbgemm")
-    model = quantize_fx.prepare_qat_fx(conversion.model, mapping, (x,))
+    model = quantize_fx.prepare_qat_fx(converted, mapping, (x,))
     assert any(type(module).__module__.startswith("thinned.") for module in model.modules())
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     before = [parameter.detach().clone() for parameter in model.parameters()]

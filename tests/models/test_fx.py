@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 def converted(training: bool = True, functional: bool = True) -> nn.Module:
     torch.manual_seed(1)
-    return thinned.convert(Net(functional)).model.train(training)
+    return thinned.convert(Net(functional)).train(training)
 
 
 def under_seed(call: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -22,9 +22,11 @@ from models import zoo
 from thinned.cli import app
 from thinned.compare.loading import model_of
 from thinned.models.convert import convert
+from thinned.models.convert.rules import probability_of
 from thinned.models.inspect import IN_EVALUATION, UNKNOWN, Inspection, inspect
 from thinned.models.inspect.names import UNCONDITIONAL
 from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN
+from thinned.models.walk import modules_with_paths, original, qualified_name
 
 RANDOM = ("bernoulli", "native_dropout", "rand", "uniform")
 
@@ -99,7 +101,13 @@ def test_what_becomes_of_a_module_is_what_convert_does(name: str) -> None:
     expected = [
         (site.paths, site.type, site.becomes, site.p) for site in inspect(model) if site.kind == "module"
     ]
-    assert [(swap.paths, swap.old, swap.new, swap.p) for swap in convert(model)] == expected
+    convert(model)
+    found = []
+    for module, paths in modules_with_paths(model):
+        if (old := original(module)) is not module:
+            kinds = [qualified_name(type(each)) for each in (old, module)]
+            found.append((paths, *kinds, probability_of(module)))
+    assert found == expected
 
 
 MASK = "F.scaled_dot_product_attention"
@@ -439,7 +447,7 @@ def test_the_calls_of_a_left_dropout_are_reported() -> None:
     assert [(site.path, site.type, site.p, site.where) for site in run] == [
         (site.path, site.type, site.p, site.where) for site in found
     ]
-    assert [swap.note for swap in convert(model).left] == [site.note for site in found[::2]]
+    assert [site.note for site in inspect(convert(model))] == [site.note for site in found]
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])

@@ -46,7 +46,7 @@ class Net(nn.Module):
 
 
 def net(seed: int = 0) -> Any:
-    return convert(Net(seed)).model
+    return convert(Net(seed))
 
 
 class TestEnsembles:
@@ -189,7 +189,7 @@ class TestAutocast:
 
     def test_masks_are_those_without(self) -> None:
         """Those of modules, and of attention, which returns its weights after dropout here."""
-        model = convert(zoo.bert(attn_implementation="eager")).model
+        model = convert(zoo.bert(attn_implementation="eager"))
         masks: list[list[Tensor]] = [[], []]
         dropouts = [module for module in model.modules() if type(module).__name__ == "Dropout"]
         found: list[Tensor] = []
@@ -264,7 +264,7 @@ class TestReplicas:
         if barrier is not None:
             layers[1:1] = [Meeting(barrier)]
             layers[4:4] = [Meeting(barrier)]
-        return convert(nn.Sequential(*layers)).model
+        return convert(nn.Sequential(*layers))
 
     def test_addressed(self) -> None:
         """Each has the masks of a model that runs its rows alone, and leaves nothing in its thread."""
@@ -426,8 +426,8 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 MODELS: dict[str, Callable[[], Any]] = {
     "net": net,
     "intercepted": lambda: Intercepted(net(), key=Key(7)),
-    "bert": lambda: convert(zoo.bert(num_hidden_layers=1)).model,
-    "lstm": lambda: convert(zoo.lstm()).model,
+    "bert": lambda: convert(zoo.bert(num_hidden_layers=1)),
+    "lstm": lambda: convert(zoo.lstm()),
 }
 
 

@@ -26,6 +26,10 @@ else:
 __all__ = ["Backend", "available", "describe", "for_device", "missing", "name_for"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 class Backend(Protocol):
     """A backend is a module with these four functions, and nothing else is asked of it.
 

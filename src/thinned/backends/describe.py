@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -13,23 +15,25 @@ from thinned import backends
 
 __all__ = ["NEWEST_TESTED", "describe", "processor"]
 
+Value: TypeAlias = str | int | list[str] | None
+
 NEWEST_TESTED = "2.15"  # the newest PyTorch on which the tests pass; docs/versions.md has their counts
 
 
-def describe() -> dict[str, dict[str, str]]:
-    """Sections of names and values, for a person to read and to paste into a report.
+def describe() -> dict[str, Mapping[str, Value]]:
+    """Sections of names and values, for a person to read and to paste into a report, or for JSON.
 
     >>> describe()["serves"]["cpu"] in backends.available()
     True
     """
-    sections = {
+    sections: dict[str, Mapping[str, Value]] = {
         "versions": {"thinned": _version("thinned"), "torch": _torch(), "numpy": _version("numpy")}
         | {"python": platform.python_version()},
         "machine": {
             "platform": platform.platform(),
             "processor": processor(),
-            "cores": str(os.cpu_count()),
-            "torch threads": str(torch.get_num_threads()),
+            "cores": os.cpu_count(),
+            "torch threads": torch.get_num_threads(),
         },
         "backends": dict.fromkeys(backends.available(), "available")
         | {name: f"missing: {reason}" for name, reason in backends.missing().items()},
@@ -40,17 +44,17 @@ def describe() -> dict[str, dict[str, str]]:
     return sections
 
 
-def _native() -> dict[str, str]:
-    from thinned.backends import _native
+def _native() -> dict[str, Value]:
+    from thinned.backends import _native, native
 
     return {
         "compiler": _native.compiler,
         "flags": _native.flags,
-        "instruction sets compiled": ", ".join(_native.compiled_isas()),
-        "instruction sets found": ", ".join(_native.supported_isas()),
+        "instruction sets compiled": _native.compiled_isas(),
+        "instruction sets found": _native.supported_isas(),
         "instruction set used": _native.isa(),
-        "THINNED_ISA": os.environ.get("THINNED_ISA", "not set"),
-        "threads": str(_native.threads()),
+        "THINNED_ISA": native.WANTED_ISA,
+        "threads": _native.threads(),
     }
 
 

@@ -1,12 +1,13 @@
 """The operations by the compiled kernel: the CPU's backend.
 
-``THINNED_ISA`` in the environment forces a lower instruction set than the machine has.
+``THINNED_ISA`` in the environment forces a lower instruction set than the processor has; the bits are equal.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -18,8 +19,25 @@ from thinned.geometry import Geometry, shared_cached
 
 __all__ = ["fold", "keep_mask", "masked_affine", "uniform"]
 
-if wanted := os.environ.get("THINNED_ISA"):
-    _native.set_isa(wanted)
+
+def _force_isa(wanted: str) -> str:
+    """Forces an instruction set, named in any case, and returns what `thinned doctor` says about it."""
+    name, accepted = wanted.strip().lower(), _native.supported_isas()
+    if not name:
+        return "not set"
+    if name in accepted:
+        _native.set_isa(name)
+        return name
+    lacks = "this processor" if name in _native.compiled_isas() else "thinned"
+    ignored = (
+        f"{wanted!r} is ignored: {lacks} has no such instruction set, accepted are {', '.join(accepted)}"
+    )
+    # No error, as the masks are the same. The user's import is five frames up.
+    warnings.warn(f"THINNED_ISA={ignored}; thinned uses {_native.isa()}", stacklevel=5)
+    return ignored
+
+
+WANTED_ISA = _force_isa(os.environ.get("THINNED_ISA", ""))
 
 _MASK = _native.dtypes.index("bool")
 _CODES = {getattr(torch, name): code for code, name in enumerate(_native.dtypes) if code != _MASK}

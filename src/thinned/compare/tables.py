@@ -22,6 +22,7 @@ __all__ = [
     "laws",
     "layers",
     "layers_page",
+    "layers_record",
     "speed",
     "training_runs",
     "tutorial",
@@ -194,6 +195,20 @@ def _run(run: Run, rough: bool) -> Iterable[Cell]:
 def layers() -> Table:
     rows = [Row(entry.name, [Cell(text) for text in _cells(entry)]) for entry in ENTRIES]
     return Table(f"{len(rows)} layers", list(COLUMNS_OF_LAYERS), {"": rows})
+
+
+def layers_record() -> list[dict[str, str | list[str]]]:
+    """The table of layers for a program.
+
+    >>> layers_record()[0]["layer"]
+    'Dropout'
+    """
+    return [
+        {"layer": entry.name}
+        | dict(zip(COLUMNS_OF_LAYERS, _cells(entry), strict=True))
+        | {"functional": entry.functional.split(", ")}
+        for entry in ENTRIES
+    ]
 
 
 def layers_page() -> str:

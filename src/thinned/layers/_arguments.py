@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from thinned import nested, op
@@ -17,6 +18,7 @@ from thinned.torch_state import compiling, tracing
 
 __all__ = [
     "apply",
+    "autocasts",
     "bits_for",
     "check_key",
     "check_p",
@@ -28,6 +30,11 @@ __all__ = [
     "refuse_nested",
     "threshold_and_scale",
 ]
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; :func:`torch.is_autocast_enabled` raises for ``meta``."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def apply(

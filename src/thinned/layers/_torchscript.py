@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from thinned.key_source import active
 from thinned.keys import Key
+from thinned.layers._named import Named
 from thinned.op.registered import library
 from thinned.torch_state import ScriptedForward, SeenByTracer
 
@@ -125,7 +126,7 @@ def _compiled(*lines: str) -> Callable[..., Any]:
     return namespace[lines[0].removeprefix("def ").partition("(")[0]]  # type: ignore[no-any-return]
 
 
-class Scriptable(SeenByTracer):
+class Scriptable(Named, SeenByTracer):
     """A module that TorchScript compiles by its function's operation, and records as one node of a trace.
 
     A layer that is more than a call of its function has a ``_scriptable_forward``, in TorchScript's language,

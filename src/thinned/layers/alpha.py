@@ -69,7 +69,12 @@ def alpha_dropout(
 
 
 class AlphaDropout(SharingLayer, torch.nn.AlphaDropout):
-    """:func:`thinned.functional.alpha_dropout` as a module: :class:`torch.nn.AlphaDropout` with a key.
+    """Drop elements of a SELU network: :class:`torch.nn.AlphaDropout` with a key.
+
+    Use this layer after :class:`torch.nn.SELU`, whose mean of 0 and variance of 1 it keeps. The paper's p is
+    0.05 or 0.1. After another activation use :class:`Dropout`, which keeps the mean and raises the variance.
+
+    :func:`thinned.functional.alpha_dropout` has the formula.
 
     Args:
         inplace: write the result over the input; PyTorch's module takes this argument and ignores it.
@@ -116,7 +121,12 @@ def feature_alpha_dropout(
 
 
 class FeatureAlphaDropout(TorchLayer, torch.nn.FeatureAlphaDropout):
-    """:func:`thinned.functional.feature_alpha_dropout` as a module: torch.nn's with a key.
+    """Drop whole channels of a SELU network: :class:`torch.nn.FeatureAlphaDropout` with a key.
+
+    Use this layer where :class:`torch.nn.SELU` follows a convolution, because neighbouring pixels are too
+    alike for :class:`AlphaDropout` to regularize there. After another activation use :class:`Dropout2d`.
+
+    :func:`thinned.functional.feature_alpha_dropout` has the formula.
 
     Source: Klambauer et al. 2017 and Tompson et al. 2015, as the function.
 

@@ -115,7 +115,12 @@ def _mask_shape(x: Tensor, key: Key, shared_dims: Sequence[int]) -> list[int]:
 
 
 class DropHead(Layer):
-    """:func:`thinned.functional.drop_head` as a module, for inputs such as ``(N, H, L, D)``.
+    """Drop whole heads of attention, for inputs such as ``(N, H, L, D)``.
+
+    Use this layer on the heads' outputs before they are joined, so that no few heads do all of the work. The
+    paper varies p by :func:`thinned.schedules.v_shape`. For single attention weights use :class:`DropKey`.
+
+    :func:`thinned.functional.drop_head` has the formula.
 
     Source: Zhou et al., "Scheduled DropHead", Findings of EMNLP 2020, section 3.
 
@@ -208,7 +213,13 @@ def drop_key(
 
 
 class DropKey(Layer):
-    """:func:`thinned.functional.drop_key` as a module: it stands right before the softmax.
+    """Drop keys of attention, on the logits right before the softmax.
+
+    Use this layer in vision transformers instead of a :class:`Dropout` after the softmax, whose rows then no
+    longer sum to 1. The paper's p falls from the first block to the last. Fused attention, such as
+    :func:`torch.nn.functional.scaled_dot_product_attention`, has no place for a layer: use its ``dropout_p``.
+
+    :func:`thinned.functional.drop_key` has the formula.
 
     Source: Li et al., "DropKey for vision transformer", CVPR 2023, section 3 and algorithm 1.
 

@@ -188,7 +188,13 @@ def drop_block2d(
 
 
 class DropBlock2d(_DropBlock):
-    """:func:`thinned.functional.drop_block2d` as a module, for ``(N, C, H, W)`` or ``(C, H, W)``.
+    """Drop square blocks of a feature map, for ``(N, C, H, W)`` or ``(C, H, W)``.
+
+    Use this layer after convolutions, where the neighbours of a single dropped pixel tell its value. The
+    paper has it in the last two stages of ResNet-50 with ``block_size=7``, and raises p from 0 to 0.1 over
+    training: :func:`thinned.schedules.linear`. :class:`Dropout2d` drops whole channels instead.
+
+    :func:`thinned.functional.drop_block2d` has the formula.
 
     Args:
         drop_prob: timm's name for ``p``; TypeError if both are given.
@@ -238,7 +244,12 @@ def drop_block1d(
 
 
 class DropBlock1d(_DropBlock):
-    """:func:`thinned.functional.drop_block1d` as a module, for ``(N, C, L)`` or ``(C, L)``.
+    """Drop runs of a signal, for ``(N, C, L)`` or ``(C, L)``.
+
+    Use this layer after convolutions of a signal such as audio, where neighbouring places are alike.
+    :class:`Dropout1d` drops whole channels instead. In recurrent networks use :class:`LockedDropout`.
+
+    :func:`thinned.functional.drop_block1d` has the formula.
 
     Source: Ghiasi et al., NeurIPS 2018, sections 3 and 3.1.
 
@@ -286,7 +297,12 @@ def drop_block3d(
 
 
 class DropBlock3d(_DropBlock):
-    """:func:`thinned.functional.drop_block3d` as a module, for ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
+    """Drop cubes of a volume, for ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
+
+    Use this layer after convolutions of a volume or a video, where neighbouring voxels are alike.
+    :class:`Dropout3d` drops whole channels instead.
+
+    :func:`thinned.functional.drop_block3d` has the formula.
 
     Source: Ghiasi et al., NeurIPS 2018, sections 3 and 3.1.
 

@@ -76,7 +76,13 @@ def dropout1d(
 
 
 class Dropout1d(TorchLayer, torch.nn.Dropout1d):
-    """:func:`thinned.functional.dropout1d` as a module: :class:`torch.nn.Dropout1d` with a key.
+    """Drop whole channels: :class:`torch.nn.Dropout1d` with a key.
+
+    Use this layer after :class:`torch.nn.Conv1d`, where neighbouring steps of a signal are so alike that a
+    :class:`Dropout` of single ones only lowers the effective learning rate. For ``(N, L, C)`` use
+    :class:`LockedDropout` with ``batch_first``: the same for channels that lie last.
+
+    :func:`thinned.functional.dropout1d` has the formula.
 
     Source: Tompson et al. 2015, as the function.
 
@@ -133,7 +139,13 @@ def dropout2d(
 
 
 class Dropout2d(TorchLayer, torch.nn.Dropout2d):
-    """:func:`thinned.functional.dropout2d` as a module: :class:`torch.nn.Dropout2d` with a key.
+    """Drop whole channels: :class:`torch.nn.Dropout2d` with a key.
+
+    Use this layer after :class:`torch.nn.Conv2d`, where neighbouring pixels are so alike that a
+    :class:`Dropout` of single ones only lowers the effective learning rate. To drop a part of a channel use
+    :class:`DropBlock2d`.
+
+    :func:`thinned.functional.dropout2d` has the formula.
 
     Source: Tompson et al. 2015, as the function.
 
@@ -182,7 +194,13 @@ def dropout3d(
 
 
 class Dropout3d(TorchLayer, torch.nn.Dropout3d):
-    """:func:`thinned.functional.dropout3d` as a module: :class:`torch.nn.Dropout3d` with a key.
+    """Drop whole channels: :class:`torch.nn.Dropout3d` with a key.
+
+    Use this layer after :class:`torch.nn.Conv3d`, where neighbouring voxels are so alike that a
+    :class:`Dropout` of single ones only lowers the effective learning rate. To drop a part of a channel use
+    :class:`DropBlock3d`.
+
+    :func:`thinned.functional.dropout3d` has the formula.
 
     Source: Tompson et al. 2015, as the function.
 

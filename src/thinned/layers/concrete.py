@@ -128,9 +128,13 @@ def _kept(noise: Tensor, logit: Tensor, inplace: bool, temperature: float) -> Te
 
 
 class ConcreteDropout(Scriptable):
-    """:func:`thinned.functional.concrete_dropout` as a module that learns ``p_logit``.
+    """Dropout whose probability is learned, as the parameter ``p_logit``.
 
-    Add :meth:`regularization` of the layer that follows to the loss::
+    Use this layer to estimate uncertainty, which needs a p that fits the data, without a search over the p of
+    each layer. For a p that is known use :class:`Dropout`.
+
+    :func:`thinned.functional.concrete_dropout` has the formula. Add :meth:`regularization` of the layer that
+    follows to the loss::
 
         drop, linear = thinned.ConcreteDropout(), torch.nn.Linear(128, 10)
         loss = criterion(linear(drop(x)), y) + drop.regularization(linear.parameters(), 128)

@@ -77,9 +77,18 @@ def dropout(
 
 
 class Dropout(SharingLayer, torch.nn.Dropout):
-    """:func:`thinned.functional.dropout` as a module: everything :class:`torch.nn.Dropout` is, and a key.
+    """Drop single elements: everything :class:`torch.nn.Dropout` is, and a key.
 
-    Source: Srivastava et al. 2014, as the function; ``broadcast_dims`` as in Flax.
+    Use this layer between fully connected layers, with a p of 0.5 for hidden units and 0.2 for inputs, or
+    after each sublayer of a transformer, with a p of 0.1. After convolutions use :class:`Dropout2d` or
+    :class:`DropBlock2d`, in recurrent networks :class:`LockedDropout`. A batch normalization that follows has
+    a wrong variance in evaluation.
+
+    :func:`thinned.functional.dropout` has the formula.
+
+    Source: Srivastava et al. 2014, as the function; for transformers, Vaswani et al. 2017, section 5.4; for
+    batch normalization, Li et al., "Understanding the disharmony between dropout and batch normalization by
+    variance shift", CVPR 2019; ``broadcast_dims`` as in Flax.
 
     >>> import thinned
     >>> thinned.Dropout(0.5)(torch.ones(6), key=thinned.Key(7))

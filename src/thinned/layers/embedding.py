@@ -107,8 +107,12 @@ def embedding_dropout(
 
 
 class EmbeddingDropout(Layer):
-    """:func:`thinned.functional.embedding_dropout` of a :class:`torch.nn.Embedding`, with its arguments.
+    """Drop whole words of a :class:`torch.nn.Embedding`, each at all of its places.
 
+    Use this layer at the input of a language model; AWD-LSTM's p is 0.1. :class:`TokenDropout` decides for
+    each place of a word instead.
+
+    :func:`thinned.functional.embedding_dropout` has the formula.
     ``embedding`` remains a module of its own, so a decoder can share its weight, which is not dropped there.
 
     Args:

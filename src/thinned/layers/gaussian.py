@@ -104,7 +104,12 @@ def _check_gaussian_p(p: float) -> float:
 
 
 class GaussianDropout(Layer):
-    """:func:`thinned.functional.gaussian_dropout` as a module, for inputs of any shape.
+    """Multiply by normal noise with the mean and the variance of :class:`Dropout`'s mask.
+
+    Use this layer as a replacement of :class:`Dropout` with the same p: the paper finds it as good or better,
+    and no element becomes 0. For a variance that is learned use :class:`VariationalDropout`.
+
+    :func:`thinned.functional.gaussian_dropout` has the formula.
 
     Source: Srivastava et al., JMLR 15 (2014), section 10.
 
@@ -192,7 +197,13 @@ _VARIATIONAL = Noisy(lambda key, shape, dtype: normal(key, shape, dtype=dtype), 
 
 
 class VariationalDropout(Scriptable):
-    """:func:`thinned.functional.variational_dropout` as a module that learns ``log_alpha``.
+    """Gaussian dropout whose variance is learned, as the parameter ``log_alpha``.
+
+    Use this layer to learn how much noise the network, each channel or each feature bears, instead of a
+    search over p. For a fixed variance use :class:`GaussianDropout`, for masks that are almost binary
+    :class:`ConcreteDropout`.
+
+    :func:`thinned.functional.variational_dropout` has the formula.
 
     Add :meth:`kl` to the loss: the divergence, in nats, of one noise variable from its prior. A layer of
     ``K`` inputs and one ``alpha`` has ``K`` such variables, one for each row of the weights that follow. A

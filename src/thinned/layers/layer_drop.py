@@ -32,6 +32,10 @@ class LayerDrop(Scriptable, nn.ModuleList):
 
     .. math:: x_{l+1} = \begin{cases} f_l(x_l) & u(l) < T \\ x_l & \text{otherwise} \end{cases}
 
+    Use this layer for a deep transformer that is to run with fewer layers later. The paper's p is 0.2, or 0.5
+    if half of the layers or more are to be pruned. :class:`DropPath` decides for each sample and saves no
+    time.
+
     One decision per layer holds for the entire batch: ``keep_mask(key, (len(layers),), p)``. Nothing is
     scaled. Evaluation runs all layers. A skipped layer does not run and its parameters get no gradient, so
     DistributedDataParallel needs ``find_unused_parameters=True``.

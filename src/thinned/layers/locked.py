@@ -127,7 +127,13 @@ def pack_as(packed: PackedSequence, padded: Tensor) -> PackedSequence:
 
 
 class LockedDropout(Layer):
-    """:func:`thinned.functional.locked_dropout` as a module.
+    """Drop features of a sequence, the same at all time steps.
+
+    Use this layer before, between and after recurrent layers, where the noise of a new mask at each step adds
+    up. AWD-LSTM's p is 0.4 before and after its layers and 0.3 between. :class:`VariationalLSTM` has it
+    inside. In transformers use :class:`Dropout`.
+
+    :func:`thinned.functional.locked_dropout` has the formula.
 
     Shape:
         ``(time, N, *)``, ``(N, time, *)`` with ``batch_first``, ``(time, C)`` or a packed sequence; the

@@ -70,6 +70,10 @@ class MultiSampleDropout(Layer):
 
     .. math:: y = \frac{1}{M} \sum_{m=1}^{M} \operatorname{head}(\operatorname{dropout}_m(x))
 
+    Use this layer in place of the last dropout and linear layer of a classifier: ``M`` masks for one pass of
+    what comes before, so that training takes fewer steps. The paper has 8 samples. For a dropout that is not
+    before the head use :class:`RDrop`, which needs two passes.
+
     The samples are those of :func:`thinned.functional.multi_sample_dropout`. One call of the head gets all of
     them as a batch of ``M * N``, so batch normalization in the head normalizes over the samples too. The
     paper averages the samples' losses instead of their outputs; ``reduction="none"`` allows that::

@@ -60,7 +60,13 @@ def drop_path(
 
 
 class DropPath(Scriptable):
-    """:func:`thinned.functional.drop_path` as a module, with timm's arguments.
+    """Drop a sample's residual branch, with timm's arguments.
+
+    Use this layer at the end of a residual branch, right before the addition: anywhere else a dropped sample
+    has nothing left. :func:`thinned.functional.drop_path_rates` lets p rise with the depth, to 0.1 in DeiT
+    and 0.5 in Swin-B. To skip layers and their time use :class:`LayerDrop`.
+
+    :func:`thinned.functional.drop_path` has the formula.
 
     Source: Huang et al. 2016, as the function.
 
@@ -111,7 +117,12 @@ def stochastic_depth(
 
 
 class StochasticDepth(Layer):
-    """:func:`thinned.functional.stochastic_depth` as a module, with torchvision's arguments.
+    """Drop a residual branch, with torchvision's arguments.
+
+    Use this layer at the end of a residual branch of a model in torchvision's style. ``"row"`` decides for
+    each sample, as :class:`DropPath` does, and ``"batch"`` for the batch, as the paper does.
+
+    :func:`thinned.functional.stochastic_depth` has the formula.
 
     Source: Huang et al. 2016, as the function.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
+from thinned.layers._arguments import autocasts
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers._torchscript import Scriptable
 from thinned.nested import refuse
@@ -110,7 +111,7 @@ def r_drop_loss(
         loss = entropy + alpha * divergence
         loss = loss.sum() if reduction == "sum" else loss
     # Under autocast torch's own losses are float32.
-    return loss if torch.is_autocast_enabled(logits1.device.type) else loss.to(dtype)
+    return loss if autocasts(logits1.device.type) else loss.to(dtype)
 
 
 def _check(alpha: float, reduction: str) -> None:
@@ -121,7 +122,13 @@ def _check(alpha: float, reduction: str) -> None:
 
 
 class RDrop(Scriptable):
-    """:func:`thinned.functional.r_drop_loss` as a module, for the logits of two passes under dropout.
+    """A loss that makes two passes under dropout agree.
+
+    Use this loss to train or fine-tune a classifier or a translator that has dropouts, if a step may cost two
+    passes. The paper's ``alpha`` is 5 for translation and 0.1 to 1 for fine-tuning. If the only dropout is
+    before the head, :class:`MultiSampleDropout` costs less.
+
+    :func:`thinned.functional.r_drop_loss` has the formula.
 
     Two calls of a model have two masks, so a training step computes ``loss = r_drop(model(x), model(x),
     target)``. One pass over a doubled batch does the same: ``r_drop(*model(torch.cat([x, x])).chunk(2),

@@ -191,6 +191,10 @@ class _VariationalRNN(Scriptable, nn.RNNBase):
 class VariationalLSTM(_VariationalRNN):
     r"""A :class:`torch.nn.LSTM` with locked masks, dropped recurrent weights and zoneout.
 
+    Use this layer for an LSTM that overfits: ``dropout=`` of :class:`torch.nn.LSTM` drops between its layers
+    alone, with a new mask at each step. AWD-LSTM has ``input_p=0.4, layer_p=0.3, output_p=0.4,
+    weight_p=0.5``. To keep a :class:`torch.nn.LSTM` use :class:`WeightDrop` and :class:`LockedDropout`.
+
     With the weights :math:`W, U` of a layer and direction of :class:`torch.nn.LSTM`, and :math:`b` the sum of
     its biases,
 
@@ -251,7 +255,7 @@ class VariationalLSTM(_VariationalRNN):
     >>> output.shape, h.shape
     (torch.Size([7, 2, 5]), torch.Size([2, 2, 5]))
     >>> lstm
-    VariationalLSTM(3, 5, num_layers=2, input_p=0.5, recurrent_p=0.25)
+    thinned.VariationalLSTM(3, 5, num_layers=2, input_p=0.5, recurrent_p=0.25)
     """
 
     _states = ("hidden", "cell")
@@ -327,6 +331,10 @@ class VariationalLSTM(_VariationalRNN):
 
 class VariationalGRU(_VariationalRNN):
     r"""A :class:`torch.nn.GRU` with locked masks, dropped recurrent weights and zoneout.
+
+    Use this layer for a GRU that overfits: ``dropout=`` of :class:`torch.nn.GRU` drops between its layers
+    alone, with a new mask at each step. For a cell of your own use :class:`Zoneout` and
+    :class:`LockedDropout`.
 
     With the weights :math:`W, U` and biases :math:`b, d` of a layer and direction of :class:`torch.nn.GRU`,
 

@@ -117,10 +117,13 @@ def _smallest(size: Tensor, fraction: float) -> Tensor:
 
 
 class TargetedDropout(Layer):
-    """:func:`thinned.functional.targeted_dropout` as a parametrization of a weight.
+    """A parametrization that drops the smallest weights of a module, or its smallest units.
 
-    Evaluation leaves the weight as it is. After training, ``targeted_dropout(weight, p=1.0, target=target)``
-    prunes it.
+    Use this layer to train a network that is to be pruned by magnitude: ``target`` is the share to be pruned.
+    Against overfitting use :class:`DropConnect`, which drops from all weights.
+
+    :func:`thinned.functional.targeted_dropout` has the formula. Evaluation leaves the weight as it is. After
+    training, ``targeted_dropout(weight, p=1.0, target=target)`` prunes it.
 
     Source: Gomez et al., 2019, section 3.
 

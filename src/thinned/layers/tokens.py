@@ -126,10 +126,13 @@ def _take(x: Tensor, kept: Tensor, prefix: int) -> Tensor:
 
 
 class PatchDropout(Layer):
-    """:func:`thinned.functional.patch_dropout` as a module, with timm's arguments in timm's order.
+    """Remove tokens from a sequence, with timm's arguments in timm's order.
 
-    Use it on the tokens of a vision transformer, to train on a part of the image. With ``return_indices`` it
-    is timm's ``PatchDropoutWithIndices``.
+    Use this layer in a vision transformer after the position embedding: at p = 0.5 each block computes on
+    half of the patches. Where every token has a target, as in segmentation, use :class:`TokenDropout`.
+
+    :func:`thinned.functional.patch_dropout` has the formula. With ``return_indices`` the layer is timm's
+    ``PatchDropoutWithIndices``.
 
     Args:
         prob: timm's name for ``p``; TypeError if both are given.
@@ -232,7 +235,12 @@ def token_dropout(
 
 
 class TokenDropout(Layer):
-    """:func:`thinned.functional.token_dropout` as a module.
+    """Zero whole tokens of a sequence, which keeps its length.
+
+    Use this layer on embeddings where every token has a target, as in tagging. :class:`PatchDropout` removes
+    tokens and saves their time. :class:`EmbeddingDropout` drops a word at all of its places.
+
+    :func:`thinned.functional.token_dropout` has the formula.
 
     Source: Gal and Ghahramani, NIPS 2016, section 4.2, for words.
 

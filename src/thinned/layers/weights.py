@@ -74,8 +74,12 @@ def drop_connect(input: Tensor, p: float = 0.5, *, training: bool = True, key: K
 
 
 class DropConnect(Layer):
-    """:func:`thinned.functional.drop_connect` as a parametrization of a module's weight.
+    """A parametrization that drops connections of a module's weight.
 
+    Use this layer on the weight of a fully connected layer, with the paper's p of 0.5. A :class:`Dropout` of
+    the inputs costs less where the weight has more elements than the batch.
+
+    :func:`thinned.functional.drop_connect` has the formula.
     :func:`torch.nn.utils.parametrize.register_parametrization` gives a module a weight with a new mask at
     each lookup, or with one mask within :func:`torch.nn.utils.parametrize.cached`. A recurrent module looks
     its weights up several times in a call, and PyTorch does not pickle parametrized modules;
@@ -109,6 +113,9 @@ class DropConnect(Layer):
 
 class WeightDrop(Layer):
     """A module that drops connections of another module's weights, with a new mask for each call.
+
+    Use this layer on the recurrent weights of a :class:`torch.nn.LSTM`, such as ``weight_hh_l0``; AWD-LSTM's
+    p is 0.5. For the weight of a linear layer :class:`DropConnect` will do.
 
     During a call each named weight is :func:`thinned.functional.drop_connect` of the parameter under
     ``key.fold(name)``, so a recurrent module has one mask for all its time steps. The parameters stay where

@@ -85,7 +85,13 @@ def zoneout(
 
 
 class Zoneout(Layer):
-    """:func:`thinned.functional.zoneout` as a module, for the loop over a recurrent cell's steps.
+    """Let units of a recurrent state keep their previous values.
+
+    Use this layer in a loop of your own over a recurrent cell, where a dropped state would be forgotten. For
+    characters the paper has a p of 0.5 for the cells of an LSTM and 0.05 for its hidden state.
+    :class:`VariationalLSTM` has the loop and both.
+
+    :func:`thinned.functional.zoneout` has the formula.
 
     Shape:
         candidate and previous state ``(*)``; the output has the candidate's shape.

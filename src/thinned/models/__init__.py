@@ -1,7 +1,7 @@
 """Find, replace, address and export the dropouts of a model that somebody else wrote."""
 
 from thinned.models.address import Address, address
-from thinned.models.convert import Conversion, Setting, Swap, convert, revert
+from thinned.models.convert import convert, revert
 from thinned.models.convert.rules import register
 from thinned.models.export import Keyed
 from thinned.models.export.decompositions import decompositions
@@ -10,14 +10,11 @@ from thinned.models.intercept import Intercept, Intercepted, intercept
 
 __all__ = [
     "Address",
-    "Conversion",
     "Inspection",
     "Intercept",
     "Intercepted",
     "Keyed",
-    "Setting",
     "Site",
-    "Swap",
     "address",
     "convert",
     "decompositions",

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import reprlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from types import UnionType
+from typing import Any
 
 from torch import nn
 
 from thinned.torch_state import children_of
 
 __all__ = [
+    "ORIGIN",
     "Choice",
+    "check_model",
     "chooser",
     "is_ours",
     "modules_with_paths",
+    "original",
     "other_references",
     "qualified_name",
 ]
 
-Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
+Function = Callable[[str, nn.Module], bool]
+Choice = str | type | UnionType | Function | Iterable[str | type | UnionType | Function]
+
+ORIGIN = "_thinned_origin"  # of a module that convert made: what it was made from
 
 
 def is_ours(module: nn.Module) -> bool:
     """Whether ``module`` is a layer of thinned."""
     return any(base.__module__.startswith("thinned.layers.") for base in type(module).__mro__)
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module that :func:`thinned.convert` replaced by ``module``; others are their own originals."""
+    origin = vars(module).get(ORIGIN)
+    replaced: nn.Module = module if origin is None else origin.module
+    return replaced
 
 
 def qualified_name(kind: type) -> str:
@@ -81,22 +99,104 @@ def other_references(found: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> dict
     return references
 
 
-def chooser(include: Choice | None, exclude: Choice | None) -> Callable[[tuple[str, ...], nn.Module], bool]:
-    """Whether a module is chosen: one of its paths suffices to include it, and one to exclude it."""
-    wanted = (lambda *_: True) if include is None else _matcher("include", include)
-    unwanted = (lambda *_: False) if exclude is None else _matcher("exclude", exclude)
+def check_model(function: str, model: Any) -> None:
+    """Raise a TypeError that says what to pass, if ``model`` is no module."""
+    if isinstance(model, nn.Module):
+        return
+    name = getattr(model, "__name__", "")
+    if isinstance(model, type):
+        got = f"the class {qualified_name(model)}"
+        got += f": call it, as in thinned.{function}({name}(...))" * issubclass(model, nn.Module)
+    else:
+        # A state_dict would fill the screen.
+        shown = " ".join(reprlib.repr(model).split())
+        got = "None" if model is None else f"{shown} of type {type(model).__name__}"
+        owner = getattr(model, "__self__", None)
+        if isinstance(owner, nn.Module):  # model.parameters, without the parentheses
+            got += f": pass the {type(owner).__name__} itself"
+        elif callable(model):
+            got += ": call it, if it makes a model"
+        elif isinstance(model, list | tuple):
+            got += ": pass each module by itself"
+        elif isinstance(model, Iterable):  # model.parameters()
+            got += ": pass the model itself"
+    raise TypeError(f"model must be a torch.nn.Module, got {got}")
+
+
+def chooser(
+    model: nn.Module, include: Choice | None, exclude: Choice | None
+) -> Callable[[tuple[str, ...], nn.Module], bool]:
+    """Whether a module of ``model`` is chosen: one of its paths suffices to include or to exclude it.
+
+    A pattern and a class choose the modules that they match, and all modules within these. Warns of one that
+    matches nothing, at the line that called the caller.
+
+    Raises:
+        TypeError: ``include`` or ``exclude`` is no :data:`Choice`.
+    """
+    found = modules_with_paths(model)
+    wanted = (lambda *_: True) if include is None else _matcher("include", include, found)
+    unwanted = (lambda *_: False) if exclude is None else _matcher("exclude", exclude, found)
     return lambda paths, module: (
         any(wanted(path, module) for path in paths) and not any(unwanted(path, module) for path in paths)
     )
 
 
-def _matcher(name: str, choice: Choice) -> Callable[[str, nn.Module], bool]:
-    if callable(choice):
-        return choice
-    patterns = (choice,) if isinstance(choice, str) or not isinstance(choice, Iterable) else tuple(choice)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(
-            f"{name} must be a pattern of paths such as 'encoder.*', several, or a function of a path and "
-            f"a module, got {choice!r}"
-        )
-    return lambda path, _: any(fnmatchcase(path, pattern) for pattern in patterns)
+def _matcher(
+    name: str, choice: Choice, found: Sequence[tuple[nn.Module, tuple[str, ...]]]
+) -> Callable[[str, nn.Module], bool]:
+    is_one = isinstance(choice, str) or callable(choice) or not isinstance(choice, Iterable)
+    items = (choice,) if is_one else tuple(choice)  # type: ignore[arg-type]
+    matched: set[str] = set()
+    functions: list[Function] = []
+    for item in items:
+        if isinstance(item, str | type | UnionType):
+            paths = {path for module, paths in found for path in paths if _matches(item, path, module)}
+            if not paths:
+                warnings.warn(_no_match(name, item, found), UserWarning, stacklevel=4)
+            matched |= paths
+        elif callable(item) and not isinstance(item, nn.Module):
+            functions.append(item)
+        else:
+            raise TypeError(
+                f"{name} must be a pattern of paths such as 'encoder.*', a class such as torch.nn.Dropout2d, "
+                f"several of these, or a function of a path and a module, got {reprlib.repr(choice)}"
+            )
+    return lambda path, module: (
+        any(above in matched for above in _and_above(path))
+        or any(function(path, module) for function in functions)
+    )
+
+
+def _matches(item: str | type | UnionType, path: str, module: nn.Module) -> bool:
+    if isinstance(item, str):
+        return fnmatchcase(path, item)
+    return isinstance(module, item) or isinstance(original(module), item)
+
+
+def _and_above(path: str) -> Iterator[str]:
+    """``a.b.c``, ``a.b``, ``a``, and the model itself."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def _no_match(
+    name: str, item: str | type | UnionType, found: Sequence[tuple[nn.Module, tuple[str, ...]]]
+) -> str:
+    shown = qualified_name(item) if isinstance(item, type) else repr(item)
+    text = f"{name}={shown} matches no module of {type(found[0][0]).__name__}"
+    if not isinstance(item, str):
+        types = {qualified_name(type(module)) for module, _ in found}
+        drops = sorted(each for each in types if "drop" in each.rpartition(".")[2].lower())
+        return text + f"; its dropouts are {', '.join(drops)}" * bool(drops)
+    if any(type(module).__name__ == item for module, _ in found):
+        return f"{text}: a string is a pattern of paths; pass the class {item} itself"
+    paths = [path for _, paths in found for path in paths if path]
+    if item.endswith(".*"):
+        candidates = [f"{path.rpartition('.')[0]}.*" for path in paths if "." in path]
+    else:  # whoever writes "dropout" may mean "*.dropout"
+        candidates = paths + [f"*.{path.rpartition('.')[2]}" for path in paths]
+    close = get_close_matches(item, list(dict.fromkeys(candidates)))
+    return text + f"; close to it are {', '.join(map(repr, close))}" * bool(close)

@@ -155,7 +155,7 @@ def made(kind: type[nn.Module], batch_first: bool, *sizes: int) -> nn.Module:
     """A transformer, or a layer of one, with dropouts of thinned."""
     torch.manual_seed(0)
     plain = kind(WIDTH, 2, *sizes, 16, 0.3, batch_first=batch_first, dtype=torch.float64)
-    return convert(plain).model
+    return convert(plain)
 
 
 class Custom(nn.Module):

@@ -120,6 +120,14 @@ def test_half_precision_is_as_near_as_torch(dtype: torch.dtype) -> None:
     assert (y - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
+def test_meta_tensors_have_no_autocast() -> None:
+    x = torch.empty(2, 3, 4, device="meta")
+    with intercept(key=KEY):
+        y = torch_functional.scaled_dot_product_attention(x, x, x, dropout_p=P)
+    assert y.is_meta
+    assert y.shape == x.shape
+
+
 def test_autocast_applies_to_the_arguments() -> None:
     qkv, mask = tensors(2, 3), torch.randn(5, 7)
     low = [x.bfloat16() for x in (*qkv, mask)]

@@ -1,4 +1,4 @@
-"""The output has the dtype, shape and memory format of the input."""
+"""The output has the dtype, shape, memory format and device of the input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from thinned.compare.implementation import Case, first
+from thinned.compare.errors import one_line
+from thinned.compare.implementation import Case, NotOfferedError, first
 from thinned.compare.laws.law import P_FOR_EQUALITY, Finding, Law, Level, has_mask, holds_if, nothing_wrong
 from thinned.compare.laws.values import departure, under_seed
 from thinned.compare.settings import DTYPES, Settings
@@ -130,6 +131,23 @@ def sliced(layer: Case, settings: Settings) -> Finding:
     return nothing_wrong(complaint, "base untouched")
 
 
+def other_devices(layer: Case, settings: Settings) -> Finding:
+    """On ``meta``, where tensors have a device and no values, so that this machine needs no other device.
+
+    A layer that reads values, as by ``item()``, cannot run there and may be right on a GPU.
+    """
+    module, inputs = layer.called(settings)
+    module, inputs = module.to("meta"), tuple(x.to("meta") for x in inputs)
+    try:
+        y = first(module(*inputs))
+    except (RuntimeError, TypeError) as error:
+        words = str(error)
+        if any(each in words for each in ("expected device", "same device", "to numpy")):
+            return holds_if(False, one_line(error))
+        raise NotOfferedError("needs the values") from error
+    return holds_if(y.is_meta, f"output on {y.device}" if not y.is_meta else "stays there")
+
+
 def has_images(case: Case) -> bool:
     return case.takes_any_shape or (case.masked is not None and len(case.masked.shape) in (4, 5))
 
@@ -184,6 +202,13 @@ LAWS = [
         empty,
         has_mask,
         why="The last, empty batch of a worker or expert stops the run.",
+    ),
+    Law(
+        FAMILY,
+        "other devices",
+        "the mask is made where the input is: on meta nothing of another device is mixed in",
+        other_devices,
+        why="The layer that works on the CPU fails on a GPU.",
     ),
     law(
         "expanded input",

@@ -34,7 +34,7 @@ class AddressCallback(Callback):
 
     Example, for a model that somebody else wrote::
 
-        thinned.convert(module)
+        module = thinned.convert(module)
         trainer = Trainer(callbacks=[AddressCallback(seed=7)])
         with thinned.intercept():
             trainer.fit(module, data, ckpt_path="last")

@@ -38,7 +38,7 @@ class AddressCallback(TrainerCallback):
 
     Example, for a model that somebody else wrote::
 
-        thinned.convert(model)
+        model = thinned.convert(model)
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[AddressCallback(seed=7)])
         with thinned.intercept():
             trainer.train(resume_from_checkpoint=True)

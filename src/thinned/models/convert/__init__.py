@@ -4,118 +4,24 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from thinned.layers import ConcreteDropout, VariationalDropout
 from thinned.layers._arguments import check_p
-from thinned.models.convert.rules import is_known, make, probability_name, probability_of, unit_of
-from thinned.models.inspect import Site, inspect
-from thinned.models.sites import Rate, is_dropout, rates_of
-from thinned.models.text import Listing, Placed, count, format_p, format_paths
-from thinned.models.walk import (
-    Choice,
-    chooser,
-    is_ours,
-    modules_with_paths,
-    other_references,
-    qualified_name,
-)
+from thinned.models.convert.report import report, report_reverted
+from thinned.models.convert.rules import is_known, make, probability_name, unit_of
+from thinned.models.sites import Rate, rates_of
+from thinned.models.walk import ORIGIN, Choice, check_model, chooser, is_ours, modules_with_paths
 from thinned.torch_state import buffers_of, children_of, load_hooks_of, parameters_of
 
-__all__ = ["Conversion", "Setting", "Swap", "convert", "revert"]
+__all__ = ["convert", "revert"]
 
-ORIGIN = "_thinned_origin"
 BEFORE = "_thinned_before"
 HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Swap(Placed):
-    """The report on one module.
-
-    Attributes:
-        paths: all its places in the model; ``path`` is the first.
-        old: the name of its type.
-        new: the name of the type that took its place; empty if it was left, and ``note`` says why.
-        p: its probability now.
-        note: a difference that remains, or the reason why it was left.
-    """
-
-    old: str
-    new: str
-    p: float | None
-    note: str = ""
-
-    def cells(self) -> list[str]:
-        """The words of its row in the table."""
-        return [format_paths(self.paths), self.old, self.new, format_p(self.p), self.note]
-
-
-@dataclass(frozen=True)
-class Setting(Placed):
-    """The report on one number that ``convert(p=)`` set in place.
-
-    Attributes:
-        paths: all places of the modules that drop with it; ``path`` is the first.
-        type: the name of the type that has the attribute: of the module, or of its config.
-        attribute: its name; the key of a dictionary or the index of a list.
-        old: the number before.
-        new: the number now.
-    """
-
-    type: str
-    attribute: str | int
-    old: float
-    new: float
-
-    def cells(self) -> list[str]:
-        """The words of its row in the table."""
-        what, was = f"{self.type}({self.attribute}=)", f"was {format_p(self.old)}"
-        return [format_paths(self.paths), what, "", format_p(self.new), was]
-
-
-class Conversion(Listing[Swap], Generic[Model]):
-    """The result of :func:`convert`: a sequence of :class:`Swap`, which prints as a table.
-
-    Attributes:
-        model: the converted model.
-        left: the dropout modules of known types that stay as they are, with the reasons.
-        settings: the numbers that ``p=`` set in place, as :class:`Setting`.
-        unreached: the sites that :func:`thinned.inspect` finds without a run and that may drop with another
-            probability than ``p=``, as :class:`Site`; empty if no ``p`` was given.
-    """
-
-    headings = ("path", "type", "becomes", "p", "note")
-
-    def __init__(
-        self,
-        model: Model,
-        swaps: Sequence[Swap],
-        left: Sequence[Swap] = (),
-        settings: Sequence[Setting] = (),
-        unreached: Sequence[Site] = (),
-    ) -> None:
-        self.model = model
-        self.left = tuple(left)
-        self.settings = tuple(settings)
-        self.unreached = tuple(unreached)
-        self._items = tuple(swaps)
-
-    def __repr__(self) -> str:
-        summary = f"{count(len(self), 'dropout module')} became thinned's"
-        summary += f", {len(self.left)} stayed" if self.left else ""
-        summary += f", {count(len(self.settings), 'number')} set" if self.settings else ""
-        summary += f", {count(len(self.unreached), 'site')} not reached" if self.unreached else ""
-        others = [item.cells() for items in (self.left, self.settings) for item in items]
-        for site in self.unreached:
-            why = "not reached" + f": {site.where}" * bool(site.where)
-            others.append([format_paths(site.paths), site.type, "", format_p(site.p), why])
-        return self._print(summary, others)
 
 
 def convert(
@@ -125,16 +31,16 @@ def convert(
     include: Choice | None = None,
     exclude: Choice | None = None,
     inplace: bool = True,
-) -> Conversion[Model]:
+) -> Model:
     """Swap every dropout module of a model for ours: torch.nn's six, and those of timm, torchvision and
     transformers; :func:`thinned.register` adds others.
 
     The probability, the flags, the training mode, the hooks with their handles and the keys of ``state_dict``
     stay. A module with several places in the model becomes one module in all of them. A dropout with methods,
-    properties, class attributes, parameters, buffers or children of its own may do what ours does not: it is
-    left and reported. A call such as ``F.dropout`` in a forward is no module: :func:`thinned.inspect` lists
-    it and :func:`thinned.intercept` replaces it. A list or an attribute that is no child keeps the old
-    module, and the swap's note names it.
+    properties, class attributes, parameters, buffers or children of its own may do what ours does not: it
+    stays. A call such as ``F.dropout`` in a forward is no module: :func:`thinned.intercept` replaces it. A
+    list or an attribute that is no child keeps the old module. The logger ``thinned`` names all of these in
+    one WARNING, and at INFO what was swapped; :func:`thinned.inspect` lists each place.
 
     With ``p``, everything that drops has this probability afterwards, so that ``p=0`` leaves nothing that
     drops. Besides the modules that are swapped, these numbers are set in place:
@@ -150,58 +56,57 @@ def convert(
       dictionary or a list. All models that were built from one config share it, and a saved model has it.
 
     A layerdrop that is 0 stays 0, because a skipped layer leaves parameters without gradients. So does a 0 in
-    a list, which exempts a layer. Another number that is 0 is set, as ``nn.Dropout(0)`` is. ``unreached`` has
-    what cannot be set, such as that of ``F.dropout(x, 0.5)``.
+    a list, which exempts a layer. Another number that is 0 is set, as ``nn.Dropout(0)`` is. The WARNING
+    names the places that keep another probability, such as that of ``F.dropout(x, 0.5)``.
 
     Args:
-        model: any module. If it is a dropout itself, the new one is ``conversion.model``.
+        model: any module.
         p: a probability for everything that drops.
-        include: convert these only: a path's pattern (:mod:`fnmatch`), several, or a function of path and
-            module, which is called for modules that drop. One matching path of several suffices. An attribute
-            is chosen by the path of its module, and that of a config by the modules that read it.
+        include: convert these only: a path's pattern (:mod:`fnmatch`), a class, or several of both. They
+            choose the modules that match, as these are before the conversion, and all that is within them.
+            Or a function of path and module, which is called for each module that drops. One matching path
+            of several suffices. An attribute is chosen with its module, and that of a config with the modules
+            that read it.
         exclude: leave these.
-        inplace: change ``model``; otherwise ``conversion.model`` is a deep copy, with a copy of its config.
+        inplace: change ``model``; otherwise change a deep copy, with a copy of its config.
 
     Returns:
-        A :class:`Conversion`: the swaps, ``.model``, ``.left``, ``.settings`` and ``.unreached``; printed, a
-        table.
+        ``model``; the copy if ``inplace`` is false; the new module if ``model`` is itself a dropout.
+
+    Warns:
+        UserWarning: a pattern or a class matches no module of the model.
 
     Raises:
         ValueError: ``p`` outside [0, 1] or NaN, or given where a new module has no probability. Whatever is
             raised, the model is as it was.
-        TypeError: ``model`` is no module, or ``include`` or ``exclude`` neither patterns nor a function.
+        TypeError: ``model`` is no module, or ``include`` or ``exclude`` is none of these.
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.1))
     >>> thinned.convert(model)
-    1 dropout module became thinned's
-    path  type              becomes          p
-    1     torch.nn.Dropout  thinned.Dropout  0.1
+    Sequential(
+      (0): Linear(in_features=4, out_features=4, bias=True)
+      (1): thinned.Dropout(p=0.1, inplace=False)
+    )
     >>> type(model[1])
     <class 'thinned.layers.dropout.Dropout'>
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+    check_model("convert", model)
     if p is not None:
         check_p(p)
-    chosen = chooser(include, exclude)
+    chosen = chooser(model, include, exclude)
     if not inplace:
         model = copy.deepcopy(model)
     news: dict[int, nn.Module] = {}
     origins: list[tuple[nn.Module, _Origin]] = []
-    swaps: dict[int, Swap] = {}
-    left = []
     found = modules_with_paths(model)
-    elsewhere = other_references(found)
     for module, paths in found:
         if is_ours(module) or not is_known(module) or not chosen(paths, module):
             continue
-        old = qualified_name(type(module))
         try:
             new, rule = make(module)
-        except ValueError as error:
-            left.append(Swap(paths, old, "", probability_of(module), f"left: {error}"))
-            continue
+        except ValueError:
+            continue  # the log says why
         if new is None or new is module:
             continue
         origins.append(
@@ -214,24 +119,22 @@ def convert(
                 raise ValueError(f"p={float(p)} has nowhere to go in {paths[0]!r}: {kind} has no probability")
             setattr(new, name, float(p))
         news[id(module)] = new
-        note = _note(module, elsewhere.get(id(module), ()))
-        swaps[id(new)] = Swap(paths, old, qualified_name(type(new)), probability_of(new), note)
-    settings = [] if p is None else _set_all(model, float(p), chosen, news)
+    numbers = 0 if p is None else _set_all(model, float(p), chosen, news)
     # From here on nothing raises.
     for new, origin in origins:
         origin.carry_over(new)
     model = _replace(model, news)
-    # A module within another that was swapped is gone unless the new one has it too.
-    mine = [swaps[id(m)] for m in model.modules() if id(m) in swaps]
-    return Conversion(
-        model, mine, left, settings, () if p is None else list(_unreached(model, float(p), chosen))
-    )
+    report(model, found, news, numbers, p, chosen)
+    return model
 
 
 def _set_all(
     model: nn.Module, p: float, chosen: Callable[[tuple[str, ...], nn.Module], bool], swapped: Container[int]
-) -> list[Setting]:
-    """Set the numbers that ``model`` drops with, but for modules that are swapped; all or none."""
+) -> int:
+    """Set the numbers that ``model`` drops with, but for modules that are swapped: all, or none and raise.
+
+    Returns how many changed.
+    """
     done: list[tuple[Rate, float]] = []
     try:
         for rate in rates_of(model):
@@ -255,10 +158,7 @@ def _set_all(
         # A module that convert made keeps its probability when it is swapped back.
         if not (rate.of_module and ORIGIN in vars(rate.module)):
             _remember(rate, old)
-    return [
-        Setting(rate.paths, qualified_name(type(rate.owner)), rate.name, old, rate.value)
-        for rate, old in done
-    ]
+    return len(done)
 
 
 class _Before(NamedTuple):
@@ -280,24 +180,6 @@ def _remember(rate: Rate, old: float) -> None:
     known.append(_Before(rate, old, rate.value))
 
 
-def _unreached(
-    model: nn.Module, p: float, chosen: Callable[[tuple[str, ...], nn.Module], bool]
-) -> Iterator[Site]:
-    """The sites that may drop with another probability than ``p``, as far as the source says."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for site in inspect(model):
-        module = modules[site.path]
-        # A module called a dropout draws with its own probability, unless the site is a call of torch's
-        # dropouts. None stands for 0.
-        name = probability_name(module) if site.kind != "call" and is_dropout(module) else None
-        own = name is not None and isinstance(getattr(module, name), int | float | None)
-        reached = site.p in (p, 0) or own or (site.kind == "module" and is_ours(module))
-        if isinstance(module, ConcreteDropout | VariationalDropout):
-            reached = False  # it learns its probability
-        if not reached and chosen(site.paths, module):
-            yield site
-
-
 def revert(model: Model) -> Model:
     """Undo :func:`convert`: the modules that were swapped come back, in all their places, and so do the
     numbers that ``p=`` set in place.
@@ -317,36 +199,35 @@ def revert(model: Model) -> Model:
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.1))
-    >>> thinned.revert(thinned.convert(model).model)[1]
+    >>> thinned.revert(thinned.convert(model))[1]
     Dropout(p=0.1, inplace=False)
     >>> type(model[1])
     <class 'torch.nn.modules.dropout.Dropout'>
     """
-    for module in model.modules():
-        for rate, before, now in vars(module).pop(BEFORE, ()):
-            if rate.value == now:
-                rate.value = before
-    olds: dict[int, nn.Module] = {}
-    for new in model.modules():
-        origin = vars(new).get(ORIGIN)
-        if origin is not None:
-            olds[id(new)] = origin.give_back(new)
-    # An old module may contain a module that was swapped, too.
-    return revert(_replace(model, olds)) if olds else model
+    check_model("revert", model)
+    modules = numbers = 0
+    while True:
+        for module in model.modules():
+            for rate, before, now in vars(module).pop(BEFORE, ()):
+                if rate.value == now:
+                    rate.value = before
+                    numbers += 1
+        olds: dict[int, nn.Module] = {}
+        for new in model.modules():
+            origin = vars(new).get(ORIGIN)
+            if origin is not None:
+                olds[id(new)] = origin.give_back(new)
+        if not olds:
+            break
+        model = _replace(model, olds)
+        modules += len(olds)  # an old module may contain a module that was swapped, too
+    report_reverted(model, modules, numbers)
+    return model
 
 
 def _raw_probability(module: nn.Module) -> Any:
     name = probability_name(module)
     return None if name is None else getattr(module, name)
-
-
-def _note(old: nn.Module, elsewhere: Sequence[str]) -> str:
-    notes = []
-    if isinstance(old, nn.AlphaDropout | nn.FeatureAlphaDropout) and old.inplace:
-        notes.append("inplace=True, which torch ignores, is ignored")
-    if elsewhere:
-        notes.append(f"still the old one in {', '.join(elsewhere)}")
-    return "; ".join(notes)
 
 
 @dataclass

@@ -60,7 +60,7 @@ def register(kind: type[nn.Module] | str, build: Build, *, unit: Callable[[Any],
             installed; a name may have the wildcards of :mod:`fnmatch`. A class takes precedence over a name,
             and the latest name over earlier ones.
         build: makes the new module from the old one, which it must not change. A :class:`ValueError` says
-            that no layer of ours is equivalent: the module stays and the message is reported. Training mode,
+            that no layer of ours is equivalent: the module stays and the message is logged. Training mode,
             hooks and further attributes are carried over. If the new module keeps the parameters and buffers
             under the old names, ``state_dict`` stays as it was.
         unit: gives, for an old module, the factor by which ``build`` multiplies its probability, such as
@@ -77,8 +77,8 @@ def register(kind: type[nn.Module] | str, build: Build, *, unit: Callable[[Any],
     ...     def forward(self, x):
     ...         return x * torch.rand_like(x).gt(self.rate) if self.training else x
     >>> thinned.register(Noise, lambda old: thinned.Dropout(old.rate))
-    >>> thinned.convert(torch.nn.Sequential(torch.nn.Linear(2, 2), Noise(0.2))).model[1]
-    Dropout(p=0.2, inplace=False)
+    >>> thinned.convert(torch.nn.Sequential(torch.nn.Linear(2, 2), Noise(0.2)))[1]
+    thinned.Dropout(p=0.2, inplace=False)
     """
     _add(kind, Rule(build, unit))
 

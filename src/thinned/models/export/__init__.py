@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from thinned.keys import Key
+from thinned.layers._named import Named
 from thinned.layers._overrides import module_node
 from thinned.models.address import address
 from thinned.models.address.hooks import hooks_of
@@ -14,7 +15,7 @@ from thinned.models.address.hooks import hooks_of
 __all__ = ["Keyed"]
 
 
-class Keyed(nn.Module):
+class Keyed(Named):
     r"""A module that calls another with masks that are a function of a further input, the key.
 
     .. math:: \text{mask key} = \text{Key}(key).\text{fold}(0).\text{fold}(site)

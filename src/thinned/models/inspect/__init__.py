@@ -15,7 +15,7 @@ from thinned.models.inspect.by_running import TORCH, Event, run_once
 from thinned.models.inspect.names import UNCONDITIONAL
 from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN, OURS, Call, Kind
 from thinned.models.text import Listing, Placed, count, format_p, format_paths
-from thinned.models.walk import is_ours, modules_with_paths, qualified_name
+from thinned.models.walk import check_model, is_ours, modules_with_paths, qualified_name
 
 __all__ = ["Inspection", "Site", "inspect"]
 
@@ -119,8 +119,7 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
     path  type                    p    becomes              drops
     0     torch.nn.LSTM(dropout=) 0.2  thinned.intercept()  1
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+    check_model("inspect", model)
     events = run_once(model, args, kwargs) if args or kwargs else None
     sites: list[Site] = []
     for module, paths in modules_with_paths(model):

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from thinned import functional as F
 from thinned.keys import Key
 from thinned.layers._arguments import threshold_and_scale
+from thinned.layers._named import Named
 from thinned.layers._overrides import module_node
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.intercept.attention import multi_head_attention_forward, scaled_dot_product_attention
@@ -165,7 +166,7 @@ def _check_key(key: Key | None) -> None:
 _fast_path = FastPath(Intercept)
 
 
-class Intercepted(nn.Module):
+class Intercepted(Named):
     """A module that calls another within :func:`thinned.intercept`.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thinned import functional as F
 from thinned.keys import Key
-from thinned.layers._arguments import check_p, key_for
+from thinned.layers._arguments import autocasts, check_p, key_for
 from thinned.torch_state import (
     canonical_mask,
     in_projection,
@@ -82,7 +82,7 @@ def scaled_dot_product_attention(
             "scaled_dot_product_attention of nested tensors has no dropout of thinned's; pad them first"
         )
     device = query.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = autocasts(device)
     if autocast:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = _cast(query, dtype), _cast(key, dtype), _cast(value, dtype)

@@ -1,0 +1,161 @@
+"""What :func:`thinned.convert` and :func:`thinned.revert` tell the logger ``thinned``."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from torch import nn
+
+from thinned.layers import ConcreteDropout, VariationalDropout
+from thinned.models.convert.rules import probability_name
+from thinned.models.inspect import INTERCEPT, Site, inspect
+from thinned.models.sites import is_dropout, rates_of
+from thinned.models.text import count, format_p, format_paths, merge_paths
+from thinned.models.walk import is_ours, other_references
+
+__all__ = ["report", "report_reverted"]
+
+LOG = logging.getLogger("thinned")
+Chosen = Callable[[tuple[str, ...], nn.Module], bool]
+NAMED = 6  # places or types in one line
+
+
+def report(
+    model: nn.Module,
+    found: Sequence[tuple[nn.Module, tuple[str, ...]]],
+    news: Mapping[int, nn.Module],
+    numbers: int,
+    p: float | None,
+    chosen: Chosen,
+) -> None:
+    """Log what a conversion did, at INFO, and what still drops, at WARNING; never raises.
+
+    Args:
+        model: the converted model.
+        found: :func:`modules_with_paths` before the conversion.
+        news: what took the place of a module, by the old one's id.
+        numbers: how many numbers ``p`` set.
+        p: the probability that was asked for.
+        chosen: whether a module takes part.
+    """
+    if not LOG.isEnabledFor(logging.WARNING):
+        return  # the reading of the source takes the most time
+    try:
+        with warnings.catch_warnings():  # the model's properties may warn
+            warnings.simplefilter("ignore")
+            _report(model, found, news, numbers, p, chosen)
+    except Exception:
+        LOG.debug("thinned.convert could not say what it left", exc_info=True)
+
+
+def _report(
+    model: nn.Module,
+    found: Sequence[tuple[nn.Module, tuple[str, ...]]],
+    news: Mapping[int, nn.Module],
+    numbers: int,
+    p: float | None,
+    chosen: Chosen,
+) -> None:
+    caller = f"thinned.convert({type(model).__name__})"
+    made = {id(new) for new in news.values()}
+    # A module within another that was swapped is gone unless the new one has it too.
+    swapped = sum(id(module) in made for module in model.modules())
+    ours = sum(is_ours(module) and chosen(paths, module) for module, paths in found)
+    done = [f"{count(swapped, 'dropout module')} became thinned's"]
+    done += [f"{count(ours, 'module')} already {_were(ours)} thinned's"] * bool(ours)
+    done += [f"{count(numbers, 'number')} set to p={p}"] * bool(numbers)
+    LOG.info("%s: %s", caller, ", ".join(done))
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sites = inspect(model)
+    mine = [site for site in sites if chosen(site.paths, modules[site.path])]
+    left = [site for site in sites.unreached if site in mine and site.p != 0]
+    told = [*_stayed(left), *_are_no_modules(left, swapped), *_old_ones(found, news)]
+    if p is not None:
+        told += _with_another_p([site for site in mine if not _has(site, modules[site.path], p)], p)
+    if told:
+        LOG.warning("%s: %s; thinned.inspect(model) lists all", caller, "; ".join(told))
+    elif not (swapped or ours or numbers):
+        if sites and not mine:
+            LOG.warning("%s: include and exclude choose none of its dropouts", caller)
+        elif rates_of(model) or sites:
+            LOG.info("%s: it has dropouts that are no modules, with p=0", caller)
+        else:
+            LOG.warning("%s: found no dropout", caller)
+
+
+def _stayed(left: Sequence[Site]) -> Iterator[str]:
+    """The dropout modules that no rule swaps, and why."""
+    stayed = [site for site in left if site.kind == "module"]
+    if stayed:
+        names = _counted(f"{site.type} ({site.note.removeprefix('left: ')})" for site in stayed)
+        yield f"{count(len(stayed), 'dropout module')} stayed, thinned.register says how to swap: {names}"
+
+
+def _are_no_modules(left: Sequence[Site], swapped: int) -> Iterator[str]:
+    stayed = {site.paths for site in left if site.kind == "module"}  # with calls of their own
+    others = [site for site in left if site.paths not in stayed]
+    reached = [site for site in others if site.becomes == INTERCEPT]
+    beyond = [site for site in others if site.becomes != INTERCEPT]
+    if reached:
+        n, names = len(reached), _counted(site.type for site in reached)
+        drop = "drop and are no modules" if n > 1 else "drops and is no module"
+        what = f"{count(n, 'more place' if swapped else 'place')} {drop}"
+        yield f"{what}: {names}; thinned.intercept() reaches {'them' if n > 1 else 'it'}"
+    if beyond:
+        names = _counted(f"{site.type}" + f" ({site.note})" * bool(site.note) for site in beyond)
+        yield f"{count(len(beyond), 'place')} out of reach: {names}"
+
+
+def _old_ones(
+    found: Sequence[tuple[nn.Module, tuple[str, ...]]], news: Mapping[int, nn.Module]
+) -> Iterator[str]:
+    """The lists and attributes that are no children and still hold a module that was swapped."""
+    elsewhere = other_references(found)
+    for module, paths in found:
+        if id(module) in news and id(module) in elsewhere:
+            yield f"{format_paths(paths)} is still the old module in {', '.join(elsewhere[id(module)])}"
+
+
+def _has(site: Site, module: nn.Module, p: float) -> bool:
+    """Whether a site drops with ``p`` or not at all, as far as the source says."""
+    if isinstance(module, ConcreteDropout | VariationalDropout):
+        return False  # it learns its probability
+    if site.p in (p, 0) or (site.kind == "module" and is_ours(module)):
+        return True
+    # A module called a dropout draws with its own probability, unless the site is a call of torch's
+    # dropouts. None stands for 0.
+    name = probability_name(module) if site.kind != "call" and is_dropout(module) else None
+    return name is not None and isinstance(getattr(module, name), int | float | None)
+
+
+def _with_another_p(sites: Sequence[Site], p: float) -> Iterator[str]:
+    rows = [
+        (format_paths(site.paths), site.type + f", p={format_p(site.p)}" * (site.p is not None))
+        for site in sites
+    ]
+    if rows:
+        shown = [f"{path} ({what})" for path, what in merge_paths(rows)]
+        names = ", ".join(shown[:NAMED]) + f" and {len(shown) - NAMED} more" * (len(shown) > NAMED)
+        keep = "places keep" if len(rows) > 1 else "place keeps"
+        yield f"{len(rows)} {keep} another p than {p:g}: {names}"
+
+
+def _were(n: int) -> str:
+    return "was" if n == 1 else "were"
+
+
+def _counted(names: Iterable[str]) -> str:
+    """``F.dropout (2), torch.rand``."""
+    counts = Counter(names)
+    shown = [name + f" ({n})" * (n > 1) for name, n in counts.most_common(NAMED)]
+    return ", ".join(shown) + f" and {len(counts) - NAMED} more" * (len(counts) > NAMED)
+
+
+def report_reverted(model: nn.Module, modules: int, numbers: int) -> None:
+    """Log what a revert undid, at INFO."""
+    done = f"{count(modules, 'module')} came back" + f", {count(numbers, 'number')} too" * bool(numbers)
+    LOG.info("thinned.revert(%s): %s", type(model).__name__, done)
