@@ -11,6 +11,7 @@ from thinned.compare.figures import count, duration, significant
 from thinned.compare.laws import Finding, Law, Level, Verdict
 from thinned.compare.layers import ENTRIES, Entry
 from thinned.compare.report import Report, Sample
+from thinned.compare.textbook import TUTORIAL
 from thinned.compare.timing import MULTIPLY, Timing
 from thinned.compare.training import Run
 
@@ -71,7 +72,9 @@ def tutorial(report: Report) -> Table:
         ]
 
     rows = [Row("mean", cells("mean")), Row("standard deviation", cells("deviation"))]
-    return Table("The tutorial's comparison: torch.ones(1000, 100), p = 0.5", report.names, {"": rows})
+    source = f"{TUTORIAL.author.split()[-1]} {TUTORIAL.year}"
+    title = f"The tutorial's comparison ({source}): torch.ones(1000, 100), p = 0.5"
+    return Table(title, report.names, {"": rows})
 
 
 def laws(report: Report) -> Table:
