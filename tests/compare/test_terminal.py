@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from thinned.compare import tables
+from thinned.compare import plots, tables
 from thinned.compare.laws import Finding, Level, Verdict
 from thinned.compare.layers import entry_of
 from thinned.compare.report import Report
@@ -194,3 +194,10 @@ def test_a_cell_knows_how_bad_a_breach_is() -> None:
     report.findings[law.name]["torch"] = Finding(Verdict.BROKEN, "0.2")
     ((cell,),) = [row.cells for rows in tables.laws(report).sections.values() for row in rows]
     assert (cell.verdict, cell.level) == (Verdict.BROKEN, Level.NICETY)
+
+
+def test_axes_of_the_plots_have_no_exponent() -> None:
+    for plot in plots.speed(report_of(["ours"], timings_of(["ours"]))):
+        assert "<!-- 1 M -->" in plot
+        assert "ns -->" in plot
+        assert "10^" not in plot

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -163,6 +163,17 @@ class Terminal:
                 self.output.print()
         if any(report.breaches(name) for name in report.names):
             self.say("`thinned compare --explain LAW` says how a law is measured, and what breaks it.")
+
+    def explain(self, laws: Mapping[str, Mapping[str, str]]) -> None:
+        """What :func:`thinned.compare.explain.explain` says."""
+        for title, paragraphs in laws.items():
+            self.say(title, style="bold")
+            for heading, text in paragraphs.items():
+                self.say(f"{heading}: {text}", "  ", INDENT)
+            self.output.print()
+        self.say(
+            "Where chance decides, a bound is such that a right layer breaks the law once in 10 million runs."
+        )
 
 
 def _width() -> int | None:
