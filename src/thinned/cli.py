@@ -6,6 +6,7 @@ import json as json_
 import platform
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import get_terminal_size
@@ -23,9 +24,10 @@ import thinned
 from thinned.compare import tables
 from thinned.compare.inspecting import inspect_named
 from thinned.compare.inspecting import to_json as sites_to_json
-from thinned.compare.layers import entry_of
+from thinned.compare.layers import ENTRIES, entry_of
 from thinned.compare.loading import ALIASES, resolve_all
 from thinned.compare.page import to_html
+from thinned.compare.project import Policy, Project, option_of, parse_kwargs
 from thinned.compare.record import to_json
 from thinned.compare.run import run, run_layer
 from thinned.compare.settings import Settings, parse_dtype, parse_shape
@@ -76,7 +78,8 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="IMPLEMENTATION",
-            help=f"{', '.join(ALIASES)} (the defaults), package.module:Class or path/to/file.py:Class",
+            help=f"{', '.join(ALIASES)} (the defaults), or package.module:NAME or path/to/file.py:NAME of a "
+            "class, or of a function of x, p and training.",
         ),
     ] = None,
     layer: Annotated[
@@ -89,8 +92,20 @@ def compare(
     seed: Annotated[int, typer.Option(help="All random numbers follow from it.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="No training, fewer sizes; under 20 s.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Exit with 1 if an implementation named here breaks a law.")
+        bool,
+        typer.Option("--check", help="Exit with 1 if an implementation named breaks a law of --level."),
     ] = False,
+    level: Annotated[
+        str, typer.Option(help="How bad a broken law has to be: wrong (the default), unlike-torch or nicety.")
+    ] = "",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAW", help="Examine only this law or family, such as 'drop rate*'."),
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(metavar="LAW", help="Leave this one out.")] = None,
+    kwargs: Annotated[
+        str, typer.Option(help="Arguments of your own implementations beside p, as in features=8,axis=-1.")
+    ] = "",
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page.", dir_okay=False)] = None,
     json: Annotated[
         Path | None, typer.Option(help="Write everything, machine readable.", dir_okay=False)
@@ -100,13 +115,32 @@ def compare(
 
     With --layer it is that layer, thinned's and its peer's, and implementations named take its arguments;
     `thinned layers` lists the layers. With --check and no implementation named, thinned has to hold.
+    The table [tool.thinned] of pyproject.toml has implementations, level, only, skip and kwargs, too.
     """
     try:
         settings = Settings(p, parse_shape(shape), parse_dtype(dtype), device, seed, quick)
         entry = entry_of(layer) if layer else None
         if entry and html:
             raise ValueError("--html is for the comparison of Dropout, and not for --layer")
-        named = resolve_all(implementations or ([] if entry else ALIASES))
+        project = Project.found_from(Path.cwd())
+        if entry:  # the file lists implementations of Dropout
+            project = replace(project, implementations=())
+        project.policy.require_known([law for each in ENTRIES for law in each.laws])
+        examined = entry or entry_of("Dropout")
+        options = Policy(only=tuple(only or ()), skip=tuple(skip or ()))
+        options.require_known(examined.laws)
+        project = project.overridden(
+            implementations or (), level, options.only, options.skip, parse_kwargs(kwargs) if kwargs else None
+        )
+        project.policy.chosen(examined.laws)
+        if html and project.policy.only:
+            raise ValueError("--html writes a page of a whole comparison, and not of --only some laws")
+        if kwargs and (aliases := [each for each in implementations or () if each in ALIASES]):
+            raise ValueError(f"--kwargs is for implementations of your own, and not for {aliases[0]}")
+        if project.folder:
+            sys.path.insert(0, str(project.folder))  # from where the file's modules are imported
+        own = project.implementations or (() if entry else ALIASES)
+        named = resolve_all(own, project.kwargs, examined.case, settings)
         files = [file for file in (html, json) if file]
         for file in files:
             if not file.parent.is_dir():
@@ -115,14 +149,21 @@ def compare(
         typer.echo(f"thinned compare: {error}", err=True)
         raise typer.Exit(2) from None
 
-    report = run_layer(entry, named, settings, Terminal()) if entry else run(named, settings, Terminal())
+    report = (
+        run_layer(entry, named, settings, Terminal(), project.policy)
+        if entry
+        else run(named, settings, Terminal(), project.policy)
+    )
     if html:
         html.write_text(to_html(report), encoding="utf-8")
     if json:
         json.write_text(to_json(report), encoding="utf-8")
-    checked = [each.name for each in named] if implementations else ["thinned"]
-    if check and any(report.breaches(name) for name in checked):
-        raise typer.Exit(1)
+    if check:
+        checked = [each.name for each in named] if project.implementations else ["thinned"]
+        failed = [name for name in checked if report.fails(name)]
+        outcome = f"{', '.join(failed)} failed" if failed else f"{', '.join(checked)} passed"
+        typer.echo(f"check at level {option_of(project.policy.level)}: {outcome}")
+        raise typer.Exit(1 if failed else 0)
 
 
 @app.command()

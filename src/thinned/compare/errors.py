@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
 import thinned
 
-__all__ = ["one_line", "one_line_with_place"]
+__all__ = ["did_you_mean", "one_line", "one_line_with_place"]
 
 STANDARD_LIBRARY = str(Path(traceback.__file__).parent)
 INSTALLED = {"site-packages", "dist-packages"}
@@ -50,3 +52,14 @@ def one_line_with_place(error: BaseException) -> str:
         if rank is not None:
             places[rank] = f" ({file}, line {frame.lineno}, in {frame.name})"
     return one_line(error) + (places[max(places)] if places else "")
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message about ``name``, which is none of ``names``.
+
+    >>> did_you_mean("MyDropuot", ["MyDropout", "Linear"])
+    '; did you mean MyDropout?'
+    """
+    by_lower = {each.casefold(): each for each in names}
+    close = [by_lower[each] for each in get_close_matches(name.casefold(), by_lower, n=3)]
+    return f"; did you mean {' or '.join(close)}?" if close else otherwise

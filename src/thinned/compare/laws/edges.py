@@ -48,6 +48,8 @@ def _at_p_zero(layer: Case, settings: Settings) -> tuple[Tensor, Tensor]:
 def _has_values_of_input(y: Tensor, x: Tensor) -> Finding:
     if torch.equal(y, x):
         return holds_if(True, "the input's values")
+    if ((y == 0) & (x != 0)).any():
+        return holds_if(False, "drops")
     return holds_if(False, f"other values, {(y.double() / x.double()).median():.4g} x")
 
 
@@ -84,7 +86,8 @@ def _answer_to_p(layer: Case, settings: Settings, p: float) -> str:
         module, inputs = layer.called(settings, torch.float32, **{layer.example.p_name: p})
         module(*inputs)
     except ValueError as error:
-        return "ValueError" if str(p) in str(error) else "a message without the value"
+        named = any(str(value) in str(error) for value in (p, 1 - p))  # 1-p for a layer that takes that
+        return "ValueError" if named else "a message without the value"
     except Exception as error:
         return type(error).__name__
     return "accepted"
