@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from thinned.compare.errors import one_line
+from thinned.compare.errors import one_line, one_line_with_place
 from thinned.compare.implementation import Implementation
 
 __all__ = ["ALIASES", "load", "model_of", "resolve", "resolve_all"]
@@ -43,8 +44,8 @@ def load(module_name: str) -> ModuleType:
         if "" not in sys.path:
             sys.path.insert(0, "")  # a module beside the caller, as `python -m` would find it
         return importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(f"cannot import {module_name}: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"cannot import {module_name}: {one_line_with_place(error)}") from error
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -91,11 +92,25 @@ def model_of(text: str) -> nn.Module:
         raise ValueError(f"{text} is neither a model nor a function that makes one, but {factory!r}")
     try:
         model = factory()
-    except Exception as error:  # whatever a stranger's function raises
-        raise ValueError(f"{text} cannot be called without arguments: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # SystemExit comes from argparse, which reads our arguments
+        if isinstance(error, TypeError) and not _can_be_called(factory, error):
+            raise ValueError(f"{text} cannot be called without arguments: {one_line(error)}") from error
+        raise ValueError(f"{text} raises {one_line_with_place(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text} gave no torch.nn.Module, but a {type(model).__name__}")
     return model
+
+
+def _can_be_called(factory: Callable[..., Any], error: TypeError) -> bool:
+    """Whether ``factory`` has been called without arguments, and raised ``error`` itself."""
+    if error.__traceback__ is None or error.__traceback__.tb_next is None:
+        return False  # the call has not entered a function of Python
+    with suppress(ValueError):  # no signature
+        try:
+            inspect.signature(factory).bind()
+        except TypeError:
+            return False
+    return True
 
 
 def resolve_all(texts: Iterable[str]) -> list[Implementation]:
