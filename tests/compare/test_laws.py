@@ -43,6 +43,12 @@ def test_each_law_has_its_culprit_and_a_layer() -> None:
     assert set(ALL) == set(CULPRITS)
 
 
+def test_each_law_says_why_it_matters() -> None:
+    for entry in ENTRIES:
+        for law in entry.laws:
+            assert law.why.endswith("."), law.name
+
+
 @pytest.mark.parametrize("name", CULPRITS)
 def test_law_catches_its_culprit(name: str) -> None:
     """tests/layers/test_every_layer.py holds each layer of thinned to it."""

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 
-from thinned.compare import plots, tables
+from thinned.compare import effect, plots, tables, textbook
+from thinned.compare.laws import Level
 from thinned.compare.report import Report, machine
 
 __all__ = ["to_html"]
 
 
 def to_html(report: Report) -> str:
-    """The verdict on top, then the tables and plots."""
+    """First the effect of dropout and its masks, then the verdict and the laws, then the cost."""
     templates = Environment(
         loader=PackageLoader("thinned", "compare"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    pair = effect.pair(report.training)
+    drawn = next(iter(report.masks), None)
     return templates.get_template("page.html.jinja").render(
         report=report,
         machine=machine(),
         tutorial=tables.tutorial(report),
+        source=textbook.TUTORIAL,
         laws=tables.laws(report),
+        by_name={law.name: law for law in report.laws},
+        levels=Level,
+        worst={name: _worst(report, name) for name in report.names},
         speed=tables.speed(report),
-        training=tables.training_runs(report) if report.training else None,
+        training=tables.training_runs(report),
+        sentences=effect.sentences(*pair) if pair else [],
+        errors=plots.errors(*pair, report.names) if pair else None,
+        test_errors=plots.test_errors(report.training, report.names) if pair else None,
         masks={name: plots.mask_picture(mask) for name, mask in report.masks.items()},
-        drop_rates=Markup(plots.drop_rates(report)),
-        speed_plot=Markup(plots.speed(report)),
-        losses=Markup(plots.losses(report)) if report.training else None,
+        drawn=drawn,
+        networks=plots.thinned_networks(report.masks[drawn]) if drawn else {},
+        drop_rates=plots.drop_rates(report),
+        speed_plots=plots.speed(report) if report.timings else [],
     )
+
+
+def _worst(report: Report, name: str) -> Level | None:
+    """The severest level among the laws that ``name`` breaks."""
+    broken = {law.level for law in report.laws if report.findings[law.name][name].verdict.is_breach}
+    return next((level for level in Level if level in broken), None)

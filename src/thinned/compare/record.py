@@ -35,6 +35,7 @@ def to_json(report: Report) -> str:
             }
             for law in report.laws
         ],
+        "load": report.load,
         "timings": [asdict(timing) for timing in report.timings],
         "bytes_saved": report.bytes_saved,
         "training": [asdict(run) for run in report.training],

@@ -12,14 +12,19 @@ from torch import Tensor
 
 import thinned
 from thinned.backends.describe import processor
-from thinned.compare.laws import Finding, Law, Verdict
+from thinned.compare.laws import Finding, Law, Level, Verdict
 from thinned.compare.settings import Settings
-from thinned.compare.timing import Timing
+from thinned.compare.timing import Timing, load
 from thinned.compare.training import Run
 
 __all__ = ["Report", "Sample"]
 
 PACKAGES = ("torch", "numpy", "scipy")
+WORDS = {
+    Level.WRONG: "wrong",
+    Level.UNLIKE_TORCH: "unlike torch",
+    Level.NICETY: "could be better",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Report:
         tutorial: a sample for each, or what it raised.
         masks: a small mask of each that can draw one, True where kept.
         findings: a finding for each, under the name of the law.
+        load: programs that wanted to run for each core, before the comparison began; None if unknown.
         bytes_saved: bytes an element kept for backward, None where it cannot be run.
     """
 
@@ -51,6 +57,7 @@ class Report:
     masks: dict[str, Tensor] = field(default_factory=dict)
     findings: dict[str, dict[str, Finding]] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
+    load: float | None = field(default_factory=load)
     bytes_saved: dict[str, float | None] = field(default_factory=dict)
     training: list[Run] = field(default_factory=list)
     seconds: float = 0.0
@@ -58,6 +65,20 @@ class Report:
     def breaches(self, name: str) -> list[str]:
         """The laws that ``name`` breaks or crashes in."""
         return [law for law, findings in self.findings.items() if findings[name].verdict.is_breach]
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether more programs wanted to run than there are cores, before the comparison began."""
+        return self.load is not None and self.load > 1
+
+    def is_rough(self, timing: Timing) -> bool:
+        """Whether something else ran while this was timed: the reference of its rounds was not steady."""
+        of_its_rounds = (timing.reference, timing.elements, timing.direction)
+        return self.is_loaded or not all(
+            found.is_steady
+            for found in self.timings
+            if (found.subject, found.elements, found.direction) == of_its_rounds
+        )
 
     def verdict(self, name: str) -> str:
         """One line: how many laws hold, or which are broken."""

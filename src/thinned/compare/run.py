@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -17,14 +16,14 @@ from thinned.compare.layers import Entry, entry_of
 from thinned.compare.memory import bytes_saved
 from thinned.compare.report import Report, Sample
 from thinned.compare.settings import Settings
-from thinned.compare.tables import Cell, Row, Table
 from thinned.compare.terminal import Terminal
+from thinned.compare.timing import Timing
 
 __all__ = ["BROADCAST", "calls", "run", "run_layer"]
 
 PICTURE = (64, 64)
 BROADCAST = "x * mask"
-ROUNDS = 15
+ROUNDS, QUICK_ROUNDS = 15, 5
 
 
 def run(implementations: Sequence[Implementation], settings: Settings, terminal: Terminal) -> Report:
@@ -69,7 +68,8 @@ def run_layer(
     report = Report(names, settings, entry.laws, f"{entry.name}, mask {entry.mask}; {entry.source}")
     _examine_all(report, implementations, terminal)
     terminal.show(tables.laws(report), with_notes=True)
-    terminal.show(_speed(entry, implementations, settings))
+    report.timings = _speed(entry, implementations, settings)
+    terminal.show(tables.call_speed(report, entry.workload.elements))
     report.seconds = time.perf_counter() - start
     terminal.show_verdicts(report)
     return report
@@ -86,17 +86,21 @@ def _examine_all(report: Report, implementations: Sequence[Implementation], term
 
 
 def calls(
-    entry: Entry, implementations: Sequence[Implementation], *, broadcast: bool = False
+    entry: Entry, implementations: Sequence[Implementation], *, broadcast: bool = False, device: str = "cpu"
 ) -> dict[str, Callable[[], object]]:
     """A call of each on the entry's workload, and the multiply that a mask of its shape costs at least."""
-    inputs = entry.workload.inputs()
+    inputs = _inputs(entry, device)
     work: dict[str, Callable[[], object]] = {}
     if broadcast and entry.broadcast is not None:
-        x, mask = inputs[0], torch.ones(entry.broadcast, dtype=inputs[0].dtype)
+        x, mask = inputs[0], inputs[0].new_ones(entry.broadcast)
         work[BROADCAST] = lambda: x * mask
     for each in implementations:
-        work[each.name] = _call(each.make(**entry.workload.arguments), inputs)
+        work[each.name] = _call(each.make(**entry.workload.arguments).to(device), inputs)
     return work
+
+
+def _inputs(entry: Entry, device: str) -> tuple[Tensor, ...]:
+    return tuple(x.to(device) for x in entry.workload.inputs())
 
 
 def _call(layer: Callable[..., object], inputs: Sequence[Tensor]) -> Callable[[], object]:
@@ -107,27 +111,16 @@ def _call(layer: Callable[..., object], inputs: Sequence[Tensor]) -> Callable[[]
     return call
 
 
-def _speed(entry: Entry, implementations: Sequence[Implementation], settings: Settings) -> Table:
-    work = calls(entry, [each for each in implementations if _runs(entry, each)], broadcast=True)
-    seconds = timing.by_turns(work, ROUNDS, settings.device)
-    own = seconds[entry.own.name]
-    cells = {
-        name: f"{median(each) * 1e6:.3g} μs"
-        + (
-            ""
-            if name == entry.own.name
-            else f" ({median(a / b for a, b in zip(each, own, strict=True)):.3g}x)"
-        )
-        for name, each in seconds.items()
-    }
-    elements = sum(x.numel() for x in entry.workload.inputs())
-    row = Row(f"{elements:,} elements", [Cell(text) for text in cells.values()])
-    return Table("A call, and in brackets how many times thinned's", list(cells), {"": [row]})
+def _speed(entry: Entry, implementations: Sequence[Implementation], settings: Settings) -> list[Timing]:
+    run = [each for each in implementations if _runs(entry, each, settings.device)]
+    work = calls(entry, run, broadcast=True, device=settings.device)
+    seconds = timing.by_turns(work, QUICK_ROUNDS if settings.quick else ROUNDS, settings.device)
+    return timing.beside(seconds, entry.own.name, entry.workload.elements, "forward")
 
 
-def _runs(entry: Entry, implementation: Implementation) -> bool:
+def _runs(entry: Entry, implementation: Implementation, device: str) -> bool:
     try:
-        _call(implementation.make(**entry.workload.arguments), entry.workload.inputs())()
+        _call(implementation.make(**entry.workload.arguments).to(device), _inputs(entry, device))()
     except Exception:  # the table of laws says what a layer cannot do
         return False
     return True

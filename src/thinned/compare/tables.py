@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from thinned.compare import timing, training
-from thinned.compare.laws import Finding, Verdict
+from thinned.compare.figures import count, duration, significant
+from thinned.compare.laws import Finding, Law, Level, Verdict
 from thinned.compare.layers import ENTRIES, Entry
 from thinned.compare.report import Report, Sample
+from thinned.compare.textbook import TUTORIAL
 from thinned.compare.timing import MULTIPLY, Timing
 from thinned.compare.training import Run
 
@@ -17,6 +19,7 @@ __all__ = [
     "Cell",
     "Row",
     "Table",
+    "call_speed",
     "laws",
     "layers",
     "layers_page",
@@ -28,15 +31,17 @@ __all__ = [
 
 MARKS = {Verdict.HOLDS: "✓ ", Verdict.BROKEN: "✗ ", Verdict.CRASHED: "✗ crashed: "}
 NOTHING = "–"
+ROUGH = "~"
 COLUMNS_OF_LAYERS = ("functional", "mask", "source", "peer")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A few words, and how good the news is where it is a finding."""
+    """A few words; for a finding, how good the news is, and how bad a breach is."""
 
     text: str
     verdict: Verdict | None = None
+    level: Level | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in titled sections, under one heading for each column after the first."""
+    """Rows in titled sections, under one heading for each column after the first; ``note`` stands below."""
 
     title: str
     columns: list[str]
     sections: dict[str, list[Row]]
+    note: str = ""
 
 
 def tutorial(report: Report) -> Table:
@@ -66,13 +72,19 @@ def tutorial(report: Report) -> Table:
         ]
 
     rows = [Row("mean", cells("mean")), Row("standard deviation", cells("deviation"))]
-    return Table("The tutorial's comparison: torch.ones(1000, 100), p = 0.5", report.names, {"": rows})
+    source = f"{TUTORIAL.author.split()[-1]} {TUTORIAL.year}"
+    title = f"The tutorial's comparison ({source}): torch.ones(1000, 100), p = 0.5"
+    return Table(title, report.names, {"": rows})
 
 
 def laws(report: Report) -> Table:
     sections = {
         family: [
-            Row(law.name, [_finding(report.findings[law.name][name]) for name in report.names], law.statement)
+            Row(
+                law.name,
+                [_finding(law, report.findings[law.name][name]) for name in report.names],
+                law.statement,
+            )
             for law in members
         ]
         for family, members in groupby(report.laws, key=lambda law: law.family)
@@ -80,62 +92,107 @@ def laws(report: Report) -> Table:
     return Table(f"The law of {report.layer}", report.names, sections)
 
 
-def _finding(finding: Finding) -> Cell:
+def _finding(law: Law, finding: Finding) -> Cell:
     if finding.verdict is Verdict.NOT_OFFERED:
         return Cell("– not offered", finding.verdict)
-    return Cell(MARKS[finding.verdict] + finding.measured, finding.verdict)
+    return Cell(MARKS[finding.verdict] + finding.measured, finding.verdict, law.level)
 
 
 def speed(report: Report) -> Table:
-    """Nanoseconds an element, and in brackets the ratio to a multiply; then the bytes kept for backward."""
+    """The time of an element and its ratio to a multiply's; then the bytes kept for backward."""
     columns = [MULTIPLY, *report.names]
     sections = {}
     for direction in timing.DIRECTIONS:
         found = {(t.elements, t.subject): t for t in report.timings if t.direction == direction}
         sections[direction] = [
             Row(
-                f"{direction}, {_short(elements)}", [_timing(found.get((elements, name))) for name in columns]
+                f"{direction}, {count(elements)}",
+                [_timing(report, found.get((elements, name))) for name in columns],
             )
             for elements in dict.fromkeys(elements for elements, _ in found)
         ]
     saved = [Cell(_bytes(report.bytes_saved.get(name))) for name in report.names]
     sections["memory"] = [Row("bytes saved for backward", [Cell("0"), *saved])]
-    return Table(f"An element costs, in nanoseconds and as a ratio to {MULTIPLY}", columns, sections)
+    title = f"An element costs, beside {MULTIPLY} of the same tensor"
+    return Table(title, columns, sections, _how_timed(report))
 
 
-def _short(elements: int) -> str:
-    return f"{elements // 1_000_000} M" if elements >= 1_000_000 else f"{elements // 1_000} k"
+def call_speed(report: Report, elements: int) -> Table:
+    """The time of a call on the workload of a layer, and its ratio to thinned's."""
+    cells = [_timing(report, found, elements) for found in report.timings]
+    row = Row(f"{elements:,} elements", cells)
+    columns = [found.subject for found in report.timings]
+    title = f"A call costs, beside that of {report.timings[0].reference}"
+    return Table(title, columns, {"": [row]}, _how_timed(report))
 
 
-def _timing(found: Timing | None) -> Cell:
+def _timing(report: Report, found: Timing | None, times: int = 1) -> Cell:
     if found is None:
         return Cell(NOTHING)
-    nanoseconds = f"{found.nanoseconds:.3g} ns"
-    return Cell(nanoseconds if found.subject == MULTIPLY else f"{nanoseconds} ({found.ratio:.3g}x)")
+    rough = ROUGH if report.is_rough(found) else ""
+    time = rough + duration(found.nanoseconds * times / 1e9)
+    if found.subject == found.reference:
+        return Cell(time)
+    low, high = map(significant, found.ratio_quartiles)
+    return Cell(f"{time}\n({significant(found.ratio)}x, {low}-{high})")
+
+
+def _how_timed(report: Report) -> str:
+    if not report.timings:
+        return ""
+    reference = report.timings[0].reference
+    how = (
+        f"In brackets: the ratio to {reference}, the median over rounds in which both ran by turns, and the "
+        f"middle half of rounds. A time is its ratio times the median time of {reference}."
+    )
+    return f"{how}\n{busy}" if (busy := _busy(report)) else how
+
+
+def _busy(report: Report) -> str:
+    """A sentence for a machine on which something else runs; empty where nothing seems to."""
+    references = [found for found in report.timings if found.subject == found.reference]
+    signs = []
+    if unsteady := [found for found in references if not found.is_steady]:
+        worst = max(unsteady, key=lambda found: found.quartiles[1] / found.quartiles[0])
+        low, high = (duration(end / 1e9) for end in worst.quartiles)
+        signs.append(f"the time of {worst.subject} changed between {low} and {high} an element")
+    if report.is_loaded:
+        signs.append(f"{significant(report.load or 0)} programs want to run on each core")
+    if not signs:
+        return ""
+    return (
+        f"The machine is busy: {', and '.join(signs)}. Figures marked {ROUGH} are rough. Stop other "
+        "programs, or set OMP_NUM_THREADS to the number of free cores, and try again."
+    )
 
 
 def _bytes(saved: float | None) -> str:
-    return NOTHING if saved is None else f"{round(saved, 2):g}"
+    return NOTHING if saved is None else f"{saved:,.2f}".rstrip("0").rstrip(".")
 
 
 def training_runs(report: Report) -> Table:
-    columns = ["test error", "training loss", "ms a step", "dropout adds"]
+    columns = ["training error", "test error", "a step", "dropout adds"]
     title = (
         f"Training on {training.TRAINING_DIGITS:,} MNIST digits for {training.EPOCHS} epochs, "
         f"tested on {training.TEST_DIGITS:,} others"
     )
-    return Table(title, columns, {"": [Row(run.name, list(_run(run))) for run in report.training]})
+    rough = any(report.is_rough(found) for found in report.timings)
+    rows = [Row(run.name, list(_run(run, rough))) for run in report.training]
+    return Table(title, columns, {"": rows})
 
 
-def _run(run: Run) -> Iterable[Cell]:
+def _run(run: Run, rough: bool) -> Iterable[Cell]:
     if run.failure:
         yield Cell(MARKS[Verdict.CRASHED] + run.failure, Verdict.CRASHED)
         yield from [Cell(NOTHING)] * 3
         return
-    yield Cell(f"{run.test_error:.2%}")
-    yield Cell(f"{run.training_loss[-1]:.4f}")
-    yield Cell(f"{run.step_ms:.2f}")
-    yield Cell(NOTHING if run.name == training.WITHOUT else f"{run.added_percent:+.1f}%")
+    yield from (Cell(f"{list(errors.values())[-1]:.2%}") for errors in (run.training_error, run.test_error))
+    yield Cell((ROUGH if rough else "") + duration((run.step_ms or 0) / 1e3))
+    if run.name == training.WITHOUT or run.added_percent is None or run.added_quartiles is None:
+        yield Cell(NOTHING)
+        return
+    low, high = run.added_quartiles
+    yield Cell(f"{run.added_percent:+.1f}% ({low:+.1f} to {high:+.1f})")
 
 
 def layers() -> Table:

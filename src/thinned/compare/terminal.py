@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from thinned.compare.laws import Verdict
-from thinned.compare.report import Report
-from thinned.compare.tables import Table
+from thinned.compare.laws import Level, Verdict
+from thinned.compare.report import WORDS, Report
+from thinned.compare.tables import Cell, Table
 
 __all__ = ["Terminal"]
 
-WIDTH_OF_A_FILE = 100
-STYLES = {
-    Verdict.HOLDS: "green",
-    Verdict.BROKEN: "bold red",
-    Verdict.CRASHED: "bold red",
-    Verdict.NOT_OFFERED: "dim",
-    None: "",
-}
+WIDTH_OF_A_FILE = 100  # where neither COLUMNS nor a terminal says how wide lines may be
+COMFORTABLE, NOTES = 12, 26  # characters of a column, below which it is another table's; of the notes
+INDENT = "      "
+BORDERS = 3  # characters of a table for each column, and one more
+UNBROKEN = re.compile(r"[✓✗–] | (?=(ns|μs|ms|s)\b)|\bp = |± |\((?:[A-Z]|1, )[^()]{,20}\)")
+
+# Readable on light and on dark paper, which yellow, cyan and blue are not.
+LEVELS = {Level.WRONG: "bold red", Level.UNLIKE_TORCH: "magenta", Level.NICETY: ""}
+STYLES = {Verdict.HOLDS: "green", Verdict.NOT_OFFERED: "dim"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column on its way to paper: its texts, of which the first is the heading."""
+
+    texts: list[str]
+    style: str = ""
+
+    @property
+    def widest(self) -> int:
+        return max(len(part) for text in self.texts for part in text.split("\n"))
+
+    @property
+    def narrowest(self) -> int:
+        words = max(len(word) for text in self.texts for word in _words(text))
+        return max(words, min(self.widest, COMFORTABLE))
 
 
 class Terminal:
     """Two consoles: ``output`` for what was found, ``errors`` for how far it is."""
 
     def __init__(self, output: Console | None = None, errors: Console | None = None) -> None:
-        self.output = output or Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+        self.output = output or Console(width=_width(), highlight=False)
         self.errors = errors or Console(stderr=True)
 
     @contextmanager
@@ -43,23 +66,130 @@ class Terminal:
             task = bar.add_task(part, total=steps, step="")
             yield lambda step: bar.update(task, advance=1, step=step)
 
+    def say(self, text: str, first: str = "", others: str = "", style: str = "") -> None:
+        """Paragraphs, in lines that begin with ``first`` and, from the second on, with ``others``."""
+        for paragraph in text.split("\n"):
+            for line in textwrap.wrap(
+                first + paragraph,
+                max(self.output.width, 20),
+                subsequent_indent=others,
+                break_long_words=False,
+                break_on_hyphens=False,
+            ):
+                self.output.print(Text(line, style), soft_wrap=True)
+
     def show(self, table: Table, with_notes: bool = False) -> None:
+        """The table; as several, each with some of the columns, where all are wider than the terminal."""
+        self.say(table.title, style="bold")
+        rows = [row for rows in table.sections.values() for row in rows]
+        heading = Column(["", *(row.heading for row in rows)])
+        columns = [
+            Column([title, *(row.cells[i].text for row in rows)]) for i, title in enumerate(table.columns)
+        ]
+        groups = self._groups(heading, columns)
+        notes = Column(["what has to hold", *(row.note for row in rows)], "dim") if with_notes else None
+        for group in groups:
+            shown = [heading, *(columns[i] for i in group)]
+            room = self.output.width - 1 - sum(BORDERS + column.narrowest for column in shown)
+            if notes and len(groups) == 1 and room >= BORDERS + NOTES:
+                shown.append(notes)
+            self.output.print(self._rich(table, shown, group))
+        if table.note:
+            self.say(table.note)
+        self.output.print()
+
+    def _groups(self, heading: Column, columns: list[Column]) -> list[list[int]]:
+        """The columns of each table: as few tables as there is room for, of about equally many columns."""
+        tables = len(self._fitting(heading, columns, len(columns)))
+        return self._fitting(heading, columns, math.ceil(len(columns) / tables))
+
+    def _fitting(self, heading: Column, columns: list[Column], at_most: int) -> list[list[int]]:
+        room = self.output.width - 1 - BORDERS - heading.narrowest
+        groups: list[list[int]] = [[]]
+        for i in range(len(columns)):
+            together = sum(BORDERS + columns[j].narrowest for j in (*groups[-1], i))
+            if groups[-1] and (together > room or len(groups[-1]) == at_most):
+                groups.append([])
+            groups[-1].append(i)
+        return groups
+
+    def _rich(self, table: Table, shown: list[Column], group: list[int]) -> RichTable:
+        widths = self._widths(shown)
         rich_table = RichTable()
-        rich_table.add_column("", no_wrap=True)
-        for heading in table.columns:
-            rich_table.add_column(heading, overflow="fold")
-        if with_notes:
-            rich_table.add_column("what has to hold", style="dim")
+        for column, width in zip(shown, widths, strict=True):
+            heading = "\n".join(_lines(column.texts[0], width))
+            rich_table.add_column(heading, width=width, style=column.style, overflow="fold")
         for rows in table.sections.values():
             rich_table.add_section()
             for row in rows:
-                cells = [Text(cell.text, STYLES[cell.verdict]) for cell in row.cells]
-                rich_table.add_row(row.heading, *cells, *([row.note] if with_notes else []))
-        self.output.print(Text(table.title, "bold"))
-        self.output.print(rich_table)
-        self.output.print()
+                cells = [Cell(row.heading), *(row.cells[i] for i in group), Cell(row.note)]
+                rich_table.add_row(
+                    *(
+                        Text("\n".join(_lines(cell.text, width)), _style(cell))
+                        for cell, width in zip(cells, widths, strict=False)
+                    )
+                )
+        return rich_table
+
+    def _widths(self, columns: list[Column]) -> list[int]:
+        """As wide as the content, if that fits; else the names come first, then the most crowded column."""
+        room = self.output.width - 1 - BORDERS * len(columns)
+        widths = [column.narrowest for column in columns]
+        while sum(widths) > room and max(widths) > 10:  # a word is wider than the terminal
+            widths[widths.index(max(widths))] -= 1
+        widths[0] += max(0, min(columns[0].widest - widths[0], room - sum(widths)))
+        while sum(widths) < room:
+            crowded = max(range(len(columns)), key=lambda i: columns[i].widest / widths[i])
+            if columns[crowded].widest <= widths[crowded]:
+                break
+            widths[crowded] += 1
+        return widths
 
     def show_verdicts(self, report: Report) -> None:
+        """A verdict for each, and under it what each broken law says and why it matters, the worst first."""
         for name in report.names:
-            style = STYLES[Verdict.BROKEN if report.breaches(name) else Verdict.HOLDS]
-            self.output.print(Text(f"{name}: {report.verdict(name)}", style))
+            broken = [
+                (law, report.findings[law.name][name])
+                for level in Level
+                for law in report.laws
+                if law.level is level and report.findings[law.name][name].verdict.is_breach
+            ]
+            style = LEVELS[broken[0][0].level] if broken else STYLES[Verdict.HOLDS]
+            self.say(f"{name}: {report.verdict(name)}", style=style)
+            for law, finding in broken:
+                crashed = "crashed: " if finding.verdict is Verdict.CRASHED else ""
+                self.say(f"{WORDS[law.level]}: {law.name}: {law.statement}", "  ", INDENT, LEVELS[law.level])
+                self.say(f"found: {crashed}{finding.measured}", "    ", INDENT)
+                self.say(f"why: {law.why}", "    ", INDENT)
+            if broken:
+                self.output.print()
+        if any(report.breaches(name) for name in report.names):
+            self.say("`thinned compare --explain LAW` says how a law is measured, and what breaks it.")
+
+
+def _width() -> int | None:
+    """The console's own choice, where it has anything to go by."""
+    if os.environ.get("COLUMNS", "").strip("0").isdigit():
+        return None
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    return None if any(stream and stream.isatty() for stream in streams) else WIDTH_OF_A_FILE
+
+
+def _style(cell: Cell) -> str:
+    if cell.verdict and cell.verdict.is_breach:
+        return LEVELS[cell.level or Level.WRONG]
+    return STYLES.get(cell.verdict, "") if cell.verdict else ""
+
+
+def _unbroken(text: str) -> str:
+    """With a no-break space where a line must not end: behind a mark, before a unit, in brackets."""
+    return UNBROKEN.sub(lambda found: found[0].replace(" ", "\xa0"), text)
+
+
+def _words(text: str) -> list[str]:
+    return re.split(r"[ \n]", _unbroken(text))
+
+
+def _lines(text: str, width: int) -> list[str]:
+    lines = (textwrap.wrap(line, width, break_on_hyphens=False) for line in _unbroken(text).split("\n"))
+    return [line.replace("\xa0", " ") for wrapped in lines for line in wrapped]

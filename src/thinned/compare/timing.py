@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 from torch import Tensor
@@ -14,29 +15,87 @@ from torch import Tensor
 from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 
-__all__ = ["MULTIPLY", "Timing", "by_turns", "planned", "time_all"]
+__all__ = ["MULTIPLY", "Timing", "beside", "by_turns", "load", "middle_half", "planned", "time_all"]
 
 MULTIPLY = "x * 2"
 DIRECTIONS = ("forward", "forward + backward")
 SIZES = (4_000, 100_000, 1_000_000, 32_000_000)
 QUICK_SIZES = SIZES[:3]
 SAMPLE_SECONDS = 2e-3  # a sample repeats a short call for as long, so that the clock's own cost vanishes
+STEADY = 1.25  # the third quartile of rounds over the first; 1.02 to 1.1 on an idle machine
 ROUNDS = {4_000: 25, 100_000: 15, 1_000_000: 9, 32_000_000: 3}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One implementation, size and direction.
+    """One implementation, size and direction, beside a reference that ran in the same rounds.
 
-    ``ratio`` is the median, over rounds, of its time over that of the multiply in the same round: a machine
-    that slows down for a while slows both.
+    A machine that slows down for a while slows both, so the ratio is what a comparison is about. The time
+    follows from it: whoever divides two times gets their ratio.
+
+    Attributes:
+        direction: ``forward``, or with backward.
+        ratio: the median, over rounds, of the time over the reference's in the same round.
+        ratio_quartiles: the middle half of these ratios.
+        nanoseconds: for an element: ``ratio`` times the reference's median over rounds.
+        quartiles: the middle half of rounds, in nanoseconds an element as the clock gave them.
     """
 
     subject: str
+    reference: str
     elements: int
     direction: str
     nanoseconds: float
     ratio: float
+    ratio_quartiles: tuple[float, float]
+    quartiles: tuple[float, float]
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether nothing else seems to have run: rounds of the same work took about the same time."""
+        low, high = self.quartiles
+        return high <= STEADY * low
+
+
+def beside(
+    seconds: Mapping[str, Sequence[float]], reference: str, elements: int, direction: str
+) -> list[Timing]:
+    """Timings from what :func:`by_turns` gives, each as a ratio to ``reference``."""
+    base = seconds[reference]
+    timings = []
+    for subject, samples in seconds.items():
+        ratios = [own / other for own, other in zip(samples, base, strict=True)]
+        timings.append(
+            Timing(
+                subject,
+                reference,
+                elements,
+                direction,
+                nanoseconds=median(ratios) * median(base) / elements * 1e9,
+                ratio=median(ratios),
+                ratio_quartiles=middle_half(ratios),
+                quartiles=middle_half([sample / elements * 1e9 for sample in samples]),
+            )
+        )
+    return timings
+
+
+def middle_half(values: Sequence[float]) -> tuple[float, float]:
+    """The first and third quartile.
+
+    >>> middle_half([5.0, 1.0, 4.0, 2.0, 3.0])
+    (2.0, 4.0)
+    """
+    first, _, third = quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def load() -> float | None:
+    """How many programs want to run at once, for each core; None where the system does not say."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (AttributeError, OSError):
+        return None
 
 
 def planned(settings: Settings) -> list[tuple[int, str]]:
@@ -56,16 +115,7 @@ def time_all(
         except Exception:  # the table of laws says what a layer cannot do
             continue
     seconds = by_turns(work, ROUNDS[elements], settings.device)
-    return [
-        Timing(
-            name,
-            elements,
-            direction,
-            nanoseconds=median(samples) / elements * 1e9,
-            ratio=median(own / base for own, base in zip(samples, seconds[MULTIPLY], strict=True)),
-        )
-        for name, samples in seconds.items()
-    ]
+    return beside(seconds, MULTIPLY, elements, direction)
 
 
 def _work(

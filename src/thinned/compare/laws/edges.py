@@ -16,14 +16,17 @@ __all__ = ["LAWS"]
 
 
 def evaluation(layer: Case, settings: Settings) -> Finding:
+    """The first output after eval() equals the first input bit for bit."""
     return _has_values_of_input(*_in_evaluation(layer, settings))
 
 
 def p_zero(layer: Case, settings: Settings) -> Finding:
+    """In training at p = 0 the first output equals the first input bit for bit."""
     return _has_values_of_input(*_at_p_zero(layer, settings))
 
 
 def no_copy(layer: Case, settings: Settings) -> Finding:
+    """The output is the input's own tensor object, after eval() and at p = 0."""
     calls = {"in evaluation": _in_evaluation}
     if has_p(layer):
         calls["at p = 0"] = _at_p_zero

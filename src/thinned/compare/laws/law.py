@@ -95,7 +95,7 @@ class Law:
     check: Callable[[Case, Settings], Finding]
     applies: Callable[[Case], bool] = field(default=lambda _: True)
     level: Level = Level.WRONG
-    why: str = ""
+    why: str = field(kw_only=True)
     case: Case | None = None
 
 

@@ -78,6 +78,7 @@ def vmapped(layer: Case, settings: Settings) -> Finding:
 
 
 def copied(layer: Case, settings: Settings, *, make: Callable[[nn.Module], nn.Module]) -> Finding:
+    """Under one seed original and copy give equal values; eval() of the copy leaves the original alone."""
     module, inputs = layer.called(settings)
     twin = make(module)
     if not same(*(under_seed(settings, each, *inputs) for each in (module, twin))):

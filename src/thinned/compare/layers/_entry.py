@@ -24,6 +24,10 @@ class Workload:
     inputs: Callable[[], tuple[Tensor, ...]]
     arguments: Mapping[str, Any] = field(default_factory=lambda: {"p": 0.2})
 
+    @property
+    def elements(self) -> int:
+        return sum(x.numel() for x in self.inputs())
+
 
 @dataclass(frozen=True)
 class Entry:

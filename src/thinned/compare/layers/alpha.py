@@ -105,13 +105,20 @@ def as_dropout(layer: nn.Module, x: Tensor, p: float) -> Tensor:
 
 
 LAWS = [
-    Law(FAMILY, "values", "a x + aα'p if kept, aα'p - aα' if dropped, for every p", values),
+    Law(
+        FAMILY,
+        "values",
+        "a x + aα'p if kept, aα'p - aα' if dropped, for every p",
+        values,
+        why="Activations drift away from the fixed point of SELU, layer by layer.",
+    ),
     *(
         Law(
             FAMILY,
             f"mean, variance at p = {p}",
             "the mean 0 and variance 1 of standard normal inputs are kept",
             partial(moments, p=p),
+            why="A self-normalising network no longer normalises itself in training.",
         )
         for p in (0.1, 0.5, 0.8)
     ),

@@ -102,6 +102,7 @@ def weights(layer: Case, settings: Settings) -> Finding:
 
 
 def no_keys(layer: Case, settings: Settings) -> Finding:
+    """The softmax at p = 1 is 1/6 for each of 6 keys, in each dtype."""
     for name, dtype in DTYPES.items():
         weight = layer.make(p=1.0)(_logits(settings)[:10].to(dtype)).softmax(-1)
         if weight.isnan().any():
@@ -124,6 +125,7 @@ def forbidden_keys(layer: Case, settings: Settings) -> Finding:
 
 
 def gradient_of_dropped(layer: Case, settings: Settings) -> Finding:
+    """The gradient equals dL/dy where a logit was kept, and is 0 elsewhere."""
     x = _logits(settings).requires_grad_()
     y = layer.make(p=0.5)(x)
     upstream = settings.normal(*x.shape, dtype=torch.float32).flip(0)
@@ -154,8 +156,18 @@ ENTRIES = [
                 "by kept",
                 (f"drop rate at p = {P}", "sharing", "neighbours", "calls", "p = 1", "dropped NaN or inf"),
             ),
-            _heads("share of kept", "kept heads and their gradients count H / kept", share_of_kept),
-            _heads("mean of kept", "E[y] = (1 - p^H) x, and a sample's mean is kept", mean_of_kept),
+            _heads(
+                "share of kept",
+                "kept heads and their gradients count H / kept",
+                share_of_kept,
+                why="A sample's attention output grows or shrinks with the number of heads it kept.",
+            ),
+            _heads(
+                "mean of kept",
+                "E[y] = (1 - p^H) x, and a sample's mean is kept",
+                mean_of_kept,
+                why="Attention has another mean in training than in evaluation, or NaN without a head.",
+            ),
         ],
     ),
     Entry(
@@ -181,10 +193,30 @@ ENTRIES = [
                 "whole keys",
                 ("sharing",),
             ),
-            _keys("weights", "the softmax is that of the kept keys alone", weights),
-            _keys("no keys", "at p = 1 all weights are equal, in each dtype", no_keys),
-            _keys("forbidden keys", "what -inf forbids has no weight", forbidden_keys),
-            _keys("gradient of dropped", "a dropped logit has no gradient", gradient_of_dropped),
+            _keys(
+                "weights",
+                "the softmax is that of the kept keys alone",
+                weights,
+                why="Dropped keys still get attention, or the weights no longer sum to 1.",
+            ),
+            _keys(
+                "no keys",
+                "at p = 1 all weights are equal, in each dtype",
+                no_keys,
+                why="A query that loses all its keys turns the batch into NaN.",
+            ),
+            _keys(
+                "forbidden keys",
+                "what -inf forbids has no weight",
+                forbidden_keys,
+                why="A causal model looks into the future, or pads are attended to.",
+            ),
+            _keys(
+                "gradient of dropped",
+                "a dropped logit has no gradient",
+                gradient_of_dropped,
+                why="Weights are changed for keys that took no part.",
+            ),
         ],
     ),
 ]

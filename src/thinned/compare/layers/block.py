@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from thinned.compare.implementation import Case, Example, Implementation, Masked, P, normal, ones
 from thinned.compare.laws.chance import DEVIATIONS, FALSE_ALARM, associate, elements_to_show, strongest
-from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.laws.law import Finding, Law, Level, holds_if
 from thinned.compare.laws.values import TOLERANCE_ULP, scale_of, ulps_off
 from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.layers._peers import Formula, from_library
@@ -167,6 +167,7 @@ def independence(layer: Case, settings: Settings, *, blocks: Blocks) -> Finding:
 
 
 def coupled(layer: Case, settings: Settings, *, blocks: Blocks) -> Finding:
+    """With couple_channels, all channels of a sample lose the same positions, and samples do not."""
     drops = blocks.drops(layer, 1000, settings, couple_channels=True)
     same = bool((drops == drops[:, :1]).all())
     return holds_if(same and not bool((drops == drops[:1]).all()), "one mask" if same else "masks differ")
@@ -193,21 +194,41 @@ def _laws(sizes: tuple[int, ...]) -> list[Law]:
     odd, even = Blocks(sizes, 3), Blocks(sizes, 4)
     wide = Blocks(tuple(range(3, 3 + len(sizes))), 7)
     exact = f"the expected share of dropped positions is p = {P}"
-    statements: list[tuple[str, str, Callable[..., Finding], Blocks]] = [
-        ("rate", exact, rate, odd),
-        ("rate, even blocks", f"{exact}, for a block of 4", rate, even),
-        ("rate, wide blocks", f"{exact}, for a block wider than the map", rate, wide),
-        ("positions", "each is dropped as often as the number of places says", positions, odd),
-        ("positions, even blocks", "the same, for a block of 4", positions, even),
-        ("union of blocks", "what is dropped is a union of whole blocks", union, odd),
-        ("union, even blocks", "the same, for a block of 4", union, even),
-        ("independence", "of channels, samples, calls and positions a block apart", independence, odd),
-        ("coupled channels", "couple_channels gives each sample one mask", coupled, odd),
-        ("scale", "a sample's scale depends on no other sample", own_scale, odd),
-    ]
+    places = "a position is dropped as often as the number of blocks over it says"
+    whole = "what is dropped is a union of whole blocks"
+    law = partial(Law, FAMILY)
+    of_rate = partial(
+        law, why="Less or more of the map is dropped than p says, and than results are reported for."
+    )
+    of_places = partial(law, why="Borders and middle of a map are dropped at other rates than in the paper.")
+    of_union = partial(law, why="Fragments of a block keep the information that the block is to hide.")
     return [
-        Law(FAMILY, name, statement, partial(check, blocks=blocks))
-        for name, statement, check, blocks in statements
+        of_rate("rate", exact, partial(rate, blocks=odd)),
+        of_rate("rate, even blocks", f"{exact}, for a block of 4", partial(rate, blocks=even)),
+        of_rate("rate, wide blocks", f"{exact}, for a block wider than the map", partial(rate, blocks=wide)),
+        of_places("positions", places, partial(positions, blocks=odd)),
+        of_places("positions, even blocks", f"{places}, for a block of 4", partial(positions, blocks=even)),
+        of_union("union of blocks", whole, partial(union, blocks=odd)),
+        of_union("union, even blocks", f"{whole}, for a block of 4", partial(union, blocks=even)),
+        law(
+            "independence",
+            "channels, samples, calls and positions a block apart are independent",
+            partial(independence, blocks=odd),
+            why="Units learn to rely on each other, which dropout is there to prevent.",
+        ),
+        law(
+            "coupled channels",
+            "couple_channels gives each sample one mask",
+            partial(coupled, blocks=odd),
+            why="Another channel still shows what the block is to hide.",
+        ),
+        law(
+            "scale",
+            "a sample's scale depends on no other sample",
+            partial(own_scale, blocks=odd),
+            level=Level.NICETY,
+            why="A sample's output changes with the batch that it is in.",
+        ),
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from thinned.compare.implementation import Case, Example, Masked, normal, ones
-from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.laws.law import Finding, Law, Level, holds_if
 from thinned.compare.laws.values import under_seed
 from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.layers._peers import from_torch
@@ -81,15 +81,39 @@ def _laws(spatial: int) -> Iterator[Law]:
     else:
         wrong, fate, word = (2, spatial + 3), "deprecated", "deprecated"
     statement = f"an input of {' or '.join(map(str, wrong))} dimensions is {fate}"
-    yield law("other ranks", statement, partial(ranks, wrong=wrong, word=word))
+    yield law(
+        "other ranks",
+        statement,
+        partial(ranks, wrong=wrong, word=word),
+        level=Level.UNLIKE_TORCH,
+        why="An input of a wrong rank passes unnoticed, where PyTorch says so.",
+    )
     if spatial == 2:
-        yield law("3 dimensions", "count as (N, C, L), with a warning", three_dimensions)
+        yield law(
+            "3 dimensions",
+            "count as (N, C, L), with a warning",
+            three_dimensions,
+            level=Level.UNLIKE_TORCH,
+            why="The same input loses other elements than under torch.nn.Dropout2d.",
+        )
     else:
         statement = "a sample without a batch dimension has the mask of a batch of one"
-        yield law("batch of one", statement, partial(batch_of_one, shape=(200, *(2,) * spatial)))
+        yield law(
+            "batch of one",
+            statement,
+            partial(batch_of_one, shape=(200, *(2,) * spatial)),
+            level=Level.UNLIKE_TORCH,
+            why="A sample without a batch dimension loses elements or samples where channels are meant.",
+        )
     if spatial > 1:
         check = partial(same_in_channels_last, shape=(8, 25, *(3,) * spatial))
-        yield law("mask of channels_last", "the mask is that of a contiguous tensor", check)
+        yield law(
+            "mask of channels_last",
+            "the mask is that of a contiguous tensor",
+            check,
+            level=Level.UNLIKE_TORCH,
+            why="Changing the memory format for speed changes the training run.",
+        )
 
 
 def _entry(layer: type[nn.Module], peer: type[nn.Module], spatial: int, pixels: tuple[int, ...]) -> Entry:

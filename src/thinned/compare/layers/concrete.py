@@ -109,10 +109,34 @@ ENTRIES = [
         example=Example(normal(6, 20), {"p": 0.5, "temperature": 0.5}, p_name=""),
         workload=Workload(ones(1_000_000)),
         special=[
-            Law(FAMILY, "distribution", "P(z <= c) = sigmoid(t logit(c) - logit(p))", distribution),
-            Law(FAMILY, "t near 0", "the mask is binary, and p of it dropped", cold),
-            Law(FAMILY, "independence", "neighbours and calls are independent", independence),
-            Law(FAMILY, "extremes", "finite for p near 0 and 1, in every dtype", extremes),
+            Law(
+                FAMILY,
+                "distribution",
+                "P(z <= c) = sigmoid(t logit(c) - logit(p))",
+                distribution,
+                why="The p that is learned is not the share that is dropped.",
+            ),
+            Law(
+                FAMILY,
+                "t near 0",
+                "the mask is binary, and p of it dropped",
+                cold,
+                why="Annealing the temperature does not end in dropout with the learned p.",
+            ),
+            Law(
+                FAMILY,
+                "independence",
+                "neighbours and calls are independent",
+                independence,
+                why="Units learn to rely on each other, which dropout is there to prevent.",
+            ),
+            Law(
+                FAMILY,
+                "extremes",
+                "finite for p near 0 and 1, in every dtype",
+                extremes,
+                why="Training ends in NaN once p comes near 0 or 1.",
+            ),
         ],
     )
 ]

@@ -38,6 +38,7 @@ def look_up_all(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def one_word_one_decision(layer: Case, settings: Settings) -> Finding:
+    """Three copies of 1,000 words at p = 0.5: equal rows, each all zero or without zeros."""
     words = torch.arange(1000, device=settings.device).repeat(3, 1)
     y = layer.make(p=0.5, words=1000, size=4)(words)
     same = torch.equal(y, y[:1].expand_as(y)) and bool(((y == 0).all(-1) | (y != 0).all(-1)).all())
@@ -45,6 +46,7 @@ def one_word_one_decision(layer: Case, settings: Settings) -> Finding:
 
 
 def plain_embedding(layer: Case, settings: Settings) -> Finding:
+    """After eval(), 1,000 words give F.embedding of the weight bit for bit."""
     module = layer.make(p=0.5, words=1000, size=4).eval()
     words = torch.arange(1000, device=settings.device)
     same = torch.equal(module(words), F.embedding(words, next(module.parameters())))
@@ -79,8 +81,20 @@ ENTRIES = [
             "0-d input": "an embedding is a matrix",
         },
         special=[
-            Law("word", "word", "a word is dropped at all its places or at none", one_word_one_decision),
-            Law("word", "evaluation", "in evaluation the embedding's own values", plain_embedding),
+            Law(
+                "word",
+                "word",
+                "a word is dropped at all its places or at none",
+                one_word_one_decision,
+                why="A word that is dropped in one place is still learned from another.",
+            ),
+            Law(
+                "word",
+                "evaluation",
+                "in evaluation the embedding's own values",
+                plain_embedding,
+                why="Predictions are random, or use other vectors than those that were trained.",
+            ),
         ],
         make=make_embedding,
     )

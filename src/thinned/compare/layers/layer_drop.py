@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from thinned.compare.implementation import Case, Example, Implementation, P, normal, ones
 from thinned.compare.laws.chance import associate, elements_to_show, strongest, within_binomial
-from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.laws.law import Finding, Law, Level, holds_if
 from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
 from thinned.layers.layer_drop import LayerDrop
@@ -80,12 +80,14 @@ def _passes(layer: Case, settings: Settings, p: float, passes: int) -> Tensor:
 
 
 def rate(layer: Case, settings: Settings) -> Finding:
+    """Counts which of 40 layers ran, in so many passes that a rate 5 % off shows."""
     n = elements_to_show(RATE_BIAS, math.sqrt((1 - P) / P))
     ran = _passes(layer, settings, P, math.ceil(n / DEPTH))
     return within_binomial(int((~ran).sum()), ran.numel(), P)
 
 
 def independence(layer: Case, settings: Settings) -> Finding:
+    """Fisher's exact test on which of 40 layers ran: between passes, and between layers of a pass."""
     ran = _passes(layer, settings, P, 2000)
     found = [associate(ran[::2].flatten(), ran[1::2].flatten(), "two passes")]
     found += [
@@ -96,6 +98,7 @@ def independence(layer: Case, settings: Settings) -> Finding:
 
 
 def evaluation(layer: Case, settings: Settings) -> Finding:
+    """Each of 40 layers adds a power of 2, and the sum after eval() has all of them."""
     x = torch.zeros((), dtype=torch.float64, device=settings.device)
     module = layer.make(p=P, plus=DEPTH).eval()
     y = float(module(x))
@@ -103,6 +106,7 @@ def evaluation(layer: Case, settings: Settings) -> Finding:
 
 
 def all_left_out(layer: Case, settings: Settings) -> Finding:
+    """At p = 1 the output is the input's own tensor object."""
     x = torch.zeros(3, device=settings.device)
     same = layer.make(p=1.0, plus=5)(x) is x
     return holds_if(same, "the input" if same else "another")
@@ -136,11 +140,37 @@ ENTRIES = [
         # At such a p both run the same layers, so that only the deciding differs.
         workload=Workload(ones(64, 128), {"p": 1e-6, "plus": 64}),
         special=[
-            _law("rate", f"the number of layers left out is binomial with p = {P}; nothing is scaled", rate),
-            _law("independence", "layers and passes are independent of each other", independence),
-            _law("evaluation", "all layers run", evaluation),
-            _law("p = 1", "the input itself comes back", all_left_out),
-            _law("iteration", "as a ModuleList, iteration sees all layers", container),
+            _law(
+                "rate",
+                f"the number of layers left out is binomial with p = {P}; nothing is scaled",
+                rate,
+                why="The network is shallower or deeper in training than p says.",
+            ),
+            _law(
+                "independence",
+                "layers and passes are independent of each other",
+                independence,
+                why="Some depths are never trained, so that pruned networks fail.",
+            ),
+            _law(
+                "evaluation",
+                "all layers run",
+                evaluation,
+                why="Predictions are random, or leave trained layers out.",
+            ),
+            _law(
+                "p = 1",
+                "the input itself comes back",
+                all_left_out,
+                why="The end of a schedule or search over p gives something other than no layers.",
+            ),
+            _law(
+                "iteration",
+                "as a ModuleList, iteration sees all layers",
+                container,
+                level=Level.UNLIKE_TORCH,
+                why="Code that walks the layers, such as initialisation or pruning, misses some at random.",
+            ),
         ],
         make=partial(_make, LayerDrop),
         functional="keep_mask",

@@ -58,6 +58,7 @@ SAMPLES = 5
 
 
 def evaluation(layer: Case, settings: Settings) -> Finding:
+    """After eval() the output equals that of the head bit for bit."""
     x = settings.normal(20, 6, dtype=torch.float32)
     module = layer.make(inputs=6, outputs=3, p=P, samples=SAMPLES).eval().to(x)
     same = torch.equal(module(x), _head(6, 3).to(x)(x))
@@ -65,6 +66,7 @@ def evaluation(layer: Case, settings: Settings) -> Finding:
 
 
 def independence(layer: Case, settings: Settings) -> Finding:
+    """Fisher's exact test on the masks of each two of 5 samples, 100,000 elements each."""
     x = torch.ones(100, 1000, device=settings.device)
     dropped = layer.make(p=P, samples=SAMPLES, reduction="none")(x) == 0
     return strongest(
@@ -127,14 +129,30 @@ ENTRIES = [
         masked=Masked((400, 500), arguments={"samples": 1}),
         exempt={"permuted input": "the output is contiguous"},
         special=[
-            _law("evaluation", "the head of the input itself", evaluation),
-            _law("independent samples", "the masks of samples are independent of each other", independence),
+            _law(
+                "evaluation",
+                "the head of the input itself",
+                evaluation,
+                why="Predictions are random, or cost several passes of the head.",
+            ),
+            _law(
+                "independent samples",
+                "the masks of samples are independent of each other",
+                independence,
+                why="Several samples bring no more than one does.",
+            ),
             _law(
                 "mean of samples",
                 "the mean is that of all outputs, and for a linear head that of the mean of the features",
                 mean_of_samples,
+                why="The loss is that of another average than the head's outputs.",
             ),
-            _law("expectation", "of a linear head: its value in evaluation", expectation),
+            _law(
+                "expectation",
+                "of a linear head: its value in evaluation",
+                expectation,
+                why="The head's mean output differs between training and evaluation.",
+            ),
         ],
         make=_own,
     )

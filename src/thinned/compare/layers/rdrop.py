@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thinned.compare.implementation import Case, Example, Implementation
-from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.laws.law import Finding, Law, Level, holds_if
 from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
 from thinned.layers.rdrop import RDrop
@@ -65,6 +65,7 @@ def formula(layer: Case, settings: Settings) -> Finding:
 
 
 def equal_logits(layer: Case, settings: Settings) -> Finding:
+    """With alpha = 1e6 and equal logits, the loss is the cross-entropy, and so is its gradient."""
     first, _, target = _on(settings, torch.float32)
     first.requires_grad_()
     loss = layer.make(alpha=1e6)(first, first.detach(), target)
@@ -76,6 +77,7 @@ def equal_logits(layer: Case, settings: Settings) -> Finding:
 
 
 def symmetry(layer: Case, settings: Settings) -> Finding:
+    """The loss of 1,000 samples, with the passes in one order and in the other."""
     first, second, target = _on(settings, torch.float32, 1000)
     module = layer.make(alpha=2.0)
     a, b = module(first, second, target), module(second, first, target)
@@ -128,11 +130,37 @@ ENTRIES = [
         ),
         workload=Workload(lambda: _logits(torch.float32, 500, 1000), {"alpha": 1.0}),
         special=[
-            _law("formula", "value and gradients are the formula's in float64", formula),
-            _law("equal logits", "the divergence and its gradient are 0", equal_logits),
-            _law("symmetry", "the order of the passes does not matter", symmetry),
-            _law("close logits", "a small divergence is right to 1 % in float32", close_logits),
-            _law("ruled-out class", "a logit of -inf in both passes changes nothing", ruled_out),
+            _law(
+                "formula",
+                "value and gradients are the formula's in float64",
+                formula,
+                why="The optimiser follows the gradient of another loss.",
+            ),
+            _law(
+                "equal logits",
+                "the divergence and its gradient are 0",
+                equal_logits,
+                why="Two passes that agree are still pushed apart or together.",
+            ),
+            _law(
+                "symmetry",
+                "the order of the passes does not matter",
+                symmetry,
+                why="One of the two passes counts more than the other.",
+            ),
+            _law(
+                "close logits",
+                "a small divergence is right to 1 % in float32",
+                close_logits,
+                level=Level.NICETY,
+                why="Rounding drowns the divergence late in training, when passes nearly agree.",
+            ),
+            _law(
+                "ruled-out class",
+                "a logit of -inf in both passes changes nothing",
+                ruled_out,
+                why="A model that masks its classes trains on NaN.",
+            ),
         ],
         functional="r_drop_loss",
     )

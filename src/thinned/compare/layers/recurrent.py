@@ -108,6 +108,7 @@ def _states(mode: str, samples: int, settings: Settings) -> Any:
 
 
 def evaluation(layer: Case, settings: Settings, mode: str) -> Finding:
+    """Output and states after eval() against those of torch.nn with the same weights."""
     module = _make(layer, input_p=0.5, recurrent_p=0.5, weight_p=0.5, output_p=0.5).eval()
     x = settings.normal(5, 4, INPUTS, dtype=torch.float32)
     (y, states), (z, plain_states) = module(x), _plain(module)(x)
@@ -164,6 +165,7 @@ def _as_if(module: nn.RNNBase, factor: Tensor, x: Tensor, hx: Any, y: Tensor) ->
 
 
 def all_zoned(layer: Case, settings: Settings, mode: str) -> Finding:
+    """At p = 1 every step puts out the state that was passed in, bit for bit."""
     hx, x = _states(mode, 4, settings), settings.normal(3, 4, INPUTS, dtype=torch.float32)
     y, last = _make(layer, **{f"{name}_zoneout_p": 1.0 for name in STATES[mode]})(x, hx)
     before, after = _tuple(hx), _tuple(last)
@@ -190,16 +192,38 @@ def _laws(mode: str) -> list[Law]:
             "evaluation",
             f"in evaluation torch.nn.{mode}'s output and states",
             partial(evaluation, mode=mode),
+            why="Weights of torch.nn cannot be loaded and used: predictions differ.",
         ),
-        law("input mask", "one mask of the input for all steps, binomial", input_mask),
-        law("recurrent mask", "one mask of the state for all steps", partial(recurrent_mask, mode=mode)),
-        law("weight mask", "one mask of the weight for all steps, binomial", weight_mask),
+        law(
+            "input mask",
+            "one mask of the input for all steps, binomial",
+            input_mask,
+            why="Noise that changes with each step drowns what the state carries over long sequences.",
+        ),
+        law(
+            "recurrent mask",
+            "one mask of the state for all steps",
+            partial(recurrent_mask, mode=mode),
+            why="Noise that changes with each step drowns what the state carries over long sequences.",
+        ),
+        law(
+            "weight mask",
+            "one mask of the weight for all steps, binomial",
+            weight_mask,
+            why="Each step runs another recurrent network, and not one that is thinned.",
+        ),
         law(
             "zoneout",
             f"units of {' and '.join('hc'[: len(STATES[mode])])} keep their previous value, binomially",
             partial(zoned, mode=mode),
+            why="Units forget or keep more of their state than p says.",
         ),
-        law("zoneout at p = 1", "the state stays what it was", partial(all_zoned, mode=mode)),
+        law(
+            "zoneout at p = 1",
+            "the state stays what it was",
+            partial(all_zoned, mode=mode),
+            why="A kept state is not the previous one.",
+        ),
     ]
 
 

@@ -113,10 +113,17 @@ ENTRIES = [
                     name,
                     f"{name}: the drop rate of each step is p times its factor",
                     partial(rates, name=name),
+                    why="The network trains at another p than the plan says.",
                 )
                 for name in SCHEDULES
             ),
-            Law(FAMILY, "resumed", "a resumed schedule has the first one's probabilities", resumes),
+            Law(
+                FAMILY,
+                "resumed",
+                "a resumed schedule has the first one's probabilities",
+                resumes,
+                why="A resumed run starts its schedule anew, or goes on at another p.",
+            ),
         ],
         make=Scheduled,
         functional=", ".join(f"schedules.{name}" for name in SCHEDULES),

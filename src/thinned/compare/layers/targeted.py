@@ -76,12 +76,14 @@ def fraction(layer: Case, settings: Settings) -> Finding:
 
 
 def all_targeted(layer: Case, settings: Settings) -> Finding:
+    """At p = 1 no weight is dropped for target = 0, and every weight for target = 1."""
     weight, _ = _weight(settings, "weight")
     none, every = (layer.make(p=1.0, target=target)(weight).count_nonzero() for target in (0.0, 1.0))
     return holds_if(none == weight.numel() and every == 0, f"{none} and {every} stay")
 
 
 def rate(layer: Case, settings: Settings, kind: str) -> Finding:
+    """Counts dropped candidates, in so many calls that a rate 2 % off shows."""
     weight, chosen = _weight(settings, kind)
     if kind == "unit":
         chosen = chosen[:, 0]
@@ -96,6 +98,7 @@ def rate(layer: Case, settings: Settings, kind: str) -> Finding:
 
 
 def independence(layer: Case, settings: Settings) -> Finding:
+    """Fisher's exact test on the candidates dropped: between two calls, and between neighbours."""
     weight, chosen = _weight(settings, "weight")
     module = layer.make(p=P, target=TARGET)
     first, second = ((module(weight) == 0)[chosen] for _ in range(2))
@@ -105,6 +108,7 @@ def independence(layer: Case, settings: Settings) -> Finding:
 
 
 def others(layer: Case, settings: Settings, kind: str) -> Finding:
+    """Weights above the threshold, and candidates that are kept, are equal bit for bit."""
     weight, chosen = _weight(settings, kind)
     y = layer.make(p=P, target=TARGET, kind=kind)(weight)
     stays = torch.equal(y[~chosen], weight[~chosen])
@@ -140,22 +144,40 @@ ENTRIES = [
                         f"candidates, {kind}",
                         f"at p = 1 the {TARGET:.0%} of smallest magnitude are dropped, and nothing else",
                         partial(candidates, kind=kind),
+                        why="Large weights, which pruning is to keep, are dropped.",
                     ),
                     _law(
                         f"rate, {kind}",
                         f"the number of dropped candidates is binomial with p = {P}",
                         partial(rate, kind=kind),
+                        why="The network is prepared for another amount of pruning than p says.",
                     ),
                     _law(
                         f"others, {kind}",
                         "what is no candidate stays, and so does a candidate that is kept, unscaled",
                         partial(others, kind=kind),
+                        why="The weights that pruning keeps are not those that were trained.",
                     ),
                 )
             ),
-            _law("equal magnitudes", "bfloat16 weights of equal size do not change the fraction", fraction),
-            _law("target = 0, 1", "no weight is a candidate, and every weight is", all_targeted),
-            _law("independence", "candidates and calls are independent of each other", independence),
+            _law(
+                "equal magnitudes",
+                "bfloat16 weights of equal size do not change the fraction",
+                fraction,
+                why="In half precision, where many weights are equal, too few or too many are dropped.",
+            ),
+            _law(
+                "target = 0, 1",
+                "no weight is a candidate, and every weight is",
+                all_targeted,
+                why="The ends of a schedule of the target drop too few or too many weights.",
+            ),
+            _law(
+                "independence",
+                "candidates and calls are independent of each other",
+                independence,
+                why="Weights that are to be pruned learn to rely on each other.",
+            ),
         ],
     )
 ]

@@ -85,6 +85,7 @@ def _kept(layer: Case, settings: Settings) -> Tensor:
 
 
 def number_kept(layer: Case, settings: Settings) -> Finding:
+    """The shape of the output for five lengths and p, each with a prefix of 0, 1 and 3."""
     for tokens, p in ((9, 0.5), (50, 0.25), (17, 0.75), (3, 0.9), (64, 0.01)):
         for prefix in (0, 1, 3):
             x = settings.ones(2, prefix + tokens, 4, dtype=torch.float32)
@@ -96,6 +97,7 @@ def number_kept(layer: Case, settings: Settings) -> Finding:
 
 
 def whole_tokens(layer: Case, settings: Settings) -> Finding:
+    """Tokens that hold their own sample and position show where each came from."""
     x = _positions(100, 50, settings)
     for prefix in (0, 1, 3):
         y = first(layer.make(p=0.5, num_prefix_tokens=prefix)(x))
@@ -110,6 +112,7 @@ def whole_tokens(layer: Case, settings: Settings) -> Finding:
 
 
 def share_of_a_token(layer: Case, settings: Settings) -> Finding:
+    """Counts each of 6 tokens over 210,000 samples that keep 3."""
     counts = _kept(layer, settings).sum(0)
     return _binomial(counts.tolist(), KEPT / TOKENS, "a token")
 
@@ -123,6 +126,7 @@ def share_of_a_pair(layer: Case, settings: Settings) -> Finding:
 
 
 def subsets(layer: Case, settings: Settings) -> Finding:
+    """Chi-squared of the 20 subsets of 3 out of 6 tokens, over 210,000 samples."""
     kept = _kept(layer, settings).long()
     number = (kept << torch.arange(TOKENS, device=kept.device)).sum(1)
     possible = [mask for mask in range(2**TOKENS) if mask.bit_count() == KEPT]
@@ -143,6 +147,7 @@ def independence(layer: Case, settings: Settings) -> Finding:
 
 
 def order(layer: Case, settings: Settings) -> Finding:
+    """With ordered=True the positions of 100 samples rise."""
     y = first(layer.make(p=0.5, ordered=True)(_positions(100, 50, settings)))
     places = y[..., 1]
     kept = bool((places.diff(dim=1) > 0).all())
@@ -150,6 +155,7 @@ def order(layer: Case, settings: Settings) -> Finding:
 
 
 def indices(layer: Case, settings: Settings) -> Finding:
+    """Gathering the returned indices from the input gives the output."""
     x = _positions(100, 50, settings)
     for ordered in (False, True):
         module = layer.make(p=0.5, return_indices=True, ordered=ordered)
@@ -162,6 +168,7 @@ def indices(layer: Case, settings: Settings) -> Finding:
 
 
 def prefix_untouched(layer: Case, settings: Settings) -> Finding:
+    """The prefix of 1,000 samples is equal bit for bit, and its gradient is 1."""
     x = settings.normal(1000, 5, 3, dtype=torch.float32).requires_grad_()
     y = layer.make(p=0.5, num_prefix_tokens=2)(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
@@ -171,6 +178,7 @@ def prefix_untouched(layer: Case, settings: Settings) -> Finding:
 
 
 def without_scale(layer: Case, settings: Settings) -> Finding:
+    """Kept elements equal the input bit for bit."""
     x = settings.normal(1000, 5, 3, dtype=torch.float32)
     y = layer.make(p=0.5, scale=False)(x)
     return holds_if(torch.equal(y, x * (y != 0)), "as they are")
@@ -206,14 +214,54 @@ ENTRIES = [
         example=Example(normal(4, 9, 16), saved_bytes=0.5),
         workload=Workload(ones(16, 257, 256), {"p": 0.5}),
         special=[
-            _patches("number kept", "prefix and max(1, int(L (1-p))) of L others stay", number_kept),
-            _patches("whole tokens", "a sample's own tokens stay, unscaled, none twice", whole_tokens),
-            _patches("share of a token", "each of L stays with probability k/L", share_of_a_token),
-            _patches("share of a pair", "both stay with probability k(k-1)/(L(L-1))", share_of_a_pair),
-            _patches("subsets", "each of the C(L, k) subsets comes equally often", subsets),
-            _patches("independence", "samples and calls have independent subsets", independence),
-            _patches("order", "ordered=True keeps the order", order),
-            _patches("indices", "return_indices gives those of the kept, None in evaluation", indices),
+            _patches(
+                "number kept",
+                "prefix and max(1, int(L (1-p))) of L others stay",
+                number_kept,
+                why="Sequences have another length, and memory and time another size, than p says.",
+            ),
+            _patches(
+                "whole tokens",
+                "a sample's own tokens stay, unscaled, none twice",
+                whole_tokens,
+                why="Samples mix, or a patch is no longer what the embedding made of it.",
+            ),
+            _patches(
+                "share of a token",
+                "each of L stays with probability k/L",
+                share_of_a_token,
+                why="Some places of the image are seen less often than others.",
+            ),
+            _patches(
+                "share of a pair",
+                "both stay with probability k(k-1)/(L(L-1))",
+                share_of_a_pair,
+                why="Some patches are never, or always, seen together.",
+            ),
+            _patches(
+                "subsets",
+                "each of the C(L, k) subsets comes equally often",
+                subsets,
+                why="The network sees the same few subsets again and again.",
+            ),
+            _patches(
+                "independence",
+                "samples and calls have independent subsets",
+                independence,
+                why="A batch shows one subset many times instead of many.",
+            ),
+            _patches(
+                "order",
+                "ordered=True keeps the order",
+                order,
+                why="Layers that depend on the order, such as a convolution, see a shuffled image.",
+            ),
+            _patches(
+                "indices",
+                "return_indices gives those of the kept, None in evaluation",
+                indices,
+                why="A decoder puts patches back in wrong places.",
+            ),
         ],
     ),
     Entry(
@@ -225,8 +273,18 @@ ENTRIES = [
         workload=Workload(ones(16, 257, 256), {"p": 0.2, "num_prefix_tokens": 1}),
         masked=Masked((5000, 4, 3), shared=(2,)),
         special=[
-            _tokens("prefix", "the prefix is neither dropped nor scaled", prefix_untouched),
-            _tokens("scale=False", "a kept token stays as it is", without_scale),
+            _tokens(
+                "prefix",
+                "the prefix is neither dropped nor scaled",
+                prefix_untouched,
+                why="The class token, from which the prediction comes, is lost at random.",
+            ),
+            _tokens(
+                "scale=False",
+                "a kept token stays as it is",
+                without_scale,
+                why="Embeddings are scaled although scale=False asked for them as they are.",
+            ),
         ],
     ),
 ]

@@ -70,14 +70,27 @@ def mean_product(layer: Case, settings: Settings) -> Finding:
 
 
 def plain_product(layer: Case, settings: Settings) -> Finding:
+    """The product of a 30x20 weight after eval(), against the plain one."""
     w, x = settings.normal(30, 20, dtype=torch.float32), settings.normal(20, dtype=torch.float32)
     same = torch.allclose(layer.module(0.5).eval()(w) @ x, w @ x, rtol=1e-5, atol=1e-6)
     return holds_if(same, "W x" if same else "other values")
 
 
 OWN_LAWS = [
-    Law("weight", "mean of products", "the mean of outputs over masks is the plain output", mean_product),
-    Law("weight", "plain product", "evaluation multiplies by the weight itself", plain_product),
+    Law(
+        "weight",
+        "mean of products",
+        "the mean of outputs over masks is the plain output",
+        mean_product,
+        why="The layer computes something else on average in training than in evaluation.",
+    ),
+    Law(
+        "weight",
+        "plain product",
+        "evaluation multiplies by the weight itself",
+        plain_product,
+        why="Predictions come from another weight than the one that was trained and saved.",
+    ),
 ]
 
 

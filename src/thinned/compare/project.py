@@ -1,0 +1,220 @@
+"""What a project asks of its layers: ``[tool.thinned]`` of its pyproject.toml.
+
+[tool.thinned]
+implementations = ["my_package.layers:MyDropout"]
+kwargs = {features = 8}
+level = "unlike-torch"
+skip = ["torch.compile", "transforms", "drop rate*"]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from thinned.compare.laws import Finding, Law, Level
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Policy", "Project", "option_of", "parse_level"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The laws that are examined, and how bad a broken one has to be for a check to fail.
+
+    Attributes:
+        level: the mildest severity at which a check fails.
+        only: names of laws or of families, or patterns of :mod:`fnmatch`; with none, all laws.
+        skip: the same, of laws that are left out.
+    """
+
+    level: Level = Level.WRONG
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+    def chosen(self, laws: Iterable[Law]) -> list[Law]:
+        """The laws to examine.
+
+        Raises:
+            ValueError: with one line, where none is left.
+        """
+        found = [law for law in laws if self.chooses(law)]
+        if not found:
+            raise ValueError(f"no law is left by only = {list(self.only)} and skip = {list(self.skip)}")
+        return found
+
+    def chooses(self, law: Law) -> bool:
+        """Whether the law is examined."""
+        wanted = not self.only or any(_matches(law, pattern) for pattern in self.only)
+        return wanted and not any(_matches(law, pattern) for pattern in self.skip)
+
+    def breaches(self, laws: Iterable[Law], findings: Mapping[str, Finding]) -> list[str]:
+        """The names of the laws for which a check fails, of findings under the names of laws."""
+        return [
+            law.name
+            for law in laws
+            if law.name in findings
+            and findings[law.name].verdict.is_breach
+            and self.level.includes(law.level)
+        ]
+
+    def require_known(self, laws: Sequence[Law]) -> None:
+        """Raise ValueError, with one line, for a pattern that matches none of ``laws``."""
+        names = list(dict.fromkeys(name for law in laws for name in (law.name, law.family)))
+        for pattern in (*self.only, *self.skip):
+            if not any(_matches(law, pattern) for law in laws):
+                close = get_close_matches(pattern.casefold(), names, n=3, cutoff=0.5)
+                nearest = f"; the nearest are {', '.join(map(repr, close))}" if close else ""
+                raise ValueError(f"no law, and no family of laws, is called {pattern!r}{nearest}")
+
+
+def _matches(law: Law, pattern: str) -> bool:
+    """A name as it is first, as "p outside [0, 1]" is a pattern too."""
+    pattern = pattern.casefold()
+    names = law.name.casefold(), law.family.casefold()
+    return pattern in names or any(fnmatchcase(name, pattern) for name in names)
+
+
+def option_of(level: Level) -> str:
+    """The level as an option or a key has it.
+
+    >>> option_of(Level.UNLIKE_TORCH)
+    'unlike-torch'
+    """
+    return level.value.replace(" ", "-")
+
+
+def parse_level(text: str) -> Level:
+    """A level by its name.
+
+    >>> parse_level("unlike-torch").value
+    'unlike torch'
+    """
+    for level in Level:
+        if text.casefold() in (option_of(level), level.value):
+            return level
+    raise ValueError(f"level has to be one of {', '.join(map(option_of, Level))}, but got {text}")
+
+
+@dataclass(frozen=True)
+class Project:
+    """The table of a pyproject.toml; without one, what a comparison does by itself.
+
+    Attributes:
+        implementations: as on the command line; a relative path is one from the file's folder.
+        kwargs: the constructors' arguments beside p, for all implementations; or, under the name of an
+            implementation, for that one.
+        folder: where the file is.
+    """
+
+    implementations: tuple[str, ...] = ()
+    policy: Policy = field(default_factory=Policy)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @classmethod
+    def found_from(cls, start: Path) -> Project:
+        """The table of the nearest pyproject.toml that has one, in ``start`` or a folder above it.
+
+        Raises:
+            ValueError: with one line that names file and key.
+        """
+        for folder in (start.resolve(), *start.resolve().parents):
+            file = folder / "pyproject.toml"
+            if not file.is_file():
+                continue
+            try:
+                tool = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
+            except (OSError, ValueError) as error:  # a TOMLDecodeError is a ValueError
+                raise ValueError(f"cannot read {file}: {error}") from error
+            if isinstance(tool, dict) and "thinned" in tool:
+                try:
+                    return cls._of(tool["thinned"], folder)
+                except ValueError as error:
+                    raise ValueError(f"[tool.thinned] of {file}: {error}") from error
+        return cls()
+
+    @classmethod
+    def _of(cls, table: Any, folder: Path) -> Project:
+        if not isinstance(table, dict):
+            raise ValueError(f"has to be a table, but is {table!r}")
+        keys: dict[str, Any] = table
+        for key, value in keys.items():
+            if key not in KEYS:
+                close = get_close_matches(key, KEYS, n=1)
+                raise ValueError(
+                    f"unknown key {key!r}; "
+                    + (f"did you mean {close[0]!r}?" if close else f"accepted are {', '.join(KEYS)}")
+                )
+            kind, words = KEYS[key]
+            if not isinstance(value, kind) or (kind is list and not all(isinstance(x, str) for x in value)):
+                raise ValueError(f"{key} has to be {words}, but is {value!r}")
+        return cls(
+            tuple(_from_folder(text, folder) for text in table.get("implementations", ())),
+            Policy(
+                parse_level(table.get("level", option_of(Level.WRONG))),
+                tuple(table.get("only", ())),
+                tuple(table.get("skip", ())),
+            ),
+            {
+                _from_folder(name, folder) if isinstance(value, dict) else name: value
+                for name, value in table.get("kwargs", {}).items()
+            },
+            folder,
+        )
+
+    def overridden(
+        self,
+        implementations: Sequence[str] = (),
+        level: str = "",
+        only: Sequence[str] = (),
+        skip: Sequence[str] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Project:
+        """With the options that were given in place of the file's.
+
+        Raises:
+            ValueError: with one line, for an unknown level.
+        """
+        policy = Policy(
+            parse_level(level) if level else self.policy.level,
+            tuple(only) or self.policy.only,
+            tuple(skip) or self.policy.skip,
+        )
+        return replace(
+            self,
+            implementations=tuple(implementations) or self.implementations,
+            policy=policy,
+            kwargs=self.kwargs if kwargs is None else kwargs,
+        )
+
+    def kwargs_of(self, implementation: str) -> dict[str, Any]:
+        """The arguments of one implementation: those under its name, else those of all."""
+        own = self.kwargs.get(implementation)
+        if isinstance(own, dict) and ":" in implementation:
+            return own
+        return {name: value for name, value in self.kwargs.items() if ":" not in name}
+
+
+KEYS: dict[str, tuple[type, str]] = {
+    "implementations": (list, "a list of strings"),
+    "kwargs": (dict, "a table of arguments"),
+    "level": (str, f"one of {', '.join(map(option_of, Level))}"),
+    "only": (list, "a list of strings"),
+    "skip": (list, "a list of strings"),
+}
+
+
+def _from_folder(implementation: str, folder: Path) -> str:
+    """A relative path/to/file.py:Class, seen from anywhere."""
+    path, colon, name = implementation.rpartition(":")
+    return f"{folder / path}{colon}{name}" if path.endswith(".py") else implementation
