@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_
 import platform
 import sys
+from collections.abc import Container
 from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 import thinned
+from thinned.compare import explain as explaining
 from thinned.compare import tables
 from thinned.compare.inspecting import inspect_named
 from thinned.compare.inspecting import to_json as sites_to_json
 from thinned.compare.layers import ENTRIES, entry_of
-from thinned.compare.loading import ALIASES, resolve_all
+from thinned.compare.loading import ALIASES, resolve, resolve_all
 from thinned.compare.page import to_html
 from thinned.compare.project import Policy, Project, option_of, parse_kwargs
 from thinned.compare.record import to_json
@@ -74,6 +76,7 @@ def _json(content: object) -> str:
 
 @app.command()
 def compare(
+    context: typer.Context,
     implementations: Annotated[
         list[str] | None,
         typer.Argument(
@@ -83,8 +86,8 @@ def compare(
         ),
     ] = None,
     layer: Annotated[
-        str, typer.Option(help="Examine this layer, such as DropPath, beside its peer or formula.")
-    ] = "",
+        str | None, typer.Option(help="Examine this layer, such as DropPath, beside its peer or formula.")
+    ] = None,
     p: Annotated[float, typer.Option(help="Drop probability where a law does not fix it.")] = 0.5,
     shape: Annotated[str, typer.Option(help="Shape of the inputs, as sizes with commas.")] = "64,128,128",
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "float32",
@@ -103,6 +106,12 @@ def compare(
         typer.Option(metavar="LAW", help="Examine only this law or family, such as 'drop rate*'."),
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(metavar="LAW", help="Leave this one out.")] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAW", help="Say what this law or family is and how it is measured; run nothing."
+        ),
+    ] = None,
     kwargs: Annotated[
         str, typer.Option(help="Arguments of your own implementations beside p, as in features=8,axis=-1.")
     ] = "",
@@ -113,15 +122,24 @@ def compare(
 ) -> None:
     """How implementations of dropout hold against the law of dropout, how fast they are, how they train.
 
-    With --layer it is that layer, thinned's and its peer's, and implementations named take its arguments;
-    `thinned layers` lists the layers. With --check and no implementation named, thinned has to hold.
+    With --layer it is that layer, thinned's and its peer's, which go by the names of their columns; your own
+    take the arguments of thinned's. `thinned layers` lists the layers.
+    With --check and no implementation named, thinned has to hold.
     The table [tool.thinned] of pyproject.toml has implementations, level, only, skip and kwargs, too.
     """
     try:
+        entry = None if layer is None else entry_of(layer)
+        if explain is not None:
+            others = {each.name for each in context.command.params} - {"explain", "layer"}
+            _refuse(context, others, "beside --explain, which runs nothing")
+            Terminal().explain(explaining.explain(explain, [entry] if entry else ENTRIES))
+            return
+        if entry:
+            _refuse(context, {"html"}, "for --layer, as the page is one of a comparison of Dropout")
+            if not entry.takes_any_shape:
+                why = f"for --layer {entry.name}, whose laws bring their own"
+                _refuse(context, {"p", "shape", "dtype"}, why)
         settings = Settings(p, parse_shape(shape), parse_dtype(dtype), device, seed, quick)
-        entry = entry_of(layer) if layer else None
-        if entry and html:
-            raise ValueError("--html is for the comparison of Dropout, and not for --layer")
         project = Project.found_from(Path.cwd())
         if entry:  # the file lists implementations of Dropout
             project = replace(project, implementations=())
@@ -135,12 +153,15 @@ def compare(
         project.policy.chosen(examined.laws)
         if html and project.policy.only:
             raise ValueError("--html writes a page of a whole comparison, and not of --only some laws")
-        if kwargs and (aliases := [each for each in implementations or () if each in ALIASES]):
+        known = entry.known if entry else None
+        if entry and entry.takes_any_shape:
+            known = {alias: resolve(alias) for alias in ALIASES} | entry.known
+        if kwargs and (aliases := [each for each in implementations or () if each in (known or ALIASES)]):
             raise ValueError(f"--kwargs is for implementations of your own, and not for {aliases[0]}")
         if project.folder:
             sys.path.insert(0, str(project.folder))  # from where the file's modules are imported
         own = project.implementations or (() if entry else ALIASES)
-        named = resolve_all(own, project.kwargs, examined.case, settings)
+        named = resolve_all(own, project.kwargs, examined.case, settings, known)
         files = [file for file in (html, json) if file]
         for file in files:
             if not file.parent.is_dir():
@@ -164,6 +185,15 @@ def compare(
         outcome = f"{', '.join(failed)} failed" if failed else f"{', '.join(checked)} passed"
         typer.echo(f"check at level {option_of(project.policy.level)}: {outcome}")
         raise typer.Exit(1 if failed else 0)
+
+
+def _refuse(context: typer.Context, options: Container[str | None], why: str) -> None:
+    """Raise ValueError if one of these was given."""
+    for each in context.command.params:
+        source = context.get_parameter_source(each.name or "")
+        if each.name in options and source and source.name == "COMMANDLINE":
+            given = each.opts[0] if each.param_type_name == "option" else "an implementation"
+            raise ValueError(f"{given} has no meaning {why}")
 
 
 @app.command()

@@ -46,6 +46,7 @@ def test_a_name_comes_before_a_family_and_a_pattern_before_none() -> None:
     assert all(title.startswith("independence: ") for title in explain("independence"))
     assert len(explain("transforms")) == 5
     assert len(explain("drop rate*")) >= 5
+    assert explain("P=1").keys() == explain("p = 1").keys()
 
 
 def test_one_law_of_many_layers_with_their_own() -> None:
@@ -55,10 +56,11 @@ def test_one_law_of_many_layers_with_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("menas", "mean"), ("dtpye", "dtype"), ("drop rate", "p = 0.5")]
+    ("name", "nearest"),
+    [("menas", "mean in float16"), ("dtpye", "dtype"), ("drop rate", "drop rate at p = 0.1")],
 )
 def test_an_unknown_law_gets_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(ValueError, match=f"called {name!r}; the nearest are .*{re.escape(nearest)}"):
+    with pytest.raises(ValueError, match=f"called {name!r}; did you mean .*{re.escape(nearest)}"):
         explain(name)
 
 

@@ -59,7 +59,17 @@ def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
 
     >>> did_you_mean("MyDropuot", ["MyDropout", "Linear"])
     '; did you mean MyDropout?'
+    >>> did_you_mean("menas", ["mean in float16", "rows"])
+    "; did you mean 'mean in float16'?"
     """
     by_lower = {each.casefold(): each for each in names}
-    close = [by_lower[each] for each in get_close_matches(name.casefold(), by_lower, n=3)]
-    return f"; did you mean {' or '.join(close)}?" if close else otherwise
+    text = name.casefold()
+    words = get_close_matches(text, {word for each in by_lower for word in each.split()})
+    close = [
+        *(each for each in by_lower if len(text) > 2 and text in each),
+        *get_close_matches(text, by_lower),
+        *(each for each in by_lower if any(word in each.split() for word in words)),
+    ]
+    found = [by_lower[each] for each in dict.fromkeys(close)]
+    found = [repr(each) if " " in each else each for each in found]
+    return f"; did you mean {' or '.join(found[:3])}?" if found else otherwise

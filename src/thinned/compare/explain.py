@@ -53,22 +53,27 @@ def explain(name: str, entries: Sequence[Entry] = ENTRIES) -> dict[str, dict[str
     """
     everything = [law for entry in entries for law in entry.laws]
     policy = Policy(only=(name,))
-    policy.require_known(everything)
-    named = [law for law in everything if law.name.casefold() == name.casefold()]
+    named = {law.name for law in everything if _letters(law.name) == _letters(name)}
+    if not named:
+        policy.require_known(everything)
     found: dict[str, Law] = {}
     layers: dict[str, list[str]] = {}
     for entry in entries:
         for law in entry.laws:
-            if law.name == named[0].name if named else policy.chooses(law):
+            if law.name in named if named else policy.chooses(law):
                 title = f"{law.name}: {law.statement}"
                 found.setdefault(title, law)
                 layers.setdefault(title, []).append(entry.name)
     return {title: _paragraphs(law, layers[title], entries) for title, law in found.items()}
 
 
+def _letters(name: str) -> str:
+    return "".join(name.casefold().split())
+
+
 def _paragraphs(law: Law, layers: list[str], entries: Sequence[Entry]) -> dict[str, str]:
     others = [entry.name for entry in entries if entry.name not in layers]
-    few_others = len(others) < len(layers) and len(others) <= FEW
+    few_others = len(others) < len(layers) > 1 and len(others) <= FEW
     exempt: dict[str, list[str]] = {}
     for entry in entries:
         if reason := entry.exempt.get(law.name):

@@ -29,7 +29,8 @@ ALIASES = {
     "torch": "torch.nn:Dropout",
     "textbook": "thinned.compare.textbook:TextbookDropout",
 }
-ACCEPTED = f"{', '.join(ALIASES)}, package.module:NAME or path/to/file.py:NAME of a class or function"
+OF_ONES_OWN = "package.module:NAME or path/to/file.py:NAME of a class or function"
+ACCEPTED = f"{', '.join(ALIASES)}, {OF_ONES_OWN}"
 KEPT = {"keep", "kept", "retain", "retained", "survival", "survive"}
 DROPPED = {"p", "drop", "dropout", "rate", "prob", "probability", "droprate", "dropprob", "pdrop", "pdropout"}
 TRAINING = ("training", "train", "is_training")
@@ -149,6 +150,7 @@ def resolve_all(
     kwargs: Mapping[str, Mapping[str, Any]] = NO_ARGUMENTS,
     case: Case | None = None,
     settings: Settings | None = None,
+    known: Mapping[str, Implementation] | None = None,
 ) -> list[Implementation]:
     """The implementations behind ``texts``; where two share a name, the full text is the name.
 
@@ -158,20 +160,27 @@ def resolve_all(
         case: the layer in whose place they are examined. Each is made and called as its example says, so
             that one which cannot be is refused here.
         settings: of that call.
+        known: a layer's own implementations, whose names stand in place of the aliases.
 
     Raises:
         ValueError: with one line that says which, what is wrong and what would help.
     """
     texts = list(dict.fromkeys(texts))
     p_name = _p_name(case) if case else "p"
-    found = [resolve(text, kwargs.get(text, NO_ARGUMENTS), p_name) for text in texts]
-    if case:
-        for text, each in zip(texts, found, strict=True):
-            _try(text, replace(case, implementation=each), settings or Settings())
-    names = [each.name for each in found]
+    found = {text: each for text, each in (known or {}).items() if text in texts}
+    for text in texts:
+        if text in found:
+            continue
+        if known and ":" not in text:
+            nearest = did_you_mean(text, known, f"; accepted are {', '.join(known)}, {OF_ONES_OWN}")
+            raise ValueError(f"unknown implementation {text!r} of this layer{nearest}")
+        found[text] = resolve(text, kwargs.get(text, NO_ARGUMENTS), p_name)
+        if case:
+            _try(text, replace(case, implementation=found[text]), settings or Settings())
+    names = [*(known or ()), *(each.name for text, each in found.items() if text not in (known or ()))]
     return [
-        replace(each, name=text) if names.count(each.name) > 1 else each
-        for text, each in zip(texts, found, strict=True)
+        replace(found[text], name=text) if names.count(found[text].name) > 1 else found[text]
+        for text in texts
     ]
 
 

@@ -84,7 +84,7 @@ def run_layer(
 ) -> Report:
     """Hold thinned's layer, its peer and whatever else takes the same arguments to the layer's laws."""
     start = time.perf_counter()
-    implementations = [entry.own, entry.peer, *others]
+    implementations = list(dict.fromkeys([entry.own, entry.peer, *others]))
     names = [each.name for each in implementations]
     subject = f"{entry.name}, mask {entry.mask}; {entry.source}"
     report = Report(names, settings, policy.chosen(entry.laws), subject, policy)

@@ -23,7 +23,7 @@ from thinned.compare.tables import Cell, Table
 __all__ = ["Terminal"]
 
 WIDTH_OF_A_FILE = 100  # where neither COLUMNS nor a terminal says how wide lines may be
-COMFORTABLE, NOTES = 12, 26  # characters of a column, below which it is another table's; of the notes
+COMFORTABLE, NOTES = 12, 40  # characters of a column, below which it is another table's; of the notes
 INDENT = "      "
 BORDERS = 3  # characters of a table for each column, and one more
 UNBROKEN = re.compile(r"[✓✗–] | (?=(ns|μs|ms|s)\b)|\bp = |± |\((?:[A-Z]|1, )[^()]{,20}\)")

@@ -70,6 +70,16 @@ class Entry:
         return Implementation("thinned", self.make or self.layer, f"thinned.{self.name}")
 
     @property
+    def known(self) -> dict[str, Implementation]:
+        """Its implementations that the command line knows by name."""
+        return {each.name: each for each in (self.own, self.peer)}
+
+    @property
+    def takes_any_shape(self) -> bool:
+        """Whether the settings' p, shape and dtype are those of its examination."""
+        return self.case.takes_any_shape
+
+    @property
     def case(self) -> Case:
         return Case(self.own, self.example, self.masked)
 

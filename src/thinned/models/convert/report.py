@@ -83,7 +83,9 @@ def _report(
     sites = inspect(model)
     mine = [site for site in sites if site.path in modules and is_chosen(site.paths, modules[site.path])]
     left = [site for site in mine if site.status not in ("thinned", "convert", "off")]
-    stayed = {path: why for path in {site.path for site in left} if (why := refusal(modules[path]))}
+    stayed = {
+        path: why for path in dict.fromkeys(site.path for site in left) if (why := refusal(modules[path]))
+    }
     names = [f"{qualified_name(type(modules[path]))} ({why})" for path, why in stayed.items()]
     intercepted = {site.path for site in left if site.status == "intercept"}
     told = [
