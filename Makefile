@@ -9,9 +9,10 @@ BIN := $(VENV)/bin
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
 SOURCES := pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*.* csrc/simd/*)
-# Errors only. Python compiles what it imports at the first import: pip would compile all of PyTorch, which takes longer.
-PIP := SKBUILD_CMAKE_DEFINE=THINNED_NATIVE=$(NATIVE) $(BIN)/python -m pip install -qq --no-compile -c $(CONSTRAINTS)
-FAILED = { echo "Setting up $(VENV) failed for the reason above; the next make tries again." >&2; exit 1; }
+# Without --no-compile pip compiles every file of PyTorch, which takes as long as all else. The first import compiles too.
+INSTALL = SKBUILD_CMAKE_DEFINE=THINNED_NATIVE=$(NATIVE) $(BIN)/python -m pip install --disable-pip-version-check \
+  --no-compile --progress-bar off -c $(CONSTRAINTS) $(1) >$(VENV)/pip.log 2>&1 || { tail -n 40 $(VENV)/pip.log >&2; \
+  echo "Setting up $(VENV) failed: above are the last lines of $(VENV)/pip.log. The next make tries again." >&2; exit 1; }
 
 .PHONY: help setup compare test test-torch test-slow sanitize lint bench doctor clean
 help:
@@ -29,30 +30,30 @@ setup: $(VENV)/.tests
 PYTHON_3 := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\)".*/\1/p' pyproject.toml)
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, $(PYTHON_3)))' 2>/dev/null || { \
-	  found=$$(command -v $(PYTHON) >/dev/null && $(PYTHON) -V 2>&1 || echo not found); \
+	  found=$$($(PYTHON) -V 2>&1) || found="not found"; \
 	  echo "thinned needs Python 3.$(PYTHON_3) or later, and $(PYTHON) is $$found." \
 	    "Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
-
-# thinned with its kernel, and the packages of its command.
-$(VENV)/.command: $(BIN)/python $(SOURCES)
 	@test $(NATIVE) = OFF && exit; \
 	  for compiler in $${CXX:-c++ g++ clang++}; do command -v $$compiler >/dev/null && exit; done; \
 	  echo "thinned's kernel needs a C++17 compiler, and $${CXX:-c++, g++, clang++} is not found." \
 	    "Install one, or go without the kernel: make $(MAKECMDGOALS) NATIVE=OFF" >&2; exit 1
-	@echo "$(if $(wildcard $@),Updating $(VENV): thinned's kernel; about half a minute,$\
-	  Setting up $(VENV): PyTorch and thinned's kernel; about 1 minute the first time (CUDA's PyTorch takes longer))"
-	@$(PIP) -e '.[compare]' || $(FAILED)
+	@echo "Setting up $(VENV): PyTorch and thinned's kernel; about 1 minute the first time (CUDA's PyTorch takes longer)"
+	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
+
+# thinned with its kernel, and the packages of its command.
+$(VENV)/.command: $(BIN)/python $(SOURCES)
+	@$(if $(wildcard $(VENV)/pip.log),echo "Updating $(VENV): thinned's kernel; about half a minute")
+	@$(call INSTALL,-e '.[compare]')
 	@touch $@
 
 $(VENV)/.tests: $(VENV)/.command
 	@echo "Adding what the tests need to $(VENV): transformers, lightning, ONNX and others; about 1 minute the first time"
-	@$(PIP) 'thinned[dev]' || $(FAILED)
+	@$(call INSTALL,'thinned[dev]')
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.command
 	@echo "Adding what thinned is timed beside to $(VENV): JAX, timm and torchvision; about half a minute the first time"
-	@$(PIP) 'thinned[bench]' || $(FAILED)
+	@$(call INSTALL,'thinned[bench]')
 	@touch $@
 
 compare: $(VENV)/.command

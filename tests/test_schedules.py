@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import thinned
 from thinned import schedules
@@ -122,7 +123,8 @@ def test_which_modules_take_part() -> None:
             "stack": thinned.LayerDrop([nn.Dropout(0.1)], 0.2),
             "own": named("MyDropConnect", 0.3),
             "vision": named("StochasticDepth", 0.25),
-            "pooling": named("Pooling", 2.0),
+            "pooling": named("Pooling", 0.9),
+            "distance": nn.PairwiseDistance(2.0),
             "linear": nn.Linear(2, 2),
             "attention": nn.MultiheadAttention(4, 2, dropout=0.1),
             "lstm": nn.LSTM(2, 2, 2, dropout=0.6),
@@ -137,8 +139,8 @@ def test_which_modules_take_part() -> None:
     chosen = DropoutSchedule(network, lambda _: 0.5, include=lambda path, _: path.startswith("torch"))
     assert chosen.last_p == dict.fromkeys(of_torch, 0.25)
     assert network["path"].p == 0.2
-    pooling = DropoutSchedule(network, lambda _: 0.1, include=lambda path, _: path in ("pooling", "lstm"))
-    assert pooling.last_p == pytest.approx({"pooling": 0.2, "lstm.dropout": 0.06})
+    pooling = DropoutSchedule(network, lambda _: 0.1, include=["pooling", "lstm", "distance"])
+    assert pooling.last_p == pytest.approx({"pooling": 0.09, "lstm.dropout": 0.06})
     assert network["lstm"].dropout == pytest.approx(0.06)
     everywhere = DropoutSchedule(network, lambda _: 1.0, attributes=("dropout",)).last_p
     assert everywhere == pytest.approx({"attention": 0.1, "lstm": 0.06, "ours": 0.0})
@@ -160,7 +162,7 @@ def test_timms_drop_path() -> None:
 
 def test_a_model_without_dropouts() -> None:
     with pytest.raises(
-        ValueError, match=r"nothing to schedule in Linear: no module .* called p or drop_prob"
+        ValueError, match=r"to schedule in Linear: no module .* called p or drop_prob, .*; include= takes"
     ):
         DropoutSchedule(nn.Linear(2, 2), schedules.early(5))
     with pytest.raises(ValueError, match="nothing to schedule"):
@@ -172,7 +174,8 @@ def test_a_factor_that_leads_outside_changes_nothing(factor: float) -> None:
     network = model()
     schedule = DropoutSchedule(network, lambda step: factor if step else 0.5)
     before = schedule.last_p
-    with pytest.raises(ValueError, match=re.escape(f"the factor {factor} of step 1 makes")):
+    message = rf"the factor {re.escape(str(factor))} of step 1 makes .*; a schedule gives factors, not prob"
+    with pytest.raises(ValueError, match=message):
         schedule.step()
     assert schedule.last_p == before
     assert schedule.last_step == 0
@@ -244,6 +247,287 @@ def test_numbers_that_are_no_modules() -> None:
     del state["initial_p"]["layers.0.rate"]
     with pytest.raises(RuntimeError, match=re.escape("only one of them has ['layers.0.rate']")):
         old.load_state_dict(state)
+
+
+class Block(nn.Module):
+    def __init__(self, p: float = 0.4) -> None:
+        super().__init__()
+        self.drop, self.attention = nn.Dropout(p), nn.MultiheadAttention(4, 2, dropout=0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x)  # type: ignore[no-any-return]
+
+
+def swapped_by_convert(network: Any) -> None:
+    thinned.convert(network)
+
+
+def reverted(network: Any) -> None:
+    thinned.revert(thinned.convert(network))
+
+
+def wrapped(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Any], None]:
+    def change(network: Any) -> None:
+        network[0] = wrap(network[0])
+        network[1].drop = wrap(network[1].drop)
+
+    return change
+
+
+class Forwards(nn.Module):
+    """As peft's ModulesToSaveWrapper: a copy is in use, and attributes are those of the copy."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original, self.used = module, copy.deepcopy(module)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("used"), name)
+
+
+def forwarding(network: Any) -> None:
+    network[0] = Forwards(network[0])
+
+
+def new_block(network: Any) -> None:
+    network[0], network[1].drop = Block(0.9), thinned.DropPath(0.9)
+
+
+def parametrized(network: Any) -> None:
+    for block in network:
+        nn.utils.parametrize.register_parametrization(
+            block.attention, "in_proj_weight", thinned.DropConnect(0.5)
+        )
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "convert": swapped_by_convert,
+    "revert": reverted,
+    "compile": wrapped(lambda module: torch.compile(module)),
+    "DataParallel": wrapped(nn.DataParallel),
+    "checkpoint": wrapped(checkpoint_wrapper),
+    "two wrappers": wrapped(lambda module: nn.DataParallel(checkpoint_wrapper(module))),
+    "peft": forwarding,
+    "other modules": new_block,
+    "parametrized": parametrized,
+}
+
+
+@pytest.mark.parametrize("attributes", [None, ["drop_prob", "p"]])
+@pytest.mark.parametrize("change", CHANGES)
+def test_goes_on_in_modules_that_replace_others(change: str, attributes: list[str] | None) -> None:
+    """Also the other way: a schedule that is made of the changed model has the same keys, and goes on."""
+    network = nn.Sequential(Block(), Block())
+    halves = lambda step: 0.5**step  # noqa: E731
+    schedule = DropoutSchedule(network, halves, attributes=attributes)
+    schedule.step()
+    CHANGES[change](network)
+    schedule.step()
+
+    def effective() -> set[float]:
+        used = [
+            module
+            for path, module in network.named_modules()
+            if isinstance(module, nn.Dropout | thinned.DropPath) and "original" not in path
+        ]
+        assert len(used) == 2
+        return {module.drop_prob if isinstance(module, thinned.DropPath) else module.p for module in used}
+
+    rates = {f"{i}.drop": 0.1 for i in range(2)}
+    if attributes is None:
+        rates |= {f"{i}.attention.dropout": 0.05 for i in range(2)}
+    assert schedule.last_p == pytest.approx(rates)
+    assert effective() == {0.1}
+    if change in ("peft", "parametrized"):
+        return
+    again = DropoutSchedule(network, halves, attributes=attributes)
+    assert again.last_p.keys() == rates.keys()
+    again.load_state_dict(schedule.state_dict())
+    again.step()
+    assert effective() == {0.05}
+    network[0], network[1] = Block(), Block()
+    again.step()
+    assert effective() == {0.025}
+
+
+def test_a_wrapped_model_has_the_keys_of_the_model() -> None:
+    """Earlier versions saved the wrappers' names."""
+    expected = DropoutSchedule(model(), lambda _: 0.5).last_p
+    for wrap, prefix in ((nn.DataParallel, "module."), (torch.compile, "_orig_mod.")):
+        schedule = DropoutSchedule(wrap(model()), lambda _: 0.5)
+        assert schedule.last_p == expected
+        full = {prefix + key: p for key, p in schedule.initial_p.items()}
+        schedule.load_state_dict({"last_step": 3, "initial_p": full})
+        assert (schedule.last_p, schedule.last_step) == (expected, 3)
+
+
+def test_the_unit_of_a_module_that_is_swapped() -> None:
+    """A type may count in percent, and call its number otherwise."""
+
+    class Percent(nn.Module):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.rate = rate
+
+    thinned.register(Percent, lambda old: thinned.Dropout(old.rate / 100), unit=lambda _: 0.01)
+    network = nn.Sequential(Percent(40), nn.Dropout(0.4))
+    schedule = DropoutSchedule(network, lambda step: 1 - step / 4)
+    assert schedule.last_p == pytest.approx({"0": 0.4, "1": 0.4})
+    for change, numbers in (
+        (lambda _: None, [30, 0.3]),
+        (thinned.convert, [0.2, 0.2]),
+        (thinned.revert, [10, 0.1]),
+    ):
+        change(network)
+        schedule.step()
+        assert [getattr(each, "rate", None) or each.p for each in network] == pytest.approx(numbers)
+        assert schedule.last_p == pytest.approx(dict.fromkeys("01", numbers[1]))
+
+
+def test_every_place_of_a_rate_is_looked_up() -> None:
+    """A module under two paths and a config of two layers, of which one layer gets others."""
+    shared = nn.Dropout(0.4)
+    network: Any = nn.Sequential(Configured(SimpleNamespace(dropout=0.2)), shared, shared)
+    schedule = DropoutSchedule(network, lambda _: 0.5)
+    network[2], network[0].layers[1] = nn.Dropout(0.9), Reads({"dropout": 0.9})
+    network[0].layers[1].config = SimpleNamespace(dropout=0.9)
+    schedule.step()
+    assert [network[1].p, network[2].p] == [0.2, 0.2]
+    assert [layer.config.dropout for layer in network[0].layers] == [0.1, 0.1]
+    assert set(schedule.last_p) == {
+        "0.layers.0.config.dropout",
+        "0.layers.0.rate",
+        "0.layers.1.rate",
+        "0.drop",
+        "1",
+    }
+
+
+class HoldsNumbers(nn.Module):
+    """Numbers in a dictionary, a list and a namespace within another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cfg, self.rates = {"attention": {"dropout": 0.2}}, [0.2, 0.2]
+        self.args = SimpleNamespace(inner=SimpleNamespace(dropout=0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(x, self.cfg["attention"]["dropout"], self.training)
+        x = nn.functional.dropout(x, self.rates[1], self.training)
+        return nn.functional.dropout(x, self.args.inner.dropout, self.training)
+
+
+def test_items_and_attributes_of_what_a_module_holds() -> None:
+    network = nn.Sequential(HoldsNumbers())
+    schedule = DropoutSchedule(network, lambda _: 0.5)
+    old, network[0] = network[0], HoldsNumbers()
+    schedule.step()
+    held: Any = network[0]
+    assert (held.cfg["attention"]["dropout"], held.rates, held.args.inner.dropout) == (0.1, [0.2, 0.1], 0.1)
+    assert schedule.last_p == dict.fromkeys(
+        ("0.cfg.attention.dropout", "0.rates.1", "0.args.inner.dropout"), 0.1
+    )
+    held.cfg, held.rates = {"attention": {"dropout": 0.9}}, [0.9, 0.9]
+    schedule.step()
+    assert (held.cfg["attention"]["dropout"], held.rates) == (0.1, [0.9, 0.1])
+    del held.rates[1]
+    with pytest.raises(RuntimeError, match=r"'0\.rates'.* a builtins\.list, which has no number called 1\b"):
+        schedule.step()
+    assert old.rates == [0.2, 0.1]
+
+
+GONE, WITHOUT, NO_P = "'1.drop' any more:", "without a module 'drop'", "which has no number called 'p'"
+
+
+class Frozen(nn.Module):
+    p = property(lambda _: 0.3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.__setitem__(1, nn.Identity()), f"{GONE} '1' is now a torch.nn.Identity {WITHOUT}"),
+        (lambda m: delattr(m[1], "drop"), f"{GONE} '1' is now a {__name__}.Block {WITHOUT}"),
+        (lambda m: setattr(m[1], "drop", None), f"{GONE} '1' is now a {__name__}.Block {WITHOUT}"),
+        (lambda m: m.pop(1), "'1' any more: the model is a torch.nn.Sequential without a module '1'"),
+        (lambda m: setattr(m[1], "drop", nn.Identity()), f"{GONE} it is now a torch.nn.Identity, {NO_P}"),
+        (
+            lambda m: setattr(m[1], "drop", thinned.ConcreteDropout()),
+            f"{GONE} it is now a thinned.ConcreteDropout, {NO_P}",
+        ),
+        (
+            lambda m: setattr(m[1], "attention", nn.Linear(2, 2)),
+            "'1.attention' any more: it is now a torch.nn.Linear, which has no number called 'dropout'",
+        ),
+        (lambda m: setattr(m[1].drop, "p", None), f"{GONE} it is now a torch.nn.Dropout, {NO_P}"),
+        (
+            lambda m: setattr(m[1], "drop", Frozen()),
+            f"{GONE} it is now a {__name__}.Frozen, whose p cannot be set",
+        ),
+    ],
+)
+def test_a_path_without_a_number_raises(change: Callable[[Any], object], message: str) -> None:
+    network = nn.Sequential(Block(), Block())
+    schedule = DropoutSchedule(network, lambda step: 0.5**step)
+    schedule.step()
+    before, state = [network[0].drop.p, network[0].attention.dropout], schedule.state_dict()
+    removed = network[1]
+    change(network)
+    for call in (schedule.step, lambda: schedule.last_p, lambda: schedule.load_state_dict(state)):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            call()
+    assert [network[0].drop.p, network[0].attention.dropout] == before
+    assert schedule.state_dict() == state
+    if len(network) == 1:
+        network.append(removed)
+    network[1] = Block()
+    schedule.step()
+    assert network[1].drop.p == network[0].drop.p == 0.1
+
+
+def test_a_number_that_refuses_a_value_leaves_the_others() -> None:
+    class Refuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rate = 0.4
+
+        p = property(lambda self: self.rate, lambda self, p: setattr(self, "rate", p) if p > 0.2 else 1 / 0)
+
+    network = nn.Sequential(nn.Dropout(0.4), Refuses())
+    schedule = DropoutSchedule(network, lambda step: 0.6**step, include="*")
+    schedule.step()
+    with pytest.raises(ZeroDivisionError):
+        schedule.step()
+    assert [network[0].p, network[1].p, schedule.last_step] == [0.24, 0.24, 1]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_copied_or_pickled_with_the_model(how: Callable[[Any], Any]) -> None:
+    network = model()
+    schedule = DropoutSchedule(network, schedules.linear(1.0, 0.0, 4))
+    thinned.convert(network)
+    schedule.step()
+    other, its_schedule = how((network, schedule))
+    its_schedule.step()
+    assert (other[1].p, network[1].p) == pytest.approx((0.1, 0.15))
+    thinned.revert(other)
+    its_schedule.step()
+    assert other[1].p == pytest.approx(0.05)
+
+
+def test_include_takes_the_choices_of_convert() -> None:
+    kinds = nn.Dropout2d, thinned.DropPath
+    for include in ("2.*", "2", ["2.0", "2.1"], nn.Sequential, kinds, lambda path, _: path.startswith("2.")):
+        network = nn.ModuleList(model())
+        assert set(DropoutSchedule(network, lambda _: 1.0, include=include).last_p) == {"2.0", "2.1"}
+    with pytest.raises(TypeError, match="include must be"):
+        DropoutSchedule(model(), lambda _: 1.0, include=3)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="include='dropout' matches no module") as caught:
+        DropoutSchedule(model(), lambda _: 1.0, include=["dropout", "2.*"])
+    assert caught[0].filename == __file__
 
 
 def test_state_of_another_model() -> None:

@@ -6,9 +6,11 @@ import json as json_
 import platform
 import sys
 from collections.abc import Container
+from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated
 
 if not all(find_spec(package) for package in ("jinja2", "matplotlib", "mlxtend", "rich", "scipy", "typer")):
@@ -22,8 +24,10 @@ from rich.table import Table
 import thinned
 from thinned.compare import explain as explaining
 from thinned.compare import tables
+from thinned.compare.inspecting import inspect_named
+from thinned.compare.inspecting import to_json as sites_to_json
 from thinned.compare.layers import ENTRIES, entry_of
-from thinned.compare.loading import ALIASES, model_of, resolve, resolve_all
+from thinned.compare.loading import ALIASES, resolve, resolve_all
 from thinned.compare.page import to_html
 from thinned.compare.project import Policy, Project, option_of, parse_kwargs
 from thinned.compare.record import to_json
@@ -218,14 +222,29 @@ def inspect(
             help="package.module:factory or path/to/file.py:factory, called without arguments; or a model.",
         ),
     ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="[NAME=]SIZES[:DTYPE]",
+            help="Run the model on random input of these sizes, such as 2x3x32x32, in training and in "
+            "evaluation. Repeat it for several arguments. 2x16:int64 has a dtype of torch; integers are 0 or "
+            "1. mask=2x16:bool is passed by name.",
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the sites as JSON, with all attributes.")
+    ] = False,
 ) -> None:
-    """Every place at which a model drops, what each becomes, and which ones swapping modules cannot reach."""
+    """Every place at which a model drops, whose each is, and how thinned reaches it."""
     try:
-        found = thinned.inspect(model_of(model))
+        with redirect_stdout(sys.stderr):  # what the model prints is no part of the output
+            found = inspect_named(model, inputs or [])
     except ValueError as error:
         typer.echo(f"thinned inspect: {error}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(str(found))
+    width = min(100, get_terminal_size((100, 24)).columns)
+    typer.echo(sites_to_json(found) if json else found.table(width))
 
 
 @app.command()

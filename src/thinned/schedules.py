@@ -1,6 +1,7 @@
 """DropoutSchedule, and schedules for it: functions from the training step to a factor of each probability.
 
-The schedules made here can be pickled.
+A schedule gives factors, not probabilities: with ``linear(0.0, 1.0, steps=1000)`` a dropout of ``p=0.1`` goes
+from 0 to 0.1. The schedules made here can be pickled.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from thinned.models.sites import Rate, is_dropout, is_number, rates_of
+from thinned.models.sites import Place, Rate, RatesByPath, is_dropout, is_number, own_attribute, rates_of
+from thinned.models.walk import Choice, check_model, chooser, modules_with_paths, wrapped_in
+from thinned.torch_state import WRAPPERS
 
 __all__ = ["DropoutSchedule", "Schedule", "cosine", "curriculum", "early", "late", "linear", "v_shape"]
 
@@ -35,7 +38,12 @@ class DropoutSchedule:
 
     Use it like :class:`torch.optim.lr_scheduler.LambdaLR`: build it from the model while each ``p`` has its
     full value, then call :meth:`step` after each training step. The constructor sets step 0. A schedule is
-    any function of the step; the functions of :mod:`thinned.schedules` make some.
+    any function from the step to a factor, so ``lambda step: 1.0`` leaves each ``p`` as it is. The functions
+    of :mod:`thinned.schedules` make some.
+
+    Each step looks the numbers up by path. The schedule therefore goes on in modules that replace others, as
+    :func:`thinned.convert`, :func:`thinned.revert` or wrappers such as :func:`torch.compile` do; such a
+    module has the full probability of the one before. It does not follow a copy of the model.
 
     Layers read their ``p`` at each call. Under :func:`torch.compile` ``p`` is a constant of the graph: each
     new value recompiles, up to ``torch._dynamo.config.recompile_limit`` (8) graphs. Use a schedule with few
@@ -44,9 +52,9 @@ class DropoutSchedule:
     Args:
         model: the model with the dropouts. A module under two paths counts once.
         schedule: a function from the step to the factor.
-        include: decides from a module's path and the module whether to schedule it. A module that it chooses
-            needs no known number: one that is called "p" or "drop_prob" will do. Default: every module that
-            drops.
+        include: schedule these modules only: a choice as that of :func:`thinned.convert`. A module that it
+            chooses needs no known number: one from 0 to 1 that is called "p" or "drop_prob" will do.
+            Default: every module that drops.
         attributes: schedule these attributes only: the first that a module has as a number. A key of
             ``last_p`` is then the path alone.
 
@@ -55,6 +63,7 @@ class DropoutSchedule:
 
     Raises:
         ValueError: ``model`` has no such module, or ``schedule`` gives a probability outside [0, 1].
+        TypeError: ``model`` is no module, ``schedule`` no function, or ``include`` no choice of modules.
 
     Source: the interface is LambdaLR's; each function of :mod:`thinned.schedules` names its paper.
 
@@ -72,43 +81,69 @@ class DropoutSchedule:
         model: nn.Module,
         schedule: Schedule,
         *,
-        include: Callable[[str, nn.Module], bool] | None = None,
+        include: Choice | None = None,
         attributes: Sequence[str] | None = None,
     ) -> None:
+        check_model("DropoutSchedule", model)
+        if not callable(schedule):
+            raise TypeError(
+                "schedule must be a function of the step, such as thinned.schedules.linear(1.0, 0.0, "
+                f"steps=1000), got {schedule!r} of type {type(schedule).__name__}"
+            )
+        while (inner := wrapped_in(model)) is not None:
+            model = inner
         self.schedule = schedule
-        chosen = (lambda *_: True) if include is None else include
-        names = ("p", "drop_prob") if attributes is None else attributes
+        chosen = chooser(model, include, None)
+        names = ("p", "drop_prob") if attributes is None else tuple(attributes)
         rates = [rate for rate in rates_of(model) if rate.value or not rate.stays_off]
-        self._scheduled: dict[str, Rate] = {}
+        scheduled: list[tuple[Rate, tuple[str | None, ...]]] = []
         if attributes is None:
-            chosen_rates = (rate for rate in rates if any(chosen(path, rate.module) for path in rate.paths))
-            self._scheduled = {rate.key: rate for rate in chosen_rates}
+            for rate in rates:
+                if chosen(rate.paths, rate.module):
+                    scheduled.append((rate, (None, rate.name) if rate.of_module else (rate.name,)))
             taken = {id(rate.owner) for rate in rates}
-            candidates = {id(module) for module in model.modules()} - taken if include else set()
+            candidates = set() if include is None else {id(module) for module in model.modules()} - taken
         else:
             candidates = {id(rate.owner) for rate in rates if rate.name in names}
-            candidates |= {id(module) for module in model.modules() if include or is_dropout(module)}
-        for path, module in model.named_modules():
+            candidates |= {
+                id(module) for module in model.modules() if include is not None or is_dropout(module)
+            }
+        for module, paths in modules_with_paths(model):
             name = next((name for name in names if is_number(getattr(module, name, None))), None)
-            if name is not None and id(module) in candidates and chosen(path, module):
-                self._scheduled[path] = Rate(module, (path,), module, name, path)
-        if not self._scheduled:
+            if name is None or (attributes is None and not 0 <= getattr(module, name) <= 1):
+                continue  # such as the p of nn.PairwiseDistance
+            if id(module) in candidates and chosen(paths, module):
+                places = tuple(Place(path) for path in paths)
+                rate = Rate(module, paths, module, name, paths[0], places=places)
+                scheduled.append((rate, (*names, None) if own_attribute(module) == name else names))
+        if not scheduled:
             raise ValueError(
                 f"found nothing to schedule in {type(model).__name__}: no module that takes part has a "
-                f"number called {' or '.join(names)}" + ", or another to drop with" * (attributes is None)
+                f"number called {' or '.join(names)}"
+                + ", or another to drop with" * (attributes is None)
+                + "; include= takes other modules, such as include='encoder.*', and attributes= other numbers"
             )
+        self._rates = RatesByPath(model, scheduled)
         self._set(0, self.last_p)
 
     @property
     def last_p(self) -> dict[str, float]:
-        """The current probabilities: by the path of a dropout module, or by path and attribute."""
-        return {key: rate.value for key, rate in self._scheduled.items()}
+        """The current probabilities: by the path of a dropout module, or by path and attribute.
+
+        Raises:
+            RuntimeError: a module is gone, or another without such a number is in its place.
+        """
+        p: dict[str, float] = {}
+        for key, found in self._rates.look():
+            p.setdefault(key, found.number * found.unit)
+        return p
 
     def step(self) -> None:
         """Set the probabilities of the next step.
 
         Raises:
             ValueError: the schedule gives a probability outside [0, 1]; nothing has changed.
+            RuntimeError: as for :attr:`last_p`; nothing has changed.
         """
         self._set(self.last_step + 1, self.initial_p)
 
@@ -123,33 +158,49 @@ class DropoutSchedule:
         numbers then start from what they were when this schedule was made.
 
         Raises:
-            RuntimeError: the state is of a model with other dropouts.
+            RuntimeError: the state is of a model with other dropouts; or as for :attr:`last_p`.
             ValueError: the schedule gives a probability outside [0, 1]; nothing has changed.
         """
-        initial_p = state_dict["initial_p"]
-        others = {key: self.initial_p[key] for key, rate in self._scheduled.items() if not rate.of_module}
+        initial_p = {self._key(key): p for key, p in state_dict["initial_p"].items()}
+        others = {key: self.initial_p[key] for key, is_one in self._rates.of_module.items() if not is_one}
         if others.keys().isdisjoint(initial_p):
             initial_p = {**others, **initial_p}
         if differ := sorted(initial_p.keys() ^ self.initial_p.keys()):
             raise RuntimeError(f"the state is of a model with other dropouts; only one of them has {differ}")
-        self._set(state_dict["last_step"], dict(initial_p))
+        self._set(state_dict["last_step"], initial_p)
+
+    def _key(self, saved: str) -> str:
+        """A key as it is now: earlier versions had the names of wrapped models in it."""
+        key = ".".join(part for part in saved.split(".") if part not in WRAPPERS)
+        return key if key in self.initial_p else key.removeprefix("module.")
 
     def _set(self, step: int, initial_p: dict[str, float]) -> None:
         factor = self.schedule(step)
-        p = {path: initial * factor for path, initial in initial_p.items()}
-        for path, value in p.items():
-            if not 0 <= value <= 1:
+        for key, initial in initial_p.items():
+            if not 0 <= initial * factor <= 1:
                 raise ValueError(
                     f"dropout probability has to be between 0 and 1, but the factor {factor} of step {step} "
-                    f"makes {initial_p[path]} of {path or 'the model'} {value}"
+                    f"makes {initial} of {key or 'the model'} {initial * factor}; a schedule gives factors, "
+                    "not probabilities: 1.0 is for the full probability of each dropout"
                 )
-        for key, rate in self._scheduled.items():
-            rate.value = p[key]
+        numbers = [
+            (found, found.number, initial_p[key] * factor / found.unit) for key, found in self._rates.look()
+        ]
+        try:
+            for found, before, number in numbers:
+                if number != before:
+                    found.set(number)
+        except Exception:
+            for found, before, _ in numbers:
+                found.set(before)
+            raise
         self.initial_p, self.last_step = initial_p, step
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
-    """From ``start`` to ``end`` in a straight line over ``steps``, then ``end``.
+    """A factor that goes from ``start`` to ``end`` in a straight line over ``steps``, and then stays.
+
+    With ``linear(0.0, 1.0, steps)`` each dropout goes from 0 to its own ``p``.
 
     Raises:
         ValueError: ``steps`` below 1.
@@ -165,7 +216,7 @@ def _linear(step: int, start: float, end: float, steps: int) -> float:
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
-    """From ``start`` to ``end`` along half a cosine over ``steps``, then ``end``.
+    """A factor that goes from ``start`` to ``end`` along half a cosine over ``steps``, and then stays.
 
     Raises:
         ValueError: ``steps`` below 1.
@@ -181,7 +232,7 @@ def _cosine(step: int, start: float, end: float, steps: int) -> float:
 
 
 def early(until: int, decay: Literal["constant", "linear"] = "constant") -> Schedule:
-    """Early dropout, against underfitting: 1 before step ``until``, then 0.
+    """Early dropout, against underfitting: each probability times 1 before step ``until``, then 0.
 
     With ``decay="linear"`` the factor falls from 1 at step 0 to 0 at step ``until``; in the authors' code it
     is 0 one step before.
@@ -203,7 +254,7 @@ def early(until: int, decay: Literal["constant", "linear"] = "constant") -> Sche
 
 
 def late(start: int) -> Schedule:
-    """Late dropout, against overfitting: 0 before step ``start``, then 1.
+    """Late dropout, against overfitting: each probability times 0 before step ``start``, then 1.
 
     Raises:
         ValueError: ``start`` below 1.
@@ -221,7 +272,7 @@ def _switch(step: int, at: int, before: float, after: float) -> float:
 
 
 def curriculum(steps: int) -> Schedule:
-    r"""Curriculum dropout over a training of ``steps``: 0 at first, and soon close to 1.
+    r"""Curriculum dropout over a training of ``steps``: a factor that is 0 at first, and soon close to 1.
 
     The paper's keep probability is :math:`\theta(t) = (1-\bar\theta)\,e^{-\gamma t} + \bar\theta` with
     :math:`\gamma = 10/T`, so that a ``p`` of :math:`1-\bar\theta` is multiplied by :math:`1 - e^{-\gamma t}`.
@@ -242,7 +293,7 @@ def _curriculum(step: int, rate: float) -> float:
 
 
 def v_shape(bottom: int, steps: int) -> Schedule:
-    """From 1 down to 0 at step ``bottom`` and up to 1 again at ``steps``, in straight lines.
+    """A factor from 1 down to 0 at step ``bottom`` and up to 1 again at ``steps``, in straight lines.
 
     Raises:
         ValueError: ``bottom`` below 1 or not below ``steps``.

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 import thinned
 from models import zoo
-from thinned.models.convert import convert, revert
+from thinned.models.convert import convert, report, revert
 from thinned.models.convert.rules import _by_name, _by_type, register
 from thinned.models.sites import rates_of
 from thinned.models.walk import ORIGIN, is_ours
@@ -279,7 +279,6 @@ def test_a_scheduled_probability_comes_back_to_the_last_bit() -> None:
         expected = schedule.last_p
         assert {rate.key: rate.value for rate in rates_of(revert(model))} == expected
         convert(model)
-        schedule._scheduled = thinned.DropoutSchedule(model, lambda _: 1.0)._scheduled
 
 
 def test_a_probability_that_is_none_comes_back() -> None:
@@ -484,6 +483,196 @@ def test_include_and_exclude(include: Any, exclude: Any, swapped: set[str]) -> N
     assert {path for path, module in model.named_modules() if is_ours(module)} == swapped
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.channels = OwnName(0.1), nn.Dropout2d(0.2)
+
+
+def blocks() -> nn.Module:
+    layers = [Block(), Block()]
+    return nn.ModuleDict(
+        {"stem": nn.Dropout(0.1), "body": nn.Sequential(*layers), "head": nn.AlphaDropout(0.3)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "swapped"),
+    [
+        (nn.Dropout2d, None, {"body.0.channels", "body.1.channels"}),
+        (nn.Dropout, None, {"stem", "body.0.drop", "body.1.drop"}),  # by isinstance
+        (nn.AlphaDropout | nn.Dropout2d, "body.0", {"body.1.channels", "head"}),
+        (None, (nn.Dropout2d, "stem", lambda path, _: path == "head"), {"body.0.drop", "body.1.drop"}),
+        # What is within a module that matches is chosen with it.
+        (None, Block, {"stem", "head"}),
+        ([Block, "head"], "*.0.*", {"body.1.drop", "body.1.channels", "head"}),
+        ("body", nn.Dropout2d, {"body.0.drop", "body.1.drop"}),
+        (lambda path, _: path == "body", None, set()),  # a function answers for each module alone
+        (
+            nn.ModuleDict,
+            None,
+            {"stem", "head", *(f"body.{i}.{name}" for i in "01" for name in ("drop", "channels"))},
+        ),
+    ],
+)
+def test_include_and_exclude_by_class(include: Any, exclude: Any, swapped: set[str]) -> None:
+    model = convert(blocks(), include=include, exclude=exclude)
+    assert {path for path, module in model.named_modules() if is_ours(module)} == swapped
+
+
+def test_a_class_is_that_of_before_a_conversion() -> None:
+    model: Any = convert(blocks(), p=0.5)
+    convert(model, p=0, include=OwnName)
+    assert [module.p for module in model.modules() if is_ours(module)] == [0.5, 0, 0.5, 0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize(
+    ("choice", "says"),
+    [
+        ("bdy.0.*", "'bdy.0.*'; close to it are 'body.0.*', 'body.1.*', 'body.*'"),
+        (["head", "body.0.dorp"], "'body.0.dorp'; close to it are 'body.0.drop', 'body.1.drop', 'body.0'"),
+        ("channels", "'channels'; close to it are '*.channels'"),
+        ("model.stem", "'model.stem'; close to it are 'stem'"),
+        ("Dropout2d", "'Dropout2d': a string is a pattern of paths; pass the class Dropout2d itself"),
+        ("zzz", "'zzz'"),
+        (
+            (nn.Dropout3d, "head"),
+            "torch.nn.Dropout3d; its dropouts are "
+            "torch.nn.AlphaDropout, torch.nn.Dropout, torch.nn.Dropout2d",
+        ),
+    ],
+)
+def test_what_matches_no_module_is_a_warning(argument: str, choice: Any, says: str) -> None:
+    model = blocks()
+    with pytest.warns(UserWarning, match="matches no module of ModuleDict") as warned:
+        convert(model, **{argument: choice})
+    assert [warning.filename for warning in warned] == [__file__]
+    text = str(warned[0].message).replace(" matches no module of ModuleDict", "")
+    assert text == f"{argument}={says}"
+    revert(model)
+    with pytest.raises(UserWarning, match="matches no module"):  # warnings are errors: all is as it was
+        convert(model, p=0.5, **{argument: choice})
+    assert [(type(module), module.p) for module in model.modules() if hasattr(module, "p")] == [
+        (nn.Dropout, 0.1),
+        *[(OwnName, 0.1), (nn.Dropout2d, 0.2)] * 2,
+        (nn.AlphaDropout, 0.3),
+    ]
+
+
+class Zero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.0, self.training)
+
+
+class ByHand(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand_like(x) > 0.5) if self.training else x
+
+
+class MyDrop(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.p, self.training)
+
+
+NONE = "0 dropout modules became thinned's"
+ZERO = "its dropouts are no modules and have p=0"
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "informs", "warns"),
+    [
+        (
+            lambda: nn.TransformerDecoderLayer(8, 2, 16),
+            {},
+            "4 dropout modules became thinned's",
+            "2 more places drop and are no modules: torch.nn.MultiheadAttention(dropout=) (2); "
+            "thinned.intercept() reaches them; thinned.inspect(model) lists all",
+        ),
+        (
+            lambda: nn.TransformerDecoderLayer(8, 2, 16),
+            {"exclude": nn.MultiheadAttention},
+            "4 dropout modules became thinned's",
+            "",
+        ),
+        (
+            lambda: nn.LSTM(2, 2, 2, dropout=0.1),
+            {},
+            NONE,
+            "1 place drops and is no module: torch.nn.LSTM(dropout=); thinned.intercept() reaches it; "
+            "thinned.inspect(model) lists all",
+        ),
+        (
+            lambda: nn.Sequential(zoo.AlwaysOn(0.1), zoo.AlwaysOn(0.0), MyDrop(0.2), MyDrop(0.0)),
+            {},
+            NONE,
+            f"2 dropout modules stayed: {zoo.__name__}.AlwaysOn (a torch.nn.Dropout with its own train), "
+            f"{__name__}.MyDrop (no rule for MyDrop); thinned.register adds a type, "
+            "thinned.intercept() reaches the calls in 2 of them; thinned.inspect(model) lists all",
+        ),
+        (
+            lambda: nn.Sequential(ByHand(), nn.Dropout()),
+            {"p": 0.25},
+            "1 dropout module became thinned's",
+            "1 place is perhaps a dropout: torch.rand_like (draws random numbers); "
+            "thinned.inspect(model) lists all",
+        ),
+        (lambda: thinned.Intercepted(thinned.Dropout()), {}, f"{NONE}, 1 module already was thinned's", ""),
+        (lambda: nn.Linear(2, 2), {}, NONE, "found no dropout in its modules and their source"),
+        (lambda: nn.Linear(2, 2), {"p": 0}, NONE, "found no dropout in its modules and their source"),
+        (small, {"exclude": "*"}, NONE, "include and exclude choose none of its dropouts"),
+        (lambda: nn.MultiheadAttention(4, 2), {}, f"{NONE}\n{ZERO}", ""),
+        (Zero, {}, f"{NONE}\n{ZERO}", ""),
+        (lambda: nn.LSTM(2, 2, 2, dropout=0.1), {"p": 0}, f"{NONE}, 1 number set to p=0", ""),
+    ],
+)  # fmt: skip
+def test_the_log(
+    make: Callable[[], nn.Module],
+    options: dict[str, Any],
+    informs: str,
+    warns: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "thinned")
+    model = make()
+    convert(model, **options)
+    caller = f"thinned.convert({type(model).__name__}): "
+    said = [(record.levelname, record.getMessage().removeprefix(caller)) for record in caplog.records]
+    expected = [("INFO", line) for line in informs.splitlines()] + [
+        ("WARNING", line) for line in warns.splitlines()
+    ]
+    assert said == expected
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_report_that_fails_fails_no_conversion(
+    quiet: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a logger that is off saves the reading of the source."""
+    calls = []
+
+    def fails(model: nn.Module) -> None:
+        calls.append(model)
+        raise RuntimeError("no source")
+
+    monkeypatch.setattr(report, "inspect", fails)
+    caplog.set_level(logging.ERROR if quiet else logging.INFO, "thinned")
+    assert is_ours(convert(small())[1])
+    assert len(calls) == (not quiet)
+    assert [record.levelname for record in caplog.records] == ["INFO"] * (not quiet)
+
+
+def test_a_function_that_fails_for_what_is_no_module_is_no_failure(told: Callable[..., str]) -> None:
+    model = nn.Sequential(nn.Dropout(0.1), nn.LSTM(2, 2, 2, dropout=0.1), thinned.RDrop())
+    convert(model, include=lambda _, module: module.p < 0.5)  # the others have no p
+    assert is_ours(model[0])
+    assert "torch.nn.LSTM(dropout=)" in told()
+
+
 def test_one_of_the_paths_of_a_shared_module_decides() -> None:
     shared = nn.Dropout()
     assert is_ours(convert(nn.Sequential(shared, shared), include="1")[0])
@@ -602,6 +791,7 @@ def test_which_numbers_p_sets(told: Callable[..., str]) -> None:
     convert(model, p=0.25)  # a revert undoes both, in a copy too
     model[2].dropout = 0.125
     model = revert(pickle.loads(pickle.dumps(model)))
+    assert told(logging.INFO) == "0 modules and 9 numbers came back"
     assert {rate.name: rate.value for rate in rates_of(model[0])} == expected
     assert (model[1].dropout, model[2].dropout) == (0.0, 0.125)
 
@@ -702,7 +892,7 @@ def test_what_p_cannot_set_is_reported(told: Callable[..., str]) -> None:
     model = nn.Sequential(nn.Dropout(0.1), Literal(), zoo.AlwaysOn(0.4), DropsByHand(0.2), DropsByHand(None))
     convert(model, p=0)
     assert "; 4 places keep another p than 0: 1 (F.dropout, p=0.3), 1 (F.dropout, p=0.2), " in told()
-    assert "1 (F.dropout, p=0.5), 1.drop (thinned.ConcreteDropout);" in told()
+    assert "1 (F.dropout, p=0.5), 1.drop (thinned.ConcreteDropout, p=unknown);" in told()
     assert SHARED.dropout == 0.2  # a global of all models
     assert (model[2].p, model[3].drop_prob, model[4].drop_prob) == (0, 0, None)
     convert(model, p=0, exclude="1*")
@@ -745,14 +935,36 @@ def test_an_impossible_p_changes_nothing(p: float) -> None:
 
 
 def test_other_impossible_arguments() -> None:
-    with pytest.raises(TypeError, match="model must be"):
-        convert(3)  # type: ignore[type-var]
-    with pytest.raises(TypeError, match="include must be a pattern"):
+    with pytest.raises(TypeError, match=r"include must be a pattern .*, got 3"):
         convert(small(), include=3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="exclude must be a pattern"):
+    with pytest.raises(TypeError, match=r"exclude must be a pattern .*, got \[3\]"):
         convert(small(), exclude=[3])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"include must be a pattern .*, got Linear\("):
+        convert(small(), include=nn.Linear(2, 2))
     with pytest.raises(TypeError, match="class of modules"):
         register(int, lambda old: old)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("function", [convert, revert, thinned.inspect])
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (3, "3 of type int$"),
+        (None, "None$"),
+        (Block, rf"the class {__name__}\.Block: call it, as in thinned\.NAME\(Block\(\.\.\.\)\)$"),
+        (int, r"the class builtins\.int$"),
+        (small, "the function small: call it, if it makes a model$"),
+        (small().parameters, "the method parameters: pass the Sequential itself$"),
+        (small().parameters(), "the generator parameters: pass the model itself$"),
+        (small().state_dict(), r"OrderedDict\(.* of type OrderedDict: pass the model itself$"),
+        ([small()], r"\[Sequential\(.*\] of type list: pass each module by itself$"),
+    ],
+)
+def test_what_is_no_model_is_named(function: Any, given: Any, got: str) -> None:
+    says = "^model must be a torch.nn.Module, got " + got.replace("NAME", function.__name__)
+    with pytest.raises(TypeError, match=says) as raised:
+        function(given)
+    assert len(str(raised.value)) < 160
 
 
 def test_a_copy_leaves_the_model_alone() -> None:
@@ -776,9 +988,9 @@ def test_convert_twice_and_revert_twice(told: Callable[..., str]) -> None:
     assert not told()
     assert model[1] is ours
     revert(model)
-    assert told(logging.INFO) == "2 modules came back"
+    assert told(logging.INFO) == "2 modules and 0 numbers came back"
     revert(model)
-    assert told(logging.INFO) == "0 modules came back"
+    assert told(logging.INFO) == "0 modules and 0 numbers came back"
     assert type(model[1]) is nn.Dropout
 
 
@@ -890,8 +1102,8 @@ def test_what_a_dropout_has_of_its_own_is_named_and_it_stays(
     assert told().startswith("1 dropout module stayed")
     assert f" (a torch.nn.Dropout with its own {own})" in told()
     site = thinned.inspect(model)[0]
-    assert (site.path, site.p) == ("0", vars(module).get("p"))
-    assert site.note == f"left: a torch.nn.Dropout with its own {own}"
+    assert (site.path, site.p) == ("0", module.p)
+    assert f"a torch.nn.Dropout with its own {own}" in site.note
 
 
 class Documented(nn.Dropout):

@@ -189,6 +189,9 @@ def keyed() -> nn.Module:
 
 
 class TestKeyed:
+    def test_repr(self) -> None:
+        assert repr(Keyed(nn.ReLU())) == "thinned.Keyed(\n  (model): ReLU()\n)"
+
     def test_formula(self, keyed: Any) -> None:
         root = Key(7).fold(0)
         _, second = call(keyed, image(4), 7)
@@ -250,6 +253,66 @@ class TestKeyed:
                 assert_equal(outputs, call(model, image(batch), key, ids))
             assert len({(outputs[-1] != 0).numpy().tobytes() for outputs in seen}) == len(KEYS)
 
+    def test_takes_a_key_or_its_bits(self, keyed: Any) -> None:
+        expected = call(keyed, image(4), -5)
+        assert_equal(keyed(image(4), key=Key(2**64 - 5)), expected)
+        compiled = torch.compile(keyed, backend="eager", fullgraph=True)
+        assert_equal(compiled(image(4), key=Key(2**64 - 5)), expected)
+
+    @pytest.mark.parametrize(
+        ("key", "error", "got"),
+        [
+            (7, TypeError, r"got 7 of type int; write thinned\.Key\(7\)$"),
+            ("7", TypeError, "got '7' of type str$"),
+            (None, TypeError, "got None of type NoneType$"),
+            (torch.tensor(7.0), TypeError, "got torch.float32$"),
+            (torch.tensor([7, 8]), ValueError, r"got one of shape \(2,\)"),
+            (Key(7).fold(torch.arange(2)), ValueError, r"got one of shape \(2,\)"),
+        ],
+    )
+    def test_what_is_no_key(self, key: Any, error: type[Exception], got: str, keyed: Any) -> None:
+        with pytest.raises(error, match=f"^key must be .*{got}"):
+            keyed(image(4), key=key)
+
+    def test_warns_once_a_place_where_no_mask_depends_on_the_key(self) -> None:
+        def warnings_of(model: nn.Module, *training: int) -> list[str]:
+            keyed = Keyed(model).train(not training)
+            for i in training[1:]:
+                model.get_submodule(str(i)).train()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("default")
+                for _ in range(2):
+                    keyed(image(4), key=Key(7))
+                keyed(image(4), key=Key(7))
+            assert all(each.filename == __file__ for each in caught)
+            return [str(each.message).partition("Keyed: ")[2] for each in caught]
+
+        in_evaluation, none = "the layers of thinned are in evaluation", "the model has no layer of thinned"
+        ours = [nn.Dropout(0.5), thinned.Dropout(0.5), thinned.Dropout2d(0.5)]
+        theirs = nn.Sequential(nn.Dropout(0.5))
+        for model, training, expected in (
+            (nn.Sequential(*ours), (), None),
+            (nn.Sequential(*ours), (0,), in_evaluation),
+            (nn.Sequential(*ours), (0, 0), in_evaluation),  # only torch's drops
+            (nn.Sequential(*ours), (0, 1), None),  # Monte-Carlo dropout
+            (nn.Sequential(thinned.Dropout(0.0)), (), None),
+            (Small(0.1), (0,), None),  # a function that drops in evaluation too
+            (theirs, (), f"{none};"),
+            (theirs, (0,), f"{none} and is in evaluation"),
+            (thinned.Intercepted(theirs), (), None),
+            (thinned.Intercepted(theirs), (0,), in_evaluation),
+        ):
+            found = warnings_of(model, *training)
+            assert [each.startswith(expected or "") for each in found] == [True] * (2 if expected else 0)
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_warns_when_it_is_compiled_or_exported(self) -> None:
+        keyed, given = Keyed(nn.Sequential(thinned.Dropout(0.5))).eval(), {"key": torch.tensor(7)}
+        with pytest.warns(UserWarning, match="no mask depends on the key"):
+            torch.export.export(keyed, (image(4),), given, strict=False)
+        with pytest.warns(UserWarning, match="no mask depends on the key"):
+            torch.compile(keyed, backend="eager", fullgraph=True)(image(4), **given)
+
     def test_a_sample_has_its_mask(self, keyed: nn.Module) -> None:
         _, whole = call(keyed, image(4), 7, torch.tensor([5, 6, 7, 8]))
         _, part = call(keyed, image(4)[:2], 7, torch.tensor([8, 6]))
@@ -273,12 +336,6 @@ class TestKeyed:
     @pytest.mark.parametrize("through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
     def test_copies(self, keyed: nn.Module, through: Callable[[Any], Any]) -> None:
         assert_equal(call(through(keyed), image(4), 7), call(keyed, image(4), 7))
-
-    def test_other_keys_are_refused(self, keyed: nn.Module) -> None:
-        with pytest.raises(ValueError, match=r"key must be one key, .* got one of shape \(4,\)"):
-            keyed(image(4), key=torch.arange(4))
-        with pytest.raises(TypeError, match="must be an int64 tensor"):
-            keyed(image(4), key=torch.tensor(1.0))
 
 
 TABLE = decompositions()

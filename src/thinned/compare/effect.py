@@ -1,4 +1,4 @@
-"""The effect of dropout on a network, in sentences that take every number and every verb from its training."""
+"""The effect of dropout on a network, in sentences whose numbers and verbs follow from its training."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def sentences(plain: Run, dropped: Run) -> list[str]:
         f"With the dropout of {dropped.name}, it gets {training[1]:,} and {test[1]:,} wrong "
         f"({test[1] / TEST_DIGITS:.1%}).",
         _difference(*test),
-        f"Test error minus training error, the gap that overfitting opens, is {gaps[0]:.1f} percentage points "
-        f"without dropout and {gaps[1]:.1f} with it.",
+        "Test error minus training error, the gap that overfitting opens, "
+        f"is {gaps[0]:.1f} percentage points without dropout and {gaps[1]:.1f} with it.",
     ]
 
 
 def _difference(plain: int, dropped: int) -> str:
     if plain == dropped:
-        return "In this run, dropout changes the number of wrong test digits by none."
+        return "In this run dropout changes the number of wrong test digits by none."
     chance = 2 * sqrt(sum(wrong * (1 - wrong / TEST_DIGITS) for wrong in (plain, dropped)))
     verb = "lowers" if dropped < plain else "raises"
     beside = "more" if abs(plain - dropped) > chance else "no more"
     return (
-        f"In this run, dropout {verb} the number of wrong test digits by {abs(plain - dropped):,}, "
-        f"{beside} than the choice of the test digits explains (±{chance:.0f}, two standard errors)."
+        f"In this run dropout {verb} the number of wrong test digits by {abs(plain - dropped):,}, "
+        f"{beside} than the choice of the test digits explains (±{chance:.0f} at two standard errors)."
     )

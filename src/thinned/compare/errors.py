@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sysconfig
 import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -14,10 +13,9 @@ import thinned
 
 __all__ = ["did_you_mean", "one_line", "one_line_with_place"]
 
-_LIBRARIES = tuple(
-    str(Path(sysconfig.get_path(name))) for name in ("stdlib", "platstdlib", "purelib", "platlib")
-)
-_OURS = tuple(str(Path(str(each.__file__)).parent) for each in (torch, thinned))
+STANDARD_LIBRARY = str(Path(traceback.__file__).parent)
+INSTALLED = {"site-packages", "dist-packages"}
+TORCH, OURS = (str(Path(str(package.__file__)).parent) for package in (torch, thinned))
 
 
 def one_line(error: BaseException) -> str:
@@ -32,13 +30,28 @@ def one_line(error: BaseException) -> str:
 
 
 def one_line_with_place(error: BaseException) -> str:
-    """As :func:`one_line`, with the innermost line of the user's code, or else of a library, torch last."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
-    for others in ((*_LIBRARIES, *_OURS), _OURS, _OURS[1:]):
-        mine = [frame for frame in frames if not frame.filename.startswith(others)]
-        if mine:
-            return f"{one_line(error)} ({mine[-1].filename}, line {mine[-1].lineno}, in {mine[-1].name})"
-    return one_line(error)
+    """As :func:`one_line`, with the innermost line of the user's code, else of a library, else of a forward.
+
+    >>> try:
+    ...     torch.nn.Linear(2, 2)(torch.ones(3))
+    ... except RuntimeError as error:
+    ...     one_line_with_place(error).rpartition("/")[2].split(", ")[::2]
+    ['linear.py', 'in forward)']
+    """
+    places: dict[int, str] = {}
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = frame.filename
+        if not Path(file).is_file() or file.startswith(OURS):
+            continue
+        if file.startswith(TORCH):
+            rank = 0 if frame.name == "forward" else None
+        elif INSTALLED.intersection(Path(file).parts):
+            rank = 1
+        else:
+            rank = None if file.startswith(STANDARD_LIBRARY) else 2
+        if rank is not None:
+            places[rank] = f" ({file}, line {frame.lineno}, in {frame.name})"
+    return one_line(error) + (places[max(places)] if places else "")
 
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:

@@ -9,6 +9,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from inspect import Parameter
 from pathlib import Path
@@ -116,21 +117,32 @@ def model_of(text: str) -> nn.Module:
         raise ValueError(
             f"unknown model {text!r}; accepted are package.module:factory or path/to/file.py:factory"
         )
-    module = load(module_name)
-    factory = getattr(module, name, None)
-    if factory is None:
-        raise ValueError(f"{module_name} has nothing called {name!r}")
+    factory = _attribute(module_name, name)
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
         raise ValueError(f"{text} is neither a model nor a function that makes one, but {factory!r}")
     try:
         model = factory()
-    except Exception as error:  # whatever a stranger's function raises
-        raise ValueError(f"{text} cannot be called without arguments: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # SystemExit comes from argparse, which reads our arguments
+        if isinstance(error, TypeError) and not _can_be_called(factory, error):
+            raise ValueError(f"{text} cannot be called without arguments: {one_line(error)}") from error
+        raise ValueError(f"{text} raises {one_line_with_place(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text} gave no torch.nn.Module, but a {type(model).__name__}")
     return model
+
+
+def _can_be_called(factory: Callable[..., Any], error: TypeError) -> bool:
+    """Whether ``factory`` has been called without arguments, and raised ``error`` itself."""
+    if error.__traceback__ is None or error.__traceback__.tb_next is None:
+        return False  # the call has not entered a function of Python
+    with suppress(ValueError):  # no signature
+        try:
+            inspect.signature(factory).bind()
+        except TypeError:
+            return False
+    return True
 
 
 def resolve_all(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 
 from thinned.compare import effect, plots, tables, textbook
 from thinned.compare.laws import Level
@@ -17,7 +16,6 @@ def to_html(report: Report) -> str:
     templates = Environment(
         loader=PackageLoader("thinned", "compare"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    templates.filters["svg"] = lambda svg: Markup(svg)  # noqa: S704  # drawn here, with its text escaped
     pair = effect.pair(report.training)
     drawn = next(iter(report.masks), None)
     return templates.get_template("page.html.jinja").render(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise, product
@@ -86,7 +87,8 @@ def _network(*hidden: list[bool]) -> str:
         for marker, colour, drawn in (("o", PALETTE[0], True), ("x", GREY, False)):
             chosen = [place for layer in units for place, kept in layer if kept is drawn]
             if chosen:
-                axes.scatter(*zip(*chosen, strict=True), s=46, color=colour, marker=marker, zorder=2)
+                xs, ys = zip(*chosen, strict=True)
+                axes.scatter(xs, ys, s=46, color=colour, marker=marker, zorder=2)
         axes.set_axis_off()
         return _svg(figure)
 
@@ -184,9 +186,10 @@ def _one_plot() -> tuple[Figure, Axes]:
 
 
 def _finished(figure: Figure) -> str:
-    rows = (len(figure.axes[0].get_legend_handles_labels()[0]) + 1) // 2
-    figure.set_figheight(figure.get_figheight() + 0.22 * rows)
-    figure.legend(loc="outside lower center", ncols=2)
+    lines = figure.axes[0].lines
+    figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(lines) / 2))
+    labels = [str(line.get_label()) for line in lines]  # without them, Matplotlib leaves _Private names out
+    figure.legend(lines, labels, loc="outside lower center", ncols=2)
     return _svg(figure)
 
 

@@ -12,24 +12,28 @@ from typing import Any
 
 from torch import nn
 
-from thinned.torch_state import children_of
+from thinned.torch_state import WRAPPERS, children_of
 
 __all__ = [
     "ORIGIN",
+    "PARALLEL_WRAPPERS",
     "Choice",
     "check_model",
     "chooser",
     "is_ours",
+    "modules_in_containers",
     "modules_with_paths",
     "original",
     "other_references",
     "qualified_name",
+    "wrapped_in",
 ]
 
 Function = Callable[[str, nn.Module], bool]
 Choice = str | type | UnionType | Function | Iterable[str | type | UnionType | Function]
 
 ORIGIN = "_thinned_origin"  # of a module that convert made: what it was made from
+PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -99,6 +103,44 @@ def other_references(found: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> dict
     return references
 
 
+def modules_in_containers(
+    found: Iterable[tuple[nn.Module, tuple[str, ...]]],
+) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """The modules that are no children, but in a list, a dictionary or an attribute, and their children.
+
+    Args:
+        found: the result of :func:`modules_with_paths`.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential()
+    >>> model.drops = [torch.nn.Dropout()]
+    >>> modules_in_containers(modules_with_paths(model))
+    [(Dropout(p=0.5, inplace=False), ('drops[0]',))]
+    """
+    known = {id(module) for module, _ in found}
+    hidden = []
+    for parent, paths in found:
+        for name, value in vars(parent).items():
+            if value is children_of(parent):
+                continue
+            for root, place in _contained(value, f"{paths[0]}.{name}" if paths[0] else name):
+                for module, inner in modules_with_paths(root) if id(root) not in known else ():
+                    if id(module) not in known:
+                        known.add(id(module))
+                        hidden.append((module, tuple(f"{place}.{path}" if path else place for path in inner)))
+    return hidden
+
+
+def _contained(value: Any, place: str, depth: int = 3) -> Iterator[tuple[nn.Module, str]]:
+    """The modules in a container, and in containers within it, with their places."""
+    if isinstance(value, nn.Module):
+        yield value, place
+    elif depth and isinstance(value, dict | list | tuple | set):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _contained(item, f"{place}[{key!r}]", depth - 1)
+
+
 def check_model(function: str, model: Any) -> None:
     """Raise a TypeError that says what to pass, if ``model`` is no module."""
     if isinstance(model, nn.Module):
@@ -109,8 +151,9 @@ def check_model(function: str, model: Any) -> None:
         got += f": call it, as in thinned.{function}({name}(...))" * issubclass(model, nn.Module)
     else:
         # A state_dict would fill the screen.
-        shown = " ".join(reprlib.repr(model).split())
-        got = "None" if model is None else f"{shown} of type {type(model).__name__}"
+        kind = type(model).__name__
+        shown = f"the {kind} {name}" if name else f"{' '.join(reprlib.repr(model).split())} of type {kind}"
+        got = "None" if model is None else shown
         owner = getattr(model, "__self__", None)
         if isinstance(owner, nn.Module):  # model.parameters, without the parentheses
             got += f": pass the {type(owner).__name__} itself"
@@ -194,9 +237,25 @@ def _no_match(
     if any(type(module).__name__ == item for module, _ in found):
         return f"{text}: a string is a pattern of paths; pass the class {item} itself"
     paths = [path for _, paths in found for path in paths if path]
-    if item.endswith(".*"):
-        candidates = [f"{path.rpartition('.')[0]}.*" for path in paths if "." in path]
-    else:  # whoever writes "dropout" may mean "*.dropout"
-        candidates = paths + [f"*.{path.rpartition('.')[2]}" for path in paths]
-    close = get_close_matches(item, list(dict.fromkeys(candidates)))
+    # "dropout" may mean "*.dropout", and "model.encoder" the "encoder" of the model.
+    others = [other for other in (f"*.{item}", item.partition(".")[2]) if other.strip("*.")]
+    close = [other for other in others if any(fnmatchcase(path, other) for path in paths)]
+    if not close:
+        of_children = item.endswith(".*")
+        named = [f"{path.rpartition('.')[0]}.*" for path in paths if "." in path] if of_children else paths
+        close = get_close_matches(item, list(dict.fromkeys(named)))
     return text + f"; close to it are {', '.join(map(repr, close))}" * bool(close)
+
+
+def wrapped_in(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper of torch.compile, FSDP, DDP, DataParallel or checkpointing; else None.
+
+    >>> import torch
+    >>> linear = torch.nn.Linear(2, 2)
+    >>> wrapped_in(torch.compile(linear, backend="eager")) is linear, wrapped_in(linear)
+    (True, None)
+    """
+    children = children_of(module)
+    if type(module) in PARALLEL_WRAPPERS:
+        return children["module"]
+    return next((children[name] for name in WRAPPERS if name in children), None)

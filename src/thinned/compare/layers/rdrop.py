@@ -140,6 +140,7 @@ ENTRIES = [
                 "equal logits",
                 "the divergence and its gradient are 0",
                 equal_logits,
+                level=Level.NICETY,
                 why="Two passes that agree are still pushed apart or together.",
             ),
             _law(
@@ -159,6 +160,7 @@ ENTRIES = [
                 "ruled-out class",
                 "a logit of -inf in both passes changes nothing",
                 ruled_out,
+                level=Level.UNLIKE_TORCH,
                 why="A model that masks its classes trains on NaN.",
             ),
         ],

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from thinned.key_source import KeySource, active
 from thinned.keys import Key
+from thinned.models.walk import PARALLEL_WRAPPERS
 from thinned.torch_state import COMPILED, WRAPPERS, compiling, graph_task_is_running, is_replica, pre_hooks_of
 
 __all__ = ["ModuleHooks", "hooks_of", "module_at"]
-
-
-_PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class Joinable(Protocol):
@@ -127,7 +125,7 @@ class _RefusingSource:
 def _without_wrappers(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of DataParallel, DistributedDataParallel and torch.compile."""
     while True:
-        if type(model) in _PARALLEL_WRAPPERS:
+        if type(model) in PARALLEL_WRAPPERS:
             model = model.get_submodule("module")
         elif hasattr(model, COMPILED):
             model = model.get_submodule(COMPILED)

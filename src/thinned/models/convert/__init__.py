@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from thinned.layers._arguments import check_p
-from thinned.models.convert.report import report, report_reverted
+from thinned.models.convert.report import report_converted, report_reverted
 from thinned.models.convert.rules import is_known, make, probability_name, unit_of
 from thinned.models.sites import Rate, rates_of
 from thinned.models.walk import ORIGIN, Choice, check_model, chooser, is_ours, modules_with_paths
@@ -124,7 +124,7 @@ def convert(
     for new, origin in origins:
         origin.carry_over(new)
     model = _replace(model, news)
-    report(model, found, news, numbers, p, chosen)
+    report_converted(model, found, news, numbers, p, chosen)
     return model
 
 
@@ -146,7 +146,7 @@ def _set_all(
             ):
                 continue
             unit = unit_of(rate.module) if rate.of_module else 1.0
-            new = min(1.0, p / unit) if unit else old
+            new = p / unit if unit else old
             if new != old:
                 done.append((rate, old))
                 rate.value = new
