@@ -88,6 +88,9 @@ def test_names_of_a_layers_own_implementations(
         name.rpartition(":")[2] for name in dict.fromkeys(["thinned", entry_of(layer).peer.name, *named])
     ]
     assert list(found["findings"]) == names
+    header = next(line for line in result.stdout.splitlines() if line.startswith("┃"))
+    columns = [cell.strip() for cell in header.split("┃")[2:-1]]
+    assert [column for column in columns if column != "what has to hold"] == names
     checked = ", ".join(name.rpartition(":")[2] for name in dict.fromkeys(named or ["thinned"]))
     assert f"level wrong: {checked} {'failed' if status else 'passed'}" in result.stdout
 

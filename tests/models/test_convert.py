@@ -417,6 +417,16 @@ def test_a_place_that_keeps_the_old_module_is_reported(told: Callable[..., str])
     assert revert(model)[0][0] is inner.drops[0]
 
 
+def test_a_dropout_that_is_no_child_is_reported(told: Callable[..., str]) -> None:
+    model = nn.Sequential(nn.Dropout(0.2))
+    model.drops = [nn.Dropout(0.3), thinned.Dropout(0.4)]
+    convert(model)
+    assert told() == (
+        "drops[0] is no child of a module, so convert() and eval() do not reach it; "
+        "thinned.inspect(model) lists all"
+    )
+
+
 class Wrapper(nn.Sequential):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(OrderedDict(inner=inner))
@@ -618,11 +628,10 @@ ZERO = "its dropouts are no modules and have p=0"
             lambda: nn.Sequential(ByHand(), nn.Dropout()),
             {"p": 0.25},
             "1 dropout module became thinned's",
-            "1 place out of reach: torch.rand_like (perhaps a dropout written by hand); "
-            "1 place keeps another p than 0.25: 0 (torch.rand_like, p=unknown); "
+            "1 place is perhaps a dropout: torch.rand_like (draws random numbers); "
             "thinned.inspect(model) lists all",
         ),
-        (lambda: nn.Sequential(thinned.Dropout()), {}, f"{NONE}, 1 module already was thinned's", ""),
+        (lambda: thinned.Intercepted(thinned.Dropout()), {}, f"{NONE}, 1 module already was thinned's", ""),
         (lambda: nn.Linear(2, 2), {}, NONE, "found no dropout in its modules and their source"),
         (lambda: nn.Linear(2, 2), {"p": 0}, NONE, "found no dropout in its modules and their source"),
         (small, {"exclude": "*"}, NONE, "include and exclude choose none of its dropouts"),

@@ -72,6 +72,7 @@ def _letters(name: str) -> str:
 
 
 def _paragraphs(law: Law, layers: list[str], entries: Sequence[Entry]) -> dict[str, str]:
+    measured = (inspect.getdoc(measure_of(law)) or "").replace("``", "")
     others = [entry.name for entry in entries if entry.name not in layers]
     few_others = len(others) < len(layers) > 1 and len(others) <= FEW
     exempt: dict[str, list[str]] = {}
@@ -81,16 +82,11 @@ def _paragraphs(law: Law, layers: list[str], entries: Sequence[Entry]) -> dict[s
     return {
         "why": law.why,
         "level": LEVELS[law.level],
-        "measured": f"{_docstring(measure_of(law))}{_given(law.check)}",
+        "measured": f"{' '.join(measured.split())}{_given(law.check)}",
         "layers": (f"all but {', '.join(others)}" if others else "all") if few_others else ", ".join(layers),
         **{f"not for {', '.join(names)}": reason for reason, names in exempt.items()},
         **_broken_by(law),
     }
-
-
-def _docstring(function: Callable[..., Any]) -> str:
-    paragraphs = (inspect.getdoc(function) or "").replace("``", "").split("\n\n")
-    return " ".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def measure_of(law: Law) -> Callable[..., Any]:

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from thinned import functional as F
+from thinned.checks import got
 from thinned.keys import Key
 from thinned.layers._arguments import threshold_and_scale
-from thinned.layers._named import Named
 from thinned.layers._overrides import module_node
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.intercept.attention import multi_head_attention_forward, scaled_dot_product_attention
 from thinned.models.intercept.draws import DRAW_HANDLERS, running_in_training
 from thinned.models.intercept.fast_path import FastPath, is_innermost, remove_mode
 from thinned.models.intercept.recurrent import Packed, Padded, run
+from thinned.named import Named
 from thinned.torch_state import compiler_is_imported, compiling, modes_of_thread, never_inlined
 
 __all__ = ["Intercept", "Intercepted", "intercept", "is_intercepted"]
@@ -190,6 +191,8 @@ class Intercepted(Named):
         self, module: nn.Module, *, key: Key | None = None, sdpa_follows_training: bool = False
     ) -> None:
         super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, {got(module)}")
         _check_key(key)
         self.module = module
         self.key = key
