@@ -115,9 +115,24 @@ def test_the_examples_are_all_examined() -> None:
     assert set(WRONG) == {each.__name__ for each in module.Correct.__subclasses__()}
 
 
-@pytest.mark.parametrize("honest", ["torch", "textbook", "thinned"])
+HOME_MADE = [
+    "Plain",
+    "OfProbabilities",
+    "Fills",
+    "Chooses",
+    "WritesACopy",
+    "HoldsPInABuffer",
+    "HoldsALambda",
+    "OwnFunction",
+    "always",
+]
+
+
+@pytest.mark.parametrize(
+    "honest",
+    ["torch", "textbook", "torch.nn.functional:dropout", *(f"compare.honest:{name}" for name in HOME_MADE)],
+)
 def test_an_honest_layer_is_not_wrong(honest: str) -> None:
-    """However unlike torch it may be."""
     assert not [law for law in breaches(resolve(honest)) if DROPOUT[law].level is Level.WRONG]
 
 
