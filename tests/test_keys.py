@@ -86,12 +86,12 @@ def test_fold_of_a_number_by_another_name() -> None:
 
 @pytest.mark.parametrize("data", [1.0, None, b"name"], ids=repr)
 def test_fold_of_another_type(data: object) -> None:
-    with pytest.raises(TypeError, match="folds an integer, a string or an int64 tensor, got "):
+    with pytest.raises(TypeError, match="data must be an integer, a string or an int64 tensor, got "):
         Key(7).fold(data)  # type: ignore[arg-type]
 
 
 def test_fold_of_a_tensor_of_another_dtype() -> None:
-    with pytest.raises(TypeError, match=r"must be int64, got torch\.int32"):
+    with pytest.raises(TypeError, match=r"data must be an int64 tensor .* and torch\.int32"):
         Key(7).fold(torch.arange(3, dtype=torch.int32))
 
 

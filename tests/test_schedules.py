@@ -162,7 +162,8 @@ def test_timms_drop_path() -> None:
 
 def test_a_model_without_dropouts() -> None:
     with pytest.raises(
-        ValueError, match=r"to schedule in Linear: no module .* called p or drop_prob, .*; include= takes"
+        ValueError,
+        match=r"in the model, a Linear: no module .* called p or drop_prob, .*; include= takes",
     ):
         DropoutSchedule(nn.Linear(2, 2), schedules.early(5))
     with pytest.raises(ValueError, match="nothing to schedule"):

@@ -14,6 +14,7 @@ from torch.fx import Proxy
 
 from thinned import backends
 from thinned.backends import portable
+from thinned.checks import got
 from thinned.philox import signed64
 from thinned.torch_state import (
     compiling,
@@ -107,7 +108,7 @@ class Key:
             data = _digest(data)
         if isinstance(data, Tensor):
             if data.dtype != torch.int64:
-                raise TypeError(f"ids to fold into a key must be int64, got {data.dtype}")
+                raise TypeError(f"data must be an int64 tensor where it is a tensor of ids, {got(data)}")
         elif isinstance(data, Proxy):
             return _node(_folded, self, data)
         elif isinstance(data, (int, torch.SymInt)) or hasattr(data, "__index__"):
@@ -116,15 +117,14 @@ class Key:
                 return Key.from_bits(backends.for_device_type("cpu").fold(self.bits, number))
             data = torch.full((), number, dtype=torch.int64, device=self.bits.device)
         else:
-            raise TypeError(
-                "a key folds an integer, a string or an int64 tensor, "
-                f"got {data!r} of type {type(data).__name__}"
-            )
+            raise TypeError(f"data must be an integer, a string or an int64 tensor, {got(data)}")
         eager = is_eager(self.bits) and is_eager(data)
         return Key.from_bits(_fold(self.bits, data) if eager else _fold_traced(self.bits, data))
 
     def to(self, device: torch.device | str) -> Key:
         """The same key with its bits on a device."""
+        if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+            raise TypeError(f"device must be a torch.device or the name of one, {got(device)}")
         return Key.from_bits(self.bits.to(device))
 
     def __int__(self) -> int:

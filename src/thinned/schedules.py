@@ -7,12 +7,13 @@ from 0 to 0.1. The schedules made here can be pickled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
+from thinned.checks import check_integer, check_real, got
 from thinned.models.sites import Place, Rate, RatesByPath, is_dropout, is_number, own_attribute, rates_of
 from thinned.models.walk import Choice, check_model, chooser, modules_with_paths, wrapped_in
 from thinned.torch_state import WRAPPERS
@@ -94,7 +95,7 @@ class DropoutSchedule:
             model = inner
         self.schedule = schedule
         chosen = chooser(model, include, None)
-        names = ("p", "drop_prob") if attributes is None else tuple(attributes)
+        names = ("p", "drop_prob") if attributes is None else _names(attributes)
         rates = [rate for rate in rates_of(model) if rate.value or not rate.stays_off]
         scheduled: list[tuple[Rate, tuple[str | None, ...]]] = []
         if attributes is None:
@@ -118,8 +119,8 @@ class DropoutSchedule:
                 scheduled.append((rate, (*names, None) if own_attribute(module) == name else names))
         if not scheduled:
             raise ValueError(
-                f"found nothing to schedule in {type(model).__name__}: no module that takes part has a "
-                f"number called {' or '.join(names)}"
+                f"found nothing to schedule in the model, a {type(model).__name__}: no module that takes part "
+                f"has a number called {' or '.join(names)}"
                 + ", or another to drop with" * (attributes is None)
                 + "; include= takes other modules, such as include='encoder.*', and attributes= other numbers"
             )
@@ -161,6 +162,8 @@ class DropoutSchedule:
             RuntimeError: the state is of a model with other dropouts; or as for :attr:`last_p`.
             ValueError: the schedule gives a probability outside [0, 1]; nothing has changed.
         """
+        if not isinstance(state_dict, Mapping) or not {"last_step", "initial_p"} <= state_dict.keys():
+            raise TypeError(f"state_dict must be that of a DropoutSchedule, {got(state_dict)}")
         initial_p = {self._key(key): p for key, p in state_dict["initial_p"].items()}
         others = {key: self.initial_p[key] for key, is_one in self._rates.of_module.items() if not is_one}
         if others.keys().isdisjoint(initial_p):
@@ -208,6 +211,7 @@ def linear(start: float, end: float, steps: int) -> Schedule:
     >>> [linear(0.0, 1.0, steps=4)(step) for step in range(6)]
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
+    _check_ends(start, end)
     return partial(_linear, start=start, end=end, steps=_positive("steps", steps))
 
 
@@ -224,6 +228,7 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
     >>> [round(cosine(1.0, 0.0, steps=4)(step), 3) for step in range(6)]
     [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
     """
+    _check_ends(start, end)
     return partial(_cosine, start=start, end=end, steps=_positive("steps", steps))
 
 
@@ -303,6 +308,8 @@ def v_shape(bottom: int, steps: int) -> Schedule:
     >>> [v_shape(2, 6)(step) for step in range(8)]
     [1.0, 0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
+    check_integer("bottom", bottom)
+    check_integer("steps", steps)
     if not 1 <= bottom < steps:
         raise ValueError(f"bottom has to be from 1 to below steps, but got {bottom} and {steps}")
     return partial(_v_shape, bottom=bottom, steps=steps)
@@ -313,6 +320,17 @@ def _v_shape(step: int, bottom: int, steps: int) -> float:
 
 
 def _positive(name: str, steps: int) -> int:
-    if steps < 1:
-        raise ValueError(f"{name} has to be at least 1, but got {steps}")
+    check_integer(name, steps, least=1)
     return steps
+
+
+def _check_ends(start: float, end: float) -> None:
+    check_real("start", start)
+    check_real("end", end)
+
+
+def _names(attributes: Sequence[str]) -> tuple[str, ...]:
+    is_one = isinstance(attributes, str) or not isinstance(attributes, Iterable)
+    if is_one or not all(isinstance(name, str) for name in attributes):
+        raise TypeError(f'attributes must be names, such as ("drop_prob",), {got(attributes)}')
+    return tuple(attributes)

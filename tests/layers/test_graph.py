@@ -259,7 +259,7 @@ def test_wrong_arguments(
     ("call", "error", "message"),
     [
         (partial(dropout_edge, per="node"), ValueError, "per has to be 'edge' or 'pair', but got 'node'"),
-        (partial(dropout_node, num_nodes=(3, 4)), TypeError, "must be int, got (3, 4) of type tuple"),
+        (partial(dropout_node, num_nodes=(3, 4)), TypeError, "must be an integer, got (3, 4) of type tuple"),
         (partial(dropout_node, num_nodes=-1), ValueError, "at least 0, but got -1"),
         (partial(dropout_node, num_nodes=3), IndexError, "out of bounds"),
     ],

@@ -205,8 +205,16 @@ IN_EVALUATION = {"input": torch.ones(2, 3, 4), "training": False}
     [
         *(({"p": p}, ValueError, f"between 0 and 1, but got {p}") for p in (-0.1, 1.5, math.nan)),
         ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens has to be at least 0, but got -1"),
-        ({"num_prefix_tokens": 1.0}, TypeError, "num_prefix_tokens must be int, got 1.0 of type float"),
-        ({"num_prefix_tokens": None}, TypeError, "num_prefix_tokens must be int, got None of type NoneType"),
+        (
+            {"num_prefix_tokens": 1.0},
+            TypeError,
+            "num_prefix_tokens must be an integer, got 1.0 of type float",
+        ),
+        (
+            {"num_prefix_tokens": None},
+            TypeError,
+            "num_prefix_tokens must be an integer, got None of type NoneType",
+        ),
         ({"p": "half"}, TypeError, "p must be a float, got 'half' of type str"),
     ],
 )
@@ -218,14 +226,14 @@ def test_wrong_arguments(
 
 
 def test_no_prefix_in_training() -> None:
-    with pytest.raises(TypeError, match="num_prefix_tokens must be int, got None"):
+    with pytest.raises(TypeError, match="num_prefix_tokens must be an integer, got None"):
         token_dropout(torch.ones(2, 3), num_prefix_tokens=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("function", [patch_dropout, token_dropout])
 def test_wrong_inputs(function: Callable[..., Any]) -> None:
     for x, message in (
-        (torch.ones(3), "needs a tensor of shape (N, L, *), got one of (3,)"),
+        (torch.ones(3), "needs an input of shape (N, L, *), got one of (3,)"),
         (torch.ones(2, 3, 4), "num_prefix_tokens=4 and a tensor of shape (2, 3, 4)"),
     ):
         with pytest.raises(RuntimeError, match=re.escape(message)):

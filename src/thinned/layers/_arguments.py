@@ -11,7 +11,8 @@ from torch import Tensor
 
 from thinned import nested, op
 from thinned.backends.arguments import DTYPES
-from thinned.geometry import Geometry, shared, shared_cached
+from thinned.checks import got, integers
+from thinned.geometry import Geometry, dims_of, shared, shared_cached
 from thinned.key_source import active
 from thinned.keys import Key, savable
 from thinned.torch_state import compiling, tracing
@@ -20,6 +21,8 @@ __all__ = [
     "apply",
     "autocasts",
     "bits_for",
+    "broadcasts",
+    "check_device",
     "check_key",
     "check_p",
     "check_parameter",
@@ -55,7 +58,10 @@ def apply(
     ``sample_dim`` is as for :func:`key_for`. An ``elementwise`` layer has no sample dimension of its own, so
     the active key source names it.
     """
+    broadcast_dims = integers("broadcast_dims", broadcast_dims)
     if key is None and active.key_source is not None:
+        if broadcast_dims:
+            dims_of(input.shape, broadcast_dims)  # raises before the key source counts this call
         if elementwise and (dim := active.key_source.sample_dim(input)):
             ndim = input.dim()
             order = [dim, *(d for d in range(ndim) if d != dim)]
@@ -69,36 +75,41 @@ def apply(
         return nested.masked_affine(input, bits, broadcast_dims, inplace, T, scale, shift, fill)
     geometry = None
     if broadcast_dims or (bits is not None and bits.dim()):
-        geometry = _geometry(input.shape, tuple(broadcast_dims), 0 if bits is None else bits.dim())
+        geometry = _geometry(input.shape, broadcast_dims, 0 if bits is None else bits.dim())
     if inplace:
         return op.masked_affine_(input, bits, geometry, T, scale, shift, fill)
     return op.masked_affine(input, bits, geometry, T, scale, shift, fill)
 
 
-def number(p: float) -> float:
-    """``p`` as a float; TypeError for what is no number, and for a tensor with a gradient, as in PyTorch."""
+def number(p: float, name: str = "p") -> float:
+    """``p`` as a float; TypeError for what is no number, and for a tensor with a gradient, as in PyTorch.
+
+    ``name`` is that of the argument, for the messages.
+    """
     if isinstance(p, Tensor):
-        if p.dim() or p.requires_grad:
-            learned = " that requires grad; p gets no gradient, except in ConcreteDropout"
+        if p.dim() or p.requires_grad or p.is_meta:
+            learned = f" that requires grad; {name} gets no gradient, except in ConcreteDropout"
             raise TypeError(
-                f"p must be a float, got a {type(p).__name__} of shape {tuple(p.shape)}"
-                f"{learned if p.requires_grad else ''}"
+                f"{name} must be a float, got a {type(p).__name__} of shape {tuple(p.shape)}"
+                f"{' on the meta device' if p.is_meta else ''}{learned if p.requires_grad else ''}"
             )
     # float() accepts strings, and arrays of one element, which have a length.
     elif not isinstance(p, float | int) and (not hasattr(p, "__float__") or hasattr(p, "__len__")):
-        raise TypeError(f"p must be a float, got {p!r} of type {type(p).__name__}")
+        raise TypeError(f"{name} must be a float, {got(p)}")
     return float(p)
 
 
-def check_p(p: float) -> None:
+def check_p(p: float, name: str = "p") -> None:
     """Raise ValueError for a probability outside [0, 1], or NaN; TypeError for no number."""
-    p = number(p)
+    p = number(p, name)
     if not 0 <= p <= 1:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        # For p the text is torch's.
+        which = "" if name == "p" else f" {name}"
+        raise ValueError(f"dropout probability{which} has to be between 0 and 1, but got {p}")
 
 
-def _compute(p: float) -> tuple[int, float]:
-    check_p(p)
+def _compute(p: float, name: str = "p") -> tuple[int, float]:
+    check_p(p, name)
     T = round((1 - p) * 2**32)
     return T, 2**32 / T if T else 0.0
 
@@ -106,12 +117,12 @@ def _compute(p: float) -> tuple[int, float]:
 _compute_cached = lru_cache(maxsize=1024)(_compute)
 
 
-def threshold_and_scale(p: float) -> tuple[int, float]:
+def threshold_and_scale(p: float, *name: str) -> tuple[int, float]:
     """``T`` and ``1/q`` of the mask's specification; the errors are those of :func:`check_p`."""
     if type(p) is not float:
-        p = number(p)
+        p = number(p, *name)
     # Dynamo ignores lru_cache and warns when it traces a cached function.
-    return _compute(p) if compiling() else _compute_cached(p)
+    return _compute(p, *name) if compiling() else _compute_cached(p, *name)
 
 
 def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
@@ -124,16 +135,25 @@ def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: i
 
 
 def drops(
-    name: str, input: Tensor, p: float, training: bool, key: Key | None, *, dense: bool = False
+    name: str,
+    input: Tensor,
+    p: float,
+    training: bool,
+    key: Key | None,
+    *,
+    dense: bool = False,
+    argument: str = "input",
 ) -> bool:
-    """Whether the call drops. ``name`` is the function's, for the messages; ``dense`` refuses nested tensors.
+    """Whether the call drops; ``dense`` refuses nested tensors.
+
+    The messages name the function, ``name``, and the ``argument`` that is ``input``.
 
     A call that drops needs an ``input`` of a dtype that has a mask. Any other call is the identity, which
     accepts any dtype, layout and shape, as in PyTorch. Both need a tensor, and a ``key`` that fits it.
     """
     active = training and p != 0
     if getattr(input, "dtype", None) not in DTYPES:
-        check_tensor(name, "input", input)
+        check_tensor(name, argument, input)
         if active:
             raise RuntimeError(
                 f"{name} needs a floating-point or complex tensor, got {input.dtype} of shape "
@@ -152,10 +172,25 @@ def check_tensor(function: str, name: str, value: Any) -> None:
         raise TypeError(f"{function}(): argument {name!r} must be Tensor, not {type(value).__name__}")
 
 
+def check_device(name: str, value: Tensor, input: Tensor, other: str = "input") -> None:
+    """Raise torch's RuntimeError unless ``value`` is a number on the CPU, or on ``input``'s device."""
+    if value.device != input.device and (value.dim() or not value.is_cpu):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} is on {value.device} and {other} is "
+            f"on {input.device}"
+        )
+
+
 def refuse_nested(name: str, input: Tensor) -> None:
     """Raise NotImplementedError for a nested tensor."""
     if input.is_nested:
         nested.refuse(name, input, "a plain tensor, such as input.to_padded_tensor(0.0)")
+
+
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of ``shape`` broadcasts to another shape."""
+    sizes = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, wanted) for size, wanted in sizes)
 
 
 def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) -> Tensor:
@@ -164,10 +199,12 @@ def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) 
     if not parameter.is_floating_point():
         raise RuntimeError(f"{name} has to be a floating-point tensor, got {parameter.dtype}")
     if parameter.dim() == 1 and parameter.shape[0] == 1:
-        return parameter.reshape(())  # fits a 0-d input too
+        parameter = parameter.reshape(())  # fits a 0-d input too
+    check_device(name, parameter, input)
+    if not parameter.dim():
+        return parameter
     shape = nested.shape_of(input)
-    sizes = zip(reversed(parameter.shape), reversed(shape), strict=False)
-    if parameter.dim() > len(shape) or any(size not in (1, wanted) for size, wanted in sizes):
+    if not broadcasts(parameter.shape, shape):
         raise RuntimeError(
             f"{name} of shape {tuple(parameter.shape)} does not broadcast to an input of shape {shape}"
         )
@@ -178,7 +215,7 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
     """Raise if ``key`` is no key, or a batch of keys that does not fit a tensor of ``shape``."""
     if not isinstance(key, Key):
         hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
-        raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}{hint}")
+        raise TypeError(f"key must be a thinned.Key, {got(key)}{hint}")
     if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1]) and not tracing()):
         batch = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
         raise RuntimeError(

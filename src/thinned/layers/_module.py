@@ -5,18 +5,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
-from thinned.layers._arguments import check_p
+from thinned.checks import check_integer, integers
+from thinned.layers._arguments import check_p, number
 from thinned.layers._torchscript import Scriptable
 
-__all__ = ["Layer", "SharingLayer", "TorchLayer"]
+__all__ = ["Layer", "SharingLayer", "TorchLayer", "checked_dims"]
+
+
+def checked_dims(broadcast_dims: Sequence[int]) -> tuple[int, ...]:
+    """The dimensions in a tuple; TypeError for what are no integers."""
+    dims = integers("broadcast_dims", broadcast_dims)
+    for dim in dims:
+        check_integer("each of broadcast_dims", dim)
+    return dims
 
 
 class Layer(Scriptable):
     """A layer with a probability ``p`` of dropping; its repr shows the arguments that it stores."""
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, name: str = "p") -> None:
         super().__init__()
-        check_p(p)
+        check_p(p, name)
         self.p = p
 
     def extra_repr(self) -> str:
@@ -31,7 +40,7 @@ class TorchLayer(Scriptable):
     """The base before a dropout of torch.nn; refuses NaN, which torch's constructor accepts."""
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        if p != p:  # not math.isnan, which warns of a tensor that requires grad
+        if (value := number(p)) != value:
             check_p(p)
         super().__init__(p, inplace)
 
@@ -43,8 +52,8 @@ class SharingLayer(TorchLayer):
 
     def __init__(self, p: float = 0.5, inplace: bool = False, *, broadcast_dims: Sequence[int] = ()) -> None:
         super().__init__(p, inplace)
-        if broadcast_dims:
-            self.broadcast_dims = tuple(broadcast_dims)
+        if dims := checked_dims(broadcast_dims):
+            self.broadcast_dims = dims
 
     def extra_repr(self) -> str:
         dims = f", broadcast_dims={self.broadcast_dims}" if self.broadcast_dims else ""

@@ -13,10 +13,11 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
 from thinned import op
+from thinned.checks import check_integer, integers
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import apply, drops, key_for, threshold_and_scale
-from thinned.layers._module import Layer
+from thinned.layers._module import Layer, checked_dims
 from thinned.layers._overrides import module_node, overridden
 from thinned.nested import shape_of
 from thinned.op.from_key import apply_linear
@@ -73,6 +74,7 @@ def drop_head(
     if has_torch_function_unary(input) and not compiling():
         return overridden(drop_head, locals())
     T, scale = threshold_and_scale(p)
+    check_integer("dim", dim)
     _check_normalize(normalize)
     if not drops("drop_head", input, p, training, key, dense=normalize == "kept"):
         return input
@@ -133,6 +135,7 @@ class DropHead(Layer):
         self, p: float = 0.5, *, dim: int = 1, normalize: Literal["kept", "expected"] = "kept"
     ) -> None:
         super().__init__(p)
+        check_integer("dim", dim)
         _check_normalize(normalize)
         self.dim = dim
         self.normalize = normalize
@@ -194,8 +197,9 @@ def drop_key(
         return input
     if input.is_complex():
         raise RuntimeError(f"drop_key needs real logits, got {input.dtype} of shape {tuple(input.shape)}")
-    shared(input.shape, broadcast_dims)  # raises IndexError before a key is drawn
-    dims, lowest = tuple(broadcast_dims), torch.finfo(input.dtype).min
+    dims = integers("broadcast_dims", broadcast_dims)
+    shared(input.shape, dims)  # raises IndexError before a key is drawn
+    lowest = torch.finfo(input.dtype).min
 
     def derivative(x: Tensor, key: Key) -> Tensor:
         return apply(x, key, dims, False, T, 1.0)
@@ -230,7 +234,7 @@ class DropKey(Layer):
 
     def __init__(self, p: float = 0.5, *, broadcast_dims: Sequence[int] = ()) -> None:
         super().__init__(p)
-        self.broadcast_dims = tuple(broadcast_dims)
+        self.broadcast_dims = checked_dims(broadcast_dims)
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:

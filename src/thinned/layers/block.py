@@ -15,6 +15,7 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
 from thinned import op
+from thinned.checks import check_real
 from thinned.geometry import Geometry, shared
 from thinned.keys import Key
 from thinned.layers._arguments import drops, key_for, threshold_and_scale
@@ -406,6 +407,7 @@ def _check_options(inplace: bool, scale: str, gamma_scale: float) -> None:
         )
     if scale not in ("expected", "counted"):
         raise ValueError(f"scale has to be 'expected' or 'counted', but got {scale!r}")
+    check_real("gamma_scale", gamma_scale)
     if not 0 <= gamma_scale < math.inf:
         raise ValueError(f"gamma_scale has to be at least 0 and finite, but got {gamma_scale}")
 

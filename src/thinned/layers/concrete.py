@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import has_torch_function, has_torch_function_variadic
 
+from thinned.checks import check_real, got, integers
+from thinned.geometry import dims_of
 from thinned.keys import Key
-from thinned.layers._arguments import check_parameter, drops, key_for, number
+from thinned.layers._arguments import check_parameter, check_tensor, drops, key_for, number
+from thinned.layers._module import checked_dims
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers._torchscript import Scriptable
 from thinned.nested import elementwise, refuse
@@ -78,10 +81,12 @@ def concrete_dropout(
     if not drops("concrete_dropout", input, 1.0, training, key):
         return input
     p_logit = check_parameter("concrete_dropout", "p_logit", p_logit, input)
-    dims = tuple(broadcast_dims)
+    dims = integers("broadcast_dims", broadcast_dims)
     if input.is_nested and (p_logit.dim() or dims):
         unfit = f"p_logit of shape {tuple(p_logit.shape)} and broadcast_dims {dims}"
         refuse(f"concrete_dropout with {unfit}", input, "one p_logit and no broadcast_dims")
+    if not input.is_nested:
+        dims_of(input.shape, dims)  # raises before a key is drawn
     key = key_for(input, key, elementwise=True)
     if input.is_nested:
         relaxed = partial(concrete_dropout, p_logit=p_logit, temperature=temperature)
@@ -95,6 +100,7 @@ def concrete_dropout(
 
 
 def _check_temperature(temperature: float) -> None:
+    check_real("temperature", temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature has to be above 0 and finite, but got {temperature}")
 
@@ -178,14 +184,16 @@ class ConcreteDropout(Scriptable):
         p = number(p)
         if not 0 < p < 1:
             raise ValueError(
-                f"the initial dropout probability has to be above 0 and below 1, but got {p}: "
+                f"the initial dropout probability p has to be above 0 and below 1, but got {p}: "
                 "its logit is learned"
             )
         _check_temperature(temperature)
+        check_real("weight_regularizer", weight_regularizer)
+        check_real("dropout_regularizer", dropout_regularizer)
         self.temperature = temperature
         self.weight_regularizer = weight_regularizer
         self.dropout_regularizer = dropout_regularizer
-        self.broadcast_dims = tuple(broadcast_dims)
+        self.broadcast_dims = checked_dims(broadcast_dims)
         self.initial_p = float(p)
         self.p_logit = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
@@ -263,16 +271,30 @@ def concrete_regularization(
     >>> thinned.functional.concrete_regularization(p_logit, torch.ones(10, 100), dropout_regularizer=0.0)
     tensor(0.0011)
     """
-    weights = [weights] if isinstance(weights, Tensor | Proxy) else list(weights)
+    if isinstance(weights, Tensor | Proxy):
+        weights = [weights]
+    elif isinstance(weights, Iterable) and not isinstance(weights, nn.Module):
+        weights = list(weights)
+    else:
+        raise TypeError(f"weights must be a tensor or several, such as layer.parameters(), {got(weights)}")
     if has_torch_function((p_logit, *weights)) and not compiling():
         return overridden(concrete_regularization, locals())
     if not weights:
         raise ValueError("weights are empty; accepted: a tensor or several, such as layer.parameters()")
+    for weight in weights:
+        check_tensor("concrete_regularization", "weights", weight)
+    check_tensor("concrete_regularization", "p_logit", p_logit)
+    if p_logit.numel() != 1:
+        raise RuntimeError(f"p_logit has to have one element, {got(p_logit)}")
+    check_real("weight_regularizer", weight_regularizer)
+    check_real("dropout_regularizer", dropout_regularizer)
+    if num_features is not None:
+        check_real("num_features", num_features)
     if num_features is None:
         if weights[0].dim() < 2:
             raise ValueError(
-                f"num_features has to be given where the first weight has no dimension 1, but its shape is "
-                f"{tuple(weights[0].shape)}"
+                "num_features has to be given where the first of weights has no dimension 1, but "
+                f"its shape is {tuple(weights[0].shape)}"
             )
         num_features = weights[0].shape[1]
     logit = p_logit.reshape(())

@@ -10,6 +10,7 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function, has_torch_function_unary
 
 from thinned import op
+from thinned.checks import integers
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_key, drops, threshold_and_scale
@@ -124,10 +125,12 @@ def keep_mask(
     tensor([[0, 0, 0, 1, 1, 1],
             [0, 0, 0, 1, 0, 0]], dtype=torch.int32)
     """
+    if not isinstance(shape, Proxy):
+        shape = integers("shape", shape)
     if not compiling() and (isinstance(shape, Proxy) or has_torch_function((key, *shape))):
         return overridden(keep_mask, locals())
     T, _ = threshold_and_scale(p)
-    shape = tuple(shape)
     check_key(key, shape)
-    bits = key.bits if device is None else key.bits.to(device)
-    return op.keep_mask(bits, shape, shared(shape, broadcast_dims, bits.dim()), T)
+    bits = key.bits if device is None else key.to(device).bits
+    dims = integers("broadcast_dims", broadcast_dims)
+    return op.keep_mask(bits, shape, shared(shape, dims, bits.dim()), T)

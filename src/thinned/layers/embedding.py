@@ -8,8 +8,16 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_variadic
 
+from thinned.checks import check_integer
 from thinned.keys import Key
-from thinned.layers._arguments import check_key, check_tensor, drops, key_for, threshold_and_scale
+from thinned.layers._arguments import (
+    check_device,
+    check_key,
+    check_tensor,
+    drops,
+    key_for,
+    threshold_and_scale,
+)
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers.dropout import keep_mask
@@ -78,11 +86,14 @@ def embedding_dropout(
     if has_torch_function_variadic(input, weight) and not compiling():
         return overridden(embedding_dropout, locals())
     _, scale = threshold_and_scale(p)
-    active = drops("embedding_dropout", weight, p, training, None)
+    active = drops("embedding_dropout", weight, p, training, None, argument="weight")
     if active and weight.dim() != 2:
         raise RuntimeError(
             f"embedding_dropout needs a weight of shape (words, size), got shape {tuple(weight.shape)}"
         )
+    check_tensor("embedding_dropout", "input", input)
+    if padding_idx is not None:
+        check_integer("padding_idx", padding_idx)
     if key is not None:
         check_key(key, shape_of(input))
 
@@ -98,9 +109,9 @@ def embedding_dropout(
         y = torch.view_as_complex(torch.view_as_real(y) * scale) if y.is_complex() else y * scale
         return torch.where(keep.unsqueeze(-1), y, 0)
 
-    check_tensor("embedding_dropout", "input", input)
     if not active:
         return look_up(input)
+    check_device("weight", weight, input)
     if input.is_nested:
         return elementwise("embedding_dropout", drop, input, key_for(input, key))
     return drop(input, key)

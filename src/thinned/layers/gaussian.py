@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
+from thinned.checks import check_integer, check_real, got, integers
+from thinned.geometry import dims_of
 from thinned.keys import Key
-from thinned.layers._arguments import check_p, check_parameter, drops, key_for, number
-from thinned.layers._module import Layer
+from thinned.layers._arguments import check_p, check_parameter, check_tensor, drops, key_for, number
+from thinned.layers._module import Layer, checked_dims
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers._torchscript import Scriptable, operation
 from thinned.nested import elementwise, refuse
@@ -77,7 +79,9 @@ def gaussian_dropout(
     p = _check_gaussian_p(p)
     if not drops("gaussian_dropout", input, p, training, key):
         return input
-    dims = tuple(broadcast_dims)
+    dims = integers("broadcast_dims", broadcast_dims)
+    if not input.is_nested:
+        dims_of(input.shape, dims)  # raises before a key is drawn
     if input.is_nested and dims:
         refuse(f"gaussian_dropout with broadcast_dims {dims}", input, "no broadcast_dims")
     key = key_for(input, key, elementwise=True)
@@ -123,8 +127,8 @@ class GaussianDropout(Layer):
     def __init__(self, p: float = 0.5, *, broadcast_dims: Sequence[int] = ()) -> None:
         super().__init__(p)
         _check_gaussian_p(p)
-        if broadcast_dims:
-            self.broadcast_dims = tuple(broadcast_dims)
+        if dims := checked_dims(broadcast_dims):
+            self.broadcast_dims = dims
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
@@ -250,9 +254,10 @@ class VariationalDropout(Scriptable):
         p = number(p)
         if not 0 < p < 1:
             raise ValueError(
-                f"the initial dropout probability has to be above 0 and below 1, but got {p}: the "
+                f"the initial dropout probability p has to be above 0 and below 1, but got {p}: the "
                 "logarithm of alpha = p / (1 - p) is learned"
             )
+        check_real("max_alpha", max_alpha)
         alpha = p / (1 - p)
         if not alpha <= max_alpha:
             raise ValueError(
@@ -260,7 +265,12 @@ class VariationalDropout(Scriptable):
             )
         self.initial_p = float(p)
         self.max_alpha = max_alpha
-        shape = (1,) if num_features is None else num_features
+        if isinstance(num_features, Sequence):
+            shape = num_features
+        else:
+            shape = (1 if num_features is None else num_features,)
+        for size in shape:
+            check_integer("num_features", size, least=0)
         self.log_alpha = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -394,6 +404,9 @@ def variational_kl(
     """
     if has_torch_function_unary(log_alpha) and not compiling():
         return overridden(variational_kl, locals())
+    check_tensor("variational_kl", "log_alpha", log_alpha)
+    if not (log_alpha.is_floating_point() or log_alpha.is_complex()):
+        raise RuntimeError(f"log_alpha has to be a floating-point tensor, {got(log_alpha)}")
     if approximation == "polynomial":
         alpha = log_alpha.exp()
         rest = alpha * (1.16145124 + alpha * (-1.50204118 + alpha * 0.58629921))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
 from thinned import op
+from thinned.checks import check_integer
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import check_key, check_tensor, key_for, threshold_and_scale
@@ -168,15 +169,8 @@ def _keep_mask(key: Key, size: int, T: int) -> Tensor:
 def _num_nodes(edge_index: Tensor, num_nodes: int | None) -> int:
     if num_nodes is None:
         return int(edge_index.max()) + 1 if edge_index.numel() else 0
-    if not isinstance(num_nodes, int | torch.SymInt):
-        try:
-            num_nodes = index(num_nodes)
-        except TypeError:
-            kind = type(num_nodes).__name__
-            raise TypeError(f"num_nodes must be int, got {num_nodes!r} of type {kind}") from None
-    if num_nodes < 0:
-        raise ValueError(f"num_nodes has to be at least 0, but got {num_nodes}")
-    return num_nodes
+    check_integer("num_nodes", num_nodes, least=0)
+    return index(num_nodes)
 
 
 def _check(name: str, edge_index: Tensor, key: Key | None, active: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thinned.checks import got
 from thinned.keys import Key
 from thinned.layers._arguments import check_p, key_for
 from thinned.layers._overrides import module_node
@@ -73,6 +74,10 @@ class LayerDrop(Scriptable, nn.ModuleList):
 
     def __init__(self, layers: Iterable[nn.Module] | None = None, p: float = 0.5) -> None:
         check_p(p)
+        if layers is not None:
+            layers = list(layers) if isinstance(layers, Iterable) else [layers]
+            if not all(isinstance(layer, nn.Module) for layer in layers):
+                raise TypeError(f"layers must be modules, {got(layers)}")
         super().__init__(layers)
         self.p = p
 

@@ -78,7 +78,7 @@ def locked_dropout(
         refuse(f"locked_dropout with batch_first={batch_first}", input, accepted)
     if input.dim() < 2:
         raise RuntimeError(
-            f"locked_dropout needs a time and a feature dimension, got a tensor of shape {tuple(input.shape)}"
+            f"locked_dropout needs a time and a feature dimension, got an input of shape {tuple(input.shape)}"
         )
     unbatched = input.dim() == 2
     # A batch of keys has one key for each index of dimension 0, so the samples go there.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
+from thinned.checks import check_integer
 from thinned.keys import Key
 from thinned.layers._arguments import apply, drops, key_for, refuse_nested, threshold_and_scale
 from thinned.layers._module import Layer
@@ -131,15 +132,14 @@ class MultiSampleDropout(Layer):
             return node
         if not self.training:
             return self.head(input)
-        features = multi_sample_dropout(input, self.p, samples=self.samples, key=key)
-        if not isinstance(input, Proxy) and input.dim() < 2:
+        if isinstance(input, Tensor) and not input.is_nested and input.dim() < 2:
             raise RuntimeError(
-                f"MultiSampleDropout needs a batch of features, got shape {tuple(input.shape)}"
+                f"MultiSampleDropout needs a batch of features, got an input of shape {tuple(input.shape)}"
             )
+        features = multi_sample_dropout(input, self.p, samples=self.samples, key=key)
         outputs = self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         return outputs.mean(0) if self.reduction == "mean" else outputs
 
 
 def _check_samples(samples: int) -> None:
-    if samples < 1:
-        raise ValueError(f"samples has to be at least 1, but got {samples}")
+    check_integer("samples", samples, least=1)

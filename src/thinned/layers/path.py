@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
+from thinned.checks import check_integer
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_p, drops, threshold_and_scale
 from thinned.layers._module import Layer
@@ -53,7 +54,7 @@ def drop_path(
     """
     if has_torch_function_unary(input) and not compiling():
         return overridden(drop_path, locals())
-    T, scale = threshold_and_scale(drop_prob)
+    T, scale = threshold_and_scale(drop_prob, "drop_prob")
     if not _drops("drop_path", input, drop_prob, training, key):
         return input
     return apply(input, key, range(1, input.dim()), False, T, scale if scale_by_keep else 1.0)
@@ -77,7 +78,7 @@ class DropPath(Scriptable):
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
-        check_p(drop_prob)
+        check_p(drop_prob, "drop_prob")
         self.drop_prob = drop_prob
         self.scale_by_keep = scale_by_keep
 
@@ -153,9 +154,8 @@ def drop_path_rates(depth: int, max_rate: float) -> list[float]:
     >>> drop_path_rates(5, 0.5)
     [0.0, 0.125, 0.25, 0.375, 0.5]
     """
-    check_p(max_rate)
-    if depth < 1:
-        raise ValueError(f"depth has to be at least 1, but got {depth}")
+    check_p(max_rate, "max_rate")
+    check_integer("depth", depth, least=1)
     return [max_rate * block / max(1, depth - 1) for block in range(depth)]
 
 

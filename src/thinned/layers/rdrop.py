@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
-from thinned.layers._arguments import autocasts
+from thinned.checks import check_real, got
+from thinned.layers._arguments import autocasts, broadcasts, check_device, check_tensor
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers._torchscript import Scriptable
 from thinned.nested import refuse
@@ -73,16 +74,29 @@ def r_drop_loss(
     if has_torch_function((logits1, logits2, target, weight, padding_mask)) and not compiling():
         return overridden(r_drop_loss, locals())
     _check(alpha, reduction)
+    check_real("label_smoothing", label_smoothing)
+    check_tensor("r_drop_loss", "logits1", logits1)
+    given = {"logits2": logits2, "target": target, "weight": weight, "padding_mask": padding_mask}
+    for name, value in given.items():
+        if value is not None or name in ("logits2", "target"):
+            check_tensor("r_drop_loss", name, value)
+            check_device(name, value, logits1, "logits1")  # type: ignore[arg-type]  # a tensor
     for logits in (logits1, logits2):
         if logits.is_nested:
             refuse("r_drop_loss", logits, "plain tensors, such as the values() of a jagged one")
     if logits1.shape != logits2.shape:
         raise ValueError(
-            f"both logits have to have one shape, but got {tuple(logits1.shape)} and {tuple(logits2.shape)}"
+            f"logits1 and logits2 have to have one shape, but got {tuple(logits1.shape)} and "
+            f"{tuple(logits2.shape)}"
         )
     dtype = torch.promote_types(logits1.dtype, logits2.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     classes = min(1, logits1.dim() - 1)
+    samples = (*logits1.shape[:classes], *logits1.shape[classes + 1 :])
+    if padding_mask is not None and (
+        padding_mask.dtype != torch.bool or not broadcasts(padding_mask.shape, samples)
+    ):
+        raise RuntimeError(f"padding_mask has to be a bool tensor of shape {samples}, {got(padding_mask)}")
     log1, log2 = (torch.log_softmax(logits, classes, dtype=wide) for logits in (logits1, logits2))
     weight = None if weight is None else weight.to(wide)
     is_index = not target.is_floating_point()
@@ -115,6 +129,7 @@ def r_drop_loss(
 
 
 def _check(alpha: float, reduction: str) -> None:
+    check_real("alpha", alpha)
     if not alpha >= 0:
         raise ValueError(f"alpha has to be at least 0, but got {alpha}")
     if reduction not in ("mean", "sum", "none"):

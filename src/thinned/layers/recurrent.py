@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from thinned.checks import check_integer, got
 from thinned.keys import Key
 from thinned.layers._arguments import check_key, check_p, drops, key_for
 from thinned.layers._overrides import module_node
@@ -37,13 +38,17 @@ class _VariationalRNN(Scriptable, nn.RNNBase):
     def __init__(
         self, mode: str, sizes: tuple[int, int, int], dropout: float, *options: Any, **probabilities: float
     ) -> None:
-        if dropout:
+        if not isinstance(dropout, float | int) or dropout:
             raise ValueError(f"dropout has to be 0, but got {dropout}; layer_p drops between layers")
         bias, batch_first, bidirectional, proj_size, device, dtype = options
+        for name, size in zip(("input_size", "hidden_size", "num_layers"), sizes, strict=True):
+            check_integer(name, size)
+        check_integer("proj_size", proj_size)
+        for name, p in probabilities.items():
+            check_p(p, name)
         super().__init__(mode, *sizes, bias, batch_first, 0.0, bidirectional, proj_size, device, dtype)
         self._p_names = tuple(probabilities)
         for name, p in probabilities.items():
-            check_p(p)
             setattr(self, name, p)
 
     input_p: float
@@ -102,6 +107,11 @@ class _VariationalRNN(Scriptable, nn.RNNBase):
         rows = self.num_layers * (1 + self.bidirectional)
         expected = [(rows, *samples, size) for size in self._state_sizes()]
         states = tuple(data.new_zeros(size) for size in expected) if hx is None else hx
+        if not isinstance(states, tuple | list) or not all(isinstance(state, Tensor) for state in states):
+            what = f"{len(expected)} tensors" if len(expected) > 1 else "a tensor"
+            raise TypeError(f"hx must be {what}, {got(states[0] if len(expected) == 1 else hx)}")
+        if len(states) != len(expected):
+            raise RuntimeError(f"hx must be {len(expected)} tensors, got {len(states)}")
         for i, (state, size) in enumerate(zip(states, expected, strict=True)):
             if tuple(state.shape) != size:
                 which = f"hidden[{i}]" if len(expected) > 1 else "hidden"

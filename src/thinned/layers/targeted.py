@@ -11,6 +11,7 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
 from thinned import op
+from thinned.checks import check_integer, check_real
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import drops, key_for, threshold_and_scale
@@ -78,7 +79,8 @@ def targeted_dropout(
         return overridden(targeted_dropout, locals())
     T, _ = threshold_and_scale(p)
     _check_target(target, kind)
-    if not drops("targeted_dropout", weight, p, training, key, dense=True):
+    check_integer("dim", dim)
+    if not drops("targeted_dropout", weight, p, training, key, dense=True, argument="weight"):
         return weight
     ndim = weight.dim()
     if ndim < 2:
@@ -142,6 +144,7 @@ class TargetedDropout(Layer):
     ) -> None:
         super().__init__(p)
         _check_target(target, kind)
+        check_integer("dim", dim)
         self.target = target
         self.kind = kind
         self.dim = dim
@@ -155,6 +158,7 @@ class TargetedDropout(Layer):
 
 
 def _check_target(target: float, kind: str) -> None:
+    check_real("target", target)
     if not 0 <= target <= 1:
         raise ValueError(f"target has to be between 0 and 1, but got {target}")
     if kind not in ("weight", "unit"):

@@ -10,6 +10,7 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
 from thinned import op
+from thinned.checks import check_integer
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_p, drops, key_for, threshold_and_scale
@@ -156,7 +157,7 @@ class PatchDropout(Layer):
     ) -> None:
         if prob is not None and p != 0.5:
             raise TypeError(f"PatchDropout() got p={p} and prob={prob}, two names for one argument")
-        super().__init__(p if prob is None else prob)
+        super().__init__(*(p, "p") if prob is None else (prob, "prob"))
         _check_prefix(num_prefix_tokens)
         self.num_prefix_tokens = num_prefix_tokens
         self.ordered = ordered
@@ -269,11 +270,7 @@ class TokenDropout(Layer):
 
 
 def _check_prefix(num_prefix_tokens: int) -> None:
-    if not isinstance(num_prefix_tokens, int):
-        kind = type(num_prefix_tokens).__name__
-        raise TypeError(f"num_prefix_tokens must be int, got {num_prefix_tokens!r} of type {kind}")
-    if num_prefix_tokens < 0:
-        raise ValueError(f"num_prefix_tokens has to be at least 0, but got {num_prefix_tokens}")
+    check_integer("num_prefix_tokens", num_prefix_tokens, least=0)
 
 
 def _drops(
@@ -290,7 +287,7 @@ def _drops(
     if not drops(name, input, p, training, key, dense=dense):
         return False
     if input.dim() < 2:
-        raise RuntimeError(f"{name} needs a tensor of shape (N, L, *), got one of {shape_of(input)}")
+        raise RuntimeError(f"{name} needs an input of shape (N, L, *), got one of {shape_of(input)}")
     if not input.is_nested and input.shape[1] < num_prefix_tokens:
         raise RuntimeError(
             f"{name} got num_prefix_tokens={num_prefix_tokens} and a tensor of shape {tuple(input.shape)}, "

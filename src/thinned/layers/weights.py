@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.fx import Proxy
 from torch.nn.utils import parametrize
 from torch.overrides import has_torch_function_unary
 
+from thinned.checks import got
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_key, drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
@@ -148,13 +149,19 @@ class WeightDrop(Layer):
 
     def __init__(self, module: nn.Module, weights: str | Sequence[str], p: float = 0.5) -> None:
         super().__init__(p)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, {got(module)}")
+        names = (weights,) if isinstance(weights, str) else weights
+        if isinstance(names, Tensor | nn.Module) or not isinstance(names, Iterable):
+            raise TypeError(f"weights must be the names of weights, {got(weights)}")
         self.module = module
-        self.weights = (weights,) if isinstance(weights, str) else tuple(weights)
+        self.weights = tuple(names)
         accepted = _weights_of(module)
         for name in self.weights:
             if name not in accepted:
                 raise ValueError(
-                    f"{type(module).__name__} has no parameter {name!r}; accepted: {', '.join(accepted)}"
+                    f"weights must be those of the module, but {type(module).__name__} has no parameter "
+                    f"{name!r}; accepted: {', '.join(accepted)}"
                 )
 
     def forward(self, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:

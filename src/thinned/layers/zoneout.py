@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function_variadic
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_tensor, drops, key_for, threshold_and_scale
+from thinned.layers._arguments import check_device, check_tensor, drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers.dropout import keep_mask
@@ -68,6 +68,7 @@ def zoneout(
             f"zoneout needs a previous state like its input, of shape {shape_of(input)} and "
             f"{input.dtype}; got shape {shape_of(previous)} and {previous.dtype}"
         )
+    check_device("previous", previous, input)
     if T == 2**32:
         return input
     if not training and T:

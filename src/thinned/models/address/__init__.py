@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thinned.checks import check_integer, got, integers
 from thinned.functional import keep_mask
 from thinned.key_source import active
 from thinned.keys import Key
 from thinned.models.address.hooks import ModuleHooks, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
-from thinned.models.walk import is_ours
+from thinned.models.walk import check_model, is_ours
 from thinned.nested import shape_of
 from thinned.op.vmap_keys import key_per_call
 from thinned.philox import signed64
@@ -111,6 +112,7 @@ class Address:
         samples: Tensor | Sequence[int] | None,
         sample_dim: int | Mapping[str, int] | None = None,
     ) -> None:
+        check_model("address", model)
         self.hooks = hooks_of(model)
         self._model = model
         self._root = _seed(seed).fold(_step(step))
@@ -170,8 +172,7 @@ class Address:
             ValueError: the model has no module at ``path``, or ``call`` is negative.
         """
         path, _ = module_at(self._model, path)
-        if call < 0:
-            raise ValueError(f"call has to be at least 0, but got {call}")
+        check_integer("call", call, least=0)
         key = self._root.fold(_site(path, call))
         return key if self.samples is None else key.fold(self.samples)
 
@@ -201,6 +202,8 @@ class Address:
         if p is not None:
             return keep_mask(self.key_of(path, call), shape, p, broadcast_dims=broadcast_dims)
         path, module = module_at(self._model, path)
+        check_integer("call", call, least=0)
+        shape = integers("shape", shape)
         layer = copy(module)
         layer.training = True
         with torch.inference_mode(False), torch.enable_grad():
@@ -301,9 +304,10 @@ def _seed(seed: int | Key) -> Key:
 
 
 def _step(step: int | Tensor) -> int | Tensor:
-    if isinstance(step, str):
-        raise TypeError(f"step must be an integer or an int64 tensor of one element, got {step!r}")
     if not isinstance(step, Tensor):
+        # Not check_integer: Dynamo may have a symbolic step.
+        if not isinstance(step, int | torch.SymInt) and not hasattr(step, "__index__"):
+            raise TypeError(f"step must be an integer or an int64 tensor of one element, {got(step)}")
         return step
     if step.dtype != torch.int64 or step.numel() != 1:
         raise (TypeError if step.dtype != torch.int64 else ValueError)(
@@ -353,7 +357,7 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
     if rows_each * count != size:
         raise RuntimeError(
             f"the site {path!r} was given a tensor of shape {shape_of(input)}, whose dimension {sample_dim} "
-            f"is no multiple of the {count} samples"
+            f"(sample_dim) is no multiple of the {count} samples"
         )
     keys = key.fold(samples)
     if rows_each == 1:

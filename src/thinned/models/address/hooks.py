@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from thinned.checks import got
 from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.models.walk import PARALLEL_WRAPPERS
@@ -143,11 +144,13 @@ def module_at(model: nn.Module, path: str) -> tuple[str, nn.Module]:
     Raises:
         ValueError: there is none, or it was added later than the hooks.
     """
+    if not isinstance(path, str):
+        raise TypeError(f"path must be a string, {got(path)}")
     modules: dict[str, nn.Module] = {
         _path(name): module for name, module in _without_wrappers(model).named_modules(remove_duplicate=False)
     }
     if path not in modules:
-        raise ValueError(f"no module of this {type(model).__name__} is at {path!r}")
+        raise ValueError(f"no module of this {type(model).__name__} is at {path!r}, which path names")
     module, hooks = modules[path], hooks_of(model)
     for hook in pre_hooks_of(module).values():
         if isinstance(hook, _OnEnter) and hook.hooks is hooks:

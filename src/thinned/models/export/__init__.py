@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from thinned.checks import got
 from thinned.key_source import active
 from thinned.keys import Key
 from thinned.layers._overrides import module_node
 from thinned.models.address import address
 from thinned.models.address.hooks import hooks_of
 from thinned.models.intercept import Intercepted
-from thinned.models.walk import is_ours
+from thinned.models.walk import check_model, is_ours
 from thinned.named import Named
 from thinned.torch_state import constant_when_compiled
 
@@ -72,6 +73,7 @@ class Keyed(Named):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        check_model("Keyed", model)
         self.model = model
         hooks_of(model)  # now: compiled and exported code cannot register hooks
 
@@ -101,9 +103,8 @@ def _key(key: Any) -> Key:
         return key
     if isinstance(key, Proxy) or getattr(key, "dtype", None) == torch.int64:
         return Key.from_bits(key)
-    got = f"{key.dtype}" if isinstance(key, Tensor) else f"{key!r} of type {type(key).__name__}"
     hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
-    raise TypeError(f"key must be a thinned.Key, or its bits as an int64 tensor, got {got}{hint}")
+    raise TypeError(f"key must be a thinned.Key, or its bits as an int64 tensor, {got(key)}{hint}")
 
 
 @constant_when_compiled

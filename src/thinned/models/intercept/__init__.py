@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from thinned import functional as F
+from thinned.checks import got
 from thinned.keys import Key
 from thinned.layers._arguments import threshold_and_scale
 from thinned.layers._overrides import module_node
@@ -190,6 +191,8 @@ class Intercepted(Named):
         self, module: nn.Module, *, key: Key | None = None, sdpa_follows_training: bool = False
     ) -> None:
         super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, {got(module)}")
         _check_key(key)
         self.module = module
         self.key = key
