@@ -19,6 +19,7 @@ from compare.culprits import (
 )
 from thinned.compare.implementation import Implementation
 from thinned.compare.laws import LAWS, Finding, Level, Verdict, examine
+from thinned.compare.laws.values import departure
 from thinned.compare.layers import ENTRIES, entry_of
 from thinned.compare.loading import load, resolve
 from thinned.compare.settings import Settings
@@ -177,3 +178,9 @@ class WithoutInplace(nn.Module):
 def test_a_missing_argument_is_no_breach() -> None:
     found = examine(DROPOUT["in place"], changed(WithoutInplace), QUICK)
     assert found == Finding(Verdict.NOT_OFFERED, "NotOfferedError: no inplace argument")
+
+
+def test_a_complaint_has_no_exponent() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0])
+    assert departure(torch.tensor([1.0, 2.0, 9.0]), x) == "kept values 25,165,824 ulp off"
+    assert departure(x * 1e6, x, scale=1.0) == "scaled by 1,000,000, not 1.000"

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from thinned.compare.figures import significant
 from thinned.compare.implementation import Case, first
 from thinned.compare.laws.law import Finding, Law, Level, has_mask, holds_if
 from thinned.compare.settings import Settings
@@ -50,7 +51,7 @@ def _has_values_of_input(y: Tensor, x: Tensor) -> Finding:
         return holds_if(True, "the input's values")
     if ((y == 0) & (x != 0)).any():
         return holds_if(False, "drops")
-    return holds_if(False, f"other values, {(y.double() / x.double()).median():.4g} x")
+    return holds_if(False, f"other values, {significant(float((y.double() / x.double()).median()), 4)} x")
 
 
 def p_one(layer: Case, settings: Settings) -> Finding:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinned.compare.figures import decimal, significant
 from thinned.compare.implementation import first
 from thinned.compare.settings import Settings
 
@@ -47,8 +48,8 @@ def departure(
     if off <= TOLERANCE_ULP:
         return None
     if scale is None or math.isclose(own_scale, scale, rel_tol=1e-3):
-        return f"kept values {off:.3g} ulp off"
-    return f"scaled by {own_scale:.4g}, not {scale:.4g}"
+        return f"kept values {decimal(off)} ulp off"
+    return f"scaled by {significant(own_scale, 4)}, not {significant(scale, 4)}"
 
 
 def scale_of(y: Tensor, x: Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from thinned.compare.figures import significant
 from thinned.compare.implementation import Case, Example, Implementation, Masked, first, normal, ones
 from thinned.compare.laws.chance import FALSE_ALARM
 from thinned.compare.laws.law import Finding, Law, Level, holds_if
@@ -200,7 +201,9 @@ def _chi_squared(counts: Sequence[float], expected: Sequence[float]) -> Finding:
         return holds_if(False, "impossible outcomes")
     statistic = sum((count - mean) ** 2 / mean for count, mean in zip(counts, expected, strict=True))
     pvalue = float(stats.chi2.sf(statistic, len(counts) - 1))
-    return holds_if(pvalue >= FALSE_ALARM, f"χ² = {statistic:.3g} of {len(counts) - 1}", pvalue=pvalue)
+    return holds_if(
+        pvalue >= FALSE_ALARM, f"χ² = {significant(statistic)} of {len(counts) - 1}", pvalue=pvalue
+    )
 
 
 _patches, _tokens = partial(Law, "patches"), partial(Law, "tokens")
