@@ -37,7 +37,7 @@ $(BIN)/python:
 	  for compiler in $${CXX:-c++ g++ clang++}; do command -v $$compiler >/dev/null && exit; done; \
 	  echo "thinned's kernel needs a C++17 compiler, and $${CXX:-c++, g++, clang++} is not found." \
 	    "Install one, or go without the kernel: make $(MAKECMDGOALS) NATIVE=OFF" >&2; exit 1
-	@echo "Setting up $(VENV): PyTorch and thinned's kernel; about 1 minute the first time (CUDA's PyTorch takes longer)"
+	@echo "Setting up $(VENV): PyTorch and thinned's kernel; 1 to 2 minutes the first time (CUDA's PyTorch takes longer)"
 	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
 
 # thinned with its kernel, and the packages of its command.

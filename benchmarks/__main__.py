@@ -17,6 +17,7 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.case import Bound, Result
 from benchmarks.cases import cases
+from thinned.compare.figures import duration, significant
 from thinned.compare.loading import resolve
 from thinned.compare.memory import bytes_saved
 from thinned.compare.settings import Settings
@@ -45,11 +46,11 @@ def main(
 
 
 def _table(results: list[Result]) -> Table:
-    table = Table("group", "setting", "threads", "set", "ns an element", "promised", "measured", "kept")
+    table = Table("group", "setting", "threads", "set", "an element costs", "promised", "measured", "kept")
     for result in results:
         case = result.case
         about = (case.group, case.setting, str(case.threads), case.isa)
-        spent = ", ".join(f"{name} {result.nanoseconds(name):.3g}" for name in result.seconds)
+        spent = ", ".join(f"{name} {duration(result.nanoseconds(name) / 1e9)}" for name in result.seconds)
         if not case.bounds:
             table.add_row(*about, spent)
         for bound in case.bounds:
@@ -60,7 +61,7 @@ def _table(results: list[Result]) -> Table:
 
 def _verdict(result: Result, bound: Bound) -> tuple[str, str]:
     ratio = result.ratio(bound.subject, bound.other)
-    shown = f"{1 / ratio:.3g}x faster" if bound.limit < 0.5 else f"{ratio:.3g}x"
+    shown = f"{significant(1 / ratio)}x faster" if bound.limit < 0.5 else f"{significant(ratio)}x"
     return shown, "yes" if ratio <= bound.limit else "no"
 
 

@@ -79,7 +79,10 @@ def test_a_law_is_a_test_that_fails(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--thinned", "layers:Onest"], "ERROR: --thinned: layers has no"),
+        (
+            ["--thinned", "layers:Onest"],
+            "ERROR: --thinned: layers has nothing called 'Onest'; ",
+        ),
         (["--thinned-project", "--thinned-level", "bad"], "ERROR: --thinned: level has to be one of wrong, "),
     ],
 )

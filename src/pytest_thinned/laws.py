@@ -13,7 +13,7 @@ import torch
 
 from thinned.compare.implementation import Implementation
 from thinned.compare.laws import Law, Verdict, examine
-from thinned.compare.layers import entry_of
+from thinned.compare.layers import ENTRIES, entry_of
 from thinned.compare.loading import resolve_all
 from thinned.compare.project import Policy, Project
 from thinned.compare.settings import Settings
@@ -28,16 +28,16 @@ def collect(session: pytest.Session, config: pytest.Config) -> list[pytest.Item]
         pytest.UsageError: with one line, for an implementation, law, level or file that is not as it has to
             be; pytest prints it and exits with status 4.
     """
-    laws = entry_of("Dropout").laws
+    entry = entry_of("Dropout")
     try:
         project = Project.found_from(config.rootpath).overridden(
             implementations=config.getoption("thinned"), level=config.getoption("thinned_level")
         )
         if not project.implementations:
             raise ValueError("--thinned-project finds no implementations in [tool.thinned]")
-        project.policy.require_known(laws)
-        chosen = project.policy.chosen(laws)
-        found = resolve_all(project.implementations)
+        project.policy.require_known([law for each in ENTRIES for law in each.laws])
+        chosen = project.policy.chosen(entry.laws)
+        found = resolve_all(project.implementations, project.kwargs, entry.case, Settings(quick=True))
     except ValueError as error:
         raise pytest.UsageError(f"--thinned: {error}") from error
     items = []

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json as json_
 import platform
 import sys
+from collections.abc import Container
+from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated
 
 if not all(find_spec(package) for package in ("jinja2", "matplotlib", "mlxtend", "rich", "scipy", "typer")):
@@ -18,10 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 import thinned
+from thinned.compare import explain as explaining
 from thinned.compare import tables
-from thinned.compare.layers import entry_of
-from thinned.compare.loading import ALIASES, model_of, resolve_all
+from thinned.compare.inspecting import inspect_named
+from thinned.compare.inspecting import to_json as sites_to_json
+from thinned.compare.layers import ENTRIES, entry_of
+from thinned.compare.loading import ALIASES, resolve, resolve_all
 from thinned.compare.page import to_html
+from thinned.compare.project import Policy, Project, option_of, parse_kwargs
 from thinned.compare.record import to_json
 from thinned.compare.run import run, run_layer
 from thinned.compare.settings import Settings, parse_dtype, parse_shape
@@ -68,16 +76,18 @@ def _json(content: object) -> str:
 
 @app.command()
 def compare(
+    context: typer.Context,
     implementations: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="IMPLEMENTATION",
-            help=f"{', '.join(ALIASES)} (the defaults), package.module:Class or path/to/file.py:Class",
+            help=f"{', '.join(ALIASES)} (the defaults), or package.module:NAME or path/to/file.py:NAME of a "
+            "class, or of a function of x, p and training.",
         ),
     ] = None,
     layer: Annotated[
-        str, typer.Option(help="Examine this layer, such as DropPath, beside its peer or formula.")
-    ] = "",
+        str | None, typer.Option(help="Examine this layer, such as DropPath, beside its peer or formula.")
+    ] = None,
     p: Annotated[float, typer.Option(help="Drop probability where a law does not fix it.")] = 0.5,
     shape: Annotated[str, typer.Option(help="Shape of the inputs, as sizes with commas.")] = "64,128,128",
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "float32",
@@ -85,8 +95,26 @@ def compare(
     seed: Annotated[int, typer.Option(help="All random numbers follow from it.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="No training, fewer sizes; under 20 s.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Exit with 1 if an implementation named here breaks a law.")
+        bool,
+        typer.Option("--check", help="Exit with 1 if an implementation named breaks a law of --level."),
     ] = False,
+    level: Annotated[
+        str, typer.Option(help="How bad a broken law has to be: wrong (the default), unlike-torch or nicety.")
+    ] = "",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAW", help="Examine only this law or family, such as 'drop rate*'."),
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(metavar="LAW", help="Leave this one out.")] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAW", help="Say what this law or family is and how it is measured; run nothing."
+        ),
+    ] = None,
+    kwargs: Annotated[
+        str, typer.Option(help="Arguments of your own implementations beside p, as in features=8,axis=-1.")
+    ] = "",
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page.", dir_okay=False)] = None,
     json: Annotated[
         Path | None, typer.Option(help="Write everything, machine readable.", dir_okay=False)
@@ -94,15 +122,46 @@ def compare(
 ) -> None:
     """How implementations of dropout hold against the law of dropout, how fast they are, how they train.
 
-    With --layer it is that layer, thinned's and its peer's, and implementations named take its arguments;
-    `thinned layers` lists the layers. With --check and no implementation named, thinned has to hold.
+    With --layer it is that layer, thinned's and its peer's, which go by the names of their columns; your own
+    take the arguments of thinned's. `thinned layers` lists the layers.
+    With --check and no implementation named, thinned has to hold.
+    The table [tool.thinned] of pyproject.toml has implementations, level, only, skip and kwargs, too.
     """
     try:
+        entry = None if layer is None else entry_of(layer)
+        if explain is not None:
+            others = {each.name for each in context.command.params} - {"explain", "layer"}
+            _refuse(context, others, "beside --explain, which runs nothing")
+            Terminal().explain(explaining.explain(explain, [entry] if entry else ENTRIES))
+            return
+        if entry:
+            _refuse(context, {"html"}, "for --layer, as the page is one of a comparison of Dropout")
+            if not entry.takes_any_shape:
+                why = f"for --layer {entry.name}, whose laws bring their own"
+                _refuse(context, {"p", "shape", "dtype"}, why)
         settings = Settings(p, parse_shape(shape), parse_dtype(dtype), device, seed, quick)
-        entry = entry_of(layer) if layer else None
-        if entry and html:
-            raise ValueError("--html is for the comparison of Dropout, and not for --layer")
-        named = resolve_all(implementations or ([] if entry else ALIASES))
+        project = Project.found_from(Path.cwd())
+        if entry:  # the file lists implementations of Dropout
+            project = replace(project, implementations=())
+        project.policy.require_known([law for each in ENTRIES for law in each.laws])
+        examined = entry or entry_of("Dropout")
+        options = Policy(only=tuple(only or ()), skip=tuple(skip or ()))
+        options.require_known(examined.laws)
+        project = project.overridden(
+            implementations or (), level, options.only, options.skip, parse_kwargs(kwargs) if kwargs else None
+        )
+        project.policy.chosen(examined.laws)
+        if html and project.policy.only:
+            raise ValueError("--html writes a page of a whole comparison, and not of --only some laws")
+        known = entry.known if entry else None
+        if entry and entry.takes_any_shape:
+            known = {alias: resolve(alias) for alias in ALIASES} | entry.known
+        if kwargs and (aliases := [each for each in implementations or () if each in (known or ALIASES)]):
+            raise ValueError(f"--kwargs is for implementations of your own, and not for {aliases[0]}")
+        if project.folder:
+            sys.path.insert(0, str(project.folder))  # from where the file's modules are imported
+        own = project.implementations or (() if entry else ALIASES)
+        named = resolve_all(own, project.kwargs, examined.case, settings, known)
         files = [file for file in (html, json) if file]
         for file in files:
             if not file.parent.is_dir():
@@ -111,14 +170,30 @@ def compare(
         typer.echo(f"thinned compare: {error}", err=True)
         raise typer.Exit(2) from None
 
-    report = run_layer(entry, named, settings, Terminal()) if entry else run(named, settings, Terminal())
+    report = (
+        run_layer(entry, named, settings, Terminal(), project.policy)
+        if entry
+        else run(named, settings, Terminal(), project.policy)
+    )
     if html:
         html.write_text(to_html(report), encoding="utf-8")
     if json:
         json.write_text(to_json(report), encoding="utf-8")
-    checked = [each.name for each in named] if implementations else ["thinned"]
-    if check and any(report.breaches(name) for name in checked):
-        raise typer.Exit(1)
+    if check:
+        checked = [each.name for each in named] if project.implementations else ["thinned"]
+        failed = [name for name in checked if report.fails(name)]
+        outcome = f"{', '.join(failed)} failed" if failed else f"{', '.join(checked)} passed"
+        typer.echo(f"check at level {option_of(project.policy.level)}: {outcome}")
+        raise typer.Exit(1 if failed else 0)
+
+
+def _refuse(context: typer.Context, options: Container[str | None], why: str) -> None:
+    """Raise ValueError if one of these was given."""
+    for each in context.command.params:
+        source = context.get_parameter_source(each.name or "")
+        if each.name in options and source and source.name == "COMMANDLINE":
+            given = each.opts[0] if each.param_type_name == "option" else "an implementation"
+            raise ValueError(f"{given} has no meaning {why}")
 
 
 @app.command()
@@ -147,14 +222,29 @@ def inspect(
             help="package.module:factory or path/to/file.py:factory, called without arguments; or a model.",
         ),
     ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="[NAME=]SIZES[:DTYPE]",
+            help="Run the model on random input of these sizes, such as 2x3x32x32, in training and in "
+            "evaluation. Repeat it for several arguments. 2x16:int64 has a dtype of torch; integers are 0 or "
+            "1. mask=2x16:bool is passed by name.",
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the sites as JSON, with all attributes.")
+    ] = False,
 ) -> None:
-    """Every place at which a model drops, what each becomes, and which ones swapping modules cannot reach."""
+    """Every place at which a model drops, whose each is, and how thinned reaches it."""
     try:
-        found = thinned.inspect(model_of(model))
+        with redirect_stdout(sys.stderr):  # what the model prints is no part of the output
+            found = inspect_named(model, inputs or [])
     except ValueError as error:
         typer.echo(f"thinned inspect: {error}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(str(found))
+    width = min(100, get_terminal_size((100, 24)).columns)
+    typer.echo(sites_to_json(found) if json else found.table(width))
 
 
 @app.command()

@@ -73,5 +73,5 @@ def test_ulps_are_counted_in_the_input_dtype() -> None:
     assert ulps_off(x, x, scale=1) == 0
     assert departure(x, x) is None
     assert departure(off, x) == "kept values 3 ulp off"
-    assert departure(x, x, scale=2) == "scaled by 1, not 2"
+    assert departure(x, x, scale=2) == "scaled by 1.000, not 2.000"
     assert departure(x, x, kept=torch.tensor([True, True, False, True])) == "25% of the mask differs"

@@ -18,9 +18,8 @@ from typer.testing import CliRunner, Result
 import thinned
 from thinned import cli
 from thinned.cli import app
-from thinned.compare import run, tables
-from thinned.compare.laws import LAWS
-from thinned.compare.layers import _entry, entry_of
+from thinned.compare import tables
+from thinned.compare.layers import entry_of
 
 DROPOUT = entry_of("Dropout").laws
 EXAMPLES = Path(__file__).parents[2] / "examples" / "broken_dropout.py"
@@ -91,32 +90,95 @@ def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert printed("--show-completion", "bash").rstrip().endswith("_thinned_completion thinned")
 
 
-@pytest.fixture
-def two_laws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only two laws, of which nn.Dropout breaks the second, are examined, and nothing is timed."""
-    names = "evaluation", "dropped NaN or inf"
-    monkeypatch.setattr(_entry, "LAWS", [law for law in LAWS if law.name in names])
-    monkeypatch.setattr(run.timing, "planned", lambda _: [])
-
-
 def test_version() -> None:
     assert thinned_command("--version").stdout.strip() == thinned.__version__
 
 
-@pytest.mark.usefixtures("two_laws")
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, of a project that has no table yet."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path / "pyproject.toml"
+
+
+OWN = """
+import torch
+class Own(torch.nn.Dropout):
+    def __init__(self, features, p=0.5):
+        super().__init__(p)
+"""
+TWO_LAWS = "--only", "evaluation", "--only", "dropped NaN or inf"  # torch.nn.Dropout breaks the second
+
+
+@pytest.mark.usefixtures("project")
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
         ([f"{EXAMPLES}:ScalesInEvaluation", "--check"], 1),
         (["thinned", f"{EXAMPLES}:ScalesInEvaluation", "--check"], 1),
-        (["torch", "--check"], 1),
+        ([f"{EXAMPLES}:ScalesInEvaluation", "--check", "--skip", "evaluation"], 0),
         ([f"{EXAMPLES}:ScalesInEvaluation"], 0),
         ([f"{EXAMPLES}:Correct", "--check"], 0),
+        (["torch", "--check"], 0),
+        (["torch", "--check", "--level", "unlike-torch"], 0),
+        (["torch", "--check", "--level", "nicety"], 1),
+        (["torch.nn.functional:dropout", "--check"], 0),
+        (["own:Own", "--check", "--kwargs", "features=8"], 0),
         (["--check"], 0),
     ],
 )
 def test_status_of_check(arguments: list[str], status: int) -> None:
-    assert thinned_command("compare", "--quick", *arguments).exit_code == status
+    result = thinned_command("compare", *TWO_LAWS, *arguments)
+    assert result.exit_code == status, result.output
+    outcome = result.stdout.splitlines()[-1]
+    assert outcome.startswith("check at level ") == ("--check" in arguments)
+    assert outcome.endswith(" failed") == (status == 1)
+
+
+def test_a_project_sets_what_the_options_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.write_text(
+        '[tool.thinned]\nimplementations = ["own.py:Own"]\nlevel = "nicety"\nkwargs = {features = 8}\n'
+        'only = ["evaluation", "dropped NaN or inf", "sharing"]\n'
+    )
+    (project.parent / "deep").mkdir()
+    monkeypatch.chdir(project.parent / "deep")
+
+    def check(*arguments: str) -> tuple[int, str]:
+        result = thinned_command("compare", "--check", *arguments)
+        return result.exit_code, result.stdout.splitlines()[-1]
+
+    assert check() == (1, "check at level nicety: Own failed")
+    assert check("--level", "wrong") == (0, "check at level wrong: Own passed")
+    assert check("--skip", "dropped*") == (0, "check at level nicety: Own passed")
+    assert check("--only", "evaluation") == (0, "check at level nicety: Own passed")
+    assert check("torch") == (1, "check at level nicety: torch failed")
+    assert check("--layer", "LockedDropout") == (0, "check at level nicety: thinned passed")
+
+
+def test_only_examines_these_laws_and_nothing_else(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    result = thinned_command(
+        *(
+            "compare",
+            "torch",
+            "--only",
+            "edge cases",
+            "--only",
+            "vmap",
+            "--skip",
+            "p*",
+            "--json",
+            str(record),
+        ),
+    )
+    assert result.exit_code == 0
+    content = json.loads(record.read_text())
+    chosen = ["evaluation", "no copy", "integer input", "dropped NaN or inf", "vmap"]
+    assert [law["name"] for law in content["laws"]] == chosen
+    assert content["policy"] == {"level": "wrong", "only": ["edge cases", "vmap"], "skip": ["p*"]}
+    assert not any(content[part] for part in ("tutorial", "timings", "bytes_saved", "training"))
+    assert result.stdout.startswith("The law of dropout")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +190,19 @@ def test_status_of_check(arguments: list[str], status: int) -> None:
         (["--shape", "3,0"], "shape has to be one or more positive sizes, but got (3, 0)"),
         (["--dtype", "int8"], "dtype has to be one of float16, bfloat16, float32, float64, but got int8"),
         (["--device", "toaster"], "device has to be one that PyTorch finds, but got toaster"),
+        (["--level", "bad"], "level has to be one of wrong, unlike-torch, nicety, but got bad"),
+        (["--only", "evalution"], "is called 'evalution'; did you mean evaluation?"),
+        (["--skip", "share of a token"], "no law and no family of laws is called 'share of a token'"),
+        (["--only", "vmap", "--skip", "vmap"], "no law is left by only = ['vmap'] and skip = ['vmap']"),
+        (["--only", "vmap", "--html", "page.html"], "--html writes a page of a whole comparison"),
+        (
+            ["torch", "--kwargs", "inplace=true"],
+            "--kwargs is for implementations of your own",
+        ),
+        (
+            ["math:pi", "--kwargs", "8"],
+            "kwargs have to be arguments as in a call, such as features=8,",
+        ),
         (["--html", "no/such/directory/page.html"], "there is no directory no/such/directory"),
     ],
 )
@@ -166,7 +241,13 @@ def test_terminal(compared: tuple[str, str, str]) -> None:
     for law in DROPOUT:
         assert law.name in printed
     assert "✗ NaN; gradients NaN" in printed
-    assert "ForgetsToScale: breaks 7 of 48 laws, 2 not offered: kept values, mean in float16" in printed
+    verdicts = " ".join(printed.split())
+    assert "ForgetsToScale: wrong in 6: kept values, mean in float16" in verdicts
+    assert (
+        "textbook: nothing wrong; unlike torch in 3: p = 1, p outside [0, 1], dtype; could be better"
+        in verdicts
+    )
+    assert "    found: NaN; gradients NaN" in printed
     assert max(len(line) for line in printed.splitlines()) <= 100
 
 

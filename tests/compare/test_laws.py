@@ -19,6 +19,7 @@ from compare.culprits import (
 )
 from thinned.compare.implementation import Implementation
 from thinned.compare.laws import LAWS, Finding, Level, Verdict, examine
+from thinned.compare.laws.values import departure
 from thinned.compare.layers import ENTRIES, entry_of
 from thinned.compare.loading import load, resolve
 from thinned.compare.settings import Settings
@@ -115,9 +116,24 @@ def test_the_examples_are_all_examined() -> None:
     assert set(WRONG) == {each.__name__ for each in module.Correct.__subclasses__()}
 
 
-@pytest.mark.parametrize("honest", ["torch", "textbook", "thinned"])
+HOME_MADE = [
+    "Plain",
+    "OfProbabilities",
+    "Fills",
+    "Chooses",
+    "WritesACopy",
+    "HoldsPInABuffer",
+    "HoldsALambda",
+    "OwnFunction",
+    "always",
+]
+
+
+@pytest.mark.parametrize(
+    "honest",
+    ["torch", "textbook", "torch.nn.functional:dropout", *(f"compare.honest:{name}" for name in HOME_MADE)],
+)
 def test_an_honest_layer_is_not_wrong(honest: str) -> None:
-    """However unlike torch it may be."""
     assert not [law for law in breaches(resolve(honest)) if DROPOUT[law].level is Level.WRONG]
 
 
@@ -162,3 +178,9 @@ class WithoutInplace(nn.Module):
 def test_a_missing_argument_is_no_breach() -> None:
     found = examine(DROPOUT["in place"], changed(WithoutInplace), QUICK)
     assert found == Finding(Verdict.NOT_OFFERED, "NotOfferedError: no inplace argument")
+
+
+def test_a_complaint_has_no_exponent() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0])
+    assert departure(torch.tensor([1.0, 2.0, 9.0]), x) == "kept values 25,165,824 ulp off"
+    assert departure(x * 1e6, x, scale=1.0) == "scaled by 1,000,000, not 1.000"

@@ -43,16 +43,14 @@ def test_laws_are_chosen_by_name_family_or_pattern(
 @pytest.mark.parametrize(
     ("pattern", "nearest"),
     [
-        ("evalution", "'evaluation'"),
-        ("Transform", "'transforms'"),
-        ("drop rate at p = 0.7", "'drop rate at p = 0.9'"),
+        ("evalution", "evaluation"),
+        ("Transform", "transforms"),
+        ("drop rate at p = 0.7", "drop rate at p = 0.9"),
     ],
 )
 def test_an_unknown_law_gets_the_nearest_names(pattern: str, nearest: str) -> None:
     for policy in (Policy(only=(pattern,)), Policy(skip=("evaluation", pattern))):
-        with pytest.raises(
-            ValueError, match=f"is called {pattern!r}; the nearest are .*{re.escape(nearest)}"
-        ):
+        with pytest.raises(ValueError, match=f"is called {pattern!r}; did you mean .*{re.escape(nearest)}"):
             policy.require_known(LAWS)
 
 
@@ -85,8 +83,8 @@ def test_the_nearest_table_counts(tmp_path: Path) -> None:
     ours = f"{tmp_path / 'src' / 'a.py'}:A"
     assert project.implementations == (ours, "b.c:B")
     assert project.policy == Policy(Level.NICETY, only=("p*",))
-    assert project.kwargs_of(ours) == {"axis": -1}
-    assert project.kwargs_of("b.c:B") == {"features": 8}
+    assert project.kwargs[ours] == {"axis": -1}
+    assert project.kwargs["b.c:B"] == {"features": 8}
     assert Project.found_from(tmp_path / "package").folder == tmp_path
 
 
@@ -97,13 +95,13 @@ def test_options_override_the_table(tmp_path: Path) -> None:
     changed = project.overridden(["b:B"], "wrong", skip=["pickle"], kwargs={"rate": 1})
     assert changed.implementations == ("b:B",)
     assert changed.policy == Policy(skip=("pickle",))
-    assert changed.kwargs_of("b:B") == {"rate": 1}
+    assert changed.kwargs["b:B"] == {"rate": 1}
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("[tool.thinned]\nlevl = 'wrong'", "unknown key 'levl'; did you mean 'level'?"),
+        ("[tool.thinned]\nlevl = 'wrong'", "unknown key 'levl'; did you mean level?"),
         ("[tool.thinned]\nseed = 3", "unknown key 'seed'; accepted are implementations, kwargs, level, only"),
         ("[tool.thinned]\nlevel = 3", "level has to be one of wrong, unlike-torch, nicety, but is 3"),
         ("[tool.thinned]\nlevel = 'bad'", "level has to be one of wrong, unlike-torch, nicety, but got bad"),

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import copy
-import math
+import json
 import queue
 import re
 import runpy
 import textwrap
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import thinned
+from layers.test_overrides import CALLS
 from models import zoo
 from thinned.cli import app
 from thinned.compare.loading import model_of
-from thinned.models.convert import convert
-from thinned.models.convert.rules import probability_of
-from thinned.models.inspect import IN_EVALUATION, UNKNOWN, Inspection, inspect
+from thinned.models.inspect import IN_EVALUATION, INTERCEPTED, NO_CHILD, Site, inspect
 from thinned.models.inspect.names import UNCONDITIONAL
 from thinned.models.inspect.targets import ELSEWHERE, HAND_WRITTEN
-from thinned.models.walk import modules_with_paths, original, qualified_name
 
 RANDOM = ("bernoulli", "native_dropout", "rand", "uniform")
 
@@ -50,7 +55,7 @@ def masks(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     return count.masks
 
 
-def drops(found: Inspection) -> int:
+def drops(found: Iterable[Site]) -> int:
     return sum(site.calls or 0 for site in found)
 
 
@@ -81,33 +86,25 @@ def test_no_site_is_missed(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_dropout_but_ours_is_left_where_inspect_says_so(case: str) -> None:
-    """After convert the masks that ATen makes are those of the sites beyond convert."""
+    """After convert the masks that ATen makes are those of the sites that convert does not take."""
     model = make(case)
     inputs = zoo.inputs(model)
-    beyond = sum(site.calls or 0 for site in inspect(model, **inputs).unreached)
-    convert(model)
+    before = inspect(model, **inputs)
+    model = thinned.convert(model)
     after = inspect(model, **inputs)
-    assert masks(model, **inputs) == beyond == sum(site.calls or 0 for site in after.unreached)
-    ours = [site for site in after if site not in after.unreached]
-    assert all(site.type.startswith("thinned.") for site in ours)
+    left, ours = ([site for site in after if site.is_thinned is which] for which in (False, True))
+    assert masks(model, **inputs) == drops(left) == drops(s for s in before if s.status != "convert")
+    assert [(site.paths, site.type, site.was, site.p) for site in ours] == [
+        (site.paths, site.becomes, site.type, site.p) for site in before if site.status == "convert"
+    ]
+    with thinned.intercept():
+        assert all(site.is_thinned or site.status == "off" for site in inspect(model))
+        assert masks(model, **inputs) == 0
+    thinned.revert(model)
+    assert [site.status for site in inspect(model)] == [site.status for site in before]
     # BERT's and GPT-2's attention takes the probability of its dropout and passes it on.
     attention = 2 if case.split()[0] in ("bert", "gpt2") else 0
     assert [site.calls for site in ours].count(0) == attention
-
-
-@pytest.mark.parametrize("name", ["bert", "swin", "lstm"])
-def test_what_becomes_of_a_module_is_what_convert_does(name: str) -> None:
-    model = zoo.MODELS[name]()
-    expected = [
-        (site.paths, site.type, site.becomes, site.p) for site in inspect(model) if site.kind == "module"
-    ]
-    convert(model)
-    found = []
-    for module, paths in modules_with_paths(model):
-        if (old := original(module)) is not module:
-            kinds = [qualified_name(type(each)) for each in (old, module)]
-            found.append((paths, *kinds, probability_of(module)))
-    assert found == expected
 
 
 MASK = "F.scaled_dot_product_attention"
@@ -171,7 +168,10 @@ def written(forward: str, folder: Path) -> nn.Module:
 HEAD = """
 import functools
 import numpy as np
+import thinned
 import torch
+from thinned import functional as TF
+from thinned.functional import drop_path as from_thinned
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import dropout as imported
@@ -335,9 +335,173 @@ def test_functions_of_thinned_are_sites() -> None:
     names = ["functional.zoneout", "functional.concrete_dropout", "Dropout", "ConcreteDropout"]
     expected = [(f"thinned.{name}", p) for name, p in zip(names, [0.25, None, 0.5, None], strict=True)]
     assert [(site.type, site.p) for site in read] == [(site.type, site.p) for site in run] == expected
-    assert all(site.becomes == site.type and not site.note for site in (*read, *run))
+    assert all(site.is_thinned and not site.note for site in (*read, *run))
     assert [site.calls for site in run] == [1, 1, 1, 1]
-    assert read.unreached == ()
+
+
+DROPPING = [name for name in CALLS if not name.endswith(("_kl", "_regularization", "_loss"))]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_function_of_thinned_that_drops_is_a_site(name: str, tmp_path: Path) -> None:
+    args, kwargs = CALLS[name]
+    parameters = signature(getattr(thinned.functional, name))
+    given = parameters.bind(*args, **kwargs).arguments
+    given |= {"training": True} if "training" in parameters.parameters else {}
+    model = written(f"return TF.{name}(**self.given) if self.training else x", tmp_path)
+    vars(model).update(given=given)
+    read, run = inspect(model)[:-1], inspect(model, torch.ones(1))[:-1]
+    p = given.get("p", given.get("drop_prob"))
+    expected = [(f"thinned.functional.{name}", p, "thinned", "")] if name in DROPPING else []
+    for found in (read, run):
+        assert [(site.type, site.p, site.status, site.note) for site in found] == expected
+    assert drops(run) == len(expected)
+
+
+SPELLINGS = [
+    "return thinned.functional.drop_path(x, 0.3, self.training)",
+    "return TF.drop_path(x, drop_prob=self.p, training=self.training)",
+    "return from_thinned(x, self.p, self.training)",
+    "from thinned.functional import drop_path\nreturn drop_path(x, 0.3, self.training)",
+    "import thinned.functional as ours\nreturn ours.drop_path(x, 0.3, self.training)",
+    "import torch\nimport thinned\nreturn thinned.functional.drop_path(x, 0.3, self.training)",
+    "f = TF.drop_path if self.p else F.dropout\nreturn f(x, 0.3, self.training)",
+    "return checkpoint(TF.drop_path, x, 0.3, self.training, use_reentrant=False)",
+]
+
+
+@pytest.mark.parametrize("forward", SPELLINGS)
+def test_a_function_of_thinned_is_read_however_it_is_imported(forward: str, tmp_path: Path) -> None:
+    model, x = written(forward, tmp_path), torch.ones(2, 4, 8)
+    for found in (inspect(model), inspect(model, x)):
+        assert [(site.type, site.p, site.status, site.note) for site in found[:-1]] == [
+            ("thinned.functional.drop_path", 0.3, "thinned", "")
+        ]
+
+
+class Hidden(nn.Module):
+    """A dropout in a list is no child; two are made in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Dropout(0.1)
+        deep = nn.Sequential(thinned.LayerDrop([nn.ReLU()], 0.3))
+        self.drops = [nn.Dropout(0.2), self.child, {"deep": deep}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drops[0](self.child(x))  # type: ignore[operator]
+        return thinned.Dropout(0.4)(self.drops[2]["deep"](x))  # type: ignore[index]
+
+
+def test_modules_that_are_no_children_are_sites() -> None:
+    model = thinned.convert(Hidden())
+    found = [
+        ("child", "thinned.Dropout", 0.1, "thinned", ""),
+        ("drops[0]", "torch.nn.Dropout", 0.2, "intercept", NO_CHILD),
+        ("drops[1]", "torch.nn.Dropout", 0.1, "intercept", NO_CHILD),  # which convert has swapped
+        ("drops[2]['deep'].0", "thinned.LayerDrop", 0.3, "thinned", NO_CHILD),
+    ]
+    assert [(site.path, site.type, site.p, site.status, site.note) for site in inspect(model)] == found
+    run = inspect(model, torch.ones(2, 3))
+    assert [(site.path, site.type, site.calls) for site in run] == [
+        ("", "thinned.Dropout", 1),
+        *((path, kind, path != "drops[1]") for path, kind, *_ in found),
+    ]
+    always = ["", "drops[0]", "drops[2]['deep'].0"]  # eval() does not reach them
+    assert [site.path for site in run if IN_EVALUATION in site.note] == always
+    with Count() as count:
+        model.eval()(torch.ones(2, 3))
+    assert count.masks == 1  # of torch's, for drops[0]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_intercept_reaches_is_thinneds_within_it(wrapped: bool) -> None:
+    model = zoo.lstm()
+    inputs = zoo.inputs(model)
+    whole = thinned.Intercepted(model) if wrapped else model
+    with nullcontext() if wrapped else thinned.intercept():
+        found = inspect(whole, **inputs)
+    assert [(site.status, site.note, site.calls) for site in found] == [("thinned", INTERCEPTED, 1)] * 2
+    assert [site.status for site in inspect(model)] == ["intercept", "convert"]
+
+
+class Percent(nn.Module):
+    """It counts in percent."""
+
+    def __init__(self, rate: float = 20) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.rate / 100, self.training)
+
+
+class LeftPercent(Percent):
+    def extra(self) -> None:
+        """By which it is more than the rule knows."""
+
+
+class RefusedPercent(Percent):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def refuse(_: nn.Module) -> nn.Module:
+    raise ValueError("no layer does this")
+
+
+thinned.register(RefusedPercent, refuse, unit=lambda _: 0.01)
+thinned.register(Percent, lambda old: thinned.Dropout(old.rate / 100), unit=lambda _: 0.01)
+
+
+def reads(body: str, folder: Path, **attributes: Any) -> nn.Module:
+    model = written(body, folder)
+    vars(model).update(attributes)
+    return nn.Sequential(model)
+
+
+SAME_P: dict[str, Callable[[Path], nn.Module]] = {
+    **{name: lambda _, name=name: zoo.MODELS[name]() for name in zoo.MODELS if name != "swin"},
+    "attention with p = 0": lambda _: nn.MultiheadAttention(4, 2),
+    "attention with a number of NumPy": lambda _: nn.MultiheadAttention(4, 2, dropout=np.float32(0.1)),
+    "recurrent with p = 0": lambda _: nn.GRU(4, 4, 2),
+    "several probabilities": lambda _: thinned.VariationalLSTM(4, 4, 2, input_p=0.1, recurrent_p=0.2),
+    "a tensor": lambda _: nn.Dropout(torch.tensor(0.1)),  # type: ignore[arg-type]
+    "another unit": lambda _: Percent(),
+    "another unit, left": lambda _: LeftPercent(),
+    "left": lambda _: nn.Sequential(zoo.AlwaysOn(0.1), zoo.OwnForward(0.1)),
+    "a number of NumPy": lambda folder: reads(
+        "return F.dropout(x, self.rate, self.training)", folder, rate=np.float32(0.1)
+    ),
+    "a config": lambda folder: reads(
+        "return TF.drop_path(x, self.config.rate, self.training)", folder, config=SimpleNamespace(rate=0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAME_P)
+def test_it_says_the_same_p_as_convert(case: str, tmp_path: Path) -> None:
+    model = SAME_P[case](tmp_path)
+    found = inspect(thinned.convert(model, p=0.3))
+    # The class of `reads` has another dropout, which nothing calls.
+    assert {site.p for site in found if site.path != "0.inner"} == {0.3}
+    assert all(site.p == 0 for site in inspect(thinned.convert(model, p=0)))
+
+
+def test_a_p_before_the_conversion() -> None:
+    """None for 0, a unit, a tensor, and what has no one number or none."""
+    drop_path = zoo.library_class("timm.layers.drop:DropPath")
+    several = thinned.VariationalLSTM(4, 4, 2, input_p=0.1, recurrent_p=0.2)
+    model = nn.Sequential(drop_path(None), Percent(), RefusedPercent(), several, thinned.RDrop())
+    model.append(nn.Dropout(torch.tensor(0.25)))  # type: ignore[arg-type]
+    model.append(nn.MultiheadAttention(4, 2, dropout=None))  # type: ignore[arg-type]
+    assert [(site.p, site.note) for site in inspect(model)] == [
+        (0, ""),
+        (0.2, ""),
+        (0.2, "no layer does this"),
+        (None, "input_p=0.1, recurrent_p=0.2"),
+        (0.25, ""),
+    ]
 
 
 def test_a_method_from_another_file_leads_back(tmp_path: Path) -> None:
@@ -355,9 +519,9 @@ def test_layerdrop_is_a_site() -> None:
     model = zoo.bart(encoder_layerdrop=1e-9, decoder_layerdrop=2e-9)  # it draws, and skips nothing
     read, run = inspect(model), inspect(model, **zoo.inputs(model))
     layers = [site for site in run if site.kind == "layer"]
-    assert [(site.path, site.type, site.p, site.becomes, site.calls) for site in layers] == [
-        ("encoder", "torch.rand", 1e-9, "thinned.intercept()", zoo.LAYERS),
-        ("decoder", "torch.rand", 2e-9, "thinned.intercept()", zoo.LAYERS),
+    assert [(site.path, site.type, site.p, site.status, site.calls) for site in layers] == [
+        ("encoder", "torch.rand", 1e-9, "intercept", zoo.LAYERS),
+        ("decoder", "torch.rand", 2e-9, "intercept", zoo.LAYERS),
     ]
     assert [(site.path, site.where, site.p) for site in read] == [(s.path, s.where, s.p) for s in run]
     assert drops(run) == masks(model, **zoo.inputs(model))
@@ -365,15 +529,19 @@ def test_layerdrop_is_a_site() -> None:
 
 DRAWS = {
     "if self.training and torch.rand(1).item() < self.layerdrop: return x\nreturn x + 1": (
-        ("layer", "torch.rand", 0.2, "thinned.intercept()", "")
+        ("layer", "torch.rand", 0.2, "intercept", "")
     ),
     "skip = np.random.uniform(0, 1)\nreturn x if self.training and skip < self.layerdrop else x + 1": (
-        ("layer", "numpy.random.uniform", 0.2, "", ELSEWHERE)
+        ("layer", "numpy.random.uniform", 0.2, "beyond", ELSEWHERE)
     ),
-    "return drop_rows(x, self.p) if self.training else x": (
-        ("random", "torch.rand", 0.3, "thinned.intercept()", "")
+    "return drop_rows(x, self.p) if self.training else x": (("random", "torch.rand", 0.3, "intercept", "")),
+    "return x + (torch.rand([]) if self.training else 0)": (
+        "random",
+        "torch.rand",
+        None,
+        "perhaps",
+        HAND_WRITTEN,
     ),
-    "return x + (torch.rand([]) if self.training else 0)": ("random", "torch.rand", None, "", HAND_WRITTEN),
 }
 
 
@@ -381,7 +549,7 @@ DRAWS = {
 def test_random_numbers_are_known_by_what_draws_them(forward: str, tmp_path: Path) -> None:
     model, x = written(forward, tmp_path), torch.ones(2, 4, 8)
     (read, _), (run, _) = inspect(model), inspect(model, x)
-    assert (read.kind, read.type, read.p, read.becomes, read.note) == DRAWS[forward]
+    assert (read.kind, read.type, read.p, read.status, read.note) == DRAWS[forward]
     assert run.where == read.where
     assert run.calls == (None if read.note == ELSEWHERE else masks(model, x))
 
@@ -390,11 +558,11 @@ def test_a_run_reports_what_source_does_not(tmp_path: Path) -> None:
     hidden = 'x = eval("F.dropout(x, 0.5, on)", {"F": F, "x": x, "on": self.training})\n'
     hidden += 'return x * (vars(torch)["rand_like"](x) > 0.2) if self.training else x'
     found = inspect(written(hidden, tmp_path), torch.ones(4, 8))[:-1]
-    assert [(site.kind, site.type, site.p, site.calls, site.becomes) for site in found] == [
-        ("call", "F.dropout", 0.5, 1, "thinned.intercept()"),
-        ("random", "aten.rand_like", None, 1, ""),
+    assert [(site.kind, site.type, site.p, site.calls, site.status) for site in found] == [
+        ("call", "F.dropout", 0.5, 1, "intercept"),
+        ("random", "aten.rand_like", None, 1, "perhaps"),
     ]
-    assert found[1].where.startswith("Net.forward, line")
+    assert (found[1].function, found[1].where) == ("Net.forward", f"written.py:{found[1].line}")
 
 
 def test_masks_made_by_hand(tmp_path: Path) -> None:
@@ -417,15 +585,15 @@ class MyDropout(nn.Module):
 
 def test_modules_that_convert_leaves() -> None:
     found = inspect(nn.Sequential(zoo.OwnForward(0.1), MyDropout(), thinned.Dropout(0.2)), torch.ones(4))
-    assert [(site.path, site.type.rpartition(".")[2], site.becomes) for site in found] == [
-        ("0", "OwnForward", ""),
-        ("0", "dropout", "thinned.intercept()"),
-        ("1", "MyDropout", ""),
-        ("2", "Dropout", "thinned.Dropout"),
+    assert [(site.path, site.type.rpartition(".")[2], site.status, site.calls) for site in found] == [
+        ("0", "dropout", "intercept", 1),
+        ("1", "MyDropout", "register", 0),
+        ("2", "Dropout", "thinned", 1),
     ]
-    assert "a torch.nn.Dropout with its own forward" in found[0].note
-    assert found[2].note == UNKNOWN
-    assert [site.calls for site in found] == [None, 1, None, 1]
+    assert [site.note for site in found[:2]] == [
+        "a torch.nn.Dropout with its own forward",
+        "no rule for MyDropout",
+    ]
 
 
 def test_the_calls_of_a_left_dropout_are_reported() -> None:
@@ -434,20 +602,19 @@ def test_the_calls_of_a_left_dropout_are_reported() -> None:
     patched.train = lambda mode=True: patched  # type: ignore[assignment, misc] # noqa: ARG005
     model = nn.Sequential(zoo.AlwaysOn(0.1), patched)
     found = inspect(model)
-    assert [(site.path, site.type.rpartition(".")[2], site.p, site.becomes) for site in found] == [
-        ("0", "AlwaysOn", 0.1, ""),
-        ("0", "dropout", 0.1, "thinned.intercept()"),
-        ("1", "Dropout", 0.2, ""),
-        ("1", "dropout", 0.2, "thinned.intercept()"),
+    assert [(site.path, site.type, site.p, site.status) for site in found] == [
+        ("0", "F.dropout", 0.1, "intercept"),
+        ("1", "F.dropout", 0.2, "intercept"),
     ]
-    assert [site.note for site in found[::2]] == ["left: a torch.nn.Dropout with its own train"] * 2
+    left = "a torch.nn.Dropout with its own train"
+    assert [site.note for site in found] == [left] * 2
     run = inspect(model, torch.ones(4))
     # The second was patched to ignore its mode, and it is in training.
-    assert [(site.calls, site.note) for site in run[1::2]] == [(1, IN_EVALUATION)] * 2
+    assert [(site.calls, site.note) for site in run] == [(1, f"{left}; {IN_EVALUATION}")] * 2
     assert [(site.path, site.type, site.p, site.where) for site in run] == [
         (site.path, site.type, site.p, site.where) for site in found
     ]
-    assert [site.note for site in inspect(convert(model))] == [site.note for site in found]
+    assert [site.note for site in inspect(thinned.convert(model))] == [site.note for site in found]
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
@@ -461,7 +628,7 @@ def test_recurrent_layers(kind: type[nn.RNNBase], packed: bool) -> None:
     assert [(site.type, site.kind, site.p, site.calls) for site in found] == [
         (f"torch.nn.{kind.__name__}(dropout=)", "argument", 0.2, 1)
     ]
-    assert not inspect(kind(4, 4, 3), x)
+    assert [(site.p, site.status, site.calls) for site in inspect(kind(4, 4, 3), x)] == [(0.0, "off", 0)]
     with pytest.warns(UserWarning, match="expects num_layers greater than 1"):
         single = kind(4, 4, dropout=0.2)
     assert not inspect(single, x)
@@ -501,14 +668,14 @@ def test_what_a_run_raises_comes_out_and_leaves_nothing_behind() -> None:
 
 def test_the_table() -> None:
     found = inspect(zoo.attention())
-    lines = str(found).splitlines()
-    assert lines[0] == "2 dropout sites, 2 of them beyond thinned.convert"
-    assert lines[1].split() == ["path", "type", "p", "becomes", "where"]
-    assert lines[2].split()[:4] == ["(model)", "F.dropout", "0.1", "thinned.intercept()"]
-    assert lines[2].endswith(f"Attention.forward, line {found[0].line} of zoo.py")
+    assert str(found).splitlines() == [
+        "2 dropout sites: 2 need thinned.intercept()",
+        "path       type                                   p    status",
+        f"(model)    F.dropout, zoo.py:{found[0].line}                  0.1  needs thinned.intercept()",
+        "attention  torch.nn.MultiheadAttention(dropout=)  0.1  needs thinned.intercept()",
+    ]
     assert found[:1][0] is found[0]
-    assert str(inspect(nn.Linear(2, 2))) == "0 dropout sites, 0 of them beyond thinned.convert"
-    assert math.isclose(found[0].p or 0, zoo.P)
+    assert str(inspect(nn.Linear(2, 2))) == "0 dropout sites"
 
 
 def test_only_modules() -> None:
@@ -525,17 +692,123 @@ def test_a_model_named_on_the_command_line(tmp_path: Path) -> None:
     assert model_of(f"{file}:it") is model_of(f"{file}:it")
 
 
+def test_the_table_fits_100_columns() -> None:
+    deep = nn.Sequential(OrderedDict(a_long_name_of_a_stage=nn.Sequential(zoo.swin(), zoo.bert(), Hidden())))
+    model = nn.Sequential(deep, *[deep] * 20)
+    widest = [max(map(len, found.table(w).splitlines())) for found in [inspect(model)] for w in (100, 80, 60)]
+    assert [each <= w for each, w in zip(widest, (100, 80, 60), strict=True)] == [True] * 3
+
+
+def command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", *arguments], env={"COLUMNS": "100"})
+
+
 def test_the_command() -> None:
-    done = CliRunner().invoke(app, ["inspect", f"{__file__}:two_blocks"])
+    done = command(f"{__file__}:two_blocks")
     assert done.exit_code == 0
     assert done.output == f"{inspect(two_blocks())}\n"
     assert [line.split()[:2] for line in done.output.splitlines()[2:]] == [
-        ["0-1", "F.dropout"],
+        ["0-1", "F.dropout,"],
         ["0-1.attention", "torch.nn.MultiheadAttention(dropout=)"],
     ]
-    failed = CliRunner().invoke(app, ["inspect", "torch.nn"])
-    assert failed.exit_code == 2
-    assert "thinned inspect: unknown model 'torch.nn'" in failed.output
+
+
+MODELS = """
+import argparse, functools, torch, thinned
+from torch import nn
+from torch.nn import functional as F
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.words, self.drops = nn.Linear(8, 8), nn.Embedding(9, 8), [nn.Dropout(0.1)]
+
+    def forward(self, x, ids=None, mask=None):
+        x = self.drops[0](self.linear(x)) + (0 if ids is None else self.words(ids))
+        return F.dropout(x, 0.2, self.training) * (1 if mask is None else mask[..., None])
+
+class Half(Net):
+    def __init__(self):
+        super().__init__()
+        print("no part of the output")
+        self.bfloat16()
+
+def raises():
+    return [helper() for _ in range(2)]
+
+def helper():
+    raise TypeError("no weights\\nat all")
+
+def reads_arguments():
+    argparse.ArgumentParser(exit_on_error=False).parse_args(["--no-such"])
+
+def uses_torch():
+    return nn.Linear(2, 2)(torch.ones(3))
+
+def takes_one(x):
+    return x
+
+not_enough = functools.partial(takes_one, y=3)
+seq = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("Net", ["2x3x8"]),
+        ("Net", ["2x3x8", "2x3:int64", "2x3:bool"]),
+        ("Net", ["mask=2x3:float64", "2x3x8", "ids=2x3:long"]),
+        ("Half", ["2x3x8", "2x3:int32"]),
+    ],
+)
+def test_the_command_runs_the_model(name: str, inputs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODELS)
+    options = [part for each in inputs for part in ("--input", each)]
+    done = command(f"{tmp_path}/mine.py:{name}", *options, "--json")
+    assert done.exit_code == 0, done.output
+    functional, hidden = json.loads(done.stdout)
+    assert (functional["type"], functional["p"], functional["calls"]) == ("F.dropout", 0.2, 1)
+    assert (functional["status"], functional["where"]) == ("intercept", "mine.py:13")
+    assert (hidden["paths"], hidden["calls"], hidden["note"]) == (
+        ["drops[0]"],
+        1,
+        f"{IN_EVALUATION}; {NO_CHILD}",
+    )
+    assert set(functional) == {field.name for field in fields(Site)} | {"where"}
+
+
+REFUSED = [
+    ("torch.nn", [], "unknown model 'torch.nn'"),
+    ("raises", [], "mine.py:raises raises TypeError: no weights (mine.py, line 25, in helper)"),
+    ("reads_arguments", [], "raises SystemExit: 2 (mine.py, line 28, in reads_arguments)"),
+    ("uses_torch", [], "(mine.py, line 31, in uses_torch)"),
+    ("takes_one", [], "mine.py:takes_one cannot be called without arguments: TypeError: takes_one() missing"),
+    ("not_enough", [], "mine.py:not_enough cannot be called without arguments: TypeError"),
+    ("Net", ["2x7"], "mine.py:Net raises in the run: RuntimeError: mat1 and mat2"),
+    ("Net", ["2x7"], "(2x7 and 8x8) (mine.py, line 12, in forward)"),
+    ("Net", ["x=2x8", "y=3"], "got an unexpected keyword argument 'y'"),
+    ("seq", ["2x4"], "linear.py, line"),
+    ("Net", ["2,7"], "input '2,7' is not understood; accepted are sizes, such as 2x3x32x32, with a dtype"),
+    ("Net", ["2x7:int128"], "input '2x7:int128' is not understood"),
+    ("Net", ["2x7:nn"], "input '2x7:nn' is not understood"),
+    ("Net", [""], "input '' is not understood"),
+    ("Net", ["99999999x99999999"], "cannot make the inputs: RuntimeError"),
+]
+
+
+@pytest.mark.parametrize(("name", "inputs", "words"), REFUSED)
+def test_what_the_command_refuses_is_one_line(
+    name: str, inputs: list[str], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(MODELS)
+    text = name if "." in name else f"{tmp_path}/mine.py:{name}"
+    done = command(text, *(part for each in inputs for part in ("--input", each)))
+    assert (done.exit_code, done.stdout) == (2, "")
+    last = done.stderr.splitlines()[-1].replace(f"{tmp_path}/", "")
+    assert last.startswith("thinned inspect: ")
+    assert words in last
+    assert "Traceback" not in done.stderr
 
 
 def two_blocks() -> nn.Module:

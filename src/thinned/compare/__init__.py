@@ -10,6 +10,7 @@ The files, each of which imports only those above it:
     laws/               one library of laws: a small function each, a file a family, for every layer
     project             the laws that a project chooses, from its pyproject.toml or from options
     layers/             an entry for each layer, a file a family as in `thinned.layers`
+    explain             a law in words
     report, tables      everything that was found, and the same in words
     plots, terminal, record, page    what a person, a program and a browser read
     run                 all parts of a comparison in turn

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["one_line"]
+import traceback
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+import thinned
+
+__all__ = ["did_you_mean", "one_line", "one_line_with_place"]
+
+STANDARD_LIBRARY = str(Path(traceback.__file__).parent)
+INSTALLED = {"site-packages", "dist-packages"}
+TORCH, OURS = (str(Path(str(package.__file__)).parent) for package in (torch, thinned))
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     r"""The exception's type and the first line of its message.
 
     >>> one_line(IndexError("no elements\nand a second line"))
@@ -14,3 +27,49 @@ def one_line(error: Exception) -> str:
     'IndexError'
     """
     return f"{type(error).__name__}: {str(error).strip()}".rstrip(": ").splitlines()[0]
+
+
+def one_line_with_place(error: BaseException) -> str:
+    """As :func:`one_line`, with the innermost line of the user's code, else of a library, else of a forward.
+
+    >>> try:
+    ...     torch.nn.Linear(2, 2)(torch.ones(3))
+    ... except RuntimeError as error:
+    ...     one_line_with_place(error).rpartition("/")[2].split(", ")[::2]
+    ['linear.py', 'in forward)']
+    """
+    places: dict[int, str] = {}
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = frame.filename
+        if not Path(file).is_file() or file.startswith(OURS):
+            continue
+        if file.startswith(TORCH):
+            rank = 0 if frame.name == "forward" else None
+        elif INSTALLED.intersection(Path(file).parts):
+            rank = 1
+        else:
+            rank = None if file.startswith(STANDARD_LIBRARY) else 2
+        if rank is not None:
+            places[rank] = f" ({file}, line {frame.lineno}, in {frame.name})"
+    return one_line(error) + (places[max(places)] if places else "")
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message about ``name``, which is none of ``names``.
+
+    >>> did_you_mean("MyDropuot", ["MyDropout", "Linear"])
+    '; did you mean MyDropout?'
+    >>> did_you_mean("menas", ["mean in float16", "rows"])
+    "; did you mean 'mean in float16'?"
+    """
+    by_lower = {each.casefold(): each for each in names}
+    text = name.casefold()
+    words = get_close_matches(text, {word for each in by_lower for word in each.split()})
+    close = [
+        *(each for each in by_lower if len(text) > 2 and text in each),
+        *get_close_matches(text, by_lower),
+        *(each for each in by_lower if any(word in each.split() for word in words)),
+    ]
+    found = [by_lower[each] for each in dict.fromkeys(close)]
+    found = [repr(each) if " " in each else each for each in found]
+    return f"; did you mean {' or '.join(found[:3])}?" if found else otherwise

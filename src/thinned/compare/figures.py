@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-__all__ = ["count", "duration", "significant"]
+__all__ = ["count", "decimal", "duration", "significant"]
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "μs": 1e-6, "ns": 1e-9}
 COUNTS = {"M": 1_000_000, "k": 1_000}
 
 
-def significant(value: float) -> str:
-    """Three significant digits.
+def significant(value: float, digits: int = 3) -> str:
+    """So many significant digits.
 
-    >>> significant(1234.5), significant(1.6), significant(0.01234)
-    ('1,230', '1.60', '0.0123')
+    >>> significant(1234.5), significant(1.6), significant(0.01234), significant(1e6, 4)
+    ('1,230', '1.60', '0.0123', '1,000,000')
     """
-    return f"{Decimal(f'{value:.2e}'):,f}"
+    return f"{Decimal(f'{value:.{digits - 1}e}'):,f}"
+
+
+def decimal(value: float) -> str:
+    """Two decimals at most.
+
+    >>> decimal(4.0), decimal(0.125), decimal(12345678.9)
+    ('4', '0.12', '12,345,678.9')
+    """
+    return f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
 def duration(seconds: float) -> str:

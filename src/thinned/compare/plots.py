@@ -16,8 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
+from thinned.compare.figures import count, duration
 from thinned.compare.report import Report
 from thinned.compare.timing import DIRECTIONS, MULTIPLY
 from thinned.compare.training import WITHOUT, Run
@@ -166,7 +168,11 @@ def speed(report: Report) -> list[str]:
                     sizes, costs = [t.elements for t in chosen], [t.nanoseconds for t in chosen]
                     style = "--" if name == MULTIPLY else "-"
                     axes.loglog(sizes, costs, f"o{style}", color=colour, label=name, markersize=4)
-            axes.set(title=direction, xlabel="elements", ylabel="ns an element")
+            axes.set(title=direction, xlabel="elements", ylabel="an element costs")
+            axes.xaxis.set_major_formatter(lambda elements, _: count(elements))
+            axes.yaxis.set_major_formatter(lambda nanoseconds, _: duration(nanoseconds / 1e9))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_formatter(NullFormatter())
             plots.append(_finished(figure))
     return plots
 

@@ -9,14 +9,15 @@ skip = ["torch.compile", "transforms", "drop rate*"]
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from thinned.compare.errors import did_you_mean
 from thinned.compare.laws import Finding, Law, Level
 
 if sys.version_info >= (3, 11):
@@ -24,7 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Policy", "Project", "option_of", "parse_level"]
+__all__ = ["Policy", "Project", "option_of", "parse_kwargs", "parse_level"]
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,8 @@ class Policy:
         names = list(dict.fromkeys(name for law in laws for name in (law.name, law.family)))
         for pattern in (*self.only, *self.skip):
             if not any(_matches(law, pattern) for law in laws):
-                close = get_close_matches(pattern.casefold(), names, n=3, cutoff=0.5)
-                nearest = f"; the nearest are {', '.join(map(repr, close))}" if close else ""
-                raise ValueError(f"no law, and no family of laws, is called {pattern!r}{nearest}")
+                nearest = did_you_mean(pattern, names)
+                raise ValueError(f"no law and no family of laws is called {pattern!r}{nearest}")
 
 
 def _matches(law: Law, pattern: str) -> bool:
@@ -111,14 +111,14 @@ class Project:
 
     Attributes:
         implementations: as on the command line; a relative path is one from the file's folder.
-        kwargs: the constructors' arguments beside p, for all implementations; or, under the name of an
-            implementation, for that one.
+        kwargs: arguments of constructors beside p, under the implementation. The file has them for all that
+            it lists, or under an implementation's name.
         folder: where the file is.
     """
 
     implementations: tuple[str, ...] = ()
     policy: Policy = field(default_factory=Policy)
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     folder: Path | None = None
 
     @classmethod
@@ -147,28 +147,30 @@ class Project:
     def _of(cls, table: Any, folder: Path) -> Project:
         if not isinstance(table, dict):
             raise ValueError(f"has to be a table, but is {table!r}")
-        keys: dict[str, Any] = table
-        for key, value in keys.items():
+        for key, value in table.items():
             if key not in KEYS:
-                close = get_close_matches(key, KEYS, n=1)
-                raise ValueError(
-                    f"unknown key {key!r}; "
-                    + (f"did you mean {close[0]!r}?" if close else f"accepted are {', '.join(KEYS)}")
-                )
+                nearest = did_you_mean(key, KEYS, f"; accepted are {', '.join(KEYS)}")
+                raise ValueError(f"unknown key {key!r}{nearest}")
             kind, words = KEYS[key]
-            if not isinstance(value, kind) or (kind is list and not all(isinstance(x, str) for x in value)):
+            if not isinstance(value, kind) or (
+                kind is list and not all(isinstance(x, str) for x in table[key])
+            ):
                 raise ValueError(f"{key} has to be {words}, but is {value!r}")
+        implementations = [_from_folder(text, folder) for text in table.get("implementations", ())]
+        kwargs = table.get("kwargs", {})
+        of_all = {name: value for name, value in kwargs.items() if ":" not in name}
+        of_one = {_from_folder(name, folder): value for name, value in kwargs.items() if ":" in name}
+        for name, value in of_one.items():
+            if not isinstance(value, dict):
+                raise ValueError(f"kwargs of {name} have to be a table, but are {value!r}")
         return cls(
-            tuple(_from_folder(text, folder) for text in table.get("implementations", ())),
+            tuple(implementations),
             Policy(
                 parse_level(table.get("level", option_of(Level.WRONG))),
                 tuple(table.get("only", ())),
                 tuple(table.get("skip", ())),
             ),
-            {
-                _from_folder(name, folder) if isinstance(value, dict) else name: value
-                for name, value in table.get("kwargs", {}).items()
-            },
+            dict.fromkeys(implementations, of_all) | of_one,
             folder,
         )
 
@@ -190,19 +192,9 @@ class Project:
             tuple(only) or self.policy.only,
             tuple(skip) or self.policy.skip,
         )
-        return replace(
-            self,
-            implementations=tuple(implementations) or self.implementations,
-            policy=policy,
-            kwargs=self.kwargs if kwargs is None else kwargs,
-        )
-
-    def kwargs_of(self, implementation: str) -> dict[str, Any]:
-        """The arguments of one implementation: those under its name, else those of all."""
-        own = self.kwargs.get(implementation)
-        if isinstance(own, dict) and ":" in implementation:
-            return own
-        return {name: value for name, value in self.kwargs.items() if ":" not in name}
+        chosen = tuple(implementations) or self.implementations
+        of_each = self.kwargs if kwargs is None else dict.fromkeys(chosen, kwargs)
+        return replace(self, implementations=chosen, policy=policy, kwargs=of_each)
 
 
 KEYS: dict[str, tuple[type, str]] = {
@@ -212,6 +204,31 @@ KEYS: dict[str, tuple[type, str]] = {
     "only": (list, "a list of strings"),
     "skip": (list, "a list of strings"),
 }
+
+
+def parse_kwargs(text: str) -> dict[str, Any]:
+    """Arguments as a call has them; a word without quotes, which shells take away, is a string.
+
+    >>> parse_kwargs("features=8, axis=(0, -1), mode=row, keep_prob=1-p, scale=true")
+    {'features': 8, 'axis': (0, -1), 'mode': 'row', 'keep_prob': '1 - p', 'scale': True}
+    """
+    try:
+        call = ast.parse(f"f({text}\n)", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(each.arg is None for each in call.keywords):
+            raise ValueError
+        return {str(each.arg): _value(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(
+            f"kwargs have to be arguments as in a call, such as features=8,axis=-1, but got {text}"
+        ) from None
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name):
+        return {"true": True, "false": False}.get(node.id, node.id)
+    if ast.unparse(node) == "1 - p":
+        return "1 - p"
+    return ast.literal_eval(node)
 
 
 def _from_folder(implementation: str, folder: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from thinned.compare.project import option_of
 from thinned.compare.report import Report, machine
 
 __all__ = ["to_json"]
@@ -18,9 +19,15 @@ def to_json(report: Report) -> str:
     content = {
         "machine": machine(),
         "settings": asdict(report.settings),
+        "policy": {**asdict(report.policy), "level": option_of(report.policy.level)},
         "seconds": report.seconds,
         "verdicts": {
-            name: {"line": report.verdict(name), "breaks": report.breaches(name)} for name in report.names
+            name: {
+                "line": report.verdict(name),
+                "breaks": report.breaches(name),
+                "fails": report.fails(name),
+            }
+            for name in report.names
         },
         "tutorial": {
             name: sample if isinstance(sample, str) else asdict(sample)
@@ -31,6 +38,8 @@ def to_json(report: Report) -> str:
                 "family": law.family,
                 "name": law.name,
                 "statement": law.statement,
+                "level": option_of(law.level),
+                "why": law.why,
                 "findings": {name: asdict(found) for name, found in report.findings[law.name].items()},
             }
             for law in report.laws

@@ -13,6 +13,7 @@ from torch import Tensor
 import thinned
 from thinned.backends.describe import processor
 from thinned.compare.laws import Finding, Law, Level, Verdict
+from thinned.compare.project import Policy
 from thinned.compare.settings import Settings
 from thinned.compare.timing import Timing, load
 from thinned.compare.training import Run
@@ -41,7 +42,7 @@ class Report:
 
     Attributes:
         names: the implementations, in the order of their columns.
-        laws: of the layer that ``layer`` names, one row each.
+        laws: of the layer that ``layer`` names, one row each, as far as the policy chooses them.
         tutorial: a sample for each, or what it raised.
         masks: a small mask of each that can draw one, True where kept.
         findings: a finding for each, under the name of the law.
@@ -53,6 +54,7 @@ class Report:
     settings: Settings
     laws: Sequence[Law]
     layer: str = "dropout"
+    policy: Policy = field(default_factory=Policy)
     tutorial: dict[str, Sample | str] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     findings: dict[str, dict[str, Finding]] = field(default_factory=dict)
@@ -62,9 +64,14 @@ class Report:
     training: list[Run] = field(default_factory=list)
     seconds: float = 0.0
 
-    def breaches(self, name: str) -> list[str]:
-        """The laws that ``name`` breaks or crashes in."""
-        return [law for law, findings in self.findings.items() if findings[name].verdict.is_breach]
+    def breaches(self, name: str, level: Level = Level.NICETY) -> list[str]:
+        """The laws that ``name`` breaks or crashes in, those of ``level`` and worse."""
+        findings = {law: found[name] for law, found in self.findings.items()}
+        return Policy(level).breaches(self.laws, findings)
+
+    def fails(self, name: str) -> bool:
+        """Whether a check of ``name`` fails at the policy's level."""
+        return bool(self.breaches(name, self.policy.level))
 
     @property
     def is_loaded(self) -> bool:
@@ -81,13 +88,20 @@ class Report:
         )
 
     def verdict(self, name: str) -> str:
-        """One line: how many laws hold, or which are broken."""
+        """One line: which laws are broken, the worst first, and how many hold."""
+        broken: dict[Level, list[str]] = {level: [] for level in Level}
+        for law in self.laws:
+            if law.name in self.breaches(name):
+                broken[law.level].append(law.name)
+        parts = [
+            f"{WORDS[level]} in {len(laws)}: {', '.join(laws)}" for level, laws in broken.items() if laws
+        ]
+        if parts and not broken[Level.WRONG]:
+            parts.insert(0, "nothing wrong")
         verdicts = [findings[name].verdict for findings in self.findings.values()]
         held, missing = verdicts.count(Verdict.HOLDS), verdicts.count(Verdict.NOT_OFFERED)
-        asked = f"{len(verdicts)} laws" if not missing else f"{len(verdicts)} laws, {missing} not offered"
-        if breaches := self.breaches(name):
-            return f"breaks {len(breaches)} of {asked}: {', '.join(breaches)}"
-        return f"{held} of {asked} hold" if not missing else f"{held} hold of {asked}"
+        parts.append(f"{held} of {len(verdicts)} laws hold" + (f", {missing} not offered" if missing else ""))
+        return "; ".join(parts)
 
 
 def machine() -> dict[str, str]:

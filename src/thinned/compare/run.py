@@ -14,6 +14,7 @@ from thinned.compare.implementation import Implementation
 from thinned.compare.laws import examine
 from thinned.compare.layers import Entry, entry_of
 from thinned.compare.memory import bytes_saved
+from thinned.compare.project import Policy
 from thinned.compare.report import Report, Sample
 from thinned.compare.settings import Settings
 from thinned.compare.terminal import Terminal
@@ -21,25 +22,45 @@ from thinned.compare.timing import Timing
 
 __all__ = ["BROADCAST", "calls", "run", "run_layer"]
 
+EVERYTHING = Policy()
 PICTURE = (64, 64)
 BROADCAST = "x * mask"
 ROUNDS, QUICK_ROUNDS = 15, 5
 
 
-def run(implementations: Sequence[Implementation], settings: Settings, terminal: Terminal) -> Report:
-    """Compare implementations; what one of them raises becomes part of the report."""
-    start = time.perf_counter()
-    report = Report([each.name for each in implementations], settings, entry_of("Dropout").laws)
+def run(
+    implementations: Sequence[Implementation],
+    settings: Settings,
+    terminal: Terminal,
+    policy: Policy = EVERYTHING,
+) -> Report:
+    """Compare implementations; what one of them raises becomes part of the report.
 
-    report.tutorial = {each.name: _tutorial(each, settings) for each in implementations}
-    terminal.show(tables.tutorial(report))
+    A policy that names laws has these alone.
+    """
+    start = time.perf_counter()
+    laws = policy.chosen(entry_of("Dropout").laws)
+    report = Report([each.name for each in implementations], settings, laws, policy=policy)
+
+    if not policy.only:
+        report.tutorial = {each.name: _tutorial(each, settings) for each in implementations}
+        terminal.show(tables.tutorial(report))
 
     _examine_all(report, implementations, terminal)
     report.masks = {
         each.name: mask for each in implementations if (mask := _mask(each, settings)) is not None
     }
     terminal.show(tables.laws(report))
+    if not policy.only:
+        _time_and_train(report, implementations, terminal)
 
+    report.seconds = time.perf_counter() - start
+    terminal.show_verdicts(report)
+    return report
+
+
+def _time_and_train(report: Report, implementations: Sequence[Implementation], terminal: Terminal) -> None:
+    settings = report.settings
     plan = timing.planned(settings)
     with terminal.progress("speed", len(plan)) as tick:
         for elements, direction in plan:
@@ -53,23 +74,25 @@ def run(implementations: Sequence[Implementation], settings: Settings, terminal:
             report.training = training.train_all(implementations, settings, tick)
         terminal.show(tables.training_runs(report))
 
-    report.seconds = time.perf_counter() - start
-    terminal.show_verdicts(report)
-    return report
-
 
 def run_layer(
-    entry: Entry, others: Sequence[Implementation], settings: Settings, terminal: Terminal
+    entry: Entry,
+    others: Sequence[Implementation],
+    settings: Settings,
+    terminal: Terminal,
+    policy: Policy = EVERYTHING,
 ) -> Report:
     """Hold thinned's layer, its peer and whatever else takes the same arguments to the layer's laws."""
     start = time.perf_counter()
-    implementations = [entry.own, entry.peer, *others]
+    implementations = list(dict.fromkeys([entry.own, entry.peer, *others]))
     names = [each.name for each in implementations]
-    report = Report(names, settings, entry.laws, f"{entry.name}, mask {entry.mask}; {entry.source}")
+    subject = f"{entry.name}, mask {entry.mask}; {entry.source}"
+    report = Report(names, settings, policy.chosen(entry.laws), subject, policy)
     _examine_all(report, implementations, terminal)
     terminal.show(tables.laws(report), with_notes=True)
-    report.timings = _speed(entry, implementations, settings)
-    terminal.show(tables.call_speed(report, entry.workload.elements))
+    if not policy.only:
+        report.timings = _speed(entry, implementations, settings)
+        terminal.show(tables.call_speed(report, entry.workload.elements))
     report.seconds = time.perf_counter() - start
     terminal.show_verdicts(report)
     return report

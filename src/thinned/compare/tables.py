@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from thinned.compare import timing, training
-from thinned.compare.figures import count, duration, significant
+from thinned.compare.figures import count, decimal, duration, significant
 from thinned.compare.laws import Finding, Law, Level, Verdict
 from thinned.compare.layers import ENTRIES, Entry
 from thinned.compare.report import Report, Sample
@@ -167,7 +167,7 @@ def _busy(report: Report) -> str:
 
 
 def _bytes(saved: float | None) -> str:
-    return NOTHING if saved is None else f"{saved:,.2f}".rstrip("0").rstrip(".")
+    return NOTHING if saved is None else decimal(saved)
 
 
 def training_runs(report: Report) -> Table:

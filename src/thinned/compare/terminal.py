@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from thinned.compare.tables import Cell, Table
 __all__ = ["Terminal"]
 
 WIDTH_OF_A_FILE = 100  # where neither COLUMNS nor a terminal says how wide lines may be
-COMFORTABLE, NOTES = 12, 26  # characters of a column, below which it is another table's; of the notes
+COMFORTABLE, NOTES = 12, 40  # characters of a column, below which it is another table's; of the notes
 INDENT = "      "
 BORDERS = 3  # characters of a table for each column, and one more
 UNBROKEN = re.compile(r"[✓✗–] | (?=(ns|μs|ms|s)\b)|\bp = |± |\((?:[A-Z]|1, )[^()]{,20}\)")
@@ -91,7 +91,7 @@ class Terminal:
         for group in groups:
             shown = [heading, *(columns[i] for i in group)]
             room = self.output.width - 1 - sum(BORDERS + column.narrowest for column in shown)
-            if notes and len(groups) == 1 and room >= BORDERS + NOTES:
+            if notes and room >= BORDERS + NOTES:
                 shown.append(notes)
             self.output.print(self._rich(table, shown, group))
         if table.note:
@@ -135,8 +135,6 @@ class Terminal:
         """As wide as the content, if that fits; else the names come first, then the most crowded column."""
         room = self.output.width - 1 - BORDERS * len(columns)
         widths = [column.narrowest for column in columns]
-        while sum(widths) > room and max(widths) > 10:  # a word is wider than the terminal
-            widths[widths.index(max(widths))] -= 1
         widths[0] += max(0, min(columns[0].widest - widths[0], room - sum(widths)))
         while sum(widths) < room:
             crowded = max(range(len(columns)), key=lambda i: columns[i].widest / widths[i])
@@ -165,6 +163,17 @@ class Terminal:
                 self.output.print()
         if any(report.breaches(name) for name in report.names):
             self.say("`thinned compare --explain LAW` says how a law is measured, and what breaks it.")
+
+    def explain(self, laws: Mapping[str, Mapping[str, str]]) -> None:
+        """What :func:`thinned.compare.explain.explain` says."""
+        for title, paragraphs in laws.items():
+            self.say(title, style="bold")
+            for heading, text in paragraphs.items():
+                self.say(f"{heading}: {text}", "  ", INDENT)
+            self.output.print()
+        self.say(
+            "Where chance decides, a bound is such that a right layer breaks the law once in 10 million runs."
+        )
 
 
 def _width() -> int | None:

@@ -22,7 +22,7 @@ DIRECTIONS = ("forward", "forward + backward")
 SIZES = (4_000, 100_000, 1_000_000, 32_000_000)
 QUICK_SIZES = SIZES[:3]
 SAMPLE_SECONDS = 2e-3  # a sample repeats a short call for as long, so that the clock's own cost vanishes
-STEADY = 1.25  # the third quartile of rounds over the first; 1.02 to 1.1 on an idle machine
+STEADY = 1.25  # third quartile of rounds over the first: 1.1 alone, 2 to 10 beside six programs on two cores
 ROUNDS = {4_000: 25, 100_000: 15, 1_000_000: 9, 32_000_000: 3}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from thinned.key_source import active
 from thinned.keys import Key
-from thinned.layers._named import Named
+from thinned.named import Named
 from thinned.op.registered import library
 from thinned.torch_state import ScriptedForward, SeenByTracer
 

@@ -7,11 +7,19 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from thinned.models.convert.rules import is_known, probability_name, unit_of
+from thinned.models.convert.rules import (
+    is_dropout,
+    is_known,
+    is_number,
+    numbers_of,
+    probability_name,
+    unit_of,
+)
 from thinned.models.inspect.by_reading import read_source
 from thinned.models.inspect.targets import look_up
 from thinned.models.walk import is_ours, modules_with_paths, qualified_name, wrapped_in
@@ -83,17 +91,6 @@ class Rate:
     def of_module(self) -> bool:
         """Whether the number is that of a dropout module."""
         return self.key in self.paths
-
-
-def is_dropout(module: nn.Module) -> bool:
-    """Whether ``module`` is of a known type, or is called a dropout."""
-    name = type(module).__name__.lower()
-    return is_ours(module) or is_known(module) or "drop" in name or name == "stochasticdepth"
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is an int or a float, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def rates_of(model: nn.Module) -> list[Rate]:
@@ -169,19 +166,11 @@ def own_attribute(module: nn.Module) -> str | None:
 
 def _numbers(module: nn.Module, holders: _Holders) -> Iterator[tuple[Any, str]]:
     """The objects and the attributes with a number that ``module`` drops with, some of them repeatedly."""
-    mine = vars(module)
-    if (main := own_attribute(module)) is not None:
-        yield module, main
+    yield from ((module, name) for name in numbers_of(module) if is_number(getattr(module, name)))
     if is_ours(module):
-        names = (name for name in mine if name.endswith("_p") and name != "initial_p")
-        yield from ((module, name) for name in names if is_number(mine[name]))
         return
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-        # A recurrent layer drops between its layers, so not if there is only one.
-        if is_number(module.dropout) and getattr(module, "num_layers", 2) > 1:
-            yield module, "dropout"
-    elif not is_known(module):
-        yield from ((module, name) for name, value in mine.items() if _is_named_rate(name, value))
+    if not (isinstance(module, nn.MultiheadAttention | nn.RNNBase) or is_known(module)):
+        yield from ((module, name) for name, value in vars(module).items() if _is_named_rate(name, value))
     if not type(module).__module__.startswith("torch."):
         calls, reads = read_source(module)
         for owner, name in reads:
@@ -196,7 +185,8 @@ def _numbers(module: nn.Module, holders: _Holders) -> Iterator[tuple[Any, str]]:
 def _is_named_rate(name: Any, value: Any) -> bool:
     return (
         isinstance(name, str)
-        and isinstance(value, float)
+        and is_number(value)
+        and not isinstance(value, Integral)
         and 0 <= value <= 1
         and NAME.fullmatch(name) is not None
     )

@@ -1,71 +1,50 @@
-"""Sequences that print as a table of plain text."""
+"""Tables of plain text, and the words in them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Protocol, TypeVar, overload
+from itertools import groupby, zip_longest
+from textwrap import TextWrapper
 
-__all__ = ["Listing", "Placed", "count", "format_p", "format_paths", "merge_paths", "to_text"]
+__all__ = ["WIDTH", "count", "format_p", "format_paths", "merge_paths", "to_text"]
 
 Row = tuple[str, ...]
+WIDTH, NARROWEST = 100, 8  # of a table, and of a column that is wrapped
+SHOWN = 2  # places of one module
+_PARTS = re.compile(r"(?<=[./_(])(?=\w)")
 
 
-class _Cells(Protocol):
-    def cells(self) -> list[str]:
-        """A row of the table: the paths, then one word for each further heading."""
+class _Wrapper(TextWrapper):
+    """Breaks a path or a name that has no line's width behind its separators."""
+
+    def _split(self, text: str) -> list[str]:
+        room = self.width - len(self.subsequent_indent)
+        words = super()._split(text)
+        return [part for word in words for part in (_PARTS.split(word) if len(word) > room else [word])]
 
 
-Item = TypeVar("Item", bound=_Cells)
-
-
-@dataclass(frozen=True)
-class Placed:
-    """An entry of a listing that stands at one or several paths of a model."""
-
-    paths: tuple[str, ...]
-
-    @property
-    def path(self) -> str:
-        """The module's first place in the model; empty for the model itself."""
-        return self.paths[0]
-
-
-class Listing(Sequence[Item]):
-    """A sequence whose subclasses print as a summary and a table."""
-
-    headings: Row
-    _items: tuple[Item, ...]
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Item]: ...
-
-    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
-        return self._items[index]
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def _print(self, summary: str, others: Sequence[Sequence[str]] = ()) -> str:
-        rows = merge_paths([*(item.cells() for item in self), *others])
-        return f"{summary}\n{to_text(self.headings, rows)}" if rows else summary
-
-
-def to_text(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def to_text(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> str:
     """Columns as wide as they have to be, without those that are empty in all rows.
 
-    >>> print(to_text(["path", "p", "note"], [["layers.0", "0.1", ""], ["head", "0.25", ""]]))
-    path      p
-    layers.0  0.1
-    head      0.25
+    The widest columns are wrapped if a line would exceed ``width``.
+
+    >>> print(to_text(["path", "p", "note"], [["layers.0", "0.1", ""], ["encoder.dropout", "0.25", ""]], 16))
+    path        p
+    layers.0    0.1
+    encoder.    0.25
+      dropout
     """
     columns = [column for column in zip(headings, *rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
-    lines = [map(str.ljust, line, widths) for line in zip(*columns, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    wrappers = [_Wrapper(each, subsequent_indent="  ", break_on_hyphens=False) for each in widths]
+    lines = [
+        map(str.ljust, line, widths)
+        for row in zip(*columns, strict=True)
+        for line in zip_longest(*(w.wrap(cell) for w, cell in zip(wrappers, row, strict=True)), fillvalue="")
+    ]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
@@ -108,5 +87,6 @@ def format_p(p: float | None) -> str:
 
 
 def format_paths(paths: Sequence[str]) -> str:
-    """All places of a module; ``(model)`` for the model itself."""
-    return ", ".join(paths) or "(model)"
+    """The places of a module, the first ones if there are many; ``(model)`` for the model itself."""
+    more = f" and {len(paths) - SHOWN} more" * (len(paths) > SHOWN + 1)
+    return ", ".join(path or "(model)" for path in (paths[:SHOWN] if more else paths)) + more

@@ -21,6 +21,7 @@ __all__ = [
     "check_model",
     "chooser",
     "is_ours",
+    "modules_in_containers",
     "modules_with_paths",
     "original",
     "other_references",
@@ -100,6 +101,44 @@ def other_references(found: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> dict
                 if isinstance(item, nn.Module):
                     references.setdefault(id(item), []).append(f"{paths[0]}.{name}" if paths[0] else name)
     return references
+
+
+def modules_in_containers(
+    found: Iterable[tuple[nn.Module, tuple[str, ...]]],
+) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """The modules that are no children, but in a list, a dictionary or an attribute, and their children.
+
+    Args:
+        found: the result of :func:`modules_with_paths`.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential()
+    >>> model.drops = [torch.nn.Dropout()]
+    >>> modules_in_containers(modules_with_paths(model))
+    [(Dropout(p=0.5, inplace=False), ('drops[0]',))]
+    """
+    known = {id(module) for module, _ in found}
+    hidden = []
+    for parent, paths in found:
+        for name, value in vars(parent).items():
+            if value is children_of(parent):
+                continue
+            for root, place in _contained(value, f"{paths[0]}.{name}" if paths[0] else name):
+                for module, inner in modules_with_paths(root) if id(root) not in known else ():
+                    if id(module) not in known:
+                        known.add(id(module))
+                        hidden.append((module, tuple(f"{place}.{path}" if path else place for path in inner)))
+    return hidden
+
+
+def _contained(value: Any, place: str, depth: int = 3) -> Iterator[tuple[nn.Module, str]]:
+    """The modules in a container, and in containers within it, with their places."""
+    if isinstance(value, nn.Module):
+        yield value, place
+    elif depth and isinstance(value, dict | list | tuple | set):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _contained(item, f"{place}[{key!r}]", depth - 1)
 
 
 def check_model(function: str, model: Any) -> None:
@@ -213,7 +252,7 @@ def wrapped_in(module: nn.Module) -> nn.Module | None:
 
     >>> import torch
     >>> linear = torch.nn.Linear(2, 2)
-    >>> wrapped_in(torch.compile(linear)) is linear, wrapped_in(linear)
+    >>> wrapped_in(torch.compile(linear, backend="eager")) is linear, wrapped_in(linear)
     (True, None)
     """
     children = children_of(module)

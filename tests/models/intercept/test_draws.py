@@ -227,7 +227,7 @@ def test_what_intercept_takes_is_what_inspect_says() -> None:
             return drop_path(x, P) + noise(x)
 
     sites = inspect(Net(), X)
-    assert {site.function: site.becomes for site in sites} == {
-        "drop_path": "thinned.intercept()",
-        "noise": "",
+    assert {site.function: site.status for site in sites} == {
+        "drop_path": "intercept",
+        "noise": "perhaps",
     }

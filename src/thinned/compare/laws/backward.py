@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+from thinned.compare.figures import decimal
 from thinned.compare.implementation import Case
 from thinned.compare.laws.law import Finding, Law, Level, has_mask, holds_if, is_random, nothing_wrong
 from thinned.compare.laws.values import departure, same, scale_of, under_seed
@@ -129,7 +130,7 @@ def saved(layer: Case, settings: Settings) -> Finding:
         other.requires_grad_(isinstance(other, nn.Parameter))
     kept = saved_by_call(call, x, others)
     allowed = layer.example.saved_bytes
-    return holds_if(kept < allowed + 1, f"{kept:.3g} bytes, allowed {allowed:.3g}", bytes=kept)
+    return holds_if(kept < allowed + 1, f"{decimal(kept)} bytes, allowed {decimal(allowed)}", bytes=kept)
 
 
 def works_in_place(case: Case) -> bool:

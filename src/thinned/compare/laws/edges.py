@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from thinned.compare.figures import significant
 from thinned.compare.implementation import Case, first
 from thinned.compare.laws.law import Finding, Law, Level, has_mask, holds_if
 from thinned.compare.settings import Settings
@@ -48,7 +49,9 @@ def _at_p_zero(layer: Case, settings: Settings) -> tuple[Tensor, Tensor]:
 def _has_values_of_input(y: Tensor, x: Tensor) -> Finding:
     if torch.equal(y, x):
         return holds_if(True, "the input's values")
-    return holds_if(False, f"other values, {(y.double() / x.double()).median():.4g} x")
+    if ((y == 0) & (x != 0)).any():
+        return holds_if(False, "drops")
+    return holds_if(False, f"other values, {significant(float((y.double() / x.double()).median()), 4)} x")
 
 
 def p_one(layer: Case, settings: Settings) -> Finding:
@@ -84,7 +87,8 @@ def _answer_to_p(layer: Case, settings: Settings, p: float) -> str:
         module, inputs = layer.called(settings, torch.float32, **{layer.example.p_name: p})
         module(*inputs)
     except ValueError as error:
-        return "ValueError" if str(p) in str(error) else "a message without the value"
+        named = any(str(value) in str(error) for value in (p, 1 - p))  # 1-p for a layer that takes that
+        return "ValueError" if named else "a message without the value"
     except Exception as error:
         return type(error).__name__
     return "accepted"

@@ -9,15 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinned.compare.figures import decimal, significant
 from thinned.compare.implementation import first
 from thinned.compare.settings import Settings
 
 __all__ = ["TOLERANCE_ULP", "departure", "same", "scale_of", "ulps_off", "under_seed"]
 
+REALISED = 2**-32  # a keep probability realised with 32 bits is right
 TOLERANCE_ULP = 2.0  # a rounded scale costs up to 1 ulp of the product, rounding the product 1/2
 
 
-def departure(y: Tensor, x: Tensor, kept: Tensor | None = None, scale: float | None = None) -> str | None:
+def departure(
+    y: Tensor,
+    x: Tensor,
+    kept: Tensor | None = None,
+    scale: float | None = None,
+    p_error: float = REALISED,
+) -> str | None:
     """None if each element of ``y`` is ``x * scale`` where kept and 0 elsewhere, else a complaint.
 
     Args:
@@ -25,6 +33,7 @@ def departure(y: Tensor, x: Tensor, kept: Tensor | None = None, scale: float | N
         x: the input, without zeros, so that a zero in ``y`` means dropped.
         kept: the mask that ``y`` has to have; without it, any mask.
         scale: the factor of kept elements; without it, any factor that is the same for all.
+        p_error: what the layer's p may be off by.
     """
     if y.shape != x.shape:
         return f"shape {tuple(x.shape)} became {tuple(y.shape)}"
@@ -35,12 +44,12 @@ def departure(y: Tensor, x: Tensor, kept: Tensor | None = None, scale: float | N
     if not kept.any():
         return None
     own_scale = scale_of(y, x)
-    off = ulps_off(y, x, own_scale if scale is None else scale)
+    off = ulps_off(y, x, own_scale if scale is None else scale, p_error)
     if off <= TOLERANCE_ULP:
         return None
     if scale is None or math.isclose(own_scale, scale, rel_tol=1e-3):
-        return f"kept values {off:.3g} ulp off"
-    return f"scaled by {own_scale:.4g}, not {scale:.4g}"
+        return f"kept values {decimal(off)} ulp off"
+    return f"scaled by {significant(own_scale, 4)}, not {significant(scale, 4)}"
 
 
 def scale_of(y: Tensor, x: Tensor) -> float:
@@ -49,10 +58,10 @@ def scale_of(y: Tensor, x: Tensor) -> float:
     return float((y[kept].double() / x[kept].double()).median())
 
 
-def ulps_off(y: Tensor, x: Tensor, scale: float) -> float:
+def ulps_off(y: Tensor, x: Tensor, scale: float, p_error: float = REALISED) -> float:
     """The largest distance of kept values from ``x * scale``, in units of the last place of ``x``'s dtype.
 
-    A keep probability realised with 32 bits is right: a relative error of ``2**-32 * scale`` is forgiven.
+    A keep probability that is off by ``p_error`` makes a relative error of ``p_error * scale``: forgiven.
     """
     kept = y != 0
     if not kept.any():
@@ -61,7 +70,7 @@ def ulps_off(y: Tensor, x: Tensor, scale: float) -> float:
     limits = torch.finfo(x.dtype)
     binade = torch.frexp(exact).exponent - 1
     ulp = torch.ldexp(torch.full_like(exact, limits.eps), binade).clamp(min=limits.tiny * limits.eps)
-    error = (y[kept].double() - exact).abs() - exact.abs() * 2**-32 * scale
+    error = (y[kept].double() - exact).abs() - exact.abs() * p_error * scale
     return float((error.clamp(min=0) / ulp).nan_to_num(nan=torch.inf).max())
 
 

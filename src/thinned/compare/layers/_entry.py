@@ -69,10 +69,24 @@ class Entry:
     def own(self) -> Implementation:
         return Implementation("thinned", self.make or self.layer, f"thinned.{self.name}")
 
+    @property
+    def known(self) -> dict[str, Implementation]:
+        """Its implementations that the command line knows by name."""
+        return {each.name: each for each in (self.own, self.peer)}
+
+    @property
+    def takes_any_shape(self) -> bool:
+        """Whether the settings' p, shape and dtype are those of its examination."""
+        return self.case.takes_any_shape
+
+    @property
+    def case(self) -> Case:
+        return Case(self.own, self.example, self.masked)
+
     @cached_property
     def laws(self) -> list[Law]:
         """Those of every layer that apply to this one, and its own."""
-        case = Case(self.own, self.example, self.masked)
+        case = self.case
         shared = [law for law in LAWS if law.name not in self.exempt and law.applies(case)]
         return [replace(law, case=case) for law in (*shared, *self.special)]
 

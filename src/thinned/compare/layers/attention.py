@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from thinned.compare.implementation import Case, Example, Implementation, Masked, P, normal, ones
 from thinned.compare.laws.chance import binomial_bounds
-from thinned.compare.laws.law import Finding, Law, holds_if, nothing_wrong
+from thinned.compare.laws.law import Finding, Law, Level, holds_if, nothing_wrong
 from thinned.compare.laws.values import departure
 from thinned.compare.layers._entry import Entry, Workload, for_mask
 from thinned.compare.layers._peers import Formula
@@ -28,7 +28,7 @@ class DropHeadFormula(Formula):
 
     def drop(self, x: Tensor) -> Tensor:
         shape = [size if d in (0, self.dim % x.dim()) else 1 for d, size in enumerate(x.shape)]
-        mask = (torch.rand(shape) < 1 - self.p).to(x.dtype)
+        mask = (torch.rand(shape, device=x.device) < 1 - self.p).to(x.dtype)
         if self.normalize == "expected":
             return x * (mask / (1 - self.p) if self.p < 1 else mask)
         return x * mask * x.shape[self.dim] / mask.sum(self.dim, keepdim=True)
@@ -44,7 +44,7 @@ class DropKeyFormula(Formula):
     def drop(self, logits: Tensor) -> Tensor:
         shared = {d % logits.dim() for d in self.broadcast_dims}
         shape = [1 if d in shared else size for d, size in enumerate(logits.shape)]
-        dropped = torch.bernoulli(torch.full(shape, self.p, dtype=logits.dtype))
+        dropped = torch.bernoulli(logits.new_full(shape, self.p))
         return logits + dropped * -1e12
 
 
@@ -203,6 +203,7 @@ ENTRIES = [
                 "no keys",
                 "at p = 1 all weights are equal, in each dtype",
                 no_keys,
+                level=Level.UNLIKE_TORCH,
                 why="A query that loses all its keys turns the batch into NaN.",
             ),
             _keys(
@@ -215,6 +216,7 @@ ENTRIES = [
                 "gradient of dropped",
                 "a dropped logit has no gradient",
                 gradient_of_dropped,
+                level=Level.NICETY,
                 why="Weights are changed for keys that took no part.",
             ),
         ],

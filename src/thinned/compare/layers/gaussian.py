@@ -215,6 +215,7 @@ ENTRIES = [
                 "bound of alpha",
                 "alpha stays at 1, and can come back",
                 bound_of_alpha,
+                level=Level.NICETY,
                 why="One step too far makes the noise explode, or freezes alpha for good.",
             ),
             Law(

@@ -22,7 +22,7 @@ class DropPathFormula(nn.Module):
         if not self.training or self.drop_prob == 0:
             return x
         keep = 1 - self.drop_prob
-        mask = (torch.rand(len(x), *(1,) * (x.dim() - 1)) < keep).to(x.dtype)
+        mask = (torch.rand(len(x), *(1,) * (x.dim() - 1), device=x.device) < keep).to(x.dtype)
         return x * (mask / keep if self.scale_by_keep and keep else mask)
 
 
@@ -33,7 +33,7 @@ class StochasticDepthFormula(Formula):
 
     def drop(self, x: Tensor) -> Tensor:
         rows = len(x) if self.mode == "row" else 1
-        return x * (torch.rand(rows, *(1,) * (x.dim() - 1)) < 1 - self.p) / (1 - self.p)
+        return x * (torch.rand(rows, *(1,) * (x.dim() - 1), device=x.device) < 1 - self.p) / (1 - self.p)
 
 
 ENTRIES = [

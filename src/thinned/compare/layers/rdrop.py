@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from thinned.compare.figures import significant
 from thinned.compare.implementation import Case, Example, Implementation
 from thinned.compare.laws.law import Finding, Law, Level, holds_if
 from thinned.compare.layers._entry import Entry, Workload
@@ -61,7 +62,7 @@ def formula(layer: Case, settings: Settings) -> Finding:
         value = loss(a, b)
         results.append((value.detach(), *torch.autograd.grad(value, (a, b))))
     off = max(float((x - y).abs().max()) for x, y in zip(*results, strict=True))
-    return holds_if(off < 1e-12, f"{off:.1g} off", off=off)
+    return holds_if(off < 1e-12, "to the rounding" if off < 1e-12 else f"{significant(off)} off", off=off)
 
 
 def equal_logits(layer: Case, settings: Settings) -> Finding:
@@ -73,7 +74,7 @@ def equal_logits(layer: Case, settings: Settings) -> Finding:
     expected = F.cross_entropy(first, target)
     (expected_slope,) = torch.autograd.grad(expected / 2, first)
     same = torch.allclose(loss, expected) and torch.allclose(slope, expected_slope, atol=1e-6)
-    return holds_if(same, "0" if same else f"{float((loss - expected).detach()):.2g}")
+    return holds_if(same, "0" if same else significant(float((loss - expected).detach())))
 
 
 def symmetry(layer: Case, settings: Settings) -> Finding:
@@ -81,7 +82,7 @@ def symmetry(layer: Case, settings: Settings) -> Finding:
     first, second, target = _on(settings, torch.float32, 1000)
     module = layer.make(alpha=2.0)
     a, b = module(first, second, target), module(second, first, target)
-    return holds_if(torch.allclose(a, b, rtol=1e-6), f"{float(abs(a - b)):.1g} apart")
+    return holds_if(torch.allclose(a, b, rtol=1e-6), f"{significant(float(abs(a - b)))} apart")
 
 
 def close_logits(layer: Case, settings: Settings) -> Finding:
@@ -108,7 +109,7 @@ def ruled_out(layer: Case, settings: Settings) -> Finding:
     expected = layer.make(alpha=1.0)(first[:, :4], second[:, :4], target)
     slope = torch.autograd.grad(loss, masked[0])[0]
     fine = torch.allclose(loss, expected) and bool(slope.isfinite().all())
-    return holds_if(fine, "as without it" if fine else f"{float(loss.detach()):.3g}")
+    return holds_if(fine, "as without it" if fine else significant(float(loss.detach())))
 
 
 FAMILY = "loss"
@@ -140,6 +141,7 @@ ENTRIES = [
                 "equal logits",
                 "the divergence and its gradient are 0",
                 equal_logits,
+                level=Level.NICETY,
                 why="Two passes that agree are still pushed apart or together.",
             ),
             _law(
@@ -159,6 +161,7 @@ ENTRIES = [
                 "ruled-out class",
                 "a logit of -inf in both passes changes nothing",
                 ruled_out,
+                level=Level.UNLIKE_TORCH,
                 why="A model that masks its classes trains on NaN.",
             ),
         ],

@@ -16,7 +16,7 @@ from thinned.compare.laws.chance import (
     strongest,
     within_binomial,
 )
-from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.laws.law import Finding, Law, Level, holds_if
 from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.layers._peers import Formula
 from thinned.compare.settings import Settings
@@ -164,12 +164,14 @@ ENTRIES = [
                 "equal magnitudes",
                 "bfloat16 weights of equal size do not change the fraction",
                 fraction,
+                level=Level.NICETY,
                 why="In half precision, where many weights are equal, too few or too many are dropped.",
             ),
             _law(
                 "target = 0, 1",
                 "no weight is a candidate, and every weight is",
                 all_targeted,
+                level=Level.UNLIKE_TORCH,
                 why="The ends of a schedule of the target drop too few or too many weights.",
             ),
             _law(

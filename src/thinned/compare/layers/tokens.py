@@ -10,9 +10,10 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from thinned.compare.figures import significant
 from thinned.compare.implementation import Case, Example, Implementation, Masked, first, normal, ones
 from thinned.compare.laws.chance import FALSE_ALARM
-from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.laws.law import Finding, Law, Level, holds_if
 from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.layers._peers import Formula, from_library, library_class
 from thinned.compare.settings import Settings
@@ -33,7 +34,7 @@ class PatchDropoutFormula(nn.Module):
             return (x, None) if self.return_indices else x
         prefix, x = x[:, : self.prefix], x[:, self.prefix :]
         count = max(1, int(x.shape[1] * (1.0 - self.p)))
-        kept = torch.rand(x.shape[:2]).argsort(dim=1)[:, :count]
+        kept = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :count]
         if self.ordered:
             kept = kept.sort(dim=1).values
         x = x.gather(1, kept.unsqueeze(-1).expand(-1, -1, *x.shape[2:]))
@@ -47,7 +48,7 @@ class TokenDropoutFormula(Formula):
         self.prefix, self.scale = num_prefix_tokens, scale
 
     def drop(self, x: Tensor) -> Tensor:
-        mask = (torch.rand(*x.shape[:2], *(1,) * (x.dim() - 2)) < 1 - self.p).to(x.dtype)
+        mask = (torch.rand(*x.shape[:2], *(1,) * (x.dim() - 2), device=x.device) < 1 - self.p).to(x.dtype)
         if self.scale and self.p < 1:
             mask = mask / (1 - self.p)
         mask[:, : self.prefix] = 1
@@ -200,7 +201,9 @@ def _chi_squared(counts: Sequence[float], expected: Sequence[float]) -> Finding:
         return holds_if(False, "impossible outcomes")
     statistic = sum((count - mean) ** 2 / mean for count, mean in zip(counts, expected, strict=True))
     pvalue = float(stats.chi2.sf(statistic, len(counts) - 1))
-    return holds_if(pvalue >= FALSE_ALARM, f"χ² = {statistic:.3g} of {len(counts) - 1}", pvalue=pvalue)
+    return holds_if(
+        pvalue >= FALSE_ALARM, f"χ² = {significant(statistic)} of {len(counts) - 1}", pvalue=pvalue
+    )
 
 
 _patches, _tokens = partial(Law, "patches"), partial(Law, "tokens")
@@ -218,6 +221,7 @@ ENTRIES = [
                 "number kept",
                 "prefix and max(1, int(L (1-p))) of L others stay",
                 number_kept,
+                level=Level.UNLIKE_TORCH,
                 why="Sequences have another length, and memory and time another size, than p says.",
             ),
             _patches(

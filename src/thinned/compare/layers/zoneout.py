@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.compare.implementation import Case, Example, Implementation, Masked, normal
-from thinned.compare.laws.law import Finding, Law, holds_if
+from thinned.compare.laws.law import Finding, Law, Level, holds_if
 from thinned.compare.layers._entry import Entry, Workload
 from thinned.compare.settings import Settings
 from thinned.layers.zoneout import Zoneout
@@ -72,6 +72,7 @@ ENTRIES = [
                 "values",
                 "each value is one of the two, exactly",
                 either_value,
+                level=Level.NICETY,
                 why="A state that was not taken leaks in: an infinity becomes NaN, small values are lost.",
             ),
             Law(

@@ -146,7 +146,7 @@ def _set_all(
             ):
                 continue
             unit = unit_of(rate.module) if rate.of_module else 1.0
-            new = min(1.0, p / unit) if unit else old
+            new = p / unit if unit else old
             if new != old:
                 done.append((rate, old))
                 rate.value = new

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
 from thinned.layers import ConcreteDropout, VariationalDropout
-from thinned.models.convert.rules import probability_name
-from thinned.models.inspect import INTERCEPT, Site, inspect
-from thinned.models.sites import is_dropout, rates_of
+from thinned.models.convert.rules import is_dropout, probability_name, probability_of, refusal
+from thinned.models.inspect import WORDS, Site, Status, inspect
+from thinned.models.sites import rates_of
 from thinned.models.text import count, format_p, format_paths, merge_paths
-from thinned.models.walk import is_ours, other_references
+from thinned.models.walk import (
+    is_ours,
+    modules_in_containers,
+    modules_with_paths,
+    other_references,
+    qualified_name,
+)
 
 __all__ = ["report_converted", "report_reverted"]
 
@@ -74,12 +80,18 @@ def _report(
 
     modules = dict(model.named_modules(remove_duplicate=False))
     sites = inspect(model)
-    mine = [site for site in sites if is_chosen(site.paths, modules[site.path])]
-    unreached = {id(site) for site in sites.unreached}
-    left = [site for site in mine if id(site) in unreached and site.p != 0]
-    told = [*_stayed(left), *_are_no_modules(left, swapped), *_old_ones(found, news)]
+    mine = [site for site in sites if site.path in modules and is_chosen(site.paths, modules[site.path])]
+    left = [site for site in mine if site.status not in ("thinned", "convert", "off")]
+    stayed = {site.path: why for site in left if (why := refusal(modules[site.path]))}
+    told = [
+        *_stayed(stayed, modules, {site.path for site in left if site.status == "intercept"}),
+        *_are_no_modules([site for site in left if site.path not in stayed], swapped),
+        *_old_ones(found, news),
+        *_no_children(model, news),
+    ]
     if p is not None:
-        told += _with_another_p([site for site in mine if not _has(site, modules[site.path], p)], p)
+        others = (site for site in mine if site.status != "perhaps")
+        told += _with_another_p([site for site in others if not _has(site, modules[site.path], p)], p)
     if told:
         LOG.warning("%s: %s; thinned.inspect(model) lists all", caller, "; ".join(told))
     elif not (swapped or ours or numbers):
@@ -91,32 +103,32 @@ def _report(
             LOG.warning("%s: found no dropout in its modules and their source", caller)
 
 
-def _stayed(left: Sequence[Site]) -> Iterator[str]:
-    """The dropout modules that no rule swaps, and why."""
-    stayed = [site for site in left if site.kind == "module"]
-    if stayed:
-        names = _counted(f"{site.type} ({site.note.removeprefix('left: ')})" for site in stayed)
-        intercepted = {site.paths for site in left if site.becomes == INTERCEPT}
-        n = sum(site.paths in intercepted for site in stayed)
+def _stayed(
+    reasons: Mapping[str, str], modules: Mapping[str, nn.Module], intercepted: Collection[str]
+) -> Iterator[str]:
+    """The dropout modules that no rule swaps, and why, by their paths."""
+    if reasons:
+        names = _counted(f"{qualified_name(type(modules[path]))} ({why})" for path, why in reasons.items())
+        n = sum(path in intercepted for path in reasons)
         yield (
-            f"{count(len(stayed), 'dropout module')} stayed: {names}; thinned.register adds a type"
+            f"{count(len(reasons), 'dropout module')} stayed: {names}; thinned.register adds a type"
             + f", thinned.intercept() reaches the calls in {n} of them" * bool(n)
         )
 
 
 def _are_no_modules(left: Sequence[Site], swapped: int) -> Iterator[str]:
-    stayed = {site.paths for site in left if site.kind == "module"}  # with calls of their own
-    others = [site for site in left if site.paths not in stayed]
-    reached = [site for site in others if site.becomes == INTERCEPT]
-    beyond = [site for site in others if site.becomes != INTERCEPT]
+    reached = [site for site in left if site.status == "intercept"]
     if reached:
         n, names = len(reached), _counted(site.type for site in reached)
         drop = "drop and are no modules" if n > 1 else "drops and is no module"
         what = f"{count(n, 'more place' if swapped else 'place')} {drop}"
         yield f"{what}: {names}; thinned.intercept() reaches {'them' if n > 1 else 'it'}"
-    if beyond:
-        names = _counted(f"{site.type}" + f" ({site.note})" * bool(site.note) for site in beyond)
-        yield f"{count(len(beyond), 'place')} out of reach: {names}"
+    statuses: tuple[Status, ...] = ("perhaps", "beyond")
+    for status in statuses:
+        sites = [site for site in left if site.status == status]
+        if sites:
+            names = _counted(f"{site.type}" + f" ({site.note})" * bool(site.note) for site in sites)
+            yield f"{count(len(sites), 'place')} {WORDS[status][len(sites) > 1]}: {names}"
 
 
 def _old_ones(
@@ -127,6 +139,14 @@ def _old_ones(
     for module, paths in found:
         if id(module) in news and id(module) in elsewhere:
             yield f"{format_paths(paths)} is still the old module in {', '.join(elsewhere[id(module)])}"
+
+
+def _no_children(model: nn.Module, news: Mapping[int, nn.Module]) -> Iterator[str]:
+    """The dropouts in lists and attributes that never were children."""
+    for module, paths in modules_in_containers(modules_with_paths(model)):
+        drops = is_dropout(module) and probability_of(module) != 0
+        if drops and not is_ours(module) and id(module) not in news:
+            yield f"{paths[0]} is no child of a module, so convert() and eval() do not reach it"
 
 
 def _has(site: Site, module: nn.Module, p: float) -> bool:

@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Real
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from thinned import layers
 from thinned.checks import got
 from thinned.models.walk import is_ours, qualified_name
 from thinned.torch_state import REPRESENTATION, buffers_of, children_of, parameters_of
 
-__all__ = ["is_known", "make", "probability_name", "probability_of", "register", "unit_of"]
+__all__ = [
+    "is_dropout",
+    "is_known",
+    "is_number",
+    "make",
+    "numbers_of",
+    "probability_name",
+    "probability_of",
+    "refusal",
+    "register",
+    "unit_of",
+]
 
 Build = Callable[[Any], nn.Module]
 # The attributes in which modules keep their probability.
@@ -159,11 +171,59 @@ def probability_name(module: nn.Module) -> str | None:
     return next((name for name in names if name in vars(module)), None)
 
 
+def is_dropout(module: nn.Module) -> bool:
+    """Whether ``module`` is of a known type, or is called a dropout; R-Drop is a loss."""
+    name = type(module).__name__.lower()
+    if isinstance(module, layers.RDrop):
+        return False
+    return is_ours(module) or is_known(module) or "drop" in name or name == "stochasticdepth"
+
+
+def refusal(module: nn.Module) -> str:
+    """The reason why convert leaves a dropout module; empty for one that it swaps, and for other modules."""
+    if is_ours(module) or not is_dropout(module):
+        return ""
+    if is_known(module):
+        try:
+            make(module)
+        except ValueError as error:
+            return str(error)
+        return ""
+    has_more = any(True for _ in module.parameters()) or bool(children_of(module))
+    return "" if has_more else f"no rule for {type(module).__name__}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a real number of Python or NumPy, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def numbers_of(module: nn.Module) -> dict[str, float]:
+    """The numbers that a dropout, or a module of torch.nn with ``dropout=``, drops with, by attribute.
+
+    >>> numbers_of(layers.VariationalLSTM(2, 2, input_p=0.1))["input_p"], numbers_of(nn.LSTM(2, 2, 2))
+    (0.1, {'dropout': 0.0})
+    """
+    names: list[str] = []
+    if is_dropout(module):
+        names += filter(None, [probability_name(module)])
+        names += [name for name in vars(module) if name.endswith("_p") and is_ours(module)]
+    elif isinstance(module, nn.MultiheadAttention | nn.RNNBase) and getattr(module, "num_layers", 2) > 1:
+        names.append("dropout")  # a recurrent layer drops between its layers, so not if there is only one
+    values = {name: _plain(getattr(module, name)) for name in names if name != "initial_p"}
+    return {name: value for name, value in values.items() if is_number(value)}
+
+
+def _plain(value: Any) -> Any:
+    """The number in a tensor, such as an element of ``torch.linspace``; other values as they are."""
+    is_scalar = isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta
+    return value.item() if is_scalar else value
+
+
 def probability_of(module: nn.Module) -> float | None:
-    """The probability that ``module`` has, or None where no attribute is a number."""
-    name = probability_name(module)
-    value = None if name is None else getattr(module, name)
-    return float(value) if isinstance(value, int | float) else None
+    """The probability that ``module`` drops with; None if it has none, or several that are not 0."""
+    values = {min(1.0, float(value) * unit_of(module)) for value in numbers_of(module).values()}
+    return max(values) if values and len(values - {0.0}) < 2 else None
 
 
 def unit_of(module: nn.Module) -> float:

@@ -14,12 +14,12 @@ from torch.fx import Proxy
 from thinned.checks import got
 from thinned.key_source import active
 from thinned.keys import Key
-from thinned.layers._named import Named
 from thinned.layers._overrides import module_node
 from thinned.models.address import address
 from thinned.models.address.hooks import hooks_of
 from thinned.models.intercept import Intercepted
 from thinned.models.walk import check_model, is_ours
+from thinned.named import Named
 from thinned.torch_state import constant_when_compiled
 
 __all__ = ["Keyed"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,10 +17,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 import thinned
-from thinned.models.convert.rules import probability_of
+from thinned.models.convert.rules import is_dropout, probability_of
 from thinned.models.draws import DRAWS, SINGLE, purpose_of
 from thinned.models.inspect.targets import HAND_WRITTEN, OURS, TARGETS, Call, Kind, recurrent
-from thinned.models.walk import is_ours
+from thinned.models.walk import is_ours, qualified_name
 from thinned.torch_state import TorchDispatchMode, arguments_of, buffers_of
 
 __all__ = ["TORCH", "Event", "run_once"]
@@ -49,9 +49,14 @@ class Event:
     calls: int = 0
 
 
-def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Event]:
-    """The events of a call in training and of one in evaluation; model and generators stay as they were."""
-    spy = _Spy(model)
+def run_once(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], others: Set[int] = frozenset()
+) -> list[Event]:
+    """The events of a call in training and of one in evaluation; model and generators stay as they were.
+
+    ``others`` has the ids of modules that are no children of ``model``, and have events of their own.
+    """
+    spy = _Spy({id(module) for module in model.modules()} | others)
     with _unchanged(model), torch.no_grad():
         for training in (True, False):
             model.train(training)
@@ -69,18 +74,21 @@ def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 class _Spy(TorchFunctionMode):
     """Reports the functions that are known to drop, and the layers of ours."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, members: Set[int]) -> None:
         super().__init__()
-        self.members = {id(module) for module in model.modules()}
+        self.members = members
         self.events: dict[tuple[Any, ...], Event] = {}
         self.stack: list[nn.Module] = []
         self.reported = self.evaluating = False
 
     def enter(self, module: nn.Module, _: Any) -> None:
-        # The calls of a module that a forward makes are those of the module whose forward it is.
-        self.stack.append(module if id(module) in self.members else self.stack[-1])
-        if module.training and is_ours(module) and (p := probability_of(module)) != 0:
-            self.add(module, Call("thinned", "", "", 0, 0), p)
+        is_member, is_dropping = id(module) in self.members, is_ours(module) and is_dropout(module)
+        if module.training and is_dropping and (p := probability_of(module)) != 0:
+            if is_member:
+                self.add(module, Call("thinned", "", "", 0, 0), p)
+            else:
+                self.report(qualified_name(type(module)), p, ours=True)
+        self.stack.append(module if is_member or is_dropping else self.stack[-1])
 
     def leave(self, *_: Any) -> None:
         if len(self.stack) > 1:
@@ -106,7 +114,8 @@ class _Spy(TorchFunctionMode):
         note = HAND_WRITTEN if drawn is not None and not purpose else ""
         kind: Kind = "call" if drawn is None else "layer" if purpose == "layerdrop" else "random"
         call = Call(NAMES[name] if purpose else name, *at, None, note, kind)
-        self.add(self.stack[-1], call, p)
+        # The calls of a module that a forward makes are those of the module whose forward it is.
+        self.add(next(module for module in reversed(self.stack) if id(module) in self.members), call, p)
 
     def add(self, module: nn.Module, call: Call, p: float | None) -> None:
         event = Event(module, call, p, self.evaluating)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property, partial
+from importlib.util import resolve_name
 from itertools import takewhile
 from types import FunctionType, MethodType
 from typing import Any
@@ -143,6 +144,10 @@ class Names:
             return _known(self.given[name][not training])
         if name in TRAINING:
             return training
+        if name in self.outline.imported:
+            module, attribute = self.outline.imported[name]
+            home = sys.modules[resolve_name(module, self.function.__globals__.get("__package__"))]
+            return getattr(home, attribute) if attribute else home
         if name in self.function.__code__.co_varnames:
             raise LookupError(name)
         return self._outside(name)

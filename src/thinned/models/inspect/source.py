@@ -60,6 +60,7 @@ class Outline:
         calls: the calls.
         assigned: what is assigned to each name; None where that is no expression.
         elements: what loops go through, by the name of the element.
+        imported: the module and, if it is not the module itself, its attribute, by the name of the import.
     """
 
     def __init__(self, tree: ast.AST, parameters: Sequence[str], asked: bool) -> None:
@@ -67,6 +68,7 @@ class Outline:
         self.calls = [node for node in nodes if isinstance(node, ast.Call)]
         self.assigned: dict[str, list[ast.expr | None]] = {}
         self.elements: dict[str, ast.expr] = {}
+        self.imported: dict[str, tuple[str, str]] = {}
         plainly: set[ast.AST] = set()
         for node in nodes:
             match node:
@@ -82,6 +84,14 @@ class Outline:
                         if isinstance(part, ast.Name):
                             self.assigned.setdefault(part.id, []).append(value)
                             plainly.add(part)
+                case ast.Import(names):
+                    for each in names:
+                        top = each.name.partition(".")[0]
+                        self.imported[each.asname or top] = (each.name if each.asname else top, "")
+                case ast.ImportFrom(home, names, level):
+                    for each in names:
+                        module = "." * (level or 0) + (home or "")
+                        self.imported[each.asname or each.name] = (module, each.name)
                 case ast.For(ast.Name(name), iterable) | ast.comprehension(ast.Name(name), iterable):
                     self.elements[name] = iterable
         for node in nodes:

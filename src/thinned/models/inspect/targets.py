@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from inspect import signature
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
 from thinned import functional
+from thinned.models.convert.rules import is_number
 
 __all__ = [
     "ELSEWHERE",
@@ -35,9 +37,9 @@ Read = tuple[Any, Any]  # an object and the name of its attribute, a dictionary 
 READS: ContextVar[list[Read]] = ContextVar("READS")  # all that a reading looks up
 
 Kind = Literal["module", "argument", "call", "random", "layer"]
-HAND_WRITTEN = "perhaps a dropout written by hand"
+HAND_WRITTEN = "draws random numbers"
 OURS = "thinned.functional."
-ELSEWHERE = "drawn from Python's generator, beyond thinned"
+ELSEWHERE = "drawn from Python's generator"
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ def remember(value: Any, owner: Any, name: Any) -> Any:
     """``value``; if it is a number, one that knows where it was read, also as the argument of a call."""
     if (reads := READS.get(None)) is not None:
         reads.append((owner, name))
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         return value
-    number = (_Float if isinstance(value, float) else _Int)(value)
+    number = (_Int if isinstance(value, Integral) else _Float)(value)
     number.read = owner, name
     return number
 
@@ -97,7 +99,7 @@ def remember_all(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_float(value: Any) -> float | None:
     """A number as a float that knows where it was read, if ``value`` does; None if it is no number."""
-    if isinstance(value, float) or not isinstance(value, int):
+    if isinstance(value, float) or not isinstance(value, Real):
         return value if isinstance(value, float) else None
     number: float = remember(float(value), *value.read) if isinstance(value, _Int) else float(value)
     return number
@@ -158,14 +160,13 @@ for _name in (*_names, *(f"{_name}_" for _name in _names), "native_dropout"):
 
 
 def _target_of(function: Any, name: str) -> Target | None:
-    """The target of a function of thinned; None for one that does not depend on the training mode."""
+    """The target of a function of thinned; None for one that drops nothing, such as a loss."""
     arguments = {
         each.name: Argument(each.name, place, each.default)
         for place, each in enumerate(signature(function).parameters.values())
     }
-    if "training" not in arguments:
-        return None
-    return Target(name, arguments.get("p") or arguments.get("drop_prob"), arguments["training"])
+    p, training = arguments.get("p") or arguments.get("drop_prob"), arguments.get("training")
+    return Target(name, p, training) if p or training else None
 
 
 for _name in functional.__all__:

@@ -15,16 +15,16 @@ from thinned import functional as F
 from thinned.checks import got
 from thinned.keys import Key
 from thinned.layers._arguments import threshold_and_scale
-from thinned.layers._named import Named
 from thinned.layers._overrides import module_node
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.intercept.attention import multi_head_attention_forward, scaled_dot_product_attention
 from thinned.models.intercept.draws import DRAW_HANDLERS, running_in_training
 from thinned.models.intercept.fast_path import FastPath, is_innermost, remove_mode
 from thinned.models.intercept.recurrent import Packed, Padded, run
+from thinned.named import Named
 from thinned.torch_state import compiler_is_imported, compiling, modes_of_thread, never_inlined
 
-__all__ = ["Intercept", "Intercepted", "intercept"]
+__all__ = ["Intercept", "Intercepted", "intercept", "is_intercepted"]
 
 
 def intercept(*, key: Key | None = None, sdpa_follows_training: bool = False) -> Intercept:
@@ -157,6 +157,11 @@ class Intercept(Counting, TorchFunctionMode):
         handler = _HANDLERS.get(func) if ours else None
         result = None if handler is None else handler(self, *args, **kwargs)
         return func(*args, **kwargs) if result is None else result
+
+
+def is_intercepted() -> bool:
+    """Whether this thread, or this asyncio task, is within :func:`thinned.intercept`."""
+    return Intercept._innermost.get() is not None
 
 
 def _check_key(key: Key | None) -> None:
