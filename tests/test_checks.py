@@ -163,6 +163,7 @@ OTHERS_WORDS = (
     "^RuntimeError: Expected tensor for argument #1 'indices' to have one of",
     "^RuntimeError: Expected hidden size",
     "^RuntimeError: Expected all tensors to be on the same device",
+    "^RuntimeError: a and b must have same reduction dim",
     "^AssertionError: Padding_idx must be within num_embeddings",
     "^IndexError: .* names dimension 1, but for shape",  # two arguments that do not fit each other
     "^IndexError: drop_head got dim=1 and a tensor of shape",

@@ -119,8 +119,8 @@ class DropoutSchedule:
                 scheduled.append((rate, (*names, None) if own_attribute(module) == name else names))
         if not scheduled:
             raise ValueError(
-                f"found nothing to schedule in the model, a {type(model).__name__}: no module that takes part "
-                f"has a number called {' or '.join(names)}"
+                f"found nothing to schedule in the model, a {type(model).__name__}: no module that takes "
+                f"part has a number called {' or '.join(names)}"
                 + ", or another to drop with" * (attributes is None)
                 + "; include= takes other modules, such as include='encoder.*', and attributes= other numbers"
             )

@@ -178,7 +178,7 @@ def test_packed_refused() -> None:
 
 @each_layout
 def test_refused(batch_first: bool) -> None:
-    with pytest.raises(RuntimeError, match=r"got a tensor of shape \(3,\)"):
+    with pytest.raises(RuntimeError, match=r"got an input of shape \(3,\)"):
         locked_dropout(torch.ones(3), batch_first=batch_first)
     for shape in ((4, 4), (3, 3, 4)):  # a sample alone, and three
         with pytest.raises(RuntimeError, match=r"keys of shape \(4,\) do not fit"):

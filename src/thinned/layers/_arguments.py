@@ -58,7 +58,8 @@ def apply(
     ``sample_dim`` is as for :func:`key_for`. An ``elementwise`` layer has no sample dimension of its own, so
     the active key source names it.
     """
-    broadcast_dims = integers("broadcast_dims", broadcast_dims)
+    if type(broadcast_dims) is not tuple:
+        broadcast_dims = integers("broadcast_dims", broadcast_dims)
     if key is None and active.key_source is not None:
         if broadcast_dims:
             dims_of(input.shape, broadcast_dims)  # raises before the key source counts this call
@@ -108,8 +109,8 @@ def check_p(p: float, name: str = "p") -> None:
         raise ValueError(f"dropout probability{which} has to be between 0 and 1, but got {p}")
 
 
-def _compute(p: float, name: str = "p") -> tuple[int, float]:
-    check_p(p, name)
+def _compute(p: float) -> tuple[int, float]:
+    check_p(p)
     T = round((1 - p) * 2**32)
     return T, 2**32 / T if T else 0.0
 
@@ -117,12 +118,12 @@ def _compute(p: float, name: str = "p") -> tuple[int, float]:
 _compute_cached = lru_cache(maxsize=1024)(_compute)
 
 
-def threshold_and_scale(p: float, *name: str) -> tuple[int, float]:
+def threshold_and_scale(p: float) -> tuple[int, float]:
     """``T`` and ``1/q`` of the mask's specification; the errors are those of :func:`check_p`."""
     if type(p) is not float:
-        p = number(p, *name)
+        p = number(p)
     # Dynamo ignores lru_cache and warns when it traces a cached function.
-    return _compute(p, *name) if compiling() else _compute_cached(p, *name)
+    return _compute(p) if compiling() else _compute_cached(p)
 
 
 def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:

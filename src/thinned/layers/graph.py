@@ -170,7 +170,8 @@ def _num_nodes(edge_index: Tensor, num_nodes: int | None) -> int:
     if num_nodes is None:
         return int(edge_index.max()) + 1 if edge_index.numel() else 0
     check_integer("num_nodes", num_nodes, least=0)
-    return index(num_nodes)
+    # index() would make a constant of a symbolic number.
+    return num_nodes if isinstance(num_nodes, int | torch.SymInt) else index(num_nodes)
 
 
 def _check(name: str, edge_index: Tensor, key: Key | None, active: bool) -> None:

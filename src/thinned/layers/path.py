@@ -54,7 +54,9 @@ def drop_path(
     """
     if has_torch_function_unary(input) and not compiling():
         return overridden(drop_path, locals())
-    T, scale = threshold_and_scale(drop_prob, "drop_prob")
+    if type(drop_prob) is not float or not 0 <= drop_prob <= 1:
+        check_p(drop_prob, "drop_prob")  # the next line would call it p
+    T, scale = threshold_and_scale(drop_prob)
     if not _drops("drop_path", input, drop_prob, training, key):
         return input
     return apply(input, key, range(1, input.dim()), False, T, scale if scale_by_keep else 1.0)
