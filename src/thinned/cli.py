@@ -125,7 +125,7 @@ def compare(
     With --layer it is that layer, thinned's and its peer's, which go by the names of their columns; your own
     take the arguments of thinned's. `thinned layers` lists the layers.
     With --check and no implementation named, thinned has to hold.
-    The table [tool.thinned] of pyproject.toml has implementations, level, only, skip and kwargs, too.
+    The table \\[tool.thinned] of pyproject.toml has implementations, level, only, skip and kwargs, too.
     """
     try:
         entry = None if layer is None else entry_of(layer)
