@@ -242,10 +242,9 @@ def test_terminal(compared: tuple[str, str, str]) -> None:
         assert law.name in printed
     assert "✗ NaN; gradients NaN" in printed
     verdicts = " ".join(printed.split())
-    assert "ForgetsToScale: wrong in 6: kept values, mean in float16" in verdicts
+    assert "ForgetsToScale: wrong (6): kept values, mean in float16" in verdicts
     assert (
-        "textbook: nothing wrong; unlike torch in 3: p = 1, p outside [0, 1], dtype; could be better"
-        in verdicts
+        "textbook: nothing wrong; unlike torch (3): p = 1, p outside [0, 1], dtype; nicety (3): " in verdicts
     )
     assert "    found: NaN; gradients NaN" in printed
     assert max(len(line) for line in printed.splitlines()) <= 100

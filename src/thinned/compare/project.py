@@ -33,7 +33,7 @@ class Policy:
     """The laws that are examined, and how bad a broken one has to be for a check to fail.
 
     Attributes:
-        level: the mildest severity at which a check fails.
+        level: the mildest level at which a check fails.
         only: names of laws or of families, or patterns of :mod:`fnmatch`; with none, all laws.
         skip: the same, of laws that are left out.
     """

@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from thinned.compare.laws import Level, Verdict
-from thinned.compare.report import WORDS, Report
+from thinned.compare.report import Report
 from thinned.compare.tables import Cell, Table
 
 __all__ = ["Terminal"]
@@ -156,7 +156,7 @@ class Terminal:
             self.say(f"{name}: {report.verdict(name)}", style=style)
             for law, finding in broken:
                 crashed = "crashed: " if finding.verdict is Verdict.CRASHED else ""
-                self.say(f"{WORDS[law.level]}: {law.name}: {law.statement}", "  ", INDENT, LEVELS[law.level])
+                self.say(f"{law.level.value}: {law.name}: {law.statement}", "  ", INDENT, LEVELS[law.level])
                 self.say(f"found: {crashed}{finding.measured}", "    ", INDENT)
                 self.say(f"why: {law.why}", "    ", INDENT)
             if broken:
