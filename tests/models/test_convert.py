@@ -540,10 +540,10 @@ def test_a_class_is_that_of_before_a_conversion() -> None:
 @pytest.mark.parametrize(
     ("choice", "says"),
     [
-        ("bdy.0.*", "'bdy.0.*'; close to it are 'body.0.*', 'body.1.*', 'body.*'"),
-        (["head", "body.0.dorp"], "'body.0.dorp'; close to it are 'body.0.drop', 'body.1.drop', 'body.0'"),
-        ("channels", "'channels'; close to it are '*.channels'"),
-        ("model.stem", "'model.stem'; close to it are 'stem'"),
+        ("bdy.0.*", "'bdy.0.*'; did you mean body.0.* or body.1.* or body.*?"),
+        (["head", "body.0.dorp"], "'body.0.dorp'; did you mean body.0.drop or body.1.drop or body.0?"),
+        ("channels", "'channels'; did you mean *.channels?"),
+        ("model.stem", "'model.stem'; did you mean stem?"),
         ("Dropout2d", "'Dropout2d': a string is a pattern of paths; pass the class Dropout2d itself"),
         ("zzz", "'zzz'"),
         (

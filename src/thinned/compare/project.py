@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from thinned.compare.errors import did_you_mean
+from thinned.checks import did_you_mean
 from thinned.compare.laws import Finding, Law, Level
 
 if sys.version_info >= (3, 11):
