@@ -75,5 +75,5 @@ def integers(name: str, values: Any) -> tuple[Any, ...]:
     if isinstance(values, tuple):
         return values
     if isinstance(values, str | Tensor) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be integers, such as (0, 1), {got(values)}")
+        raise TypeError(f"{name} must be a tuple of integers, {got(values)}")
     return tuple(values)

@@ -411,7 +411,7 @@ def test_a_place_that_keeps_the_old_module_is_reported(told: Callable[..., str])
     vars(model)["alias"] = inner[0]
     convert(model)
     assert told() == (
-        "0.0 is still the old module in alias, 0.drops; 0.1 is still the old module in by_name; "
+        "alias, 0.drops still hold the old module of 0.0; by_name still holds the old module of 0.1; "
         "thinned.inspect(model) lists all"
     )
     assert revert(model)[0][0] is inner.drops[0]

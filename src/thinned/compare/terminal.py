@@ -29,7 +29,7 @@ BORDERS = 3  # characters of a table for each column, and one more
 UNBROKEN = re.compile(r"[✓✗–] | (?=(ns|μs|ms|s)\b)|\bp = |± |\((?:[A-Z]|1, )[^()]{,20}\)")
 
 # Readable on light and on dark paper, which yellow, cyan and blue are not.
-LEVELS = {Level.WRONG: "bold red", Level.UNLIKE_TORCH: "magenta", Level.NICETY: ""}
+LEVELS = {Level.WRONG: "bold red", Level.UNLIKE_TORCH: "bold magenta", Level.NICETY: ""}
 STYLES = {Verdict.HOLDS: "green", Verdict.NOT_OFFERED: "dim"}
 
 
@@ -66,21 +66,25 @@ class Terminal:
             task = bar.add_task(part, total=steps, step="")
             yield lambda step: bar.update(task, advance=1, step=step)
 
-    def say(self, text: str, first: str = "", others: str = "", style: str = "") -> None:
-        """Paragraphs, in lines that begin with ``first`` and, from the second on, with ``others``."""
-        for paragraph in text.split("\n"):
+    def say(self, text: str, label: str = "", style: str = "", first: str = "", others: str = "") -> None:
+        """A label in a style, and text; lines begin with ``first``, from the second on with ``others``."""
+        styled = len(first + label)
+        for paragraph in (first + label + text).split("\n"):
             for line in textwrap.wrap(
-                first + paragraph,
+                paragraph,
                 max(self.output.width, 20),
                 subsequent_indent=others,
                 break_long_words=False,
                 break_on_hyphens=False,
             ):
-                self.output.print(Text(line, style), soft_wrap=True)
+                shown = Text(line)
+                shown.stylize(style, 0, max(0, styled))
+                self.output.print(shown, soft_wrap=True)
+                styled -= len(line) - len(others) + 1
 
     def show(self, table: Table, with_notes: bool = False) -> None:
         """The table; as several, each with some of the columns, where all are wider than the terminal."""
-        self.say(table.title, style="bold")
+        self.say("", table.title, "bold")
         rows = [row for rows in table.sections.values() for row in rows]
         heading = Column(["", *(row.heading for row in rows)])
         columns = [
@@ -153,12 +157,13 @@ class Terminal:
                 if law.level is level and report.findings[law.name][name].verdict.is_breach
             ]
             style = LEVELS[broken[0][0].level] if broken else STYLES[Verdict.HOLDS]
-            self.say(f"{name}: {report.verdict(name)}", style=style)
+            self.say(f" {report.verdict(name)}", f"{name}:", style)
             for law, finding in broken:
                 crashed = "crashed: " if finding.verdict is Verdict.CRASHED else ""
-                self.say(f"{law.level.value}: {law.name}: {law.statement}", "  ", INDENT, LEVELS[law.level])
-                self.say(f"found: {crashed}{finding.measured}", "    ", INDENT)
-                self.say(f"why: {law.why}", "    ", INDENT)
+                label = f"{law.level.value}:"
+                self.say(f" {law.name}: {law.statement}", label, LEVELS[law.level], "  ", INDENT)
+                self.say(f"found: {crashed}{finding.measured}", first="    ", others=INDENT)
+                self.say(f"why: {law.why}", first="    ", others=INDENT)
             if broken:
                 self.output.print()
         if any(report.breaches(name) for name in report.names):
@@ -167,9 +172,9 @@ class Terminal:
     def explain(self, laws: Mapping[str, Mapping[str, str]]) -> None:
         """What :func:`thinned.compare.explain.explain` says."""
         for title, paragraphs in laws.items():
-            self.say(title, style="bold")
+            self.say("", title, "bold")
             for heading, text in paragraphs.items():
-                self.say(f"{heading}: {text}", "  ", INDENT)
+                self.say(f"{heading}: {text}", first="  ", others=INDENT)
             self.output.print()
         self.say(
             "Where chance decides, a bound is such that a right layer breaks the law once in 10 million runs."

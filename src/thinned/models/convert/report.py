@@ -138,7 +138,9 @@ def _old_ones(
     elsewhere = other_references(found)
     for module, paths in found:
         if id(module) in news and id(module) in elsewhere:
-            yield f"{format_paths(paths)} is still the old module in {', '.join(elsewhere[id(module)])}"
+            names = elsewhere[id(module)]
+            hold = "hold" if len(names) > 1 else "holds"
+            yield f"{', '.join(names)} still {hold} the old module of {format_paths(paths)}"
 
 
 def _no_children(model: nn.Module, news: Mapping[int, nn.Module]) -> Iterator[str]:
