@@ -43,7 +43,7 @@ BROKEN_BY = {  # arguments of `thinned compare`
 
 
 def explain(name: str, entries: Sequence[Entry] = ENTRIES) -> dict[str, dict[str, str]]:
-    """What there is to say about the laws called ``name``; else about a family of laws, or a pattern's.
+    """Describe the laws called ``name``; else those of a family called so, or those that match a pattern.
 
     Returns:
         for each law, under its name and statement, paragraphs under their headings.

@@ -1,4 +1,4 @@
-"""What a project asks of its layers: ``[tool.thinned]`` of its pyproject.toml.
+"""A project's demands on its layers: ``[tool.thinned]`` of its pyproject.toml.
 
 [tool.thinned]
 implementations = ["my_package.layers:MyDropout"]
@@ -107,7 +107,7 @@ def parse_level(text: str) -> Level:
 
 @dataclass(frozen=True)
 class Project:
-    """The table of a pyproject.toml; without one, what a comparison does by itself.
+    """The table of a pyproject.toml, or the defaults of a comparison.
 
     Attributes:
         implementations: as on the command line; a relative path is one from the file's folder.

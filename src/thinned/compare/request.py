@@ -1,4 +1,4 @@
-"""What is to be examined, by which laws: options and a project's file, checked before anything runs."""
+"""The implementations and laws that options and a project's file ask for, checked before anything runs."""
 
 from __future__ import annotations
 
