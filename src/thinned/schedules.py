@@ -91,7 +91,7 @@ class DropoutSchedule:
         if not callable(schedule):
             raise TypeError(
                 "schedule must be a function of the step, such as thinned.schedules.linear(1.0, 0.0, "
-                f"steps=1000), got {schedule!r} of type {type(schedule).__name__}"
+                f"steps=1000), {got(schedule)}"
             )
         model = unwrapped(model)
         self.schedule = schedule

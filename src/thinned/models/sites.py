@@ -296,7 +296,6 @@ class RatesByPath:
                 found.number = look_up(found.owner, found.name)
                 if is_number(found.number):
                     continue
-            found.module = None  # until it is known to have the number
             found.look(module)
             found.module = module
         return [(key, found) for key, _, found in self._found]
