@@ -129,7 +129,7 @@ def compare(
 
     With --layer, thinned's layer of that name is compared with its peer; `thinned layers` lists the layers.
 
-    Implementations that you name beside --layer take the arguments of thinned's layer.
+    Beside --layer, thinned and the peer go by the names of their columns; your own take thinned's arguments.
 
     With --check and no implementation named, it is thinned that has to hold.
 
