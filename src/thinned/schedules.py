@@ -14,8 +14,9 @@ from typing import Any, Literal
 from torch import nn
 
 from thinned.checks import check_integer, check_real, got
-from thinned.models.sites import Place, Rate, RatesByPath, is_dropout, is_number, own_attribute, rates_of
-from thinned.models.walk import Choice, check_model, chooser, modules_with_paths, wrapped_in
+from thinned.models.convert.rules import is_dropout, is_number
+from thinned.models.sites import Place, Rate, RatesByPath, own_attribute, rates_of
+from thinned.models.walk import Choice, check_model, chooser, modules_with_paths, unwrapped
 from thinned.torch_state import WRAPPERS
 
 __all__ = ["DropoutSchedule", "Schedule", "cosine", "curriculum", "early", "late", "linear", "v_shape"]
@@ -90,10 +91,9 @@ class DropoutSchedule:
         if not callable(schedule):
             raise TypeError(
                 "schedule must be a function of the step, such as thinned.schedules.linear(1.0, 0.0, "
-                f"steps=1000), got {schedule!r} of type {type(schedule).__name__}"
+                f"steps=1000), {got(schedule)}"
             )
-        while (inner := wrapped_in(model)) is not None:
-            model = inner
+        model = unwrapped(model)
         self.schedule = schedule
         chosen = chooser(model, include, None)
         names = ("p", "drop_prob") if attributes is None else _names(attributes)
