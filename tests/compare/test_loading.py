@@ -215,7 +215,9 @@ def test_classes_of_one_name_go_by_their_whole_text() -> None:
         ("no/such/file.py:Dropout", "cannot import no/such/file.py: FileNotFoundError"),
         ("FOLDER/layer.py:Path", "/layer.py'; did you mean layers.py"),
         ("FOLDER/layers.py:Pth", "layers.py has nothing called 'Pth'; did you mean Path?"),
-        ("thinned.compare.textbook:X", "has nothing called 'X'; it has TextbookDropout"),
+        ("thinned.compare.textbook:X", "has nothing called 'X'; it has TUTORIAL, TextbookDropout, Tutorial"),
+        ("FOLDER/layers.py:foo", "layers.py has nothing called 'foo'; it has Abstract, Fails,"),
+        ("FOLDER/layers.py:foo", "Path, Plain and 10 more"),
         ("FOLDER/layers.py:NUMBER", "NUMBER is neither a class nor a function, but 3"),
         ("FOLDER/layers.py:Plain", "Plain is a class, but no torch.nn.Module"),
         (

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from thinned.checks import did_you_mean
+from thinned.checks import did_you_mean, got
 from thinned.compare.errors import one_line, one_line_with_place
 from thinned.compare.implementation import Case, Implementation, NotOfferedError
 from thinned.compare.settings import Settings
@@ -76,11 +76,13 @@ def _attribute(module_name: str, name: str) -> Any:
     module = load(module_name)
     if hasattr(module, name):
         return getattr(module, name)
-    own = [
-        each for each, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
-    ]
-    layers = sorted(each for each in own if isinstance(getattr(module, each), type))
-    nearest = did_you_mean(name, [*own, *vars(module)], f"; it has {', '.join(layers)}" if layers else "")
+    own = sorted(
+        each
+        for each, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__ and not each.startswith("_")
+    )
+    has = ", ".join(own[:10]) + (f" and {len(own) - 10} more" if len(own) > 10 else "")
+    nearest = did_you_mean(name, [*own, *vars(module)], f"; it has {has}" if own else "")
     raise ValueError(f"{module_name} has nothing called {name!r}{nearest}")
 
 
@@ -130,7 +132,7 @@ def model_of(text: str) -> nn.Module:
             raise ValueError(f"{text} cannot be called without arguments: {one_line(error)}") from error
         raise ValueError(f"{text} raises {one_line_with_place(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{text} gave no torch.nn.Module, but a {type(model).__name__}")
+        raise ValueError(f"{text} gave no torch.nn.Module, {got(model)}")
     return model
 
 
