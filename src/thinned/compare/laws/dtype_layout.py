@@ -167,17 +167,18 @@ def _faults(layer: Case, p: float, x: Tensor) -> dict[str, str]:
     y = layer.module(p)(x)
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
     x, y = x.detach(), y.detach()
-    dropped = layer.once(y) == 0
-    n, count = dropped.numel(), int(dropped.sum())
-    low, high = binomial_bounds(n, p)
-    slack = n * torch.finfo(x.dtype).eps
-    near = strongest(neighbouring(dropped) if layer.takes_any_shape else [])
     faults = {
         "values": departure(y, x, scale=layer.mask.scale(p), p_error=P_ERROR),
         "gradient": departure(gradient, torch.ones_like(x), kept=y != 0, scale=scale_of(y, x)),
-        "rate": None if low - slack <= count <= high + slack else f"{count / n:#.4g} dropped, not {p:#.4g}",
-        "neighbours": near.measured if near.verdict.is_breach else None,
     }
+    if layer.takes_any_shape:  # others may drop neighbours together
+        n, count = y.numel(), int((y == 0).sum())
+        low, high = binomial_bounds(n, p)
+        slack = n * torch.finfo(x.dtype).eps
+        if not low - slack <= count <= high + slack:
+            faults["rate"] = f"{count / n:#.4g} dropped, not {p:#.4g}"
+        near = strongest(neighbouring(y == 0))
+        faults["neighbours"] = near.measured if near.verdict.is_breach else None
     return {kind: fault for kind, fault in faults.items() if fault}
 
 
