@@ -124,7 +124,7 @@ def test_which_modules_take_part() -> None:
             "own": named("MyDropConnect", 0.3),
             "vision": named("StochasticDepth", 0.25),
             "pooling": named("Pooling", 0.9),
-            "distance": nn.PairwiseDistance(2.0),
+            "distance": nn.TripletMarginLoss(p=2),
             "linear": nn.Linear(2, 2),
             "attention": nn.MultiheadAttention(4, 2, dropout=0.1),
             "lstm": nn.LSTM(2, 2, 2, dropout=0.6),

@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--thinned-level",
         default="",
         metavar="LEVEL",
-        help="The mildest severity that fails: wrong, unlike-torch or nicety. Milder ones are xfailed.",
+        help="The mildest level that fails: wrong, unlike-torch or nicety. Milder ones are xfailed.",
     )
 
 

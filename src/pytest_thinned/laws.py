@@ -13,9 +13,9 @@ import torch
 
 from thinned.compare.implementation import Implementation
 from thinned.compare.laws import Law, Verdict, examine
-from thinned.compare.layers import ENTRIES, entry_of
-from thinned.compare.loading import resolve_all
-from thinned.compare.project import Policy, Project
+from thinned.compare.layers import entry_of
+from thinned.compare.project import Policy
+from thinned.compare.request import requested
 from thinned.compare.settings import Settings
 
 __all__ = ["collect"]
@@ -28,22 +28,21 @@ def collect(session: pytest.Session, config: pytest.Config) -> list[pytest.Item]
         pytest.UsageError: with one line, for an implementation, law, level or file that is not as it has to
             be; pytest prints it and exits with status 4.
     """
-    entry = entry_of("Dropout")
     try:
-        project = Project.found_from(config.rootpath).overridden(
-            implementations=config.getoption("thinned"), level=config.getoption("thinned_level")
+        request = requested(
+            config.rootpath,
+            Settings(quick=True),
+            implementations=config.getoption("thinned"),
+            level=config.getoption("thinned_level"),
         )
-        if not project.implementations:
+        if request.is_default:
             raise ValueError("--thinned-project finds no implementations in [tool.thinned]")
-        project.policy.require_known([law for each in ENTRIES for law in each.laws])
-        chosen = project.policy.chosen(entry.laws)
-        found = resolve_all(project.implementations, project.kwargs, entry.case, Settings(quick=True))
     except ValueError as error:
         raise pytest.UsageError(f"--thinned: {error}") from error
     items = []
-    for each in found:
+    for each in request.implementations:
         layer = Layer.from_parent(
-            session, name=each.name, nodeid=each.name, implementation=each, laws=chosen, policy=project.policy
+            session, name=each.name, nodeid=each.name, implementation=each, policy=request.policy
         )
         report = layer.ihook.pytest_make_collect_report(collector=layer)
         layer.ihook.pytest_collectreport(report=report)  # by which pytest counts what was collected
@@ -54,12 +53,12 @@ def collect(session: pytest.Session, config: pytest.Config) -> list[pytest.Item]
 class Layer(pytest.Collector):
     """The node above the laws of one implementation."""
 
-    def __init__(self, *, implementation: Implementation, laws: list[Law], policy: Policy, **kwargs: Any):
+    def __init__(self, *, implementation: Implementation, policy: Policy, **kwargs: Any):
         super().__init__(**kwargs)
-        self.implementation, self.laws, self.policy = implementation, laws, policy
+        self.implementation, self.policy = implementation, policy
 
     def collect(self) -> Iterator[LawItem]:
-        for law in self.laws:
+        for law in self.policy.chosen(entry_of("Dropout").laws):
             yield LawItem.from_parent(self, name=law.name, law=law)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from torch import SymInt, Tensor
 
-__all__ = ["check_integer", "check_real", "got", "integers"]
+__all__ = ["check_integer", "check_real", "did_you_mean", "got", "integers"]
 
 
 def got(value: Any) -> str:
@@ -17,6 +18,27 @@ def got(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"got a {type(value).__name__} of shape {tuple(value.shape)} and {value.dtype}"
     return f"got {' '.join(reprlib.repr(value).split())} of type {type(value).__name__}"
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message about ``name``, which is none of ``names``.
+
+    >>> did_you_mean("MyDropuot", ["MyDropout", "Linear"])
+    '; did you mean MyDropout?'
+    >>> did_you_mean("menas", ["mean in float16", "rows"])
+    "; did you mean 'mean in float16'?"
+    """
+    by_lower = {each.casefold(): each for each in names}
+    text = name.casefold()
+    words = get_close_matches(text, {word for each in by_lower for word in each.split()})
+    close = [
+        *(each for each in by_lower if len(text) > 2 and text in each),
+        *get_close_matches(text, by_lower),
+        *(each for each in by_lower if any(word in each.split() for word in words)),
+    ]
+    found = [by_lower[each] for each in dict.fromkeys(close)]
+    found = [repr(each) if " " in each else each for each in found]
+    return f"; did you mean {' or '.join(found[:3])}?" if found else otherwise
 
 
 def check_integer(name: str, value: Any, least: int | None = None) -> None:
@@ -53,5 +75,5 @@ def integers(name: str, values: Any) -> tuple[Any, ...]:
     if isinstance(values, tuple):
         return values
     if isinstance(values, str | Tensor) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be integers, such as (0, 1), {got(values)}")
+        raise TypeError(f"{name} must be a tuple of integers, {got(values)}")
     return tuple(values)

@@ -7,7 +7,6 @@ import platform
 import sys
 from collections.abc import Container
 from contextlib import redirect_stdout
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import get_terminal_size
@@ -27,10 +26,11 @@ from thinned.compare import tables
 from thinned.compare.inspecting import inspect_named
 from thinned.compare.inspecting import to_json as sites_to_json
 from thinned.compare.layers import ENTRIES, entry_of
-from thinned.compare.loading import ALIASES, resolve, resolve_all
+from thinned.compare.loading import ALIASES
 from thinned.compare.page import to_html
-from thinned.compare.project import Policy, Project, option_of, parse_kwargs
+from thinned.compare.project import option_of
 from thinned.compare.record import to_json
+from thinned.compare.request import requested
 from thinned.compare.run import run, run_layer
 from thinned.compare.settings import Settings, parse_dtype, parse_shape
 from thinned.compare.terminal import Terminal
@@ -96,16 +96,21 @@ def compare(
     quick: Annotated[bool, typer.Option("--quick", help="No training, fewer sizes; under 20 s.")] = False,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Exit with 1 if an implementation named breaks a law of --level."),
+        typer.Option("--check", help="Exit with 1 if an implementation that you name fails at --level."),
     ] = False,
     level: Annotated[
-        str, typer.Option(help="How bad a broken law has to be: wrong (the default), unlike-torch or nicety.")
+        str,
+        typer.Option(
+            help="The mildest level at which --check fails: wrong (the default), unlike-torch or nicety."
+        ),
     ] = "",
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="LAW", help="Examine only this law or family, such as 'drop rate*'."),
     ] = None,
-    skip: Annotated[list[str] | None, typer.Option(metavar="LAW", help="Leave this one out.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="LAW", help="Leave out this law or family.")
+    ] = None,
     explain: Annotated[
         str | None,
         typer.Option(
@@ -120,12 +125,15 @@ def compare(
         Path | None, typer.Option(help="Write everything, machine readable.", dir_okay=False)
     ] = None,
 ) -> None:
-    """How implementations of dropout hold against the law of dropout, how fast they are, how they train.
+    """Compare implementations of dropout: which laws they break, how fast they are, how they train.
 
-    With --layer it is that layer, thinned's and its peer's, which go by the names of their columns; your own
-    take the arguments of thinned's. `thinned layers` lists the layers.
-    With --check and no implementation named, thinned has to hold.
-    The table [tool.thinned] of pyproject.toml has implementations, level, only, skip and kwargs, too.
+    With --layer, thinned's layer of that name is compared with its peer; `thinned layers` lists the layers.
+
+    Beside --layer, thinned and the peer go by the names of their columns; your own take thinned's arguments.
+
+    With --check and no implementation named, it is thinned that has to hold.
+
+    In pyproject.toml, the table tool.thinned may have implementations, level, only, skip and kwargs.
     """
     try:
         entry = None if layer is None else entry_of(layer)
@@ -140,28 +148,18 @@ def compare(
                 why = f"for --layer {entry.name}, whose laws bring their own"
                 _refuse(context, {"p", "shape", "dtype"}, why)
         settings = Settings(p, parse_shape(shape), parse_dtype(dtype), device, seed, quick)
-        project = Project.found_from(Path.cwd())
-        if entry:  # the file lists implementations of Dropout
-            project = replace(project, implementations=())
-        project.policy.require_known([law for each in ENTRIES for law in each.laws])
-        examined = entry or entry_of("Dropout")
-        options = Policy(only=tuple(only or ()), skip=tuple(skip or ()))
-        options.require_known(examined.laws)
-        project = project.overridden(
-            implementations or (), level, options.only, options.skip, parse_kwargs(kwargs) if kwargs else None
+        request = requested(
+            Path.cwd(),
+            settings,
+            entry,
+            implementations=implementations or (),
+            level=level,
+            only=only or (),
+            skip=skip or (),
+            kwargs=kwargs,
         )
-        project.policy.chosen(examined.laws)
-        if html and project.policy.only:
+        if html and request.policy.only:
             raise ValueError("--html writes a page of a whole comparison, and not of --only some laws")
-        known = entry.known if entry else None
-        if entry and entry.takes_any_shape:
-            known = {alias: resolve(alias) for alias in ALIASES} | entry.known
-        if kwargs and (aliases := [each for each in implementations or () if each in (known or ALIASES)]):
-            raise ValueError(f"--kwargs is for implementations of your own, and not for {aliases[0]}")
-        if project.folder:
-            sys.path.insert(0, str(project.folder))  # from where the file's modules are imported
-        own = project.implementations or (() if entry else ALIASES)
-        named = resolve_all(own, project.kwargs, examined.case, settings, known)
         files = [file for file in (html, json) if file]
         for file in files:
             if not file.parent.is_dir():
@@ -170,20 +168,17 @@ def compare(
         typer.echo(f"thinned compare: {error}", err=True)
         raise typer.Exit(2) from None
 
-    report = (
-        run_layer(entry, named, settings, Terminal(), project.policy)
-        if entry
-        else run(named, settings, Terminal(), project.policy)
-    )
+    arguments = (request.implementations, settings, Terminal(), request.policy)
+    report = run_layer(entry, *arguments) if entry else run(*arguments)
     if html:
         html.write_text(to_html(report), encoding="utf-8")
     if json:
         json.write_text(to_json(report), encoding="utf-8")
     if check:
-        checked = [each.name for each in named] if project.implementations else ["thinned"]
+        checked = ["thinned"] if request.is_default else [each.name for each in request.implementations]
         failed = [name for name in checked if report.fails(name)]
         outcome = f"{', '.join(failed)} failed" if failed else f"{', '.join(checked)} passed"
-        typer.echo(f"check at level {option_of(project.policy.level)}: {outcome}")
+        typer.echo(f"check at level {option_of(request.policy.level)}: {outcome}")
         raise typer.Exit(1 if failed else 0)
 
 
@@ -236,7 +231,7 @@ def inspect(
         bool, typer.Option("--json", help="Print the sites as JSON, with all attributes.")
     ] = False,
 ) -> None:
-    """Every place at which a model drops, whose each is, and how thinned reaches it."""
+    """Every place at which a model drops: if it is thinned's, and how thinned reaches it."""
     try:
         with redirect_stdout(sys.stderr):  # what the model prints is no part of the output
             found = inspect_named(model, inputs or [])

@@ -66,9 +66,7 @@ class Key:
         try:
             number = seed if isinstance(seed, int | torch.SymInt) else operator.index(seed)
         except TypeError:
-            raise TypeError(
-                f"a key's seed must be an integer, got {seed!r} of type {type(seed).__name__}"
-            ) from None
+            raise TypeError(f"a key's seed must be an integer, {got(seed)}") from None
         if isinstance(number, int) and not -(2**63) <= number < 2**64:
             raise ValueError(f"a key's seed must be in -2**63 .. 2**64-1, got {number}")
         self.bits = savable(torch.full((), _int64(number), dtype=torch.int64, device="cpu"))

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from torch import nn
 
 from thinned.checks import check_integer, check_real, got
-from thinned.models.sites import Place, Rate, RatesByPath, is_dropout, is_number, own_attribute, rates_of
-from thinned.models.walk import Choice, check_model, chooser, modules_with_paths, wrapped_in
+from thinned.models.convert.rules import is_dropout, is_number
+from thinned.models.sites import Place, Rate, RatesByPath, own_attribute, rates_of
+from thinned.models.walk import Choice, check_model, chooser, modules_with_paths, unwrapped
 from thinned.torch_state import WRAPPERS
 
 __all__ = ["DropoutSchedule", "Schedule", "cosine", "curriculum", "early", "late", "linear", "v_shape"]
@@ -44,7 +45,8 @@ class DropoutSchedule:
 
     Each step looks the numbers up by path. The schedule therefore goes on in modules that replace others, as
     :func:`thinned.convert`, :func:`thinned.revert` or wrappers such as :func:`torch.compile` do; such a
-    module has the full probability of the one before. It does not follow a copy of the model.
+    module has the full probability of the one before. It does not follow a copy of the model, or a model that
+    is itself a dropout and is converted.
 
     Layers read their ``p`` at each call. Under :func:`torch.compile` ``p`` is a constant of the graph: each
     new value recompiles, up to ``torch._dynamo.config.recompile_limit`` (8) graphs. Use a schedule with few
@@ -89,10 +91,9 @@ class DropoutSchedule:
         if not callable(schedule):
             raise TypeError(
                 "schedule must be a function of the step, such as thinned.schedules.linear(1.0, 0.0, "
-                f"steps=1000), got {schedule!r} of type {type(schedule).__name__}"
+                f"steps=1000), {got(schedule)}"
             )
-        while (inner := wrapped_in(model)) is not None:
-            model = inner
+        model = unwrapped(model)
         self.schedule = schedule
         chosen = chooser(model, include, None)
         names = ("p", "drop_prob") if attributes is None else _names(attributes)
@@ -112,7 +113,7 @@ class DropoutSchedule:
         for module, paths in modules_with_paths(model):
             name = next((name for name in names if is_number(getattr(module, name, None))), None)
             if name is None or (attributes is None and not 0 <= getattr(module, name) <= 1):
-                continue  # such as the p of nn.PairwiseDistance
+                continue  # such as the p of nn.TripletMarginLoss
             if id(module) in candidates and chosen(paths, module):
                 places = tuple(Place(path) for path in paths)
                 rate = Rate(module, paths, module, name, paths[0], places=places)
@@ -183,8 +184,8 @@ class DropoutSchedule:
             if not 0 <= initial * factor <= 1:
                 raise ValueError(
                     f"dropout probability has to be between 0 and 1, but the factor {factor} of step {step} "
-                    f"makes {initial} of {key or 'the model'} {initial * factor}; a schedule gives factors, "
-                    "not probabilities: 1.0 is for the full probability of each dropout"
+                    f"makes {initial * factor} of the {initial} of {key or 'the model'}; a schedule gives "
+                    "factors, not probabilities: 1.0 is for the full probability of each dropout"
                 )
         numbers = [
             (found, found.number, initial_p[key] * factor / found.unit) for key, found in self._rates.look()

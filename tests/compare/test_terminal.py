@@ -122,7 +122,7 @@ def test_broken_laws_say_what_they_are_the_worst_first() -> None:
         assert lines[at + 1].strip() == f"found: {crashed}{found.measured}"
         assert lines[at + 2].strip() == f"why: {law.why}"
     shown = [line.strip().partition(":")[0] for line in lines[1:] if line.startswith("  ") and line[2] != " "]
-    levels = ["wrong", "unlike torch", "could be better"]
+    levels = [level.value for level in Level]
     assert len(shown) == len(broken)
     assert shown == sorted(shown, key=levels.index)
     assert set(shown) == set(levels)

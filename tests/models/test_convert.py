@@ -411,7 +411,7 @@ def test_a_place_that_keeps_the_old_module_is_reported(told: Callable[..., str])
     vars(model)["alias"] = inner[0]
     convert(model)
     assert told() == (
-        "0.0 is still the old module in alias, 0.drops; 0.1 is still the old module in by_name; "
+        "alias, 0.drops still hold the old module of 0.0; by_name still holds the old module of 0.1; "
         "thinned.inspect(model) lists all"
     )
     assert revert(model)[0][0] is inner.drops[0]
@@ -540,10 +540,10 @@ def test_a_class_is_that_of_before_a_conversion() -> None:
 @pytest.mark.parametrize(
     ("choice", "says"),
     [
-        ("bdy.0.*", "'bdy.0.*'; close to it are 'body.0.*', 'body.1.*', 'body.*'"),
-        (["head", "body.0.dorp"], "'body.0.dorp'; close to it are 'body.0.drop', 'body.1.drop', 'body.0'"),
-        ("channels", "'channels'; close to it are '*.channels'"),
-        ("model.stem", "'model.stem'; close to it are 'stem'"),
+        ("bdy.0.*", "'bdy.0.*'; did you mean body.0.* or body.1.* or body.*?"),
+        (["head", "body.0.dorp"], "'body.0.dorp'; did you mean body.0.drop or body.1.drop or body.0?"),
+        ("channels", "'channels'; did you mean *.channels?"),
+        ("model.stem", "'model.stem'; did you mean stem?"),
         ("Dropout2d", "'Dropout2d': a string is a pattern of paths; pass the class Dropout2d itself"),
         ("zzz", "'zzz'"),
         (

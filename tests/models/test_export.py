@@ -265,7 +265,7 @@ class TestKeyed:
             (7, TypeError, r"got 7 of type int; write thinned\.Key\(7\)$"),
             ("7", TypeError, "got '7' of type str$"),
             (None, TypeError, "got None of type NoneType$"),
-            (torch.tensor(7.0), TypeError, "got torch.float32$"),
+            (torch.tensor(7.0), TypeError, r"got a Tensor of shape \(\) and torch\.float32$"),
             (torch.tensor([7, 8]), ValueError, r"got one of shape \(2,\)"),
             (Key(7).fold(torch.arange(2)), ValueError, r"got one of shape \(2,\)"),
         ],

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
 import thinned
 
-__all__ = ["did_you_mean", "one_line", "one_line_with_place"]
+__all__ = ["one_line", "one_line_with_place"]
 
 STANDARD_LIBRARY = str(Path(traceback.__file__).parent)
 INSTALLED = {"site-packages", "dist-packages"}
@@ -52,24 +50,3 @@ def one_line_with_place(error: BaseException) -> str:
         if rank is not None:
             places[rank] = f" ({file}, line {frame.lineno}, in {frame.name})"
     return one_line(error) + (places[max(places)] if places else "")
-
-
-def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
-    """The end of a message about ``name``, which is none of ``names``.
-
-    >>> did_you_mean("MyDropuot", ["MyDropout", "Linear"])
-    '; did you mean MyDropout?'
-    >>> did_you_mean("menas", ["mean in float16", "rows"])
-    "; did you mean 'mean in float16'?"
-    """
-    by_lower = {each.casefold(): each for each in names}
-    text = name.casefold()
-    words = get_close_matches(text, {word for each in by_lower for word in each.split()})
-    close = [
-        *(each for each in by_lower if len(text) > 2 and text in each),
-        *get_close_matches(text, by_lower),
-        *(each for each in by_lower if any(word in each.split() for word in words)),
-    ]
-    found = [by_lower[each] for each in dict.fromkeys(close)]
-    found = [repr(each) if " " in each else each for each in found]
-    return f"; did you mean {' or '.join(found[:3])}?" if found else otherwise

@@ -14,9 +14,9 @@ from thinned.compare.project import Policy
 __all__ = ["BROKEN_BY", "explain", "measure_of"]
 
 LEVELS = {
-    Level.WRONG: "wrong: a layer that breaks it is no dropout, or trains another network than it says",
-    Level.UNLIKE_TORCH: "unlike torch: a layer that breaks it is dropout that PyTorch's users stumble over",
-    Level.NICETY: "could be better: a layer that breaks it does its work",
+    Level.WRONG: "a layer that breaks it is no dropout, or trains another network than it says",
+    Level.UNLIKE_TORCH: "a layer that breaks it is a dropout that PyTorch's users stumble over",
+    Level.NICETY: "a layer that breaks it does its work, and could do it better",
 }
 FEW = 6  # layers that are no law's, below which they are listed in place of the law's own
 BROKEN = "examples/broken_dropout.py"
@@ -43,7 +43,7 @@ BROKEN_BY = {  # arguments of `thinned compare`
 
 
 def explain(name: str, entries: Sequence[Entry] = ENTRIES) -> dict[str, dict[str, str]]:
-    """What there is to say about the laws called ``name``; else about a family of laws, or a pattern's.
+    """Describe the laws called ``name``; else those of a family called so, or those that match a pattern.
 
     Returns:
         for each law, under its name and statement, paragraphs under their headings.
@@ -81,7 +81,7 @@ def _paragraphs(law: Law, layers: list[str], entries: Sequence[Entry]) -> dict[s
             exempt.setdefault(reason, []).append(entry.name)
     return {
         "why": law.why,
-        "level": LEVELS[law.level],
+        "level": f"{law.level.value}: {LEVELS[law.level]}",
         "measured": f"{' '.join(measured.split())}{_given(law.check)}",
         "layers": (f"all but {', '.join(others)}" if others else "all") if few_others else ", ".join(layers),
         **{f"not for {', '.join(names)}": reason for reason, names in exempt.items()},

@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from thinned.compare.errors import did_you_mean, one_line, one_line_with_place
+from thinned.checks import did_you_mean
+from thinned.compare.errors import one_line, one_line_with_place
 from thinned.compare.implementation import Case, Implementation, NotOfferedError
 from thinned.compare.settings import Settings
 

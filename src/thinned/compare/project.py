@@ -1,4 +1,4 @@
-"""What a project asks of its layers: ``[tool.thinned]`` of its pyproject.toml.
+"""A project's demands on its layers: ``[tool.thinned]`` of its pyproject.toml.
 
 [tool.thinned]
 implementations = ["my_package.layers:MyDropout"]
@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from thinned.compare.errors import did_you_mean
+from thinned.checks import did_you_mean
 from thinned.compare.laws import Finding, Law, Level
 
 if sys.version_info >= (3, 11):
@@ -33,7 +33,7 @@ class Policy:
     """The laws that are examined, and how bad a broken one has to be for a check to fail.
 
     Attributes:
-        level: the mildest severity at which a check fails.
+        level: the mildest level at which a check fails.
         only: names of laws or of families, or patterns of :mod:`fnmatch`; with none, all laws.
         skip: the same, of laws that are left out.
     """
@@ -107,7 +107,7 @@ def parse_level(text: str) -> Level:
 
 @dataclass(frozen=True)
 class Project:
-    """The table of a pyproject.toml; without one, what a comparison does by itself.
+    """The table of a pyproject.toml, or the defaults of a comparison.
 
     Attributes:
         implementations: as on the command line; a relative path is one from the file's folder.

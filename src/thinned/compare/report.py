@@ -21,11 +21,6 @@ from thinned.compare.training import Run
 __all__ = ["Report", "Sample"]
 
 PACKAGES = ("torch", "numpy", "scipy")
-WORDS = {
-    Level.WRONG: "wrong",
-    Level.UNLIKE_TORCH: "unlike torch",
-    Level.NICETY: "could be better",
-}
 
 
 @dataclass(frozen=True)
@@ -93,9 +88,7 @@ class Report:
         for law in self.laws:
             if law.name in self.breaches(name):
                 broken[law.level].append(law.name)
-        parts = [
-            f"{WORDS[level]} in {len(laws)}: {', '.join(laws)}" for level, laws in broken.items() if laws
-        ]
+        parts = [f"{level.value} ({len(laws)}): {', '.join(laws)}" for level, laws in broken.items() if laws]
         if parts and not broken[Level.WRONG]:
             parts.insert(0, "nothing wrong")
         verdicts = [findings[name].verdict for findings in self.findings.values()]

@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from thinned.compare.laws import Level, Verdict
-from thinned.compare.report import WORDS, Report
+from thinned.compare.report import Report
 from thinned.compare.tables import Cell, Table
 
 __all__ = ["Terminal"]
@@ -160,7 +160,7 @@ class Terminal:
             self.say(f" {report.verdict(name)}", f"{name}:", style)
             for law, finding in broken:
                 crashed = "crashed: " if finding.verdict is Verdict.CRASHED else ""
-                label = f"{WORDS[law.level]}:"
+                label = f"{law.level.value}:"
                 self.say(f" {law.name}: {law.statement}", label, LEVELS[law.level], "  ", INDENT)
                 self.say(f"found: {crashed}{finding.measured}", first="    ", others=INDENT)
                 self.say(f"why: {law.why}", first="    ", others=INDENT)

@@ -61,7 +61,7 @@ def apply(
     if type(broadcast_dims) is not tuple:
         broadcast_dims = integers("broadcast_dims", broadcast_dims)
     if key is None and active.key_source is not None:
-        if broadcast_dims:
+        if broadcast_dims and not input.is_nested:
             dims_of(input.shape, broadcast_dims)  # raises before the key source counts this call
         if elementwise and (dim := active.key_source.sample_dim(input)):
             ndim = input.dim()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_variadic
 
-from thinned.checks import check_integer
+from thinned.checks import check_integer, check_real
 from thinned.keys import Key
 from thinned.layers._arguments import (
     check_device,
@@ -94,6 +94,7 @@ def embedding_dropout(
     check_tensor("embedding_dropout", "input", input)
     if padding_idx is not None:
         check_integer("padding_idx", padding_idx)
+    check_real("norm_type", norm_type)
     if key is not None:
         check_key(key, shape_of(input))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
-from thinned.checks import check_integer
+from thinned.checks import check_integer, got
 from thinned.keys import Key
 from thinned.layers._arguments import apply, drops, key_for, refuse_nested, threshold_and_scale
 from thinned.layers._module import Layer
@@ -113,6 +113,8 @@ class MultiSampleDropout(Layer):
         reduction: Literal["mean", "none"] = "mean",
     ) -> None:
         super().__init__(p)
+        if not callable(head):
+            raise TypeError(f"head must be a torch.nn.Module, {got(head)}")
         _check_samples(samples)
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction has to be either 'mean' or 'none', but got {reduction!r}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
-from thinned.checks import check_real, got
+from thinned.checks import check_integer, check_real, got
 from thinned.layers._arguments import autocasts, broadcasts, check_device, check_tensor
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers._torchscript import Scriptable
@@ -73,8 +73,7 @@ def r_drop_loss(
     """
     if has_torch_function((logits1, logits2, target, weight, padding_mask)) and not compiling():
         return overridden(r_drop_loss, locals())
-    _check(alpha, reduction)
-    check_real("label_smoothing", label_smoothing)
+    _check(alpha, reduction, ignore_index, label_smoothing)
     check_tensor("r_drop_loss", "logits1", logits1)
     given = {"logits2": logits2, "target": target, "weight": weight, "padding_mask": padding_mask}
     for name, value in given.items():
@@ -128,7 +127,9 @@ def r_drop_loss(
     return loss if autocasts(logits1.device.type) else loss.to(dtype)
 
 
-def _check(alpha: float, reduction: str) -> None:
+def _check(alpha: float, reduction: str, ignore_index: int, label_smoothing: float) -> None:
+    check_integer("ignore_index", ignore_index)
+    check_real("label_smoothing", label_smoothing)
     check_real("alpha", alpha)
     if not alpha >= 0:
         raise ValueError(f"alpha has to be at least 0, but got {alpha}")
@@ -170,7 +171,9 @@ class RDrop(Scriptable):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        _check(alpha, reduction)
+        _check(alpha, reduction, ignore_index, label_smoothing)
+        if weight is not None:
+            check_tensor("RDrop", "weight", weight)
         self.alpha = alpha
         self.reduction = reduction
         self.register_buffer("weight", weight)

@@ -22,10 +22,10 @@ from thinned.models.convert.rules import (
 )
 from thinned.models.inspect.by_reading import read_source
 from thinned.models.inspect.targets import look_up
-from thinned.models.walk import is_ours, modules_with_paths, qualified_name, wrapped_in
+from thinned.models.walk import is_ours, modules_with_paths, qualified_name, unwrapped, wrapped_in
 from thinned.torch_state import children_of
 
-__all__ = ["Place", "Rate", "RatesByPath", "is_dropout", "is_number", "own_attribute", "rates_of"]
+__all__ = ["Place", "Rate", "RatesByPath", "own_attribute", "rates_of"]
 
 # It matches dropout, layerdrop, attn_pdrop, drop_path_rate and hidden_dropout_prob; it does not match
 # drop_last or dropout_keep_prob.
@@ -82,10 +82,7 @@ class Rate:
 
     @value.setter
     def value(self, value: float) -> None:
-        if isinstance(self.owner, dict | list):
-            self.owner[self.name] = value
-        else:
-            setattr(self.owner, str(self.name), value)
+        _set(self.owner, self.name, value)
 
     @property
     def of_module(self) -> bool:
@@ -192,6 +189,13 @@ def _is_named_rate(name: Any, value: Any) -> bool:
     )
 
 
+def _set(owner: Any, name: Any, number: float) -> None:
+    if isinstance(owner, dict | list):
+        owner[name] = number
+    else:
+        setattr(owner, name, number)
+
+
 def _can_be_set(rate: Rate) -> bool:
     try:
         rate.value = rate.value
@@ -224,9 +228,7 @@ class Found:
 
     def look(self, module: nn.Module) -> None:
         """Find the number in ``module``, which is at the path now; RuntimeError if it has none."""
-        while (inner := wrapped_in(module)) is not None:
-            module = inner
-        owner: Any = module
+        owner: Any = unwrapped(module)
         for part in self.place.way:
             value = look_up(owner, part)
             owner = value.keywords if isinstance(value, partial) else value
@@ -243,10 +245,7 @@ class Found:
 
     def set(self, number: float) -> None:
         """Set the number, without a look."""
-        if isinstance(self.owner, dict | list):
-            self.owner[self.name] = number
-        else:
-            setattr(self.owner, self.name, number)
+        _set(self.owner, self.name, number)
 
 
 class RatesByPath:
@@ -297,16 +296,13 @@ class RatesByPath:
                 found.number = look_up(found.owner, found.name)
                 if is_number(found.number):
                     continue
-            found.module = None  # until it is known to have the number
             found.look(module)
             found.module = module
         return [(key, found) for key, _, found in self._found]
 
     def _beyond(self, modules: list[nn.Module], above: int, name: str) -> nn.Module:
         """The child of what a module wraps, or one that its ``__getattr__`` finds, as in wrappers of peft."""
-        module = modules[above]
-        while (inner := wrapped_in(module)) is not None:
-            module = inner
+        module = unwrapped(modules[above])
         child = getattr(module, name, None)
         if not isinstance(child, nn.Module):
             path = list(self._paths)[above]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from types import UnionType
 from typing import Any
 
 from torch import nn
 
+from thinned.checks import did_you_mean
 from thinned.torch_state import WRAPPERS, children_of
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "original",
     "other_references",
     "qualified_name",
+    "unwrapped",
     "wrapped_in",
 ]
 
@@ -239,12 +240,11 @@ def _no_match(
     paths = [path for _, paths in found for path in paths if path]
     # "dropout" may mean "*.dropout", and "model.encoder" the "encoder" of the model.
     others = [other for other in (f"*.{item}", item.partition(".")[2]) if other.strip("*.")]
-    close = [other for other in others if any(fnmatchcase(path, other) for path in paths)]
-    if not close:
-        of_children = item.endswith(".*")
-        named = [f"{path.rpartition('.')[0]}.*" for path in paths if "." in path] if of_children else paths
-        close = get_close_matches(item, list(dict.fromkeys(named)))
-    return text + f"; close to it are {', '.join(map(repr, close))}" * bool(close)
+    if close := [other for other in others if any(fnmatchcase(path, other) for path in paths)]:
+        return f"{text}; did you mean {' or '.join(close)}?"
+    of_children = item.endswith(".*")
+    named = [f"{path.rpartition('.')[0]}.*" for path in paths if "." in path] if of_children else paths
+    return text + did_you_mean(item, named)
 
 
 def wrapped_in(module: nn.Module) -> nn.Module | None:
@@ -259,3 +259,10 @@ def wrapped_in(module: nn.Module) -> nn.Module | None:
     if type(module) in PARALLEL_WRAPPERS:
         return children["module"]
     return next((children[name] for name in WRAPPERS if name in children), None)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside all of its wrappers; the module itself if it has none."""
+    while (inner := wrapped_in(module)) is not None:
+        module = inner
+    return module

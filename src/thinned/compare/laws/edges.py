@@ -181,7 +181,7 @@ LAWS = [
         partial(refuses_p, outside=(-0.1, 1.5)),
         has_p,
         level=Level.UNLIKE_TORCH,
-        why="A mistaken p, such as a percentage, trains without a word.",
+        why="A mistaken p, such as a percentage, is not noticed.",
     ),
     law(
         "p = NaN",

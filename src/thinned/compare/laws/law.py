@@ -42,7 +42,7 @@ class Verdict(str, Enum):
 
 
 class Level(str, Enum):
-    """The severity of a broken law, the worst first."""
+    """How bad a broken law is, the worst first."""
 
     WRONG = "wrong"
     UNLIKE_TORCH = "unlike torch"

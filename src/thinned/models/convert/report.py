@@ -10,7 +10,7 @@ from torch import nn
 
 from thinned.layers import ConcreteDropout, VariationalDropout
 from thinned.models.convert.rules import is_dropout, probability_name, probability_of, refusal
-from thinned.models.inspect import WORDS, Site, Status, inspect
+from thinned.models.inspect import NO_CHILD, WORDS, Site, Status, inspect
 from thinned.models.sites import rates_of
 from thinned.models.text import count, format_p, format_paths, merge_paths
 from thinned.models.walk import (
@@ -138,7 +138,9 @@ def _old_ones(
     elsewhere = other_references(found)
     for module, paths in found:
         if id(module) in news and id(module) in elsewhere:
-            yield f"{format_paths(paths)} is still the old module in {', '.join(elsewhere[id(module)])}"
+            names = elsewhere[id(module)]
+            hold = "hold" if len(names) > 1 else "holds"
+            yield f"{', '.join(names)} still {hold} the old module of {format_paths(paths)}"
 
 
 def _no_children(model: nn.Module, news: Mapping[int, nn.Module]) -> Iterator[str]:
@@ -146,7 +148,7 @@ def _no_children(model: nn.Module, news: Mapping[int, nn.Module]) -> Iterator[st
     for module, paths in modules_in_containers(modules_with_paths(model)):
         drops = is_dropout(module) and probability_of(module) != 0
         if drops and not is_ours(module) and id(module) not in news:
-            yield f"{paths[0]} is no child of a module, so convert() and eval() do not reach it"
+            yield f"{paths[0]} is {NO_CHILD}"
 
 
 def _has(site: Site, module: nn.Module, p: float) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from thinned import layers
+from thinned.checks import got
 from thinned.models.walk import is_ours, qualified_name
 from thinned.torch_state import REPRESENTATION, buffers_of, children_of, parameters_of
 
@@ -92,6 +93,9 @@ def register(kind: type[nn.Module] | str, build: Build, *, unit: Callable[[Any],
     >>> thinned.convert(torch.nn.Sequential(torch.nn.Linear(2, 2), Noise(0.2)))[1]
     thinned.Dropout(p=0.2, inplace=False)
     """
+    for name, function in (("build", build), ("unit", unit)):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function of the old module, {got(function)}")
     _add(kind, Rule(build, unit))
 
 

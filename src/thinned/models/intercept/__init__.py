@@ -166,7 +166,7 @@ def is_intercepted() -> bool:
 
 def _check_key(key: Key | None) -> None:
     if key is not None and not isinstance(key, Key):
-        raise TypeError(f"key must be a thinned.Key, got {key!r} of type {type(key).__name__}")
+        raise TypeError(f"key must be a thinned.Key, {got(key)}")
 
 
 _fast_path = FastPath(Intercept)
