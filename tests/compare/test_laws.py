@@ -11,9 +11,11 @@ from torch import nn
 from compare.culprits import (
     CULPRITS,
     EXAMPLES,
+    MORE,
     FailsOnEmpty,
     LosesGradient,
     LosesGradientOfParameter,
+    Masks,
     changed,
     example,
 )
@@ -56,6 +58,11 @@ def test_law_catches_its_culprit(name: str) -> None:
     assert examine(ALL[name], CULPRITS[name], QUICK).verdict.is_breach
 
 
+@pytest.mark.parametrize(("name", "culprit"), MORE, ids=lambda each: getattr(each, "name", each))
+def test_law_catches_what_is_wrong_in_a_corner(name: str, culprit: Implementation) -> None:
+    assert examine(ALL[name], culprit, QUICK).verdict is Verdict.BROKEN
+
+
 def test_a_law_that_a_layer_is_exempt_from_has_a_name_and_a_reason() -> None:
     for entry in ENTRIES:
         assert set(entry.exempt) <= set(CULPRITS), entry.name
@@ -64,6 +71,7 @@ def test_a_law_that_a_layer_is_exempt_from_has_a_name_and_a_reason() -> None:
 
 def test_a_correct_layer_breaks_nothing() -> None:
     assert breaches(example("Correct")) == set()
+    assert {name for name in breaches(changed(Masks)) if DROPOUT[name].level is Level.WRONG} == set()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +109,15 @@ WRONG = {
     "DrawsFromNumPy": {"gradient", "checkpoint"},
 }
 TOO_FEW = {
-    "DropsRows": {*RATES, *MEANS, "drop rate at p = 0.001", "mean, variance", "calls"}
+    "DropsRows": {
+        *RATES,
+        *MEANS,
+        "drop rate at p = 0.001",
+        "mean, variance",
+        "calls",
+        "sliced input",
+        "every dtype",
+    }
 }  # too few decisions
 
 

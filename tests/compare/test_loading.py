@@ -236,7 +236,7 @@ def test_classes_of_one_name_go_by_their_whole_text() -> None:
         ),
         (
             "FOLDER/layers.py:Two",
-            "say which is, as in --kwargs 'attn_drop=p'",
+            "say which is, as in --kwargs 'attn_drop=p' or kwargs of [tool.thinned]",
         ),
         (
             "torch:dropout",
@@ -246,7 +246,10 @@ def test_classes_of_one_name_go_by_their_whole_text() -> None:
             "FOLDER/layers.py:Raises",
             "made with p=0.5: RuntimeError: no licence (FOLDER/layers.py, line ",
         ),
-        ("FOLDER/layers.py:Features", "; give what it needs beside p=0.5 by --kwargs 'features=...'"),
+        (
+            "FOLDER/layers.py:Features",
+            "; give what it needs beside p=0.5 by --kwargs 'features=...' or kwargs of [tool.thinned]",
+        ),
         (
             "FOLDER/layers.py:of_two",
             "TypeError: of_two() missing 1 required positional argument: 'y'",

@@ -32,6 +32,7 @@ ALIASES = {
 }
 OF_ONES_OWN = "package.module:NAME or path/to/file.py:NAME of a class or function"
 ACCEPTED = f"{', '.join(ALIASES)}, {OF_ONES_OWN}"
+IN_FILE = " or kwargs of [tool.thinned]"  # pytest has no option for it
 KEPT = {"keep", "kept", "retain", "retained", "survival", "survive"}
 DROPPED = {"p", "drop", "dropout", "rate", "prob", "probability", "droprate", "dropprob", "pdrop", "pdropout"}
 TRAINING = ("training", "train", "is_training")
@@ -359,7 +360,7 @@ def _probability(
         raise ValueError(f"{text} takes no probability of dropping")
     raise ValueError(
         f"{text} takes {', '.join(others)}: {'more than one' if found else 'none'} of them looks like the "
-        f"probability of dropping; say which is, as in --kwargs '{(found or others)[0]}=p'"
+        f"probability of dropping; say which is, as in --kwargs '{(found or others)[0]}=p'{IN_FILE}"
     )
 
 
@@ -388,7 +389,9 @@ def _try(text: str, case: Case, settings: Settings) -> None:
         if each.default is Parameter.empty and each.kind in BY_NAME and name not in given
     ]
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    remedy = f"; give what it needs beside {arguments} by --kwargs '{','.join(needed)}'" if needed else ""
+    remedy = (
+        f"; give what it needs beside {arguments} by --kwargs '{','.join(needed)}'{IN_FILE}" if needed else ""
+    )
     try:
         layer, inputs = case.called(settings)
     except Exception as error:  # whatever a stranger's layer raises
