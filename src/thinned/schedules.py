@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from thinned.checks import check_integer, check_real, got
 from thinned.models.convert.rules import is_dropout, is_number
@@ -344,7 +344,7 @@ def _check_ends(start: float, end: float) -> None:
 
 
 def _names(attributes: Sequence[str]) -> tuple[str, ...]:
-    is_one = isinstance(attributes, str) or not isinstance(attributes, Iterable)
+    is_one = isinstance(attributes, str | Tensor) or not isinstance(attributes, Iterable)
     if is_one or not all(isinstance(name, str) for name in attributes):
         raise TypeError(f'attributes must be names, such as ("drop_prob",), {got(attributes)}')
     return tuple(attributes)

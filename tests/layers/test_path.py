@@ -61,7 +61,7 @@ def test_arithmetic_is_that_of_timm_and_torchvision(name: str, p: float) -> None
 
 @each_call
 def test_an_input_without_samples(name: str) -> None:
-    with pytest.raises(RuntimeError, match=r"needs a batch dimension, got a tensor of shape \(\)"):
+    with pytest.raises(RuntimeError, match=r"needs a batch dimension, got an input of shape \(\)"):
         call(name, torch.ones(()), 0.5, KEY)
 
 

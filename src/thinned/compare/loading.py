@@ -376,10 +376,6 @@ def _words(name: str) -> set[str]:
     return set(name.lower().split("_"))
 
 
-def _is_layer_of(module: ModuleType, value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == module.__name__
-
-
 def _try(text: str, case: Case, settings: Settings) -> None:
     """Make the layer and call it once, as the laws are going to."""
     given = case.example.arguments

@@ -95,6 +95,8 @@ def embedding_dropout(
     if padding_idx is not None:
         check_integer("padding_idx", padding_idx)
     check_real("norm_type", norm_type)
+    if max_norm is not None:
+        check_real("max_norm", max_norm)
     if key is not None:
         check_key(key, shape_of(input))
 

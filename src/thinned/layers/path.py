@@ -169,5 +169,5 @@ def _check_mode(mode: str) -> None:
 def _drops(name: str, input: Tensor, p: float, training: bool, key: Key | None) -> bool:
     active = drops(name, input, p, training, key)
     if active and not input.dim():
-        raise RuntimeError(f"{name} needs a batch dimension, got a tensor of shape ()")
+        raise RuntimeError(f"{name} needs a batch dimension, got an input of shape ()")
     return active

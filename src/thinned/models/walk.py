@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from types import UnionType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from thinned.checks import did_you_mean
 from thinned.torch_state import WRAPPERS, children_of
@@ -189,7 +189,7 @@ def chooser(
 def _matcher(
     name: str, choice: Choice, found: Sequence[tuple[nn.Module, tuple[str, ...]]]
 ) -> Callable[[str, nn.Module], bool]:
-    is_one = isinstance(choice, str) or callable(choice) or not isinstance(choice, Iterable)
+    is_one = isinstance(choice, str | Tensor) or callable(choice) or not isinstance(choice, Iterable)
     items = (choice,) if is_one else tuple(choice)  # type: ignore[arg-type]
     matched: set[str] = set()
     functions: list[Function] = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
+from typing import ParamSpec
 
 from torch import nn
 
@@ -24,10 +26,23 @@ from thinned.models.walk import (
 __all__ = ["report_converted", "report_reverted"]
 
 LOG = logging.getLogger("thinned")
+P = ParamSpec("P")
 Chosen = Callable[[tuple[str, ...], nn.Module], bool]
 NAMED = 6  # places or types in one line
 
 
+def _never_raises(report: Callable[P, None]) -> Callable[P, None]:
+    @wraps(report)
+    def logged(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            report(*args, **kwargs)
+        except Exception:
+            LOG.debug("thinned.convert could not say what it left", exc_info=True)
+
+    return logged
+
+
+@_never_raises
 def report_converted(
     model: nn.Module,
     found: Sequence[tuple[nn.Module, tuple[str, ...]]],
@@ -48,20 +63,7 @@ def report_converted(
     """
     if not LOG.isEnabledFor(logging.WARNING):
         return  # the reading of the source takes the most time
-    try:
-        _report(model, found, news, numbers, p, chosen)
-    except Exception:
-        LOG.debug("thinned.convert could not say what it left", exc_info=True)
 
-
-def _report(
-    model: nn.Module,
-    found: Sequence[tuple[nn.Module, tuple[str, ...]]],
-    news: Mapping[int, nn.Module],
-    numbers: int,
-    p: float | None,
-    chosen: Chosen,
-) -> None:
     def is_chosen(paths: tuple[str, ...], module: nn.Module) -> bool:
         try:
             return chosen(paths, module)
