@@ -51,7 +51,8 @@ def _of_value(path: str, value: object) -> Iterator[str]:
 
 
 def test_signatures() -> None:
-    assert signatures() == LIST.read_text(encoding="utf-8").splitlines()
+    listed = LIST.read_text(encoding="utf-8").splitlines()
+    assert signatures() == listed, "`python tests/test_public.py` writes the list anew"
 
 
 if __name__ == "__main__":

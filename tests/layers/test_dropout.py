@@ -89,6 +89,8 @@ def test_keep_mask_refuses_what_dropout_refuses(
 def test_sizes_of_keep_mask_are_integers(size: Any) -> None:
     with pytest.raises(TypeError, match=rf"a size of shape must be an integer, got '?{size}"):
         thinned.keep_mask(KEY, (2, size), 0.5)
+    with pytest.raises(TypeError, match=rf"a size of shape must be an integer, got '?{size}"):
+        thinned.address(thinned.Dropout(), seed=7, step=0).mask_of("", (2, size))
 
 
 def test_keep_mask_needs_a_key() -> None:

@@ -204,6 +204,8 @@ class Address:
         path, module = module_at(self._model, path)
         check_integer("call", call, least=0)
         shape = integers("shape", shape)
+        for size in shape:
+            check_integer("a size of shape", size)
         layer = copy(module)
         layer.training = True
         with torch.inference_mode(False), torch.enable_grad():
