@@ -53,6 +53,11 @@ class FlattensScalars(nn.Dropout):
         return torch.atleast_1d(super().forward(x))
 
 
+class MakesMaskOnCPUInPlace(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone().mul_(F.dropout(torch.ones(x.shape), self.p)) if self.training else x
+
+
 class FailsOnEmpty(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not x.numel():

@@ -14,6 +14,7 @@ from compare.culprits import (
     FailsOnEmpty,
     LosesGradient,
     LosesGradientOfParameter,
+    MakesMaskOnCPUInPlace,
     changed,
     example,
 )
@@ -54,6 +55,12 @@ def test_each_law_says_why_it_matters() -> None:
 def test_law_catches_its_culprit(name: str) -> None:
     """tests/layers/test_every_layer.py holds each layer of thinned to it."""
     assert examine(ALL[name], CULPRITS[name], QUICK).verdict.is_breach
+
+
+def test_a_mask_made_on_the_cpu_is_seen_in_place() -> None:
+    """Where meta itself takes tensors of two devices."""
+    found = examine(ALL["other devices"], changed(MakesMaskOnCPUInPlace), QUICK)
+    assert found.verdict is Verdict.BROKEN
 
 
 def test_a_law_that_a_layer_is_exempt_from_has_a_name_and_a_reason() -> None:
