@@ -137,7 +137,7 @@ def sliced(layer: Case, settings: Settings) -> Finding:
 
 
 def other_devices(layer: Case, settings: Settings) -> Finding:
-    """On ``meta``, where tensors have a device and no values, so that this machine needs no other device.
+    """On ``meta``, then as fake tensors: with a device and no values, so that no other device is needed.
 
     A layer that reads values, as by ``item()``, cannot run there and may be right on a GPU.
     """
@@ -151,7 +151,7 @@ def other_devices(layer: Case, settings: Settings) -> Finding:
         raise NotOfferedError("needs the values") from error
     if not y.is_meta:
         return holds_if(False, f"output on {y.device}")
-    try:  # meta takes two devices in place and in matrix products, and fake tensors do not
+    try:  # meta accepts two devices in place and in matrix products; fake tensors refuse them
         with fake_tensors():
             module(*inputs)
     except Exception as error:
