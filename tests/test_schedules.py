@@ -182,6 +182,34 @@ def test_a_factor_that_leads_outside_changes_nothing(factor: float) -> None:
     assert schedule.last_step == 0
 
 
+@pytest.mark.parametrize("half", [torch.tensor(0.5), np.float32(0.5)], ids=repr)
+def test_a_factor_of_another_library_leaves_numbers(half: Any) -> None:
+    network = model()
+    plain = DropoutSchedule(model(), lambda _: 0.5).last_p
+    schedule = DropoutSchedule(network, lambda _: half)
+    assert schedule.last_p == plain
+    assert {type(p) for p in schedule.last_p.values()} == {float}
+    assert DropoutSchedule(network, lambda _: 1.0).last_p == plain  # which finds numbers
+
+
+@pytest.mark.parametrize("factor", [None, "0.5", torch.ones(2), [0.5]], ids=repr)
+def test_a_factor_that_is_no_number_changes_nothing(factor: Any) -> None:
+    network = model()
+    schedule = DropoutSchedule(network, lambda step: factor if step else 0.5)
+    before = schedule.last_p
+    with pytest.raises(TypeError, match=r"schedule\(1\) must be a number, got "):
+        schedule.step()
+    assert schedule.last_p == before
+
+
+def test_a_second_schedule_of_probabilities_of_0_warns() -> None:
+    network = model()
+    for _ in range(2):
+        schedule = DropoutSchedule(network, schedules.linear(0.0, 1.0, steps=10))
+    with pytest.warns(UserWarning, match="each probability was 0 when the DropoutSchedule was made"):
+        schedule.step()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_resumed_is_as_if_never_stopped(name: str) -> None:
     trained = model()

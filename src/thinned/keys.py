@@ -24,7 +24,7 @@ from thinned.torch_state import (
     unwrap_if_dead,
 )
 
-__all__ = ["Key", "draw", "draw_int", "savable"]
+__all__ = ["Key", "draw", "draw_int", "not_a_key", "savable"]
 
 
 class Key:
@@ -160,6 +160,12 @@ class Key:
 
 
 torch.serialization.add_safe_globals([Key])
+
+
+def not_a_key(value: Any, others: str = "") -> TypeError:
+    """The error for a ``key`` that is none; ``others`` says what else is accepted."""
+    hint = f"; write thinned.Key({value})" if isinstance(value, int) else ""
+    return TypeError(f"key must be a thinned.Key{others}, {got(value)}{hint}")
 
 
 def _int64(number: Any) -> Any:

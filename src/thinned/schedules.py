@@ -7,6 +7,7 @@ from 0 to 0.1. The schedules made here can be pickled.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -66,7 +67,8 @@ class DropoutSchedule:
 
     Raises:
         ValueError: ``model`` has no such module, or ``schedule`` gives a probability outside [0, 1].
-        TypeError: ``model`` is no module, ``schedule`` no function, or ``include`` no choice of modules.
+        TypeError: ``model`` is no module, ``schedule`` no function of numbers, or ``include`` no choice of
+            modules.
 
     Source: the interface is LambdaLR's; each function of :mod:`thinned.schedules` names its paper.
 
@@ -143,10 +145,19 @@ class DropoutSchedule:
     def step(self) -> None:
         """Set the probabilities of the next step.
 
+        Warns:
+            UserWarning: each probability was 0 when the schedule was made, as another schedule may leave it.
+
         Raises:
             ValueError: the schedule gives a probability outside [0, 1]; nothing has changed.
             RuntimeError: as for :attr:`last_p`; nothing has changed.
         """
+        if not any(self.initial_p.values()):  # not in the constructor, as load_state_dict may follow
+            warnings.warn(
+                "nothing drops at any step: each probability was 0 when the DropoutSchedule was made, and a "
+                "schedule multiplies it; make one schedule of a model, while each p has its full value",
+                stacklevel=2,
+            )
         self._set(self.last_step + 1, self.initial_p)
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,7 +190,9 @@ class DropoutSchedule:
         return key if key in self.initial_p else key.removeprefix("module.")
 
     def _set(self, step: int, initial_p: dict[str, float]) -> None:
-        factor = self.schedule(step)
+        given = self.schedule(step)
+        check_real(f"schedule({step})", given)
+        factor = float(given)  # a tensor as a p would be no number for the next schedule
         for key, initial in initial_p.items():
             if not 0 <= initial * factor <= 1:
                 raise ValueError(

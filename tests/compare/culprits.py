@@ -13,6 +13,105 @@ from thinned.compare.implementation import Implementation
 from thinned.compare.loading import resolve
 
 
+class Masks(nn.Module):
+    """A right one, whose mask the layers below change."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(self.keep(x), x / (1 - self.p), 0) if self.training and self.p else x
+
+    def keep(self, x: Tensor) -> Tensor:
+        return torch.rand_like(x, dtype=torch.float64) >= self.p
+
+
+class NeverDropsTheLast(Masks):
+    def keep(self, x: Tensor) -> Tensor:
+        last = torch.arange(x.numel(), device=x.device).view(x.shape) == x.numel() - 1
+        return super().keep(x) | last
+
+
+class RepeatsEveryTenthMask(Masks):
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.calls, self.masks = 0, dict[tuple[int, torch.Size], Tensor]()
+
+    def keep(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.masks.setdefault((self.calls % 10, x.shape), super().keep(x))
+
+
+class Repeats96Decisions(Masks):
+    def keep(self, x: Tensor) -> Tensor:
+        keep = super().keep(x).flatten()
+        pairs = keep[: len(keep) // 192 * 192].view(-1, 2, 96)
+        pairs[:, 1] = pairs[:, 0]
+        return keep.view(x.shape)
+
+
+class DropsMoreInBFloat16(Masks):
+    def keep(self, x: Tensor) -> Tensor:
+        keep = super().keep(x)
+        return keep & (torch.rand_like(x) < 0.95) if x.dtype == torch.bfloat16 else keep
+
+
+class DropsPairsInFloat64(Masks):
+    def keep(self, x: Tensor) -> Tensor:
+        keep = super().keep(x)
+        pairs = keep.flatten().repeat_interleave(2)[: keep.numel()].view(x.shape)
+        return pairs if x.dtype == torch.float64 else keep
+
+
+class StraightThroughInHalf(Masks):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return x + (y - x).detach() if x.dtype == torch.float16 else y
+
+
+class ForgetsToScaleViews(Masks):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if x.is_contiguous() or not self.training else y * (1 - self.p)
+
+
+class DropsLessOfViews(Masks):
+    def keep(self, x: Tensor) -> Tensor:
+        keep = super().keep(x)
+        return keep if x.is_contiguous() else keep | (torch.rand_like(x) < 0.1)
+
+
+class DropsChannelsOfImages(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout2d(x, self.p, self.training) if x.ndim == 4 else super().forward(x)
+
+
+class StopsAfterEvaluation(nn.Dropout):
+    def eval(self) -> StopsAfterEvaluation:
+        self.p = 0.0
+        return super().eval()
+
+
+class DropsWithGradientsOnly(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else x
+
+
+class KeepsItsFirstMode(nn.Dropout):
+    mode: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mode = self.training if self.mode is None else self.mode
+        return F.dropout(x, self.p, self.mode)
+
+
+class SeedsTheGenerator(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(torch.initial_seed() + 1)
+        return super().forward(x)
+
+
 class KeepsAll(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         return x.clone()
@@ -53,7 +152,7 @@ class FlattensScalars(nn.Dropout):
         return torch.atleast_1d(super().forward(x))
 
 
-class MakesMaskOnCPUInPlace(nn.Dropout):
+class MakesMaskOnCPUInPlace(nn.Dropout):  # where meta itself takes two devices
     def forward(self, x: Tensor) -> Tensor:
         return x.clone().mul_(F.dropout(torch.ones(x.shape), self.p)) if self.training else x
 
@@ -194,6 +293,7 @@ CULPRITS = {
     "permuted input": changed(ForgetsStrides),
     "0-d input": changed(FlattensScalars),
     "empty input": changed(FailsOnEmpty),
+    "every dtype": changed(DropsMoreInBFloat16),
     "other devices": example("MakesMaskOnCPU"),
     "expanded input": changed(DecidesOnceForViews),
     "sliced input": changed(WritesItsInput),
@@ -211,3 +311,18 @@ CULPRITS = {
     "pickle": changed(HoldsLambda),
     "state_dict": changed(SavesState),
 }
+MORE = [  # whose laws have another culprit above
+    ("counts", changed(NeverDropsTheLast)),
+    ("calls", changed(RepeatsEveryTenthMask)),
+    ("lags", changed(Repeats96Decisions)),
+    ("every dtype", changed(DropsPairsInFloat64)),
+    ("every dtype", changed(StraightThroughInHalf)),
+    ("sliced input", changed(ForgetsToScaleViews)),
+    ("sliced input", changed(DropsLessOfViews)),
+    ("sliced input", changed(DropsChannelsOfImages)),
+    ("evaluation", changed(StopsAfterEvaluation)),
+    ("evaluation", changed(DropsWithGradientsOnly)),
+    ("evaluation", changed(KeepsItsFirstMode)),
+    ("same seed", changed(SeedsTheGenerator)),
+    ("other devices", changed(MakesMaskOnCPUInPlace)),
+]

@@ -11,10 +11,11 @@ from torch import nn
 from compare.culprits import (
     CULPRITS,
     EXAMPLES,
+    MORE,
     FailsOnEmpty,
     LosesGradient,
     LosesGradientOfParameter,
-    MakesMaskOnCPUInPlace,
+    Masks,
     changed,
     example,
 )
@@ -57,10 +58,9 @@ def test_law_catches_its_culprit(name: str) -> None:
     assert examine(ALL[name], CULPRITS[name], QUICK).verdict.is_breach
 
 
-def test_a_mask_made_on_the_cpu_is_seen_in_place() -> None:
-    """Where meta itself takes tensors of two devices."""
-    found = examine(ALL["other devices"], changed(MakesMaskOnCPUInPlace), QUICK)
-    assert found.verdict is Verdict.BROKEN
+@pytest.mark.parametrize(("name", "culprit"), MORE, ids=lambda each: getattr(each, "name", each))
+def test_law_catches_what_is_wrong_in_a_corner(name: str, culprit: Implementation) -> None:
+    assert examine(ALL[name], culprit, QUICK).verdict is Verdict.BROKEN
 
 
 def test_a_law_that_a_layer_is_exempt_from_has_a_name_and_a_reason() -> None:
@@ -71,6 +71,7 @@ def test_a_law_that_a_layer_is_exempt_from_has_a_name_and_a_reason() -> None:
 
 def test_a_correct_layer_breaks_nothing() -> None:
     assert breaches(example("Correct")) == set()
+    assert {name for name in breaches(changed(Masks)) if DROPOUT[name].level is Level.WRONG} == set()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,15 @@ WRONG = {
     "DrawsFromNumPy": {"gradient", "checkpoint"},
 }
 TOO_FEW = {
-    "DropsRows": {*RATES, *MEANS, "drop rate at p = 0.001", "mean, variance", "calls"}
+    "DropsRows": {
+        *RATES,
+        *MEANS,
+        "drop rate at p = 0.001",
+        "mean, variance",
+        "calls",
+        "sliced input",
+        "every dtype",
+    }
 }  # too few decisions
 
 

@@ -215,7 +215,9 @@ def test_classes_of_one_name_go_by_their_whole_text() -> None:
         ("no/such/file.py:Dropout", "cannot import no/such/file.py: FileNotFoundError"),
         ("FOLDER/layer.py:Path", "/layer.py'; did you mean layers.py"),
         ("FOLDER/layers.py:Pth", "layers.py has nothing called 'Pth'; did you mean Path?"),
-        ("thinned.compare.textbook:X", "has nothing called 'X'; it has TextbookDropout"),
+        ("thinned.compare.textbook:X", "has nothing called 'X'; it has TUTORIAL, TextbookDropout, Tutorial"),
+        ("FOLDER/layers.py:foo", "layers.py has nothing called 'foo'; it has Abstract, Fails,"),
+        ("FOLDER/layers.py:foo", "Path, Plain and 10 more"),
         ("FOLDER/layers.py:NUMBER", "NUMBER is neither a class nor a function, but 3"),
         ("FOLDER/layers.py:Plain", "Plain is a class, but no torch.nn.Module"),
         (
@@ -234,7 +236,7 @@ def test_classes_of_one_name_go_by_their_whole_text() -> None:
         ),
         (
             "FOLDER/layers.py:Two",
-            "say which is, as in --kwargs 'attn_drop=p'",
+            "say which is, as in --kwargs 'attn_drop=p' or kwargs of [tool.thinned]",
         ),
         (
             "torch:dropout",
@@ -244,7 +246,10 @@ def test_classes_of_one_name_go_by_their_whole_text() -> None:
             "FOLDER/layers.py:Raises",
             "made with p=0.5: RuntimeError: no licence (FOLDER/layers.py, line ",
         ),
-        ("FOLDER/layers.py:Features", "; give what it needs beside p=0.5 by --kwargs 'features=...'"),
+        (
+            "FOLDER/layers.py:Features",
+            "; give what it needs beside p=0.5 by --kwargs 'features=...' or kwargs of [tool.thinned]",
+        ),
         (
             "FOLDER/layers.py:of_two",
             "TypeError: of_two() missing 1 required positional argument: 'y'",

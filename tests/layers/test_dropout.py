@@ -85,6 +85,12 @@ def test_keep_mask_refuses_what_dropout_refuses(
         thinned.keep_mask(shape=shape, **arguments)
 
 
+@pytest.mark.parametrize("size", [2.5, "3", None])
+def test_sizes_of_keep_mask_are_integers(size: Any) -> None:
+    with pytest.raises(TypeError, match=rf"a size of shape must be an integer, got '?{size}"):
+        thinned.keep_mask(KEY, (2, size), 0.5)
+
+
 def test_keep_mask_needs_a_key() -> None:
     with pytest.raises(TypeError, match="key"):
         thinned.keep_mask(None, (3,), 0.5)  # type: ignore[arg-type]

@@ -92,6 +92,8 @@ def test_wrong_arguments(make: Callable[..., object], arguments: dict[str, Any],
 def test_other_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="either 'mean' or 'none', but got 'sum'"):
         MultiSampleDropout(nn.Identity(), reduction="sum")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"head must be a torch.nn.Module, got 0\.1 of type float"):
+        MultiSampleDropout(0.1)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"needs a batch of features, got an input of shape \(3,\)"):
         MultiSampleDropout(nn.Identity())(torch.ones(3))
 

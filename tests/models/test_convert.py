@@ -1238,12 +1238,31 @@ def test_p_with_nowhere_to_go_changes_nothing() -> None:
     assert type(model[0]) is nn.Dropout
 
 
-def test_scripted_modules_are_left() -> None:
+@pytest.mark.parametrize("wrong", [0.1, "Dropout", nn.Dropout])
+def test_a_registered_function_that_makes_no_module_is_named(wrong: Any) -> None:
+    register(Noise, lambda _: wrong)
+    for function in (convert, thinned.inspect):
+        with pytest.raises(TypeError, match=r"build .*\.Noise must make a torch.nn.Module, got .* of type"):
+            function(nn.Sequential(Noise(0.1)))
+    with pytest.raises(TypeError, match=r"build must be a function of the old module, got 0\.1"):
+        register(Noise, 0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"unit must be a function of the old module, got 0\.01"):
+        register(Noise, nn.Dropout, unit=0.01)  # type: ignore[arg-type]
+
+
+def test_scripted_modules_are_left(told: Callable[..., str]) -> None:
     with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit"):  # the latter from torch 2.15
         scripted = torch.jit.script(nn.Sequential(nn.Dropout()))
     model = convert(nn.Sequential(scripted, nn.Dropout()))
     assert model[0] is scripted
     assert is_ours(model[1])
+    assert "1 place is out of reach: F.dropout (TorchScript: convert before torch.jit.script)" in told()
+    statuses = [site.status for site in thinned.inspect(model, torch.ones(2))]
+    assert statuses == ["beyond", "beyond", "thinned"]  # what runs, what the source says, and the other
+    with thinned.intercept(key=thinned.Key(7)):
+        first = scripted(torch.ones(64))
+    with thinned.intercept(key=thinned.Key(7)):
+        assert not scripted(torch.ones(64)).equal(first)
 
 
 def test_p_leaves_the_number_that_a_learned_probability_begins_with(told: Callable[..., str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from thinned.checks import did_you_mean
+from thinned.checks import did_you_mean, got
 from thinned.compare.errors import one_line, one_line_with_place
 from thinned.compare.implementation import Case, Implementation, NotOfferedError
 from thinned.compare.settings import Settings
@@ -32,6 +32,7 @@ ALIASES = {
 }
 OF_ONES_OWN = "package.module:NAME or path/to/file.py:NAME of a class or function"
 ACCEPTED = f"{', '.join(ALIASES)}, {OF_ONES_OWN}"
+IN_FILE = " or kwargs of [tool.thinned]"  # pytest has no option for it
 KEPT = {"keep", "kept", "retain", "retained", "survival", "survive"}
 DROPPED = {"p", "drop", "dropout", "rate", "prob", "probability", "droprate", "dropprob", "pdrop", "pdropout"}
 TRAINING = ("training", "train", "is_training")
@@ -76,11 +77,13 @@ def _attribute(module_name: str, name: str) -> Any:
     module = load(module_name)
     if hasattr(module, name):
         return getattr(module, name)
-    own = [
-        each for each, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
-    ]
-    layers = sorted(each for each in own if isinstance(getattr(module, each), type))
-    nearest = did_you_mean(name, [*own, *vars(module)], f"; it has {', '.join(layers)}" if layers else "")
+    own = sorted(
+        each
+        for each, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__ and not each.startswith("_")
+    )
+    has = ", ".join(own[:10]) + (f" and {len(own) - 10} more" if len(own) > 10 else "")
+    nearest = did_you_mean(name, [*own, *vars(module)], f"; it has {has}" if own else "")
     raise ValueError(f"{module_name} has nothing called {name!r}{nearest}")
 
 
@@ -130,7 +133,7 @@ def model_of(text: str) -> nn.Module:
             raise ValueError(f"{text} cannot be called without arguments: {one_line(error)}") from error
         raise ValueError(f"{text} raises {one_line_with_place(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{text} gave no torch.nn.Module, but a {type(model).__name__}")
+        raise ValueError(f"{text} gave no torch.nn.Module, {got(model)}")
     return model
 
 
@@ -357,7 +360,7 @@ def _probability(
         raise ValueError(f"{text} takes no probability of dropping")
     raise ValueError(
         f"{text} takes {', '.join(others)}: {'more than one' if found else 'none'} of them looks like the "
-        f"probability of dropping; say which is, as in --kwargs '{(found or others)[0]}=p'"
+        f"probability of dropping; say which is, as in --kwargs '{(found or others)[0]}=p'{IN_FILE}"
     )
 
 
@@ -382,7 +385,9 @@ def _try(text: str, case: Case, settings: Settings) -> None:
         if each.default is Parameter.empty and each.kind in BY_NAME and name not in given
     ]
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    remedy = f"; give what it needs beside {arguments} by --kwargs '{','.join(needed)}'" if needed else ""
+    remedy = (
+        f"; give what it needs beside {arguments} by --kwargs '{','.join(needed)}'{IN_FILE}" if needed else ""
+    )
     try:
         layer, inputs = case.called(settings)
     except Exception as error:  # whatever a stranger's layer raises

@@ -14,7 +14,7 @@ from thinned.backends.arguments import DTYPES
 from thinned.checks import got, integers
 from thinned.geometry import Geometry, dims_of, shared, shared_cached
 from thinned.key_source import active
-from thinned.keys import Key, savable
+from thinned.keys import Key, not_a_key, savable
 from thinned.torch_state import compiling, tracing
 
 __all__ = [
@@ -61,7 +61,7 @@ def apply(
     if type(broadcast_dims) is not tuple:
         broadcast_dims = integers("broadcast_dims", broadcast_dims)
     if key is None and active.key_source is not None:
-        if broadcast_dims:
+        if broadcast_dims and not input.is_nested:
             dims_of(input.shape, broadcast_dims)  # raises before the key source counts this call
         if elementwise and (dim := active.key_source.sample_dim(input)):
             ndim = input.dim()
@@ -215,8 +215,7 @@ def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) 
 def check_key(key: Key, shape: Sequence[int]) -> None:
     """Raise if ``key`` is no key, or a batch of keys that does not fit a tensor of ``shape``."""
     if not isinstance(key, Key):
-        hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
-        raise TypeError(f"key must be a thinned.Key, {got(key)}{hint}")
+        raise not_a_key(key)
     if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1]) and not tracing()):
         batch = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
         raise RuntimeError(

@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function, has_torch_function_unary
 
 from thinned import op
-from thinned.checks import integers
+from thinned.checks import check_integer, integers
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_key, drops, threshold_and_scale
@@ -129,6 +129,9 @@ def keep_mask(
         shape = integers("shape", shape)
     if not compiling() and (isinstance(shape, Proxy) or has_torch_function((key, *shape))):
         return overridden(keep_mask, locals())
+    if not compiling():  # the operation's own error is about its schema
+        for size in shape:
+            check_integer("a size of shape", size)
     T, _ = threshold_and_scale(p)
     check_key(key, shape)
     bits = key.bits if device is None else key.to(device).bits

@@ -94,6 +94,7 @@ class MultiSampleDropout(Layer):
 
     Raises:
         ValueError: as the function, and for another ``reduction``.
+        TypeError: ``head`` is no module.
 
     Source: Inoue, 2019, section 3.
 
@@ -118,6 +119,8 @@ class MultiSampleDropout(Layer):
         _check_samples(samples)
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction has to be either 'mean' or 'none', but got {reduction!r}")
+        if not callable(head):
+            raise TypeError(f"head must be a torch.nn.Module, {got(head)}")
         self.head = head
         self.samples = samples
         self.reduction = reduction

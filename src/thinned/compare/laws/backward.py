@@ -100,6 +100,8 @@ def same_seed(layer: Case, settings: Settings) -> Finding:
     y, again, *others = (under_seed(settings, module, *inputs, offset=offset) for offset in (0, *range(21)))
     if not same(y, again):
         return holds_if(False, "another mask")
+    if torch.initial_seed() != settings.seed + len(others):
+        return holds_if(False, "seeds torch's generator")
     if all(same(y, other) for other in others):
         return holds_if(False, "one mask for all seeds")
     return holds_if(True, "same mask")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy import stats
 from torch import Tensor
@@ -20,6 +20,7 @@ __all__ = [
     "Association",
     "associate",
     "binomial_bounds",
+    "chosen_of",
     "disjoint_pairs",
     "elements_to_show",
     "neighbouring",
@@ -89,12 +90,17 @@ def associate(a: Tensor, b: Tensor, where: str) -> Association:
     return Association(correlation, float(stats.fisher_exact(table).pvalue), where)
 
 
-def strongest(associations: Sequence[Association], tests: int | None = None) -> Finding:
-    """Holds if not even the least likely of them is beyond chance, given that ``tests`` were looked at."""
+def chosen_of(tests: int, association: Association) -> Association:
+    """The association as the least likely of ``tests``, from which it was chosen."""
+    return replace(association, pvalue=min(1.0, association.pvalue * tests))
+
+
+def strongest(associations: Sequence[Association]) -> Finding:
+    """Holds if not even the least likely of them is beyond chance, given that so many were looked at."""
     worst = min(
         associations, key=lambda found: (found.pvalue, -abs(found.correlation)), default=NOTHING_TO_COMPARE
     )
-    independent = worst.pvalue * (tests or len(associations) or 1) >= FALSE_ALARM
+    independent = worst.pvalue * len(associations) >= FALSE_ALARM or not associations
     measured = f"φ = {worst.correlation:+.4f}"
     return holds_if(
         independent,

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from thinned.compare.errors import one_line
 from thinned.compare.implementation import Case, NotOfferedError, first
+from thinned.compare.laws.chance import binomial_bounds, neighbouring, strongest
 from thinned.compare.laws.law import P_FOR_EQUALITY, Finding, Law, Level, has_mask, holds_if, nothing_wrong
-from thinned.compare.laws.values import departure, under_seed
+from thinned.compare.laws.rate import P_ERROR, takes_any_shape
+from thinned.compare.laws.values import departure, scale_of, under_seed
 from thinned.compare.settings import DTYPES, Settings
 from thinned.torch_state import fake_tensors
 
@@ -125,15 +127,62 @@ def expanded(layer: Case, settings: Settings) -> Finding:
 
 
 def sliced(layer: Case, settings: Settings) -> Finding:
-    """Every second column of a tensor: the columns between them are neither read nor written."""
-    rows, *others, columns = layer.sized(59, 40)
+    """Every second column of a tensor; of a layer of any shape also three other layouts.
+
+    The columns between are neither read nor written. Values, gradient, rate and neighbours are no worse than
+    those of a dense tensor.
+    """
+    rows, *others, columns = layer.sized(295, 400)
     base = settings.normal(1 + rows, *others, 2 * columns)
     before = base.clone()
-    x = base[1:, ..., ::2]
-    complaint = departure(layer.module(settings.p)(x), x)
-    if complaint is None and not torch.equal(base, before):
-        complaint = "changes its input"
-    return nothing_wrong(complaint, "base untouched")
+    views = {"slice": base[1:, ..., ::2]}
+    dense = views["slice"].contiguous()
+    if layer.takes_any_shape:
+        views["transposed"] = settings.normal(40, 50, 60).movedim(-1, 0)
+        views["channels_last"] = settings.normal(16, 32, 16, 15).to(memory_format=torch.channels_last)
+        views["1-d slice"] = settings.normal(200_000)[::2]
+    finding = _no_worse(layer, settings.p, dense, views, "as dense")
+    return finding if torch.equal(base, before) else holds_if(False, "changes its input")
+
+
+def every_dtype(layer: Case, settings: Settings) -> Finding:
+    """At p = 0.5 values, gradient, rate and neighbours are no worse than those of float32.
+
+    A rate may be off by the dtype's epsilon, as random numbers of so few bits fall on p itself.
+    """
+    inputs = {name: settings.normal(512, 512, dtype=dtype) for name, dtype in DTYPES.items()}
+    return _no_worse(layer, P_FOR_EQUALITY, inputs["float32"], inputs, "one law")
+
+
+def _no_worse(layer: Case, p: float, plain: Tensor, inputs: dict[str, Tensor], measured: str) -> Finding:
+    """Holds if no input has a fault that a plain one has not, of which other laws tell."""
+    known = _faults(layer, p, plain)
+    for name, x in inputs.items():
+        for kind, fault in _faults(layer, p, x).items():
+            if kind not in known:
+                return holds_if(False, f"{name}: {fault}")
+    return holds_if(True, measured)
+
+
+def _faults(layer: Case, p: float, x: Tensor) -> dict[str, str]:
+    """What is wrong with a call, by its kind."""
+    x = x.detach().requires_grad_()
+    y = layer.module(p)(x)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    x, y = x.detach(), y.detach()
+    faults = {
+        "values": departure(y, x, scale=layer.mask.scale(p), p_error=P_ERROR),
+        "gradient": departure(gradient, torch.ones_like(x), kept=y != 0, scale=scale_of(y, x)),
+    }
+    if layer.takes_any_shape:  # others may drop neighbours together
+        n, count = y.numel(), int((y == 0).sum())
+        low, high = binomial_bounds(n, p)
+        slack = n * torch.finfo(x.dtype).eps
+        if not low - slack <= count <= high + slack:
+            faults["rate"] = f"{count / n:#.4g} dropped, not {p:#.4g}"
+        near = strongest(neighbouring(y == 0))
+        faults["neighbours"] = near.measured if near.verdict.is_breach else None
+    return {kind: fault for kind, fault in faults.items() if fault}
 
 
 def other_devices(layer: Case, settings: Settings) -> Finding:
@@ -165,7 +214,7 @@ def has_images(case: Case) -> bool:
 
 
 FAMILY = "dtype and layout"
-law = partial(Law, FAMILY, applies=has_mask)
+law = partial(Law, FAMILY)
 unlike_torch = partial(Law, FAMILY, level=Level.UNLIKE_TORCH)
 LAWS = [
     unlike_torch(
@@ -215,6 +264,13 @@ LAWS = [
         has_mask,
         why="The last, empty batch of a worker or expert stops the run.",
     ),
+    law(
+        "every dtype",
+        "float16, bfloat16, float32 and float64 have masks of the same law, forward and backward",
+        every_dtype,
+        takes_any_shape,
+        why="A model in another precision trains with another kind of noise.",
+    ),
     Law(
         FAMILY,
         "other devices",
@@ -226,12 +282,14 @@ LAWS = [
         "expanded input",
         "every decision of a broadcast view is made for itself",
         expanded,
+        has_mask,
         why="Elements that share memory share a decision, or are scaled twice in place.",
     ),
     law(
         "sliced input",
-        "a strided view gives the same law, and its base is untouched",
+        "strided views and channels_last obey the same law, and a view's base is untouched",
         sliced,
+        has_mask,
         why="Elements that the caller did not pass are overwritten, or drop at another rate.",
     ),
 ]

@@ -13,7 +13,7 @@ from thinned.compare.laws.law import Finding, Law, Level, has_mask, holds_if
 from thinned.compare.laws.values import departure, ulps_off
 from thinned.compare.settings import DTYPES, Settings
 
-__all__ = ["LAWS", "PROBABILITIES", "RATE_BIAS"]
+__all__ = ["LAWS", "PROBABILITIES", "P_ERROR", "RATE_BIAS", "takes_any_shape"]
 
 PROBABILITIES = (0.001, 0.1, P, 0.5, 0.9)
 RATE_BIAS = 0.02

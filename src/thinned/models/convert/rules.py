@@ -80,7 +80,8 @@ def register(kind: type[nn.Module] | str, build: Build, *, unit: Callable[[Any],
             ``lambda old: 0.01`` for a type that counts in percent. :func:`thinned.revert` divides by it.
 
     Raises:
-        TypeError: ``kind`` is neither a class of modules nor a name.
+        TypeError: ``kind`` is neither a class of modules nor a name; ``build`` or ``unit`` is no function; or
+            later, where ``build`` makes no module.
 
     >>> import torch, thinned
     >>> class Noise(torch.nn.Module):
@@ -131,7 +132,11 @@ def make(module: nn.Module) -> tuple[nn.Module, Rule]:
         own |= parameters_of(module).keys() | buffers_of(module).keys() | children_of(module).keys()
     if own:
         raise ValueError(f"a {qualified_name(base)} with its own {', '.join(sorted(own))}")
-    return rule.build(module), rule
+    new = rule.build(module)
+    if not isinstance(new, nn.Module | None):
+        kind = qualified_name(base)
+        raise TypeError(f"build of thinned.register for {kind} must make a torch.nn.Module, {got(new)}")
+    return new, rule
 
 
 def _own_names(module: nn.Module, base: type[nn.Module]) -> set[str]:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from thinned.checks import got
 from thinned.key_source import active
-from thinned.keys import Key
+from thinned.keys import Key, not_a_key
 from thinned.layers._overrides import module_node
 from thinned.models.address import address
 from thinned.models.address.hooks import hooks_of
@@ -103,8 +102,7 @@ def _key(key: Any) -> Key:
         return key
     if isinstance(key, Proxy) or getattr(key, "dtype", None) == torch.int64:
         return Key.from_bits(key)
-    hint = f"; write thinned.Key({key})" if isinstance(key, int) else ""
-    raise TypeError(f"key must be a thinned.Key, or its bits as an int64 tensor, {got(key)}{hint}")
+    raise not_a_key(key, ", or its bits as an int64 tensor")
 
 
 @constant_when_compiled

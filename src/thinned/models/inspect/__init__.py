@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import torch
 from torch import nn
 
 from thinned.models.convert.rules import is_dropout, is_known, make, numbers_of, probability_of, refusal
@@ -43,6 +44,7 @@ WORDS: dict[Status, tuple[str, str]] = {
 HEADINGS = ("path", "type", "p", "drops", "status")
 IN_EVALUATION = "drops in evaluation too"
 INTERCEPTED = "by thinned.intercept()"
+SCRIPTED = "TorchScript: convert before torch.jit.script"
 NO_CHILD = "no child of a module, so convert() and eval() do not reach it"
 
 
@@ -202,6 +204,8 @@ def _sites_of(module: nn.Module, paths: tuple[str, ...], events: list[Event] | N
         yield _with_run(site, events)
     for call in calls:
         at_call = _of_call(call, paths)
+        if isinstance(module, torch.jit.ScriptModule) and at_call.status != "thinned":
+            at_call = _noted(replace(at_call, status="beyond"), SCRIPTED)
         if site is not None:  # the module stays, and drops here
             p = site.p if at_call.p is None and call.kind != "call" else at_call.p
             at_call = _noted(replace(at_call, p=p), site.note)

@@ -184,7 +184,13 @@ def _rate(function: Any, args: Any, kwargs: Any) -> float | None:
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Restore the training modes, the buffers and the generators."""
-    modes = [(module, module.training, dict(buffers_of(module))) for module in model.modules()]
+    # TorchScript keeps buffers in an object of C++, which is no dictionary; the contents are restored below.
+    buffers = {
+        module: dict(buffers_of(module))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    }
+    modes = [(module, module.training) for module in model.modules()]
     contents = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     tensors = (*model.parameters(), *model.buffers())
     devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
@@ -192,9 +198,10 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
             yield
     finally:
-        for module, training, buffers in modes:
+        for module, training in modes:
             module.training = training
-            buffers_of(module).update(buffers)
+        for module, before in buffers.items():
+            buffers_of(module).update(before)
         with torch.no_grad():
             for buffer, content in contents:
                 if not torch.equal(buffer, content):

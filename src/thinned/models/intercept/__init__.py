@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from thinned import functional as F
 from thinned.checks import got
-from thinned.keys import Key
+from thinned.keys import Key, not_a_key
 from thinned.layers._arguments import threshold_and_scale
 from thinned.layers._overrides import module_node
 from thinned.models.checkpoint import Counting, close_failed
@@ -166,7 +166,7 @@ def is_intercepted() -> bool:
 
 def _check_key(key: Key | None) -> None:
     if key is not None and not isinstance(key, Key):
-        raise TypeError(f"key must be a thinned.Key, {got(key)}")
+        raise not_a_key(key)
 
 
 _fast_path = FastPath(Intercept)
