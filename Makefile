@@ -1,4 +1,4 @@
-# Every target sets up what it needs in the virtual environment .venv, and nothing where that is there already.
+# Every target installs what it needs into the virtual environment .venv, once.
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -52,7 +52,7 @@ $(VENV)/.tests: $(VENV)/.command
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.command
-	@echo "Adding what thinned is timed beside to $(VENV): JAX, timm and torchvision; about half a minute the first time"
+	@echo "Adding the packages that thinned is timed beside to $(VENV): JAX, timm and torchvision; about half a minute the first time"
 	@$(call INSTALL,'thinned[bench]')
 	@touch $@
 

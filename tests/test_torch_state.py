@@ -262,6 +262,13 @@ def test_a_budget_without_its_option_is_refused(monkeypatch: pytest.MonkeyPatch)
         torch_state.budget_of(graph.placeholder("x"))
 
 
+def test_fake_tensors_without_their_class_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "torch._subclasses.fake_tensor"
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    with pytest.raises(RuntimeError, match=r"law of other devices needs .*FakeTensorMode"):
+        torch_state.fake_tensors()
+
+
 def refuse() -> Any:
     raise RuntimeError("no such name")
 

@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="IMPLEMENTATION",
-        help="package.module:Class or path/to/file.py:Class of a dropout to examine; may be repeated. "
+        help="package.module:NAME or path/to/file.py:NAME of a class or a function; may be repeated. "
         "[tool.thinned] of pyproject.toml has level, only, skip and kwargs.",
     )
     group.addoption(

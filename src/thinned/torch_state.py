@@ -36,6 +36,7 @@ mha_shape_check ... safe_softmax      guarded  ``thinned.intercept`` of attentio
 ragged_dim, seqlens                   guarded  jagged tensors
 cached_parametrizations               guarded  ``thinned.WeightDrop`` of a parametrized weight
 checkpoint_generator                  guarded  ``thinned.address`` and ``thinned.intercept``
+fake_tensors                          guarded  a law of ``thinned compare``
 function_of                           tested   ``thinned.address`` in a reentrant checkpoint
 constant_when_compiled                tested   functions that Dynamo calls while it traces
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
@@ -54,6 +55,7 @@ import builtins
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib import metadata
 from operator import attrgetter
 from types import MethodType
@@ -263,6 +265,15 @@ def traced_lines() -> list[tuple[str, int, str]]:
     context = getattr(sys.modules.get("torch._guards"), "TracingContext", None)
     frames: Any = getattr(context, "extract_stack", list)()
     return [(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)]
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """A context in which calls compute no values, and refuse tensors of two devices as a GPU does."""
+    try:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    except ImportError as error:
+        raise RuntimeError(_lacks("the law of other devices", error)) from error
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def compiler_is_imported() -> bool:

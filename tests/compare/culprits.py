@@ -152,6 +152,11 @@ class FlattensScalars(nn.Dropout):
         return torch.atleast_1d(super().forward(x))
 
 
+class MakesMaskOnCPUInPlace(nn.Dropout):  # where meta itself takes two devices
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone().mul_(F.dropout(torch.ones(x.shape), self.p)) if self.training else x
+
+
 class FailsOnEmpty(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not x.numel():
@@ -319,4 +324,5 @@ MORE = [  # whose laws have another culprit above
     ("evaluation", changed(DropsWithGradientsOnly)),
     ("evaluation", changed(KeepsItsFirstMode)),
     ("same seed", changed(SeedsTheGenerator)),
+    ("other devices", changed(MakesMaskOnCPUInPlace)),
 ]

@@ -417,10 +417,14 @@ def test_a_place_that_keeps_the_old_module_is_reported(told: Callable[..., str])
     assert revert(model)[0][0] is inner.drops[0]
 
 
-def test_a_dropout_that_is_no_child_is_reported(told: Callable[..., str]) -> None:
+@pytest.mark.parametrize("include", [None, nn.Dropout, "*"])
+def test_a_dropout_that_is_no_child_is_reported(told: Callable[..., str], include: Any) -> None:
     model = nn.Sequential(nn.Dropout(0.2))
     model.drops = [nn.Dropout(0.3), thinned.Dropout(0.4)]
-    convert(model)
+    convert(model, include="0")
+    assert told() == ""
+    revert(model)
+    convert(model, include=include)
     assert told() == (
         "drops[0] is no child of a module, so convert() and eval() do not reach it; "
         "thinned.inspect(model) lists all"

@@ -192,6 +192,7 @@ def _matcher(
     is_one = isinstance(choice, str | Tensor) or callable(choice) or not isinstance(choice, Iterable)
     items = (choice,) if is_one else tuple(choice)  # type: ignore[arg-type]
     matched: set[str] = set()
+    plain: list[str | type | UnionType] = []
     functions: list[Function] = []
     for item in items:
         if isinstance(item, str | type | UnionType):
@@ -199,6 +200,7 @@ def _matcher(
             if not paths:
                 warnings.warn(_no_match(name, item, found), UserWarning, stacklevel=4)
             matched |= paths
+            plain.append(item)
         elif callable(item) and not isinstance(item, nn.Module):
             functions.append(item)
         else:
@@ -208,6 +210,7 @@ def _matcher(
             )
     return lambda path, module: (
         any(above in matched for above in _and_above(path))
+        or any(_matches(item, path, module) for item in plain)  # one that is no child, as in a list
         or any(function(path, module) for function in functions)
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from functools import partial
 
@@ -15,10 +16,12 @@ from thinned.compare.laws.law import P_FOR_EQUALITY, Finding, Law, Level, has_ma
 from thinned.compare.laws.rate import P_ERROR, takes_any_shape
 from thinned.compare.laws.values import departure, scale_of, under_seed
 from thinned.compare.settings import DTYPES, Settings
+from thinned.torch_state import fake_tensors
 
 __all__ = ["LAWS"]
 
 MOST_SHOWN = 3
+OTHER_DEVICE = re.compile("expected device|same device|to numpy")
 SCALAR_CALLS = 64  # at p = 0.5 a scalar is both kept and dropped in them, but for one case in 2^63
 
 
@@ -183,7 +186,7 @@ def _faults(layer: Case, p: float, x: Tensor) -> dict[str, str]:
 
 
 def other_devices(layer: Case, settings: Settings) -> Finding:
-    """On ``meta``, where tensors have a device and no values, so that this machine needs no other device.
+    """On ``meta``, then as fake tensors: with a device and no values, so that no other device is needed.
 
     A layer that reads values, as by ``item()``, cannot run there and may be right on a GPU.
     """
@@ -192,11 +195,18 @@ def other_devices(layer: Case, settings: Settings) -> Finding:
     try:
         y = first(module(*inputs))
     except (RuntimeError, TypeError) as error:
-        words = str(error)
-        if any(each in words for each in ("expected device", "same device", "to numpy")):
+        if OTHER_DEVICE.search(str(error)):
             return holds_if(False, one_line(error))
         raise NotOfferedError("needs the values") from error
-    return holds_if(y.is_meta, f"output on {y.device}" if not y.is_meta else "stays there")
+    if not y.is_meta:
+        return holds_if(False, f"output on {y.device}")
+    try:  # meta accepts two devices in place and in matrix products; fake tensors refuse them
+        with fake_tensors():
+            module(*inputs)
+    except Exception as error:
+        if OTHER_DEVICE.search(str(error)):
+            return holds_if(False, one_line(error))
+    return holds_if(True, "stays there")
 
 
 def has_images(case: Case) -> bool:

@@ -89,7 +89,7 @@ def report_converted(
         *_stayed(stayed, modules, {site.path for site in left if site.status == "intercept"}),
         *_are_no_modules([site for site in left if site.path not in stayed], swapped),
         *_old_ones(found, news),
-        *_no_children(model, news),
+        *_no_children(model, news, is_chosen),
     ]
     if p is not None:
         others = (site for site in mine if site.status != "perhaps")
@@ -145,11 +145,11 @@ def _old_ones(
             yield f"{', '.join(names)} still {hold} the old module of {format_paths(paths)}"
 
 
-def _no_children(model: nn.Module, news: Mapping[int, nn.Module]) -> Iterator[str]:
+def _no_children(model: nn.Module, news: Mapping[int, nn.Module], is_chosen: Chosen) -> Iterator[str]:
     """The dropouts in lists and attributes that never were children."""
     for module, paths in modules_in_containers(modules_with_paths(model)):
         drops = is_dropout(module) and probability_of(module) != 0
-        if drops and not is_ours(module) and id(module) not in news:
+        if drops and not is_ours(module) and id(module) not in news and is_chosen(paths, module):
             yield f"{paths[0]} is {NO_CHILD}"
 
 

@@ -91,11 +91,6 @@ class Site:
         return self.paths[0]
 
     @property
-    def is_thinned(self) -> bool:
-        """Whether it draws from thinned."""
-        return self.status == "thinned"
-
-    @property
     def where(self) -> str:
         """``file.py:12``, where a call stands; empty for a module."""
         return f"{Path(self.file).name}:{self.line}" if self.line else ""
