@@ -76,6 +76,12 @@ def test_a_law_is_a_test_that_fails(project: Path) -> None:
     assert any("1 failed, 1 passed" in line for line in lines)
 
 
+def test_a_single_test_runs_alone(project: Path) -> None:
+    status, lines = run(project, "--thinned-project", "test_layers.py::test_other")
+    assert status == 0, lines
+    assert "collected 1 item" in lines
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

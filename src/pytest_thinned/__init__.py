@@ -35,7 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    if config.getoption("thinned") or config.getoption("thinned_project"):
+    wanted = config.getoption("thinned") or config.getoption("thinned_project")
+    single = config.args and all("::" in argument for argument in config.args)
+    if wanted and not single:  # with the options in addopts, `pytest test_a.py::test_b` means that test alone
         try:
             from pytest_thinned import laws
         except ImportError as error:
