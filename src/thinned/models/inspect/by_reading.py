@@ -42,10 +42,13 @@ def calls_in_source(module: nn.Module) -> list[Call]:
 def read_source(module: nn.Module) -> tuple[list[Call], list[Read]]:
     """The functional dropouts that ``module.forward`` may reach, and all that the reading has looked up."""
     reading, reads = _Reading(module), list[Read]()
+    forward = module.forward
+    if isinstance(module, torch.jit.ScriptModule):
+        forward = getattr(forward, "__wrapped__", forward)  # that of the module which was scripted
     before = READS.set(reads)
     try:
         with torch.random.fork_rng(devices=()):  # the model's properties may draw
-            reading.read(module.forward)
+            reading.read(forward)
     finally:
         READS.reset(before)
     return [call for calls in reading.found.values() for call in calls.values()], reads
