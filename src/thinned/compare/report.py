@@ -70,8 +70,11 @@ class Report:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether more programs wanted to run than there are cores, before the comparison began."""
-        return self.load is not None and self.load > 1
+        """Whether other programs wanted every core before the comparison began.
+
+        The load is the average of a minute, in which a set-up that has just ended may have used each core.
+        """
+        return self.load is not None and self.load > 1.5
 
     def is_rough(self, timing: Timing) -> bool:
         """Whether something else ran while this was timed: the reference of its rounds was not steady."""
