@@ -165,6 +165,7 @@ OTHERS_WORDS = (
     "^RuntimeError: Expected hidden size",
     "^RuntimeError: Expected all tensors to be on the same device",
     "^RuntimeError: a and b must have same reduction dim",
+    "^RuntimeError: Found no NVIDIA driver",  # 7 is the number of a GPU
     "^AssertionError: Padding_idx must be within num_embeddings",
     "^IndexError: .* names dimension [01], but for shape",  # two arguments that do not fit each other
     "^IndexError: drop_head got dim=1 and a tensor of shape",

@@ -190,7 +190,9 @@ def test_what_a_function_does_not_offer(layers: str) -> None:
         name: {law for law, verdict in of_all.items() if verdict is Verdict.NOT_OFFERED}
         for name, of_all in verdicts.items()
     }
-    module = {"complex", "in place", "in place on a leaf", "deepcopy", "pickle", "state_dict"}
+    module = {"in place", "in place on a leaf", "deepcopy", "pickle", "state_dict"}
+    for laws_missing in missing.values():
+        laws_missing.discard("complex")  # F.dropout takes complex numbers from 2.15 on
     assert missing == {"ours": module, "always": {*module, "evaluation", "no copy"}}
     for of_all in verdicts.values():
         broken = {law for law, verdict in of_all.items() if verdict.is_breach}

@@ -785,7 +785,7 @@ REFUSED = [
     ("uses_torch", [], "(mine.py, line 31, in uses_torch)"),
     ("takes_one", [], "mine.py:takes_one cannot be called without arguments: TypeError: takes_one() missing"),
     ("not_enough", [], "mine.py:not_enough cannot be called without arguments: TypeError"),
-    ("Net", ["2x7"], "mine.py:Net raises in the run: RuntimeError: mat1 and mat2"),
+    ("Net", ["2x7"], "cannot be multiplied (2x7 and 8x8) (mine.py, line 12, in forward)"),
     ("Net", ["2x7"], "(2x7 and 8x8) (mine.py, line 12, in forward)"),
     ("Net", ["x=2x8", "y=3"], "got an unexpected keyword argument 'y'"),
     ("seq", ["2x4"], "linear.py, line"),
