@@ -93,7 +93,7 @@ class Keyed(Named):
             layers = [module for module in modules if is_ours(module) or isinstance(module, Intercepted)]
             # A layer in training mode may have p = 0, or a key of its own.
             if not any(layer.training for layer in layers):
-                _warn(bool(layers), self.model.training)
+                _warn(len(layers) > 0, self.model.training)
         return result
 
 
