@@ -5,5 +5,5 @@ import sys
 from thinned.cli import main
 
 if __name__ == "__main__":
-    # A shell completes a command and no module.
+    # A shell can complete the command `thinned`, but not `python -m thinned`.
     main("thinned" if "completion" in " ".join(sys.argv[1:2]) else "python -m thinned")

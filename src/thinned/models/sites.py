@@ -22,7 +22,7 @@ from thinned.models.convert.rules import (
 )
 from thinned.models.inspect.by_reading import read_source
 from thinned.models.inspect.targets import look_up
-from thinned.models.walk import is_ours, modules_with_paths, qualified_name, unwrapped, wrapped_in
+from thinned.models.walk import is_ours, join, modules_with_paths, qualified_name, unwrapped, wrapped_in
 from thinned.torch_state import children_of
 
 __all__ = ["Place", "Rate", "RatesByPath", "own_attribute", "rates_of"]
@@ -123,9 +123,9 @@ def rates_of(model: nn.Module) -> list[Rate]:
             of_module = module is owner and name == own_attribute(module)
             stays_off = bool(LAYERDROP.search(str(name))) or isinstance(owner, list)
             stays_off |= is_ours(module) and not of_module
-            key = str(places[0]) if of_module else _join(str(places[0]), name)
+            key = str(places[0]) if of_module else join(str(places[0]), name)
             rate = rates.get((id(owner), name)) or Rate(module, (), owner, name, key, stays_off)
-            if rate.paths or _can_be_set(rate):
+            if rate.paths or _can_be_set(owner, name):
                 rate.paths += tuple(path for path in paths if path not in rate.paths)
                 read = [place for place in places if place.path in rate.paths]
                 rate.places = tuple(read) or tuple(places[:1])
@@ -149,10 +149,6 @@ class _Holders:
     def places_of(self, value: Any) -> list[Place]:
         """Where ``value`` is; empty if no module holds it, such as a global."""
         return list(self.known.get(id(value), (None, ()))[1])
-
-
-def _join(path: str, name: Any) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def own_attribute(module: nn.Module) -> str | None:
@@ -196,9 +192,9 @@ def _set(owner: Any, name: Any, number: float) -> None:
         setattr(owner, name, number)
 
 
-def _can_be_set(rate: Rate) -> bool:
+def _can_be_set(owner: Any, name: Any) -> bool:
     try:
-        rate.value = rate.value
+        _set(owner, name, look_up(owner, name))
     except Exception:  # a property, or a frozen config
         return False
     return True
@@ -235,7 +231,7 @@ class Found:
         main = own_attribute(owner) if isinstance(owner, nn.Module) else None
         for name in (main if name is None else name for name in self.names):
             if name is not None and is_number(number := look_up(owner, name)):
-                if not _can_be_set(Rate(owner, (), owner, name, "")):
+                if not _can_be_set(owner, name):
                     raise _replaced(self.place, f"it is now {_a(owner)}, whose {name} cannot be set")
                 self.owner, self.name, self.number = owner, name, number
                 self.unit = unit_of(owner) if name == main else 1.0
@@ -307,7 +303,7 @@ class RatesByPath:
         if not isinstance(child, nn.Module):
             path = list(self._paths)[above]
             what = f"{path!r} is now" if path else "the model is"
-            raise _replaced(Place(_join(path, name)), f"{what} {_a(module)} without a module {name!r}")
+            raise _replaced(Place(join(path, name)), f"{what} {_a(module)} without a module {name!r}")
         return child
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "check_model",
     "chooser",
     "is_ours",
+    "join",
     "modules_in_containers",
     "modules_with_paths",
     "original",
@@ -77,7 +78,12 @@ def _walk(module: nn.Module, path: str, above: frozenset[int]) -> Iterator[tuple
     above |= {id(module)}
     for name, child in children_of(module).items():
         if child is not None and id(child) not in above:
-            yield from _walk(child, f"{path}.{name}" if path else name, above)
+            yield from _walk(child, join(path, name), above)
+
+
+def join(path: str, name: Any) -> str:
+    """The path of what the module at ``path`` has under ``name``; the model itself has the path ""."""
+    return f"{path}.{name}" if path else str(name)
 
 
 def other_references(found: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> dict[int, list[str]]:
@@ -100,7 +106,7 @@ def other_references(found: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> dict
             items = value.values() if isinstance(value, dict) else value
             for item in items if isinstance(value, dict | list | tuple | set) else (value,):
                 if isinstance(item, nn.Module):
-                    references.setdefault(id(item), []).append(f"{paths[0]}.{name}" if paths[0] else name)
+                    references.setdefault(id(item), []).append(join(paths[0], name))
     return references
 
 
@@ -124,7 +130,7 @@ def modules_in_containers(
         for name, value in vars(parent).items():
             if value is children_of(parent):
                 continue
-            for root, place in _contained(value, f"{paths[0]}.{name}" if paths[0] else name):
+            for root, place in _contained(value, join(paths[0], name)):
                 for module, inner in modules_with_paths(root) if id(root) not in known else ():
                     if id(module) not in known:
                         known.add(id(module))

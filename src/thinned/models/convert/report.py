@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import wraps
-from typing import ParamSpec
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -26,23 +25,19 @@ from thinned.models.walk import (
 __all__ = ["report_converted", "report_reverted"]
 
 LOG = logging.getLogger("thinned")
-P = ParamSpec("P")
 Chosen = Callable[[tuple[str, ...], nn.Module], bool]
 NAMED = 6  # places or types in one line
 
 
-def _never_raises(report: Callable[P, None]) -> Callable[P, None]:
-    @wraps(report)
-    def logged(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            report(*args, **kwargs)
-        except Exception:
-            LOG.debug("thinned.convert could not say what it left", exc_info=True)
-
-    return logged
+@contextmanager
+def _never_raises() -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        LOG.debug("thinned.convert could not say what it left", exc_info=True)
 
 
-@_never_raises
+@_never_raises()
 def report_converted(
     model: nn.Module,
     found: Sequence[tuple[nn.Module, tuple[str, ...]]],
@@ -76,7 +71,7 @@ def report_converted(
     swapped = sum(id(module) in made for module in model.modules())
     ours = sum(is_ours(module) and is_chosen(paths, module) for module, paths in found)
     done = [f"{count(swapped, 'dropout module')} became thinned's"]
-    done += [f"{count(ours, 'module')} already {_were(ours)} thinned's"] * bool(ours)
+    done += [f"{count(ours, 'module')} already {'was' if ours == 1 else 'were'} thinned's"] * bool(ours)
     done += [f"{count(numbers, 'number')} set to p={p}"] * bool(numbers)
     LOG.info("%s: %s", caller, ", ".join(done))
 
@@ -169,20 +164,17 @@ def _with_another_p(sites: Sequence[Site], p: float) -> Iterator[str]:
     rows = [(format_paths(site.paths), f"{site.type}, p={format_p(site.p) or 'unknown'}") for site in sites]
     if rows:
         shown = [f"{path} ({what})" for path, what in merge_paths(rows)]
-        names = ", ".join(shown[:NAMED]) + f" and {len(shown) - NAMED} more" * (len(shown) > NAMED)
         keep = "places keep" if len(rows) > 1 else "place keeps"
-        yield f"{len(rows)} {keep} another p than {p:g}: {names}"
-
-
-def _were(n: int) -> str:
-    return "was" if n == 1 else "were"
+        yield f"{len(rows)} {keep} another p than {p:g}: {_listed(shown)}"
 
 
 def _counted(names: Iterable[str]) -> str:
     """``F.dropout (2), torch.rand``."""
-    counts = Counter(names)
-    shown = [name + f" ({n})" * (n > 1) for name, n in counts.most_common(NAMED)]
-    return ", ".join(shown) + f" and {len(counts) - NAMED} more" * (len(counts) > NAMED)
+    return _listed([name + f" ({n})" * (n > 1) for name, n in Counter(names).most_common()])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
 
 
 def report_reverted(model: nn.Module, modules: int, numbers: int) -> None:
