@@ -144,7 +144,7 @@ def compare(
             return
         if entry:
             _refuse(context, {"html"}, "for --layer, as the page is one of a comparison of Dropout")
-            if not entry.takes_any_shape:
+            if not entry.case.takes_any_shape:
                 why = f"for --layer {entry.name}, whose laws bring their own"
                 _refuse(context, {"p", "shape", "dtype"}, why)
         settings = Settings(p, parse_shape(shape), parse_dtype(dtype), device, seed, quick)

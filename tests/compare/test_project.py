@@ -9,6 +9,8 @@ import pytest
 
 from thinned.compare.laws import LAWS, Finding, Level, Verdict
 from thinned.compare.project import Policy, Project, parse_level
+from thinned.compare.report import Report
+from thinned.compare.settings import Settings
 
 NAMES = [law.name for law in LAWS]
 RATES = [name for name in NAMES if name.startswith("drop rate")]
@@ -56,14 +58,25 @@ def test_an_unknown_law_gets_the_nearest_names(pattern: str, nearest: str) -> No
 
 def test_a_check_fails_at_its_level_and_worse() -> None:
     laws = [next(law for law in LAWS if law.level is level) for level in Level]
-    wrong, unlike, nicety = (law.name for law in laws)
-    crashed, broken = Finding(Verdict.CRASHED, ""), Finding(Verdict.BROKEN, "")
-    findings = {wrong: crashed, unlike: broken, nicety: broken}
-    assert Policy().breaches(laws, findings) == [wrong]
-    assert Policy(Level.UNLIKE_TORCH).breaches(laws, findings) == [wrong, unlike]
-    assert Policy(Level.NICETY).breaches(laws, findings) == [wrong, unlike, nicety]
-    fine = dict.fromkeys(findings, Finding(Verdict.NOT_OFFERED, ""))
-    assert Policy(Level.NICETY).breaches(laws, fine) == []
+    wrong, unlike, nicety = laws
+
+    def report(level: Level, **verdicts: Verdict) -> Report:
+        found = Report(["theirs"], Settings(), laws, policy=Policy(level))
+        for law in laws:
+            verdict = verdicts.get(law.level.name, Verdict.NOT_OFFERED)
+            found.findings[law.name] = {"theirs": Finding(verdict, "")}
+        return found
+
+    def fails(**verdicts: Verdict) -> list[bool]:
+        return [report(level, **verdicts).fails("theirs") for level in Level]
+
+    broken = Verdict.BROKEN
+    assert fails(WRONG=Verdict.CRASHED) == [True, True, True]
+    assert fails(UNLIKE_TORCH=broken, NICETY=broken) == [False, True, True]
+    assert fails(NICETY=broken) == [False, False, True]
+    assert fails() == [False, False, False]
+    every = report(Level.WRONG, WRONG=Verdict.CRASHED, UNLIKE_TORCH=broken, NICETY=broken)
+    assert every.breaches("theirs") == [wrong, unlike, nicety]
 
 
 def write(folder: Path, text: str) -> None:

@@ -18,7 +18,7 @@ LEVELS = {
     Level.UNLIKE_TORCH: "a layer that breaks it is a dropout that PyTorch's users stumble over",
     Level.NICETY: "a layer that breaks it does its work, and could do it better",
 }
-FEW = 6  # layers that are no law's, below which they are listed in place of the law's own
+FEW = 6  # a law with at most so many exceptions has its layers listed as "all but ..."
 BROKEN = "examples/broken_dropout.py"
 BROKEN_BY = {  # arguments of `thinned compare`
     **{f"drop rate at p = {p}": f"{BROKEN}:DropsTooOften" for p in (0.1, 0.3, 0.5, 0.9)},

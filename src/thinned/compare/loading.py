@@ -38,6 +38,7 @@ DROPPED = {"p", "drop", "dropout", "rate", "prob", "probability", "droprate", "d
 TRAINING = ("training", "train", "is_training")
 BY_NAME = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
 NO_ARGUMENTS: Mapping[str, Any] = {}
+NOTHING_KNOWN: Mapping[str, Implementation] = {}
 
 
 def load(module_name: str) -> ModuleType:
@@ -154,7 +155,7 @@ def resolve_all(
     kwargs: Mapping[str, Mapping[str, Any]] = NO_ARGUMENTS,
     case: Case | None = None,
     settings: Settings | None = None,
-    known: Mapping[str, Implementation] | None = None,
+    known: Mapping[str, Implementation] = NOTHING_KNOWN,
 ) -> list[Implementation]:
     """The implementations behind ``texts``; where two share a name, the full text is the name.
 
@@ -171,7 +172,7 @@ def resolve_all(
     """
     texts = list(dict.fromkeys(texts))
     p_name = _p_name(case) if case else "p"
-    found = {text: each for text, each in (known or {}).items() if text in texts}
+    found = {text: each for text, each in known.items() if text in texts}
     for text in texts:
         if text in found:
             continue
@@ -181,7 +182,7 @@ def resolve_all(
         found[text] = resolve(text, kwargs.get(text, NO_ARGUMENTS), p_name)
         if case:
             _try(text, replace(case, implementation=found[text]), settings or Settings())
-    names = [*(known or ()), *(each.name for text, each in found.items() if text not in (known or ()))]
+    names = [*known, *(each.name for text, each in found.items() if text not in known)]
     return [
         replace(found[text], name=text) if names.count(found[text].name) > 1 else found[text]
         for text in texts

@@ -26,7 +26,7 @@ def to_html(report: Report) -> str:
         laws=tables.laws(report),
         by_name={law.name: law for law in report.laws},
         levels=Level,
-        worst={name: _worst(report, name) for name in report.names},
+        worst={name: next(iter(report.broken(name)), None) for name in report.names},
         speed=tables.speed(report),
         training=tables.training_runs(report),
         sentences=effect.sentences(*pair) if pair else [],
@@ -38,9 +38,3 @@ def to_html(report: Report) -> str:
         drop_rates=plots.drop_rates(report),
         speed_plots=plots.speed(report) if report.timings else [],
     )
-
-
-def _worst(report: Report, name: str) -> Level | None:
-    """The severest level among the laws that ``name`` breaks."""
-    broken = {law.level for law in report.laws if report.findings[law.name][name].verdict.is_breach}
-    return next((level for level in Level if level in broken), None)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from thinned.checks import did_you_mean
-from thinned.compare.laws import Finding, Law, Level
+from thinned.compare.laws import Law, Level
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,16 +58,6 @@ class Policy:
         wanted = not self.only or any(_matches(law, pattern) for pattern in self.only)
         return wanted and not any(_matches(law, pattern) for pattern in self.skip)
 
-    def breaches(self, laws: Iterable[Law], findings: Mapping[str, Finding]) -> list[str]:
-        """The names of the laws for which a check fails, of findings under the names of laws."""
-        return [
-            law.name
-            for law in laws
-            if law.name in findings
-            and findings[law.name].verdict.is_breach
-            and self.level.includes(law.level)
-        ]
-
     def require_known(self, laws: Sequence[Law]) -> None:
         """Raise ValueError, with one line, for a pattern that matches none of ``laws``."""
         names = list(dict.fromkeys(name for law in laws for name in (law.name, law.family)))
@@ -78,7 +68,7 @@ class Policy:
 
 
 def _matches(law: Law, pattern: str) -> bool:
-    """A name as it is first, as "p outside [0, 1]" is a pattern too."""
+    """Compares names first, because fnmatch reads the brackets of "p outside [0, 1]" as a set."""
     pattern = pattern.casefold()
     names = law.name.casefold(), law.family.casefold()
     return pattern in names or any(fnmatchcase(name, pattern) for name in names)

@@ -24,7 +24,7 @@ def to_json(report: Report) -> str:
         "verdicts": {
             name: {
                 "line": report.verdict(name),
-                "breaks": report.breaches(name),
+                "breaks": [law.name for law in report.breaches(name)],
                 "fails": report.fails(name),
             }
             for name in report.names

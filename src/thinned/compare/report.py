@@ -59,14 +59,19 @@ class Report:
     training: list[Run] = field(default_factory=list)
     seconds: float = 0.0
 
-    def breaches(self, name: str, level: Level = Level.NICETY) -> list[str]:
-        """The laws that ``name`` breaks or crashes in, those of ``level`` and worse."""
-        findings = {law: found[name] for law, found in self.findings.items()}
-        return Policy(level).breaches(self.laws, findings)
+    def breaches(self, name: str) -> list[Law]:
+        """The laws that ``name`` breaks or crashes in, in the order of the table."""
+        return [law for law in self.laws if self.findings[law.name][name].verdict.is_breach]
+
+    def broken(self, name: str) -> dict[Level, list[Law]]:
+        """The same laws under their levels, the worst first; a level without any is left out."""
+        breaches = self.breaches(name)
+        of_level = {level: [law for law in breaches if law.level is level] for level in Level}
+        return {level: laws for level, laws in of_level.items() if laws}
 
     def fails(self, name: str) -> bool:
         """Whether a check of ``name`` fails at the policy's level."""
-        return bool(self.breaches(name, self.policy.level))
+        return any(self.policy.level.includes(level) for level in self.broken(name))
 
     @property
     def is_loaded(self) -> bool:
@@ -87,12 +92,12 @@ class Report:
 
     def verdict(self, name: str) -> str:
         """One line: which laws are broken, the worst first, and how many hold."""
-        broken: dict[Level, list[str]] = {level: [] for level in Level}
-        for law in self.laws:
-            if law.name in self.breaches(name):
-                broken[law.level].append(law.name)
-        parts = [f"{level.value} ({len(laws)}): {', '.join(laws)}" for level, laws in broken.items() if laws]
-        if parts and not broken[Level.WRONG]:
+        broken = self.broken(name)
+        parts = [
+            f"{level.value} ({len(laws)}): {', '.join(law.name for law in laws)}"
+            for level, laws in broken.items()
+        ]
+        if parts and Level.WRONG not in broken:
             parts.insert(0, "nothing wrong")
         verdicts = [findings[name].verdict for findings in self.findings.values()]
         held, missing = verdicts.count(Verdict.HOLDS), verdicts.count(Verdict.NOT_OFFERED)

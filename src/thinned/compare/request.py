@@ -64,9 +64,9 @@ def requested(
     examined = layer or entry_of("Dropout")
     Policy(only=tuple(only), skip=tuple(skip)).require_known(examined.laws)
     project = project.overridden(implementations, level, only, skip, parse_kwargs(kwargs) if kwargs else None)
-    project.policy.chosen(examined.laws)
-    known = layer.known if layer else None
-    if layer and layer.takes_any_shape:
+    project.policy.chosen(examined.laws)  # raises where only and skip leave no law
+    known = layer.known if layer else {}
+    if layer and layer.case.takes_any_shape:
         known = {alias: resolve(alias) for alias in ALIASES} | layer.known
     if kwargs and (aliases := [each for each in implementations if each in (known or ALIASES)]):
         raise ValueError(f"--kwargs is for implementations of your own, and not for {aliases[0]}")

@@ -36,7 +36,7 @@ def run(
 ) -> Report:
     """Compare implementations; what one of them raises becomes part of the report.
 
-    A policy that names laws has these alone.
+    Where the policy names laws in ``only``, no other part runs.
     """
     start = time.perf_counter()
     laws = policy.chosen(entry_of("Dropout").laws)
@@ -92,7 +92,7 @@ def run_layer(
     terminal.show(tables.laws(report), with_notes=True)
     if not policy.only:
         report.timings = _speed(entry, implementations, settings)
-        terminal.show(tables.call_speed(report, entry.workload.elements))
+        terminal.show(tables.call_speed(report))
     report.seconds = time.perf_counter() - start
     terminal.show_verdicts(report)
     return report

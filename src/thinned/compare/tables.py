@@ -117,8 +117,9 @@ def speed(report: Report) -> Table:
     return Table(title, columns, sections, _how_timed(report))
 
 
-def call_speed(report: Report, elements: int) -> Table:
+def call_speed(report: Report) -> Table:
     """The time of a call on the workload of a layer, and its ratio to thinned's."""
+    elements = report.timings[0].elements
     cells = [_timing(report, found, elements) for found in report.timings]
     row = Row(f"{elements:,} elements", cells)
     columns = [found.subject for found in report.timings]

@@ -23,7 +23,7 @@ from thinned.compare.tables import Cell, Table
 __all__ = ["Terminal"]
 
 WIDTH_OF_A_FILE = 100  # where neither COLUMNS nor a terminal says how wide lines may be
-COMFORTABLE, NOTES = 12, 40  # characters of a column, below which it is another table's; of the notes
+COMFORTABLE, NOTES = 12, 40  # characters: a column with more text is never narrower; the notes need so many
 INDENT = "      "
 BORDERS = 3  # characters of a table for each column, and one more
 UNBROKEN = re.compile(r"[✓✗–] | (?=(ns|μs|ms|s)\b)|\bp = |± |\((?:[A-Z]|1, )[^()]{,20}\)")
@@ -152,9 +152,8 @@ class Terminal:
         for name in report.names:
             broken = [
                 (law, report.findings[law.name][name])
-                for level in Level
-                for law in report.laws
-                if law.level is level and report.findings[law.name][name].verdict.is_breach
+                for laws in report.broken(name).values()
+                for law in laws
             ]
             style = LEVELS[broken[0][0].level] if broken else STYLES[Verdict.HOLDS]
             self.say(f" {report.verdict(name)}", f"{name}:", style)
@@ -166,7 +165,7 @@ class Terminal:
                 self.say(f"why: {law.why}", first="    ", others=INDENT)
             if broken:
                 self.output.print()
-        if any(report.breaches(name) for name in report.names):
+        if any(map(report.breaches, report.names)):
             self.say("`thinned compare --explain LAW` says how a law is measured, and what breaks it.")
 
     def explain(self, laws: Mapping[str, Mapping[str, str]]) -> None:

@@ -12,9 +12,17 @@ from torch import Tensor
 from thinned.compare.errors import one_line
 from thinned.compare.implementation import Case, NotOfferedError, first
 from thinned.compare.laws.chance import binomial_bounds, neighbouring, strongest
-from thinned.compare.laws.law import P_FOR_EQUALITY, Finding, Law, Level, has_mask, holds_if, nothing_wrong
-from thinned.compare.laws.rate import P_ERROR, takes_any_shape
-from thinned.compare.laws.values import departure, scale_of, under_seed
+from thinned.compare.laws.law import (
+    P_FOR_EQUALITY,
+    Finding,
+    Law,
+    Level,
+    has_mask,
+    holds_if,
+    nothing_wrong,
+    takes_any_shape,
+)
+from thinned.compare.laws.values import P_ERROR, departure, scale_of, under_seed
 from thinned.compare.settings import DTYPES, Settings
 from thinned.torch_state import fake_tensors
 
@@ -155,7 +163,7 @@ def every_dtype(layer: Case, settings: Settings) -> Finding:
 
 
 def _no_worse(layer: Case, p: float, plain: Tensor, inputs: dict[str, Tensor], measured: str) -> Finding:
-    """Holds if no input has a fault that a plain one has not, of which other laws tell."""
+    """Holds if no input has a kind of fault that ``plain`` lacks; faults of ``plain`` are for other laws."""
     known = _faults(layer, p, plain)
     for name, x in inputs.items():
         for kind, fault in _faults(layer, p, x).items():
@@ -271,8 +279,7 @@ LAWS = [
         takes_any_shape,
         why="A model in another precision trains with another kind of noise.",
     ),
-    Law(
-        FAMILY,
+    law(
         "other devices",
         "the mask is made where the input is: on meta nothing of another device is mixed in",
         other_devices,

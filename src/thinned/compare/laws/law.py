@@ -23,6 +23,7 @@ __all__ = [
     "holds_if",
     "is_random",
     "nothing_wrong",
+    "takes_any_shape",
 ]
 
 P_FOR_EQUALITY = 0.5  # two independent masks of 1,000 elements agree with probability 2**-1000
@@ -69,6 +70,10 @@ class Finding:
 
 def has_mask(case: Case) -> bool:
     return case.masked is not None
+
+
+def takes_any_shape(case: Case) -> bool:
+    return case.takes_any_shape
 
 
 def is_random(case: Case) -> bool:

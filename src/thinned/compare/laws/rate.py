@@ -9,11 +9,11 @@ import torch
 
 from thinned.compare.implementation import Case, P
 from thinned.compare.laws.chance import DEVIATIONS, elements_to_show, within_binomial
-from thinned.compare.laws.law import Finding, Law, Level, has_mask, holds_if
-from thinned.compare.laws.values import departure, ulps_off
+from thinned.compare.laws.law import Finding, Law, Level, has_mask, holds_if, takes_any_shape
+from thinned.compare.laws.values import P_ERROR, departure, ulps_off
 from thinned.compare.settings import DTYPES, Settings
 
-__all__ = ["LAWS", "PROBABILITIES", "P_ERROR", "RATE_BIAS", "takes_any_shape"]
+__all__ = ["LAWS", "PROBABILITIES", "RATE_BIAS"]
 
 PROBABILITIES = (0.001, 0.1, P, 0.5, 0.9)
 RATE_BIAS = 0.02
@@ -21,7 +21,6 @@ MEAN_BIAS = 0.001
 BFLOAT16_EPS = torch.finfo(torch.bfloat16).eps  # rounds 1/(1-p) and 1-p by up to a half of it each
 MEAN_P = 0.1  # 1/(1-p) has no short binary expansion there, so that a rounded scale shows
 SQUARE = (1024, 1024)
-P_ERROR = 2**-25  # of a p below 1 that a layer holds in float32, such as in a buffer
 QUICK_ELEMENTS = 10 * 2**20
 
 
@@ -98,10 +97,6 @@ def sharing(layer: Case, settings: Settings) -> Finding:
         kept = kept.unsqueeze(dim)
     same = bool(((y != 0) == kept).all())
     return holds_if(same, "one decision" if same else "decisions differ")
-
-
-def takes_any_shape(case: Case) -> bool:
-    return case.takes_any_shape
 
 
 def shares(case: Case) -> bool:

@@ -13,9 +13,10 @@ from thinned.compare.figures import decimal, significant
 from thinned.compare.implementation import first
 from thinned.compare.settings import Settings
 
-__all__ = ["TOLERANCE_ULP", "departure", "same", "scale_of", "ulps_off", "under_seed"]
+__all__ = ["P_ERROR", "TOLERANCE_ULP", "departure", "same", "scale_of", "ulps_off", "under_seed"]
 
 REALISED = 2**-32  # a keep probability realised with 32 bits is right
+P_ERROR = 2**-25  # the rounding of a p below 1 that a layer holds in float32, such as in a buffer
 TOLERANCE_ULP = 2.0  # a rounded scale costs up to 1 ulp of the product, rounding the product 1/2
 
 

@@ -75,11 +75,6 @@ class Entry:
         return {each.name: each for each in (self.own, self.peer)}
 
     @property
-    def takes_any_shape(self) -> bool:
-        """Whether the settings' p, shape and dtype are those of its examination."""
-        return self.case.takes_any_shape
-
-    @property
     def case(self) -> Case:
         return Case(self.own, self.example, self.masked)
 
