@@ -39,6 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # On a loaded machine, threads that wait for each other make a test of one second take ten.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+    # Tests compare what is printed, also by processes; GitHub's runners, for example, ask for colours.
+    for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS"):
+        os.environ.pop(name, None)
+    for name in ("PYTEST_ADDOPTS", "PYTHONWARNINGS"):
+        os.environ.pop(name, None)
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

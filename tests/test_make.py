@@ -41,7 +41,7 @@ def make(checkout: Path, *targets: str, **environment: str) -> subprocess.Comple
     return subprocess.run(
         [shutil.which("make") or "", "PYTHON=./python", *targets],
         cwd=checkout,
-        env={"PATH": os.environ["PATH"], **environment},
+        env={"PATH": os.environ["PATH"], "CXX": "true", **environment},  # nothing is compiled
         capture_output=True,
         text=True,
         check=False,

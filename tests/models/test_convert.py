@@ -702,13 +702,6 @@ def test_p_overrides_every_probability() -> None:
     assert all(m.drop_prob == 1 for m in swin.modules() if isinstance(m, thinned.DropPath))
 
 
-def wav2vec2() -> nn.Module:
-    """With a layerdrop that is read from the config at each call."""
-    small = zoo.SMALL | {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "layerdrop": 0.5}
-    small |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    return zoo._make("Wav2Vec2Model", "Wav2Vec2Config", apply_spec_augment=False, **small)
-
-
 def falcon() -> nn.Module:
     """With two floats of the config that a forward passes to one function of its file."""
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "parallel_attn": False}
@@ -722,7 +715,7 @@ def inputs(model: nn.Module) -> dict[str, Tensor]:
     return zoo.inputs(model)
 
 
-@pytest.mark.parametrize("make", [*zoo.MODELS.values(), zoo.bart, wav2vec2, falcon])
+@pytest.mark.parametrize("make", [*zoo.MODELS.values(), zoo.bart, zoo.wav2vec2, falcon])
 def test_with_p_0_nothing_drops(make: Callable[[], nn.Module], told: Callable[..., str]) -> None:
     model = make()
     before = {rate.key: rate.value for rate in rates_of(model)}
@@ -745,7 +738,7 @@ def test_with_p_0_nothing_drops(make: Callable[[], nn.Module], told: Callable[..
 
 
 def test_without_p_no_number_changes() -> None:
-    model = nn.ModuleList([zoo.bart(), zoo.transformer(), zoo.lstm(), wav2vec2()])
+    model = nn.ModuleList([zoo.bart(), zoo.transformer(), zoo.lstm(), zoo.wav2vec2()])
     before = {rate.key: rate.value for rate in rates_of(model)}
     convert(model)
     assert {rate.key: rate.value for rate in rates_of(model)} == before

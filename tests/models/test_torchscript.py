@@ -53,7 +53,7 @@ def saved(scripted: Any) -> Any:
 checks_shapes = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@checks_shapes
 @pytest.mark.parametrize(
     "entry", [entry for entry in ENTRIES if entry.name != "DropoutSchedule"], ids=lambda entry: entry.name
 )

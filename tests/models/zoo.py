@@ -65,6 +65,13 @@ def vit(**arguments: Any) -> nn.Module:
     return _make("ViTModel", "ViTConfig", **(small | arguments))
 
 
+def wav2vec2() -> nn.Module:
+    """With a layerdrop that is read from the config at each call."""
+    small = SMALL | {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "layerdrop": 0.5}
+    small |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return _make("Wav2Vec2Model", "Wav2Vec2Config", apply_spec_augment=False, **small)
+
+
 def bart(**arguments: Any) -> nn.Module:
     """With layerdrop, which skips whole layers."""
     small = {"d_model": WIDTH, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
