@@ -50,8 +50,10 @@ def check_integer(name: str, value: Any, least: int | None = None) -> None:
 
 
 def _is_integer(value: Any) -> bool:
-    if isinstance(value, bool | int | SymInt):
+    if isinstance(value, int):
         return not isinstance(value, bool)
+    if isinstance(value, SymInt):
+        return True
     try:
         operator.index(value)
     except (TypeError, RuntimeError):  # a meta tensor has no value
@@ -71,9 +73,12 @@ def check_real(name: str, value: Any) -> None:
 
 
 def integers(name: str, values: Any) -> tuple[Any, ...]:
-    """The integers in a tuple; TypeError for what holds none."""
+    """``values`` in a tuple, each unchecked; TypeError for what cannot hold integers."""
     if isinstance(values, tuple):
         return values
-    if isinstance(values, str | Tensor) or not isinstance(values, Iterable):
+    # isinstance(values, Iterable) costs 0.25 us, and layers pass ranges and lists.
+    if type(values) not in (range, list) and (
+        isinstance(values, str | Tensor) or not isinstance(values, Iterable)
+    ):
         raise TypeError(f"{name} must be a tuple of integers, {got(values)}")
     return tuple(values)

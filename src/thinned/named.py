@@ -14,4 +14,5 @@ class Named(nn.Module):
     """
 
     def __repr__(self) -> str:
-        return "thinned." * type(self).__module__.startswith("thinned.") + super().__repr__()
+        prefix = "thinned." if type(self).__module__.startswith("thinned.") else ""
+        return prefix + super().__repr__()

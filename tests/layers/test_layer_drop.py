@@ -186,3 +186,10 @@ def test_a_wrong_layer_is_caught(wrong: str, law: str) -> None:
 @pytest.mark.parametrize("law", ["rate", "independence", "evaluation"])
 def test_the_loop_over_fairseqs_list_keeps_the_law(law: str) -> None:
     assert verdict(ENTRY, law, partial(layer_drop._make, layer_drop.LayerDropFormula)) is Verdict.HOLDS
+
+
+@pytest.mark.parametrize(("layers", "shown"), [(nn.Linear(2, 2), "of type Linear"), (3, "got 3 of type int")])
+def test_one_layer_is_no_list_of_layers(layers: object, shown: str) -> None:
+    """nn.ModuleList refuses it as well."""
+    with pytest.raises(TypeError, match=shown):
+        LayerDrop(layers)  # type: ignore[arg-type]

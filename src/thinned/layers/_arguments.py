@@ -66,8 +66,8 @@ def apply(
         if elementwise and (dim := active.key_source.sample_dim(input)):
             ndim = input.dim()
             order = [dim, *(d for d in range(ndim) if d != dim)]
-            # A batch of keys belongs to dimension 0. The operation refuses a dimension out of range.
-            moved = [order.index(d % ndim) if -ndim <= d < ndim else d for d in broadcast_dims]
+            # A batch of keys belongs to dimension 0.
+            moved = tuple(order.index(d % ndim) for d in broadcast_dims)
             y = apply(input.movedim(dim, 0), None, moved, inplace, T, scale, shift, fill)
             return input if inplace else y.movedim(0, dim)
         key = active.key_source.key_for(input, sample_dim)
@@ -109,8 +109,8 @@ def check_p(p: float, name: str = "p") -> None:
         raise ValueError(f"dropout probability{which} has to be between 0 and 1, but got {p}")
 
 
-def _compute(p: float) -> tuple[int, float]:
-    check_p(p)
+def _compute(p: float, name: str) -> tuple[int, float]:
+    check_p(p, name)
     T = round((1 - p) * 2**32)
     return T, 2**32 / T if T else 0.0
 
@@ -118,12 +118,12 @@ def _compute(p: float) -> tuple[int, float]:
 _compute_cached = lru_cache(maxsize=1024)(_compute)
 
 
-def threshold_and_scale(p: float) -> tuple[int, float]:
+def threshold_and_scale(p: float, name: str = "p") -> tuple[int, float]:
     """``T`` and ``1/q`` of the mask's specification; the errors are those of :func:`check_p`."""
     if type(p) is not float:
-        p = number(p)
+        p = number(p, name)
     # Dynamo ignores lru_cache and warns when it traces a cached function.
-    return _compute(p) if compiling() else _compute_cached(p)
+    return _compute(p, name) if compiling() else _compute_cached(p, name)
 
 
 def _geometry(shape: Sequence[int], broadcast_dims: tuple[int, ...], key_dims: int) -> Geometry:
@@ -147,7 +147,7 @@ def drops(
 ) -> bool:
     """Whether the call drops; ``dense`` refuses nested tensors.
 
-    The messages name the function, ``name``, and the ``argument`` that is ``input``.
+    In the messages, ``name`` is the function, and ``argument`` the parameter that ``input`` was passed as.
 
     A call that drops needs an ``input`` of a dtype that has a mask. Any other call is the identity, which
     accepts any dtype, layout and shape, as in PyTorch. Both need a tensor, and a ``key`` that fits it.
@@ -174,7 +174,7 @@ def check_tensor(function: str, name: str, value: Any) -> None:
 
 
 def check_device(name: str, value: Tensor, input: Tensor, other: str = "input") -> None:
-    """Raise torch's RuntimeError unless ``value`` is a number on the CPU, or on ``input``'s device."""
+    """Raise torch's RuntimeError unless ``value`` is on ``input``'s device, or a 0-d tensor on the CPU."""
     if value.device != input.device and (value.dim() or not value.is_cpu):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but {name} is on {value.device} and {other} is "

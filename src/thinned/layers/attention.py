@@ -119,8 +119,9 @@ def _mask_shape(x: Tensor, key: Key, shared_dims: Sequence[int]) -> list[int]:
 class DropHead(Layer):
     """Drop whole heads of attention, for inputs such as ``(N, H, L, D)``.
 
-    Use this layer on the heads' outputs before they are joined, so that no few heads do all of the work. The
-    paper varies p by :func:`thinned.schedules.v_shape`. For single attention weights use :class:`DropKey`.
+    Use this layer on the heads' outputs before they are joined, so that the model does not rely on a few
+    heads. The paper varies p by :func:`thinned.schedules.v_shape`. For single attention weights use
+    :class:`DropKey`.
 
     :func:`thinned.functional.drop_head` has the formula.
 
@@ -219,8 +220,8 @@ def drop_key(
 class DropKey(Layer):
     """Drop keys of attention, on the logits right before the softmax.
 
-    Use this layer in vision transformers instead of a :class:`Dropout` after the softmax, whose rows then no
-    longer sum to 1. The paper's p falls from the first block to the last. Fused attention, such as
+    Use this layer in vision transformers instead of a :class:`Dropout` after the softmax, which leaves rows
+    that no longer sum to 1. The paper's p falls from the first block to the last. Fused attention, such as
     :func:`torch.nn.functional.scaled_dot_product_attention`, has no place for a layer: use its ``dropout_p``.
 
     :func:`thinned.functional.drop_key` has the formula.

@@ -82,11 +82,11 @@ def concrete_dropout(
         return input
     p_logit = check_parameter("concrete_dropout", "p_logit", p_logit, input)
     dims = integers("broadcast_dims", broadcast_dims)
-    if input.is_nested and (p_logit.dim() or dims):
-        unfit = f"p_logit of shape {tuple(p_logit.shape)} and broadcast_dims {dims}"
-        refuse(f"concrete_dropout with {unfit}", input, "one p_logit and no broadcast_dims")
     if not input.is_nested:
         dims_of(input.shape, dims)  # raises before a key is drawn
+    elif p_logit.dim() or dims:
+        unfit = f"p_logit of shape {tuple(p_logit.shape)} and broadcast_dims {dims}"
+        refuse(f"concrete_dropout with {unfit}", input, "one p_logit and no broadcast_dims")
     key = key_for(input, key, elementwise=True)
     if input.is_nested:
         relaxed = partial(concrete_dropout, p_logit=p_logit, temperature=temperature)
@@ -290,7 +290,7 @@ def concrete_regularization(
     check_real("dropout_regularizer", dropout_regularizer)
     if num_features is not None:
         check_real("num_features", num_features)
-    if num_features is None:
+    else:
         if weights[0].dim() < 2:
             raise ValueError(
                 "num_features has to be given where the first of weights has no dimension 1, but "

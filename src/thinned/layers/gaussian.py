@@ -82,7 +82,7 @@ def gaussian_dropout(
     dims = integers("broadcast_dims", broadcast_dims)
     if not input.is_nested:
         dims_of(input.shape, dims)  # raises before a key is drawn
-    if input.is_nested and dims:
+    elif dims:
         refuse(f"gaussian_dropout with broadcast_dims {dims}", input, "no broadcast_dims")
     key = key_for(input, key, elementwise=True)
     if input.is_nested:

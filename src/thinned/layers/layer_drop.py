@@ -75,9 +75,9 @@ class LayerDrop(Scriptable, nn.ModuleList):
     def __init__(self, layers: Iterable[nn.Module] | None = None, p: float = 0.5) -> None:
         check_p(p)
         if layers is not None:
-            one = isinstance(layers, Tensor) or not isinstance(layers, Iterable)
-            layers = [layers] if one else list(layers)  # type: ignore[list-item]  # refused below
-            if not all(isinstance(layer, nn.Module) for layer in layers):
+            several = isinstance(layers, Iterable) and not isinstance(layers, Tensor)
+            layers = list(layers) if several else layers
+            if not several or not all(isinstance(layer, nn.Module) for layer in layers):
                 raise TypeError(f"layers must be modules, {got(layers)}")
         super().__init__(layers)
         self.p = p

@@ -119,8 +119,6 @@ class MultiSampleDropout(Layer):
         _check_samples(samples)
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction has to be either 'mean' or 'none', but got {reduction!r}")
-        if not callable(head):
-            raise TypeError(f"head must be a torch.nn.Module, {got(head)}")
         self.head = head
         self.samples = samples
         self.reduction = reduction

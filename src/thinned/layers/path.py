@@ -54,9 +54,7 @@ def drop_path(
     """
     if has_torch_function_unary(input) and not compiling():
         return overridden(drop_path, locals())
-    if type(drop_prob) is not float or not 0 <= drop_prob <= 1:
-        check_p(drop_prob, "drop_prob")  # the next line would call it p
-    T, scale = threshold_and_scale(drop_prob)
+    T, scale = threshold_and_scale(drop_prob, "drop_prob")
     if not _drops("drop_path", input, drop_prob, training, key):
         return input
     return apply(input, key, range(1, input.dim()), False, T, scale if scale_by_keep else 1.0)
@@ -65,9 +63,9 @@ def drop_path(
 class DropPath(Scriptable):
     """Drop a sample's residual branch, with timm's arguments.
 
-    Use this layer at the end of a residual branch, right before the addition: anywhere else a dropped sample
-    has nothing left. :func:`thinned.functional.drop_path_rates` lets p rise with the depth, to 0.1 in DeiT
-    and 0.5 in Swin-B. To skip layers and their time use :class:`LayerDrop`.
+    Use this layer at the end of a residual branch, right before the addition. After the addition it would
+    zero the sample itself. :func:`thinned.functional.drop_path_rates` lets p rise with the depth, to 0.1 in
+    DeiT and 0.5 in Swin-B. To skip layers and their time use :class:`LayerDrop`.
 
     :func:`thinned.functional.drop_path` has the formula.
 

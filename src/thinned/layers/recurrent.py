@@ -66,7 +66,7 @@ class _VariationalRNN(Scriptable, nn.RNNBase):
 
     def _call(self, input: Any, hx: States | None, key: Key | None) -> Result:
         is_packed = isinstance(input, PackedSequence)
-        # Evaluation needs such an input too.
+        # As in a call that drops: evaluation refuses nested and integer inputs too.
         drops(type(self).__name__, input.data if is_packed else input, 1.0, True, None, dense=True)
         batched = is_packed or input.dim() == 3
         x, states = self._time_first(input, hx, is_packed, batched)

@@ -78,7 +78,7 @@ class DropConnect(Layer):
     """A parametrization that drops connections of a module's weight.
 
     Use this layer on the weight of a fully connected layer, with the paper's p of 0.5. A :class:`Dropout` of
-    the inputs costs less where the weight has more elements than the batch.
+    the inputs costs less where the weight has more elements than the input.
 
     :func:`thinned.functional.drop_connect` has the formula.
     :func:`torch.nn.utils.parametrize.register_parametrization` gives a module a weight with a new mask at
