@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ ACCELERATORS = ("cuda", "xpu")
 BACKENDS = (
     *(f"native {isa}" for isa in KNOWN_ISAS),
     "portable",
+    "triton-interpreter",
+    *(f"triton on {device}" for device in ACCELERATORS),
     *(f"portable on {device}" for device in ACCELERATORS),
 )
 
@@ -57,7 +61,13 @@ def why_missing(name: str) -> str:
         if rest not in _native.compiled_isas():
             return "not compiled for this architecture"
         return "" if rest in _native.supported_isas() else "this processor lacks it"
+    if name == "triton-interpreter":
+        if "triton" in backends.missing():
+            return backends.missing()["triton"]
+        return "" if os.environ.get("TRITON_INTERPRET") == "1" else "on a GPU the kernels run compiled"
     device = rest.removeprefix("on ")
+    if kind == "triton" and backends.why_not_triton(device):
+        return backends.why_not_triton(device)
     if not device or getattr(torch, device).is_available():
         return ""
     return f"torch finds no {device} device"

@@ -23,7 +23,9 @@ except ImportError as error:
 else:
     _NATIVE_MISSING = ""
 
-__all__ = ["Backend", "available", "describe", "for_device", "missing", "name_for"]
+_TRITONS_DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda too
+
+__all__ = ["Backend", "available", "describe", "for_device", "missing", "name_for", "why_not_triton"]
 
 
 def __dir__() -> list[str]:
@@ -67,24 +69,50 @@ class Backend(Protocol):
         """The children of int64 keys: of one key for an ``int``; an int64 tensor broadcasts against them."""
 
 
+@cache
+def _triton() -> tuple[Backend | None, str]:
+    """The Triton backend, or why it is missing; its import takes 0.3 s, so it waits until it is needed."""
+    try:
+        from thinned.backends import triton
+    except ImportError as error:
+        return None, f"{type(error).__name__}: {error}"
+    return cast(Backend, triton), ""
+
+
 def available() -> dict[str, Backend]:
     """The backends that this installation has, by name."""
     found = {"portable": cast(Backend, portable)}
     if not _NATIVE_MISSING:
         found["native"] = cast(Backend, native)
+    if backend := _triton()[0]:
+        found["triton"] = backend
     return found
 
 
 def missing() -> dict[str, str]:
     """The backends that this installation lacks, each with the reason."""
-    return {"native": _NATIVE_MISSING} if _NATIVE_MISSING else {}
+    reasons = {"native": _NATIVE_MISSING, "triton": _triton()[1]}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def why_not_triton(device_type: str) -> str:
+    """Why the Triton backend does not serve a type of device; empty if it does."""
+    if device_type not in _TRITONS_DEVICES:
+        return f"Triton makes kernels for {' and '.join(_TRITONS_DEVICES)}"
+    if device_type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
+        oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+        if oldest < (8, 0):
+            has = ".".join(map(str, oldest))
+            return f"Triton needs compute capability 8.0 or higher, and this GPU has {has}"
+    return _triton()[1]
 
 
 @cache
 def for_device_type(device_type: str) -> Backend:
     """The backend that serves a type of device, such as ``"cpu"``."""
     if device_type != "cpu":
-        return cast(Backend, portable)
+        backend = None if why_not_triton(device_type) else _triton()[0]
+        return backend or cast(Backend, portable)
     if _NATIVE_MISSING:
         warnings.warn(
             "thinned's compiled kernel is missing, so a slower backend serves the CPU "
@@ -104,7 +132,7 @@ def for_device(device: torch.device | str) -> Backend:
 def name_for(device: torch.device | str) -> str:
     """The name of the backend that serves a device.
 
-    >>> name_for("cuda")
+    >>> name_for("meta")
     'portable'
     """
     serving = for_device(device)

@@ -1,0 +1,307 @@
+"""The operations as one Triton kernel a call: the backend of GPUs, and of CPU tensors under the interpreter.
+
+``plan`` turns a tensor's shape, its strides and the mask's geometry into the arguments of one launch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from thinned.backends import triton_kernels
+from thinned.backends.arguments import check_dtype, check_key, check_mask, check_out
+from thinned.geometry import Geometry, shared_cached
+from thinned.philox import high32, low32
+
+__all__ = ["fold", "keep_mask", "masked_affine", "uniform"]
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    raise ImportError(f"thinned needs Triton 3.6 or later, and this is {triton.__version__}")
+
+_INTERPRETED = triton.knobs.runtime.interpret
+_WARP = 32
+_LARGE = (
+    2**20
+)  # elements from which a tile has a block for each thread of a warp; smaller tensors need more tiles
+_MAX_DIMS = 4  # dimensions that number a tile's rows
+_FINITE = float(np.finfo(np.float32).max)
+_BYTES_A_THREAD = 512  # 128 registers: 4 warps of such threads and more share a multiprocessor
+
+
+class Dim(NamedTuple):
+    """A dimension of a tensor: its size, and the strides of what is read and written along it."""
+
+    size: int
+    x: int
+    out: int
+    mask: int
+    key: int
+
+    def continues(self, inner: Dim) -> bool:
+        """Whether this dimension and the next inner one are one longer dimension."""
+        return self[1:] == tuple(stride * inner.size for stride in inner[1:])
+
+
+class Plan(NamedTuple):
+    """One launch: the dimensions that number the rows, innermost first, and the one along a row."""
+
+    rows: tuple[Dim, ...]
+    cols: Dim
+    shares: bool  # whether a row's elements share one decision
+
+
+def plan(dims: Sequence[Dim]) -> Plan:
+    """Which dimension is a tile's columns: one along which mask indices are consecutive, or shared."""
+    merged: list[Dim] = []
+    for dim in sorted((dim for dim in dims if dim.size != 1), key=lambda dim: (-dim.out, -dim.x)):
+        if merged and merged[-1].continues(dim):
+            dim = dim._replace(size=merged.pop().size * dim.size)
+        merged.append(dim)
+    one = Dim(1, 1, 1, 0, 0)
+    inner = merged[-1] if merged else one
+    consecutive = [dim for dim in merged if dim.mask == 1 and not dim.key and dim.size >= 4]
+    shares = not consecutive or (inner.size >= 16 and not inner.mask and not inner.key)
+    if not shares:
+        cols = max(consecutive, key=lambda dim: dim.size)
+    else:
+        cols = inner if not inner.mask and not inner.key else one
+    return Plan(tuple(dim for dim in reversed(merged) if dim is not cols), cols, shares)
+
+
+class Launch(NamedTuple):
+    """Arguments of :func:`thinned.backends.triton_kernels.tile` that neither pointers nor ``T`` decide."""
+
+    grid: tuple[int]
+    integers: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def launch(
+    shape: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    out_strides: tuple[int, ...],
+    geometry: Geometry,
+    key_strides: tuple[int, ...],
+    itemsize: int,
+    parts: int,
+    numbers: bool,
+) -> Launch | None:
+    """The launch for tensors of ``parts`` numbers of ``itemsize`` bytes an element; strides count numbers.
+
+    None if the rows have more dimensions than the kernel takes.
+    """
+    key_strides += (0,) * (len(shape) - len(key_strides))
+    dims = tuple(map(Dim, shape, x_strides, out_strides, geometry.strides, key_strides))
+    rows, cols, shares = plan(dims)
+    if len(rows) > _MAX_DIMS:
+        return None
+    count, row_count = math.prod(shape), math.prod(dim.size for dim in rows)
+    lead = not shares and any(start % 128 for start in (geometry.base, *(dim.mask for dim in rows)))
+    lanes = _WARP if count >= _LARGE and not numbers else _WARP // 4
+    if shares:
+        blocks, tile_cols = 0, min(_power(cols.size), lanes * 128)
+        tile_rows = min(_power(row_count), lanes * 128 // tile_cols, 4 * _WARP)
+    else:
+        unit = cols.x == cols.out == parts
+        blocks = min(_power(-(-(cols.size + 127 * lead) // 128)), lanes if unit else 1)
+        tile_cols = blocks * 128
+        tile_rows = min(_power(row_count), lanes // blocks)
+    starts = [geometry.base, *(dim.mask for dim in rows)] if lead else []
+    vector = math.gcd(
+        16 // itemsize, cols.size * parts, *(start * parts for start in starts),
+        *(stride for dim in rows for stride in (dim.x, dim.out)),
+    )  # fmt: skip
+    # Narrow loads and stores need an address each, and so a register more.
+    wide = cols.x == cols.out == parts and vector * itemsize == 16
+    at_most = _BYTES_A_THREAD // itemsize if wide else 32
+    warps = max(1, tile_rows * tile_cols * parts // (_WARP * at_most), tile_rows // _WARP if shares else 1)
+    row_unit = parts == 1 and bool(rows) and rows[0].x == rows[0].out == 1
+    col_tiles = -(-(cols.size + 127 * lead) // tile_cols)
+    padded = rows + (Dim(1, 0, 0, 0, 0),) * (_MAX_DIMS - len(rows))
+    integers = (
+        cols.size, col_tiles, cols.x, cols.out, row_count, *(dim.size for dim in padded[:-1]),
+        *(stride for strides in list(zip(*padded, strict=True))[1:] for stride in strides),
+    )  # fmt: skip
+    constants = {
+        "DIMS": len(rows),
+        "ROWS": tile_rows,
+        "BLOCKS": blocks,
+        "COLS": tile_cols,
+        "PARTS": parts,
+        "NUMBERS": numbers,
+        "LEAD": lead,
+        "LOG_VECTOR": _log2(vector),
+        "X_UNIT": cols.x == parts,
+        "OUT_UNIT": cols.out == parts,
+        "ROW_UNIT": row_unit,
+        "LOG_ROWS": _log2(math.gcd(16, rows[0].size)) if row_unit else 0,
+        "num_warps": warps,
+    }
+    return Launch((-(-row_count // tile_rows) * col_tiles,), integers, constants)
+
+
+def _power(number: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
+def _log2(power: int) -> int:
+    return power.bit_length() - 1
+
+
+@lru_cache(maxsize=1024)
+def decision(T: int) -> dict[str, Any]:
+    """How many bit planes decide for a threshold."""
+    planes = 0 if T in (0, 2**32) else 33 - (T & -T).bit_length()
+    return {"HEAD": planes if planes <= 2 else 8, "MORE": planes > 8, "ALL": T == 2**32}
+
+
+@lru_cache(maxsize=1024)
+def _bits(double: bool, *numbers: float) -> tuple[int, ...]:
+    """The bits of floating-point arguments, which Triton would round to float32."""
+    with np.errstate(over="ignore"):
+        values = np.array(numbers, np.float64 if double else np.float32)
+    return tuple(values.view(np.int64 if double else np.int32).tolist())
+
+
+_NO_NUMBERS = {"PLAIN": True, "DOUBLE": False}
+
+
+def _run(
+    x: Tensor | None,
+    out: Tensor,
+    key: int | Tensor,
+    geometry: Geometry,
+    T: int = 0,
+    reals: tuple[int, ...] = (0, 0, 0),
+    numbers: bool = False,
+    kinds: dict[str, Any] = _NO_NUMBERS,
+) -> None:
+    shape = tuple(out.shape)
+    if not out.numel():
+        return
+    key_low = key_high = 0
+    pointer: Tensor | None = None
+    key_strides: tuple[int, ...] = ()
+    if isinstance(key, int):
+        key_low, key_high = low32(key), high32(key)
+    else:
+        pointer, key_strides = key, key.stride()
+    to, of, parts = out, x, 1
+    if out.is_complex():
+        to, of, parts = torch.view_as_real(out), None if x is None else torch.view_as_real(x), 2
+    elif _INTERPRETED and out.dtype == torch.bfloat16:  # which the interpreter rounds towards zero
+        to, of = out.view(torch.int16), None if x is None else x.view(torch.int16)
+    strides = to.stride()[: len(shape)]
+    found = launch(
+        shape, strides if of is None else of.stride()[: len(shape)], strides, geometry, key_strides,
+        to.itemsize, parts, numbers,
+    )  # fmt: skip
+    if found is None:
+        dim = min((size, dim) for dim, size in enumerate(shape) if size > 1)[1]
+        strides = (*geometry.strides[:dim], *geometry.strides[dim + 1 :])
+        for i in range(shape[dim]):
+            _run(
+                None if x is None else x.select(dim, i), out.select(dim, i),
+                key if isinstance(key, int) or key.dim() <= dim else key.select(dim, i),
+                Geometry(strides, geometry.base + i * geometry.strides[dim]), T, reals, numbers, kinds,
+            )  # fmt: skip
+        return
+    with _on(out.device):
+        triton_kernels.tile[found.grid](
+            of, to, pointer, key_low, key_high, geometry.base, T, *reals, *found.integers,
+            **found.constants, **decision(T), **kinds, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _on(device: torch.device) -> Any:
+    """A context in which kernels start on ``device``."""
+    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
+        return nullcontext()
+    return torch.accelerator.device_index(device.index)
+
+
+def masked_affine(
+    x: Tensor,
+    key: int | Tensor,
+    geometry: Geometry | None,
+    T: int,
+    scale: float,
+    shift: float,
+    fill: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See :meth:`thinned.backends.Backend.masked_affine`."""
+    check_dtype(x.dtype)
+    if isinstance(key, Tensor):
+        check_key(key, x.shape, x.device)
+    if out is None:
+        out = torch.empty_like(x)
+    else:
+        check_out(x, out)
+    geometry = geometry or shared_cached(x.shape)
+    check_mask(x.shape, geometry, T)
+    double = x.dtype in (torch.float64, torch.complex128)
+    kinds = {"PLAIN": not shift and not fill and 0 < scale < _FINITE, "DOUBLE": double}
+    # Adding -0.0 changes no number; adding 0.0 would change -0.0.
+    _run(x.resolve_conj(), out, key, geometry, T, _bits(double, scale, shift or -0.0, fill), kinds=kinds)
+    return out
+
+
+def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
+    """See :meth:`thinned.backends.Backend.keep_mask`."""
+    if isinstance(key, Tensor):
+        check_key(key, shape)
+    check_mask(shape, geometry, T)
+    mask = torch.empty(shape, dtype=torch.bool, device=key.device if isinstance(key, Tensor) else "cpu")
+    _run(None, mask.view(torch.uint8), key, geometry, T)
+    return mask
+
+
+def uniform(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """See :meth:`thinned.backends.Backend.uniform`."""
+    check_key(key, shape)
+    check_mask(shape, geometry)
+    out = torch.empty(shape, dtype=torch.int32, device=key.device)
+    _run(None, out, key, geometry, numbers=True)
+    return out
+
+
+_FOLDS = 256  # keys a program
+
+
+def fold(keys: Tensor, data: int | Tensor) -> Tensor:
+    """See :meth:`thinned.backends.Backend.fold`."""
+    if isinstance(data, int):
+        check_key(keys, ())
+        out = torch.empty_like(keys)
+    else:
+        if keys.dtype != torch.int64 or data.dtype != torch.int64:
+            raise RuntimeError(f"keys and ids must be int64, got {keys.dtype} and {data.dtype}")
+        shape = torch.broadcast_shapes(keys.shape, data.shape)
+        out = torch.empty(shape, dtype=torch.int64, device=(data if keys.is_cpu else keys).device)
+    if out.numel():
+        with _on(out.device):
+            triton_kernels.fold[(-(-out.numel() // _FOLDS),)](
+                out, *_operand(keys, out), *_operand(data, out), out.numel(), SIZE=_FOLDS
+            )
+    return out
+
+
+def _operand(value: int | Tensor, out: Tensor) -> tuple[Tensor | None, int, int]:
+    """What a program of ``fold`` reads: a pointer and its step, or one number."""
+    if isinstance(value, int):
+        return None, value, 0
+    if value.dim():
+        return value.expand(out.shape).contiguous(), 0, 1
+    # One number on the CPU may meet a tensor on a GPU.
+    return (value, 0, 0) if value.device == out.device else (None, int(value), 0)
