@@ -31,10 +31,17 @@ def here() -> list[str]:
 def replaced(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Callable[..., Any]) -> None:
     """A backend under this name that is portable but for some functions."""
     backend = SimpleNamespace(**vars(portable) | functions)
-    available = backends.available() | {name: backend}
+    before, serving = backends.available(), backends.for_device_type
+    available = before | {name: backend}
     missing = {other: reason for other, reason in backends.missing().items() if other != name}
     monkeypatch.setattr(backends, "available", lambda: available)
     monkeypatch.setattr(backends, "missing", lambda: missing)
+
+    def for_device_type(device: str) -> Any:
+        served = serving(device)
+        return backend if served is before.get(name) else served
+
+    monkeypatch.setattr(backends, "for_device_type", for_device_type)
 
 
 def test_all_are_one() -> None:
