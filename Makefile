@@ -23,7 +23,7 @@ help:
 	@echo "make sanitize   the kernel's own tests and a fuzz of its binding under ASan and UBSan"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      time against peers; appends to benchmarks/results.csv"
-	@echo "make doctor     versions, backends, instruction sets, threads"
+	@echo "make doctor     versions, backends, instruction sets, threads; ARGS=--verify compares the backends"
 
 setup: $(VENV)/.tests
 
@@ -60,7 +60,7 @@ compare: $(VENV)/.command
 	$(BIN)/thinned compare $(ARGS)
 
 doctor: $(VENV)/.command
-	$(BIN)/thinned doctor
+	$(BIN)/thinned doctor $(ARGS)
 
 test: $(VENV)/.tests
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from thinned.backends import _native
+from thinned.backends import native
 from thinned.compare.timing import by_turns
 
 __all__ = ["MULTIPLY", "Bound", "Case", "Result"]
@@ -47,7 +47,7 @@ class Case:
     elements: int = 1
 
     def run(self) -> Result:
-        with _threads(self.threads), _instruction_set(self.isa) if self.isa else nullcontext():
+        with _threads(self.threads), native.instruction_set(self.isa) if self.isa else nullcontext():
             seconds = by_turns(self.make(), self.rounds, "cpu")
         return Result(self, seconds)
 
@@ -76,13 +76,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _instruction_set(name: str) -> Iterator[None]:
-    before = _native.isa()
-    _native.set_isa(name)
-    try:
-        yield
-    finally:
-        _native.set_isa(before)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from backend_under_test import BACKENDS, BackendUnderTest, why_missing
+from backend_under_test import BackendUnderTest
 from thinned import backends
+from thinned.backends.variants import Variant, variants
 
 # Where no GPU could run them, Triton's kernels run in its interpreter. Triton reads this at its import.
 if not torch.accelerator.is_available():
@@ -61,23 +62,15 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[name for name in BACKENDS if not why_missing(name)])
+@pytest.fixture(params=[variant for variant in variants() if not variant.why_missing()], ids=str)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[BackendUnderTest]:
     """Each backend in turn, which serves the public functions too; native under each instruction set."""
-    name: str = request.param
-    ran.add(name)
-    kind, _, rest = name.partition(" ")
-    if kind != "native":
-        module = backends.available()[kind.removesuffix("-interpreter")]
-        monkeypatch.setattr(backends, "for_device_type", lambda _: module)
-        yield BackendUnderTest(module, rest.removeprefix("on ") or "cpu")
-        return
-    from thinned.backends import _native
-
-    before = _native.isa()
-    _native.set_isa(rest)
-    yield BackendUnderTest(backends.available()["native"])
-    _native.set_isa(before)
+    variant: Variant = request.param
+    ran.add(str(variant))
+    with variant.running() as module:
+        if variant.backend != "native":
+            monkeypatch.setattr(backends, "for_device_type", lambda _: module)
+        yield BackendUnderTest(module, variant.device)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,7 +122,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not ran:
         return
     terminalreporter.section("backends and instruction sets")
-    terminalreporter.line("ran: " + (", ".join(name for name in BACKENDS if name in ran)))
-    for name in BACKENDS:
-        if name not in ran:
-            terminalreporter.line(f"did not run: {name} ({why_missing(name) or 'not asked for'})")
+    why = {str(variant): variant.why_missing() or "not asked for" for variant in variants()}
+    terminalreporter.line("ran: " + ", ".join(name for name in why if name in ran))
+    for name in (name for name in why if name not in ran):
+        terminalreporter.line(f"did not run: {name} ({why[name]})")

@@ -126,9 +126,9 @@ def test_threads(x: Tensor, keys: list[thinned.Key]) -> None:
 def test_one_thread_forces_an_instruction_set_while_others_compute() -> None:
     if "native" in thinned.backends.missing():
         pytest.skip(thinned.backends.missing()["native"])
-    from thinned.backends import _native
+    from thinned.backends import _native, native
 
-    expected, before = dropout(LARGE, 0.1, key=KEY), _native.isa()
+    expected = dropout(LARGE, 0.1, key=KEY)
 
     def work(i: int) -> Tensor:
         for _ in range(20):
@@ -138,11 +138,9 @@ def test_one_thread_forces_an_instruction_set_while_others_compute() -> None:
             y = dropout(LARGE, 0.1, key=KEY)
         return y
 
-    try:
+    with native.instruction_set(_native.isa()):
         for y in at_once(work, 3):
             oracle.assert_same(y, expected)
-    finally:
-        _native.set_isa(before)
 
 
 def test_another_process_agrees() -> None:

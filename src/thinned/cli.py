@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Container
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import get_terminal_size
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import thinned
+from thinned.backends.verify import verify as verify_backends
 from thinned.compare import explain as explaining
 from thinned.compare import tables
 from thinned.compare.inspecting import inspect_named
@@ -243,18 +245,32 @@ def inspect(
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Hash the masks, values, numbers and keys of each backend that can run here; exit with 1 if "
+            "one differs from the specification or raises.",
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
     """Versions, backends, instruction sets, threads: what serves dropout here, and why not another."""
     sections = thinned.backends.describe()
+    found = verify_backends() if verify else None
     if json:
-        typer.echo(_json(sections))
-        return
-    console = Console()
-    for section, entries in sections.items():
-        table = Table(title=section, title_justify="left", show_header=False)
-        for name, value in entries.items():
-            table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
-        console.print(table)
+        typer.echo(_json(sections | ({"verify": asdict(found)} if found else {})))
+    else:
+        console = Console()
+        for section, entries in sections.items():
+            table = Table(title=section, title_justify="left", show_header=False)
+            for name, value in entries.items():
+                table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+            console.print(table)
+        if found:
+            Terminal().show(tables.verification(found))
+    raise typer.Exit(1 if found and found.failed else 0)
 
 
 if __name__ == "__main__":

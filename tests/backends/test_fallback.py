@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import thinned
-from backend_under_test import BACKENDS, why_missing
 from process import output, python
 from thinned import backends
+from thinned.backends.variants import Variant, variants
 
 WITHOUT_NATIVE = """
     import sys, warnings
@@ -31,11 +31,11 @@ def test_native_runs() -> None:
     assert not backends.missing()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_backend_can_run_here(name: str) -> None:
-    if reason := why_missing(name):
-        pytest.skip(f"{name}: {reason}")
-    assert name.startswith("portable") or "native" in backends.available()
+@pytest.mark.parametrize("variant", variants(), ids=str)
+def test_backend_can_run_here(variant: Variant) -> None:
+    if reason := variant.why_missing():
+        pytest.skip(f"{variant}: {reason}")
+    assert variant.backend in backends.available()
 
 
 def test_a_build_without_the_kernel_asks_for_no_compiler(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_specification(dtype: torch.dtype, key: thinned.Key) -> None:
     candidate = oracle.specials((30, 20), dtype)
     previous = candidate.flip(0).t().contiguous().t()
     geometry = shared((30, 20), (), key.bits.dim())
-    mask = torch.from_numpy(oracle.keep_mask(key.bits, (30, 20), geometry, thinned.spec.threshold(0.4)))
+    mask = oracle.keep_mask(key.bits, (30, 20), geometry, thinned.spec.threshold(0.4))
     oracle.assert_same(zoneout(candidate, previous, 0.4, key=key), torch.where(mask, candidate, previous))
     for training in (True, False):
         assert zoneout(candidate, previous, 0.0, training=training) is candidate

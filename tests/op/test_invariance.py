@@ -8,7 +8,7 @@ from torch import Tensor
 
 import oracle
 import thinned
-from backend_under_test import KNOWN_ISAS, BackendUnderTest, why_missing
+from backend_under_test import BackendUnderTest
 from thinned import backends, spec
 from thinned.functional import dropout
 from thinned.geometry import Geometry, shared
@@ -55,15 +55,12 @@ def test_threads_of_torch_are_the_kernels() -> None:
 def test_instruction_sets(name: str) -> None:
     if "native" in backends.missing():
         pytest.skip(backends.missing()["native"])
-    from thinned.backends import _native
+    from thinned.backends import _native, native
 
-    x = LARGE[name]
-    before, results = _native.isa(), []
-    for isa in KNOWN_ISAS:
-        if not why_missing(f"native {isa}"):
-            _native.set_isa(isa)
+    x, results = LARGE[name], []
+    for isa in _native.supported_isas():
+        with native.instruction_set(isa):
             results.append(dropout(x, 0.1, key=thinned.Key(7)))
-    _native.set_isa(before)
     for other in results[1:]:
         oracle.assert_same(other, results[0])
 

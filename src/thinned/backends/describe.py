@@ -13,7 +13,7 @@ import torch
 
 from thinned import backends
 
-__all__ = ["NEWEST_TESTED", "describe", "processor"]
+__all__ = ["NEWEST_TESTED", "describe", "devices", "processor"]
 
 Value: TypeAlias = str | int | list[str] | None
 
@@ -37,7 +37,7 @@ def describe() -> dict[str, Mapping[str, Value]]:
         },
         "backends": dict.fromkeys(backends.available(), "available")
         | {name: f"missing: {reason}" for name, reason in backends.missing().items()},
-        "serves": {device: backends.name_for(device) for device in _devices()},
+        "serves": {device: backends.name_for(device) for device in devices()},
     }
     if "native" in backends.available():
         sections["native"] = _native()
@@ -58,7 +58,8 @@ def _native() -> dict[str, Value]:
     }
 
 
-def _devices() -> list[str]:
+def devices() -> list[str]:
+    """The types of devices that torch finds."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return ["cpu"] + ([accelerator.type] if accelerator else [])
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from thinned.backends.arguments import check_dtype, check_key, check_mask, check
 from thinned.backends.rows import by_rows
 from thinned.geometry import Geometry, shared_cached
 
-__all__ = ["fold", "keep_mask", "masked_affine", "uniform"]
+__all__ = ["fold", "instruction_set", "keep_mask", "masked_affine", "uniform"]
 
 
 def _force_isa(wanted: str) -> str:
@@ -35,6 +37,17 @@ def _force_isa(wanted: str) -> str:
     # No error, as the masks are the same. The user's import is five frames up.
     warnings.warn(f"THINNED_ISA={ignored}; thinned uses {_native.isa()}", stacklevel=5)
     return ignored
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Until its end, the kernel runs under this instruction set, in all threads."""
+    before = _native.isa()
+    _native.set_isa(name)
+    try:
+        yield
+    finally:
+        _native.set_isa(before)
 
 
 WANTED_ISA = _force_isa(os.environ.get("THINNED_ISA", ""))

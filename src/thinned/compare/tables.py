@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
+from thinned.backends.verify import KINDS, Verification
 from thinned.compare import timing, training
 from thinned.compare.figures import count, decimal, duration, significant
 from thinned.compare.laws import Finding, Law, Level, Verdict
@@ -27,6 +28,7 @@ __all__ = [
     "speed",
     "training_runs",
     "tutorial",
+    "verification",
 ]
 
 MARKS = {Verdict.HOLDS: "✓ ", Verdict.BROKEN: "✗ ", Verdict.CRASHED: "✗ crashed: "}
@@ -247,3 +249,25 @@ def layers_page() -> str:
 
 def _cells(entry: Entry) -> tuple[str, str, str, str]:
     return entry.functional, entry.mask, entry.source, entry.peer.origin
+
+
+def verification(found: Verification) -> Table:
+    """The hashes of each backend; below, what raised, what cannot run here, and whether all are one."""
+
+    def row(name: str, hashes: dict[str, str]) -> Row:
+        failed = found.failed.get(name, {})
+        cells = [
+            Cell(hashes.get(kind, "raises"), Verdict.BROKEN if kind in failed else None) for kind in KINDS
+        ]
+        outcome = Cell("DIFFERS", Verdict.BROKEN) if failed else Cell("equal", Verdict.HOLDS)
+        return Row(name, [*cells, Cell("") if name == "spec" else outcome])
+
+    raised = [
+        f"{name} raises for {kind}: {why}"
+        for name, failed in found.failed.items()
+        for kind, why in failed.items()
+        if why != "differs"
+    ]
+    missing = [f"{name} cannot run here: {reason}" for name, reason in found.missing.items()]
+    rows = [row(name, hashes) for name, hashes in found.hashes.items()]
+    return Table("verify", [*KINDS, ""], {"": rows}, "\n".join([*raised, *missing, str(found)]))
