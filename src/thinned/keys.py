@@ -14,6 +14,7 @@ from torch.fx import Proxy
 
 from thinned import backends
 from thinned.backends import portable
+from thinned.backends.inductor import show_kernel
 from thinned.checks import got
 from thinned.philox import signed64
 from thinned.torch_state import (
@@ -237,6 +238,7 @@ def _vmap_fold(info: Any, in_dims: tuple[Any, ...], keys: Tensor, data: Tensor) 
 
 _library.impl("fold", _fold, "CompositeExplicitAutograd")
 torch.library.register_fake("thinned::fold", _fold_fake, lib=_library)
+show_kernel(_library, "fold", _fold)
 torch.library.register_vmap("thinned::fold", _vmap_fold, lib=_library)
 
 

@@ -42,6 +42,7 @@ constant_when_compiled                tested   functions that Dynamo calls while
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
 traces_symbolically                   tested   LayerDrop in a symbolic trace of torch.fx
 let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
+on_functionalization, is_functional   tested   Triton kernels that Inductor sees
 traced_lines                          tested   draws of random numbers that ``thinned.intercept`` compiles
 SeenByTracer, ScriptedForward         tested   ``torch.jit.trace`` and ``torch.jit.script`` of layers
 script_as                             tested   ``torch.jit.script`` within ``thinned.intercept``
@@ -54,7 +55,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from importlib import metadata
 from operator import attrgetter
@@ -284,6 +285,42 @@ def compiler_is_imported() -> bool:
 def on_proxies(draw: Any, trace: Callable[..., Any]) -> None:
     """Let ``trace(mode, *args)`` add the node of an operation to every graph that is traced."""
     draw.py_impl(ProxyTorchDispatchMode)(trace)
+
+
+_functional: Any = sys.modules.get("torch._subclasses.functional_tensor")
+_FunctionalTensor: Any = getattr(_functional, "FunctionalTensor", ())
+
+
+def is_functional(x: Tensor) -> bool:
+    """Whether AOTAutograd traces a call with this tensor."""
+    return isinstance(x, _FunctionalTensor)
+
+
+def on_functionalization(
+    library: torch.library.Library, name: str, trace: Callable[..., Any], kernels: Iterable[Any]
+) -> None:
+    """Let ``trace(*args)`` stand for an operation in compiled code, except where it returns NotImplemented.
+
+    Exported programs keep the operation. ``kernels`` are those of Triton that ``trace`` may launch. Without
+    the private names all compiled code keeps the operation.
+    """
+    registry = getattr(sys.modules.get("torch._library.triton"), "triton_ops_to_kernels", None)
+    mode_class = getattr(_functional, "FunctionalTensorMode", None)
+    if mode_class is None or registry is None:
+        return
+    registry[f"thinned::{name}"] = kernels
+
+    def rule(mode: Any, operation: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        config = sys.modules.get("torch._functorch.config")
+        exports = mode.export or not getattr(config, "decompose_custom_triton_ops", True)
+        if not exports and all(issubclass(each, _FunctionalTensor) for each in types):
+            with mode:
+                result = trace(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return mode.__torch_dispatch__(operation, types, args, kwargs)
+
+    torch.library.register_torch_dispatch(f"thinned::{name}", mode_class, rule, lib=library)
 
 
 def node_of(draw: Any, mode: Any, args: tuple[Any, ...]) -> tuple[Any, torch.fx.Node]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from thinned.geometry import Geometry, span
 
-__all__ = ["DTYPES", "check_dtype", "check_key", "check_mask", "check_out"]
+__all__ = ["DTYPES", "check_dtype", "check_key", "check_mask", "check_out", "is_product"]
 
+_FINITE = torch.finfo(torch.float32).max
 DTYPES = frozenset(
     {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 )
@@ -23,6 +24,11 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise RuntimeError(
             f"masked_affine needs a floating-point or complex tensor, got {dtype}; accepted: {accepted}"
         )
+
+
+def is_product(scale: float, shift: float, fill: float) -> bool:
+    """Whether a result is ``x * scale`` or +0, with a scale of any finite number above 0 in float32."""
+    return not shift and not fill and 0 < scale < _FINITE
 
 
 def check_out(x: Tensor, out: Tensor) -> None:

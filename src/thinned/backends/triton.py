@@ -17,9 +17,10 @@ import triton
 from torch import Tensor
 
 from thinned.backends import triton_kernels
-from thinned.backends.arguments import check_dtype, check_key, check_mask, check_out
+from thinned.backends.arguments import check_dtype, check_key, check_mask, check_out, is_product
 from thinned.geometry import Geometry, shared_cached
 from thinned.philox import high32, low32
+from thinned.torch_state import is_functional
 
 __all__ = ["fold", "keep_mask", "masked_affine", "uniform"]
 
@@ -32,7 +33,6 @@ _LARGE = (
     2**20
 )  # elements from which a tile has a block for each thread of a warp; smaller tensors need more tiles
 _MAX_DIMS = 4  # dimensions that number a tile's rows
-_FINITE = float(np.finfo(np.float32).max)
 _BYTES_A_THREAD = 512  # 128 registers: 4 warps of such threads and more share a multiprocessor
 
 
@@ -216,11 +216,22 @@ def _run(
                 Geometry(strides, geometry.base + i * geometry.strides[dim]), T, reals, numbers, kinds,
             )  # fmt: skip
         return
-    with _on(out.device):
-        triton_kernels.tile[found.grid](
-            of, to, pointer, key_low, key_high, geometry.base, T, *reals, *found.integers,
-            **found.constants, **decision(T), **kinds, enable_fp_fusion=False,
-        )  # fmt: skip
+    # Inductor passes what is below 2**31 as 32 bits.
+    threshold = (T + 2**31) % 2**32 - 2**31
+    arguments = of, to, pointer, key_low, key_high, geometry.base, threshold, *reals, *found.integers
+    constants = found.constants | decision(T) | kinds
+    _start(triton_kernels.tile, out, found.grid, arguments, constants)
+
+
+def _start(
+    kernel: Any, out: Tensor, grid: tuple[int], arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """Launch a kernel that writes to ``out``; for a compiler's tensor, show it the launch."""
+    if is_functional(out):  # Inductor takes no enable_fp_fusion
+        torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
+    else:
+        with _on(out.device):
+            kernel[grid](*arguments, **constants, enable_fp_fusion=False)
 
 
 def _on(device: torch.device) -> Any:
@@ -251,9 +262,10 @@ def masked_affine(
     geometry = geometry or shared_cached(x.shape)
     check_mask(x.shape, geometry, T)
     double = x.dtype in (torch.float64, torch.complex128)
-    kinds = {"PLAIN": not shift and not fill and 0 < scale < _FINITE, "DOUBLE": double}
+    plain = is_product(scale, shift, fill)
     # Adding -0.0 changes no number; adding 0.0 would change -0.0.
-    _run(x.resolve_conj(), out, key, geometry, T, _bits(double, scale, shift or -0.0, fill), kinds=kinds)
+    reals = _bits(double, scale, *((0.0, 0.0) if plain else (shift or -0.0, fill)))
+    _run(x.resolve_conj(), out, key, geometry, T, reals, kinds={"PLAIN": plain, "DOUBLE": double})
     return out
 
 
@@ -263,7 +275,7 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
         check_key(key, shape)
     check_mask(shape, geometry, T)
     mask = torch.empty(shape, dtype=torch.bool, device=key.device if isinstance(key, Tensor) else "cpu")
-    _run(None, mask.view(torch.uint8), key, geometry, T)
+    _run(None, mask if is_functional(mask) else mask.view(torch.uint8), key, geometry, T)
     return mask
 
 
@@ -290,10 +302,8 @@ def fold(keys: Tensor, data: int | Tensor) -> Tensor:
         shape = torch.broadcast_shapes(keys.shape, data.shape)
         out = torch.empty(shape, dtype=torch.int64, device=(data if keys.is_cpu else keys).device)
     if out.numel():
-        with _on(out.device):
-            triton_kernels.fold[(-(-out.numel() // _FOLDS),)](
-                out, *_operand(keys, out), *_operand(data, out), out.numel(), SIZE=_FOLDS
-            )
+        arguments = out, *_operand(keys, out), *_operand(data, out), out.numel(), _FOLDS
+        _start(triton_kernels.fold, out, (-(-out.numel() // _FOLDS),), arguments, {})
     return out
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from thinned import backends
+from thinned.backends.arguments import is_product
+from thinned.backends.inductor import show_kernel
 from thinned.geometry import Geometry
 from thinned.keys import Key, draw
 from thinned.op.partitioner import repeat_draws
@@ -68,8 +70,9 @@ def key_tensor(key: int | Tensor | None, x: Tensor) -> Tensor:
         with without_transforms():
             bits = draw(x.device)
     else:
-        # Without this argument CSE would merge two draws; a fresh empty tensor keeps them distinct.
-        bits = torch.ops.thinned.draw_key(torch.empty((), dtype=torch.int64, device=x.device))
+        # Without this argument CSE would merge two draws; a fresh empty tensor keeps them distinct. Inductor
+        # fills one of a single element by a kernel.
+        bits = torch.ops.thinned.draw_key(torch.empty((0,), dtype=torch.int64, device=x.device))
     return key_per_call(Key.from_bits(bits), is_random=True).bits
 
 
@@ -102,15 +105,22 @@ def _uniform(key: Tensor, shape: list[int], strides: list[int], base: int) -> Te
     return backends.for_device(key.device).uniform(key, tuple(shape), Geometry(tuple(strides), base))
 
 
+def _rounds_once(x: Tensor, *arguments: Any) -> bool:
+    return x.is_floating_point() and is_product(*arguments[-3:])
+
+
 for _name, _kernel, _fake in (
     ("masked_affine", _masked_affine, lambda x, *_: torch.empty_like(x)),
     ("keep_mask", _keep_mask, lambda key, shape, *_: key.new_empty(shape, dtype=torch.bool)),
     ("uniform", _uniform, lambda key, shape, *_: key.new_empty(shape, dtype=torch.int32)),
-    ("draw_key", lambda place: draw(place.device), torch.empty_like),
+    ("draw_key", lambda place: draw(place.device), lambda place: place.new_empty(())),
 ):
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"thinned::{_name}", _fake, lib=library)
 repeat_draws(torch.ops.thinned.draw_key.default)
+show_kernel(library, "masked_affine", _masked_affine, _rounds_once)
+show_kernel(library, "keep_mask", _keep_mask)
+show_kernel(library, "uniform", _uniform)
 
 
 def stack_keys(key: Tensor, dim: int | None, size: int) -> Tensor:
