@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 
 
 def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, requires_grad=True)
+    return torch.empty(shape, dtype=dtype, requires_grad=torch.is_grad_enabled())
 
 
 def keys(*shape: int) -> Tensor:
@@ -63,12 +63,12 @@ FAKED = {
     "one key": Case(_keyed, lambda: (floats(8, 64), keys())),
     "a key for each row": Case(_keyed, lambda: (floats(8, 64), keys(8))),
     "folded keys": Case(_folded, lambda: (floats(8, 64), keys(), keys(8))),
-    "Gaussian": Case(lambda x: F.gaussian_dropout(x, 0.3), lambda: (floats(8, 64),), 1, 0),
+    "Gaussian": Case(lambda x: F.gaussian_dropout(x, 0.3), lambda: (floats(8, 64),)),
     "mask": Case(lambda bits: thinned.keep_mask(Key.from_bits(bits), (8, 64), 0.5), lambda: (keys(),)),
 }
 FUNCTIONS = FAKED | {
     "in place": Case(lambda x: F.dropout(x * 2, 0.3, inplace=True), lambda: (floats(8, 64),)),
-    "DropBlock": Case(lambda x: F.drop_block2d(x, 0.1, 3), lambda: (floats(2, 3, 8, 8),), 1, 0),
+    "DropBlock": Case(lambda x: F.drop_block2d(x, 0.1, 3), lambda: (floats(2, 3, 8, 8),)),
     "checkpoint": Case(
         lambda x, bits: checkpoint(lambda x: _keyed(x.sin(), bits).sin(), x, use_reentrant=False),
         lambda: (floats(8, 64), keys()),
@@ -96,7 +96,7 @@ MODELS = {
     ),
 }
 OPAQUE = {
-    "alpha": Case(lambda x: F.alpha_dropout(x, 0.3, training=True), lambda: (floats(8, 64),)),
+    "alpha": Case(lambda x: F.alpha_dropout(x, 0.3, training=True), lambda: (floats(8, 64),), 1, 0),
     "p = 1": Case(lambda x: F.dropout(x, 1.0), lambda: (floats(8, 64),)),
     "complex": Case(
         lambda x: F.dropout(x, 0.3).abs(), lambda: (floats(8, 64, dtype=torch.complex64),)
@@ -146,4 +146,74 @@ def test_compilers_see_one_launch_for_each_mask(traced: dict[str, Any], name: st
     for calls, places in traced[name]:
         assert places == [name.rpartition(" ")[2]]
         ours = {call for call in calls if call.startswith(("thinned.", "triton:"))}
-        assert ours <= {kernel, "triton:fold", "thinned.draw_key.default"}
+        assert ours <= {kernel, "triton:tile", "triton:fold", "thinned.draw_key.default"}
+
+
+def test_a_backend_that_reads_its_key_is_found() -> None:
+    """The test above would be red for it."""
+    found = on_a_gpu("""
+from thinned.backends import triton
+launch = triton.masked_affine
+for read in (lambda key: int(key.item()), lambda key: key + key.cpu()):
+    triton.masked_affine = lambda x, key, *rest: launch(x, read(key), *rest)
+    print(json.dumps(_graphs("one key on cuda")))
+""")
+    error, graphs = map(json.loads, found.splitlines())
+    assert "GuardOnDataDependentSymNode" in error
+    assert [places for _, places in graphs] == [["cpu", "cuda"]]
+
+
+def test_opaque_with_symbols_and_in_exported_programs() -> None:
+    found = on_a_gpu("""
+import torch, fake_gpu
+layer = thinned.Dropout(0.3)
+for device in ("meta", "cuda"):
+    with fake_gpu.tensors_on(device), torch.no_grad():
+        x = torch.empty(8, 64, device=device)
+        (graph,) = fake_gpu.graphs(layer, x, dynamic=True)
+        program = torch.export.export(layer, (x,), strict=False)
+        for each in (graph, program.graph_module, program.run_decompositions().graph_module):
+            print(*(call for call in fake_gpu.calls(each) if call.startswith(("thinned.masked", "triton:"))))
+""")
+    assert found.split() == ["thinned.masked_affine.default"] * 6
+
+
+def test_eager_calls_of_fake_tensors_read_no_number() -> None:
+    """A FakeTensor refuses to be read."""
+    on_a_gpu("""
+import torch, fake_gpu
+for function, inputs, *_ in FAKED.values():
+    with fake_gpu.tensors_on("cuda"), torch.device("cuda"), torch.no_grad():
+        assert function(*inputs()).device.type == "cuda"
+""")
+
+
+def test_a_launch_is_the_plans_and_compiled_once() -> None:
+    """One compiled kernel serves all keys, positions, thresholds and scales."""
+    found = on_a_gpu("""
+import torch, fake_gpu
+from thinned.backends import triton
+from thinned.geometry import Geometry
+
+x = torch.empty(8, 300, dtype=torch.bfloat16, device="meta")
+def launch(key, base, T, scale):
+    fake_gpu.launches.clear()
+    triton.masked_affine(x, key, Geometry((1024, 1), base), T, scale, 0.0, 0.0)
+    (found,) = fake_gpu.launches
+    print(json.dumps([*found[:3], *found[12:18], len(fake_gpu.loaded)]))
+
+launch(7, 0, 3 * 2**22, 2.0)
+launch(-2, 2**40, 2**32 - 5, 1.0)
+launch(2**62 + 1, 2**62, 2**31 + 1, 1.0)
+launch(x.new_empty(8, dtype=torch.int64), 0, 3 * 2**22, 2.0)
+launch(x.new_empty(8, dtype=torch.int64), 2**40, 2**32 - 5, 1.0)
+""")
+    one, two = 0x3F800000, 0x40000000  # the bits of scales
+    # Programs, the key's halves, the base, the threshold and two more numbers, and compiled kernels.
+    assert [json.loads(line) for line in found.splitlines()] == [
+        [4, 1, 1, 7, 0, 0, 3 * 2**22, two, 0, 1],
+        [4, 1, 1, 2**32 - 2, 2**32 - 1, 2**40, -5, one, 0, 1],
+        [4, 1, 1, 1, 2**30, 2**62, 1 - 2**31, one, 0, 1],
+        [4, 1, 1, 0, 0, 0, 3 * 2**22, two, 0, 2],
+        [4, 1, 1, 0, 0, 2**40, -5, one, 0, 2],
+    ]
