@@ -109,7 +109,7 @@ def launch(
     lanes = _WARP if count >= _LARGE and not numbers else _WARP // 4
     if shares:
         blocks, tile_cols = 0, min(_power(cols.size), lanes * 128)
-        tile_rows = min(_power(row_count), lanes * 128 // tile_cols, 4 * _WARP)
+        tile_rows = min(_power(row_count), lanes * 128 // tile_cols, 16 * _WARP)
     else:
         unit = cols.x == cols.out == parts
         blocks = min(_power(-(-(cols.size + 127 * lead) // 128)), lanes if unit else 1)
@@ -123,7 +123,9 @@ def launch(
     # Narrow loads and stores need an address each, and so a register more.
     wide = cols.x == cols.out == parts and vector * itemsize == 16
     at_most = _BYTES_A_THREAD // itemsize if wide else 32
-    warps = max(1, tile_rows * tile_cols * parts // (_WARP * at_most), tile_rows // _WARP if shares else 1)
+    warps = max(
+        1, tile_rows * tile_cols * parts // (_WARP * at_most), tile_rows // (2 * _WARP) if shares else 1
+    )
     row_unit = parts == 1 and bool(rows) and rows[0].x == rows[0].out == 1
     col_tiles = -(-(cols.size + 127 * lead) // tile_cols)
     padded = rows + (Dim(1, 0, 0, 0, 0),) * (_MAX_DIMS - len(rows))
