@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -35,3 +38,9 @@ class BackendUnderTest:
         x = x.to(self.device)
         out = torch.empty_like(x) if out is None else out.to(self.device)
         return self.module.masked_affine(x, key.to(self.device), geometry, T, scale, shift, fill, out).cpu()
+
+
+def on_gpu(test: Any) -> Any:
+    """Mark a test that needs a GPU, which ``pytest -m gpu`` runs and a machine without one skips."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+    return pytest.mark.gpu(skip(test))

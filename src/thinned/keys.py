@@ -24,7 +24,7 @@ from thinned.torch_state import (
     unwrap_if_dead,
 )
 
-__all__ = ["Key", "draw", "draw_int", "not_a_key", "savable"]
+__all__ = ["Key", "draw", "draw_int", "not_a_key", "on_device", "savable"]
 
 
 class Key:
@@ -123,7 +123,7 @@ class Key:
         """The same key with its bits on a device."""
         if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
             raise TypeError(f"device must be a torch.device or the name of one, {got(device)}")
-        return Key.from_bits(self.bits.to(device))
+        return Key.from_bits(on_device(self.bits, torch.device(device)))
 
     def __int__(self) -> int:
         return int(self.bits.item()) % 2**64
@@ -185,6 +185,16 @@ def savable(bits: Tensor) -> Tensor:
         return bits
     with torch.inference_mode(False):
         return bits.clone()
+
+
+def on_device(bits: Tensor, device: torch.device) -> Tensor:
+    """The bits on a device, which the host does not wait for if they come from the CPU."""
+    if bits.device == device:
+        return bits
+    if bits.is_cpu and not bits.dim() and is_eager(bits):
+        # A captured CUDA graph keeps a number, but of a copy only the address in host memory.
+        return torch.full((), int(bits.item()), dtype=torch.int64, device=device)
+    return bits.to(device, non_blocking=bits.is_cpu)
 
 
 # torch.fx writes the name of a function into code, but none of a method.

@@ -455,7 +455,7 @@ def _permuted(state: Tensor, order: Tensor | None) -> Tensor:
 def _valid_steps(packed: PackedSequence) -> States:
     """The samples that have each step: masks of shape ``(N, 1)``, in the order before they were sorted."""
     samples = torch.arange(int(packed.batch_sizes[0]))
-    valid = (packed.batch_sizes[:, None] > samples).to(packed.data.device)
+    valid = (packed.batch_sizes[:, None] > samples).to(packed.data.device, non_blocking=True)
     return _permuted(valid, packed.unsorted_indices).unsqueeze(2).unbind()
 
 

@@ -25,6 +25,6 @@ Jagged tensors come here as their values, from :mod:`thinned.nested`.
 """
 
 from thinned.op.affine import masked_affine, masked_affine_, refuse_layout
-from thinned.op.registered import draw_for, keep_mask, uniform
+from thinned.op.registered import keep_mask, key_tensor, uniform
 
-__all__ = ["draw_for", "keep_mask", "masked_affine", "masked_affine_", "refuse_layout", "uniform"]
+__all__ = ["keep_mask", "key_tensor", "masked_affine", "masked_affine_", "refuse_layout", "uniform"]
