@@ -31,16 +31,18 @@ from torch import Tensor
 from thinned import keys
 from thinned.philox import high32, low32, philox4x32
 
+__all__ = ["draw", "number"]
+
+
+def _philox_in_python(key: int, counter: int, /) -> int:
+    low, high, _, _ = philox4x32((low32(counter), high32(counter), 0, 0), key, rounds=10)
+    return low | high << 32
+
+
 try:
     from thinned.backends._native import philox as _philox  # 0.1 us in place of 8
 except ImportError:
-
-    def _philox(key: int, counter: int, /) -> int:
-        low, high, _, _ = philox4x32((low32(counter), high32(counter), 0, 0), key, rounds=10)
-        return low | high << 32
-
-
-__all__ = ["draw", "number"]
+    _philox = _philox_in_python
 
 _lock = threading.Lock()
 

@@ -145,7 +145,10 @@ class LayerDrop(Scriptable, nn.ModuleList):
                     "a skipped layer passes its input on, so every layer has to keep the shape of its input; "
                     f"layer {index} turned {tuple(input.shape)} into {into}"
                 )
-            input = output if branches else torch.where(kept.to(input.device), output, input)
+            if not branches:
+                kept = kept.to(input.device, non_blocking=kept.is_cpu)
+                output = torch.where(kept, output, input)
+            input = output
         return input
 
     def _keep(self, key: Key | None) -> Tensor | None:
