@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import thinned
 from backend_under_test import on_gpu
-from thinned import backends, cuda_draws, keys, spec
+from thinned import backends, cuda_draws, devices, keys, spec
 from thinned.backends import portable
 from thinned.compare.implementation import first
 from thinned.compare.layers import ENTRIES, Entry
@@ -148,6 +148,7 @@ class Device:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     device = Device(request.param)
     monkeypatch.setattr(cuda_draws, "torch", device)
+    monkeypatch.setattr(devices, "torch", device)
     monkeypatch.setattr(keys, "draw", device.draw)
     cuda_draws._is_known.cache_clear()
     yield device
@@ -213,6 +214,23 @@ def test_a_draw_holds_a_lock(device: Device, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Generator, "set_offset", set_offset)
     device.drawn(2)
     assert held == ([] if isinstance(device.default, NewGenerator) else [True, True])
+
+
+@pytest.mark.parametrize(
+    ("place", "capturing", "blocks"),
+    [
+        ("cuda:0", False, False),
+        ("cuda:0", True, True),
+        ("cuda", True, True),
+        ("xpu", False, False),
+        ("mps", False, True),
+    ],
+)
+def test_copies_block_where_they_must(place: str, capturing: bool, blocks: bool, device: Device) -> None:
+    device.capturing = capturing
+    for x, expected in ((torch.ones(3), blocks), (torch.ones(3, device="meta"), True)):
+        seen: Any = SimpleNamespace(is_cpu=x.is_cpu, to=lambda _, non_blocking: non_blocking)
+        assert devices.to_device(seen, torch.device(place)) is not expected
 
 
 # Without a GPU, the meta device stands for it: its tensors have no values, so that a read raises.
@@ -427,16 +445,12 @@ def test_nothing_waits_for_a_gpu(given: str) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("restore", [torch.random.fork_rng, "state"], ids=["fork_rng", "set_rng_state"])
-def test_a_restored_state_draws_again(restore: Any) -> None:
-    x = torch.ones(1000, device=CUDA)
-    if restore == "state":
-        state = torch.cuda.get_rng_state()
-        y = dropout(x)
-        torch.cuda.set_rng_state(state)
-    else:
-        with restore(devices=[0]):
-            y = dropout(x)
+def test_a_restored_state_draws_again() -> None:
+    x, state = torch.ones(1000, device=CUDA), torch.cuda.get_rng_state()
+    y = dropout(x)
+    torch.cuda.set_rng_state(state)
+    with torch.random.fork_rng(devices=[0]):
+        assert dropout(x).equal(y)
     assert dropout(x).equal(y)
 
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from thinned import keys
+from thinned.devices import captures
 from thinned.philox import high32, low32, philox4x32
 
 __all__ = ["draw", "number"]
@@ -49,7 +50,7 @@ _lock = threading.Lock()
 
 def draw(device: torch.device) -> int | Tensor:
     """One key from the default generator of a device other than the CPU, as a number if the host knows it."""
-    if device.type != "cuda" or _captures(device) or not _is_known(device.index):
+    if device.type != "cuda" or captures(device) or not _is_known(device.index):
         return keys.draw(device)
     return number(*_reserve(torch.cuda.default_generators[device.index]))
 
@@ -62,14 +63,6 @@ def number(seed: int, offset: int) -> int:
     """
     words = _philox(seed, offset // 4)
     return (low32(words) << 32 | high32(words)) % 2**63
-
-
-def _captures(device: torch.device) -> bool:
-    """Whether the device's current stream captures a CUDA graph."""
-    if device.index == torch.cuda.current_device():
-        return torch.cuda.is_current_stream_capturing()
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def _reserve(generator: torch.Generator) -> tuple[int, int]:

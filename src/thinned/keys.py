@@ -15,6 +15,7 @@ from torch.fx import Proxy
 from thinned import backends
 from thinned.backends import portable
 from thinned.checks import got
+from thinned.devices import to_device
 from thinned.philox import signed64
 from thinned.torch_state import (
     compiling,
@@ -188,13 +189,12 @@ def savable(bits: Tensor) -> Tensor:
 
 
 def on_device(bits: Tensor, device: torch.device) -> Tensor:
-    """The bits on a device, which the host does not wait for if they come from the CPU."""
+    """The bits on a device; one key of the CPU gets there as a number and not by a copy."""
     if bits.device == device:
         return bits
     if bits.is_cpu and not bits.dim() and is_eager(bits):
-        # A captured CUDA graph keeps a number, but of a copy only the address in host memory.
         return torch.full((), int(bits.item()), dtype=torch.int64, device=device)
-    return bits.to(device, non_blocking=bits.is_cpu)
+    return to_device(bits, device)
 
 
 # torch.fx writes the name of a function into code, but none of a method.

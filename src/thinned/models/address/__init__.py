@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.checks import check_integer, got, integers
+from thinned.devices import to_device
 from thinned.functional import keep_mask
 from thinned.key_source import active
 from thinned.keys import Key
@@ -121,9 +122,7 @@ class Address:
         self._device = next((parameter.device for parameter in model.parameters()), None)
         self._on_device = self._root, self.samples
         if self._device is not None and self._device.type != "cpu":
-            there = None
-            if self.samples is not None:
-                there = self.samples.to(self._device, non_blocking=self.samples.is_cpu)
+            there = None if self.samples is None else to_device(self.samples, self._device)
             self._on_device = self._root.to(self._device), there
 
     def __enter__(self) -> Address:
