@@ -15,8 +15,13 @@ from thinned.geometry import Geometry
 class BackendUnderTest:
     """A backend on a device, called with CPU tensors and answering with them."""
 
-    def __init__(self, module: Backend, device: str = "cpu") -> None:
-        self.module, self.device = module, device
+    def __init__(self, module: Backend, device: str = "cpu", slow: bool = False) -> None:
+        self.module, self.device, self.slow, self.examples = module, device, slow, 0
+
+    def enough(self, of: int = 12) -> bool:
+        """Whether a slow backend has had this many examples of a property; the fast ones have all."""
+        self.examples += 1
+        return self.slow and self.examples > of
 
     def keep_mask(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
         return self.module.keep_mask(key.to(self.device), shape, geometry, T).cpu()
