@@ -81,6 +81,10 @@ def frozen() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # so that nanobind's modules find nothing leaked at exit
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """Start without compiled code of this process or an earlier one."""

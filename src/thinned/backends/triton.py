@@ -28,9 +28,9 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
 
 _INTERPRETED = triton.knobs.runtime.interpret
 _WARP = 32
-_LARGE = (
-    2**20
-)  # elements from which a tile has a block for each thread of a warp; smaller tensors need more tiles
+# Elements from which each thread has a block of its own. Fewer need smaller tiles, so that all of a GPU works;
+# the interpreter, which takes 0.05 s a tile, needs large ones.
+_LARGE = 2**11 if _INTERPRETED else 2**20
 _MAX_DIMS = 4  # dimensions that number a tile's rows
 _FINITE = float(np.finfo(np.float32).max)
 _BYTES_A_THREAD = 512  # 128 registers: 4 warps of such threads and more share a multiprocessor
@@ -227,7 +227,9 @@ def _run(
 
 def _on(device: torch.device) -> Any:
     """A context in which kernels start on ``device``."""
-    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
+    if device.type == "cpu":
+        return np.errstate(all="ignore")  # the interpreter computes with NumPy
+    if device.index == torch.accelerator.current_device_index():
         return nullcontext()
     return torch.accelerator.device_index(device.index)
 
