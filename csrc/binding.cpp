@@ -198,6 +198,7 @@ NB_MODULE(_native, module) {
     module.def("numbers", &numbers);
     module.def("fold", &fold_one);
     module.def("fold_many", &fold_many);
+    module.def("philox", [](uint64_t key, uint64_t counter) { return philox(key, counter, 0); });
     module.def("isa", &isa);
     module.def("set_isa", &set_isa);
     module.def("compiled_isas", &compiled_isas);

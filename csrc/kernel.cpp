@@ -103,8 +103,8 @@ void set_isa(const std::string& name) {
     throw std::invalid_argument("no instruction set '" + name + "' on this machine; accepted: " + accepted);
 }
 
-uint64_t fold(uint64_t key, uint64_t data) {
-    uint64_t word[4] = {data & 0xFFFFFFFF, data >> 32, 0, 1};
+uint64_t philox(uint64_t key, uint64_t counter, uint32_t last) {
+    uint64_t word[4] = {counter & 0xFFFFFFFF, counter >> 32, 0, last};
     uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
     for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
         const uint64_t product0 = 0xD2511F53 * word[0], product1 = 0xCD9E8D57 * word[2];

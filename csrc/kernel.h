@@ -50,8 +50,11 @@ struct Numbers {
 void run(const Task& task);
 void run(const Numbers& task);
 
-// The child of a key: words 0 and 1 of philox10((lo32(data), hi32(data), 0, 1), key).
-uint64_t fold(uint64_t key, uint64_t data);
+// Words 0 and 1 of philox10((lo32(counter), hi32(counter), 0, last), key).
+uint64_t philox(uint64_t key, uint64_t counter, uint32_t last);
+
+// The child of a key.
+inline uint64_t fold(uint64_t key, uint64_t data) { return philox(key, data, 1); }
 
 // Instruction sets, from the most general one on: those compiled in, and those this processor has.
 std::vector<std::string> compiled_isas();

@@ -70,7 +70,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     with variant.running() as module:
         if variant.backend != "native":
             monkeypatch.setattr(backends, "for_device_type", lambda _: module)
-        yield BackendUnderTest(module, variant.device)
+        # Triton's interpreter takes 0.1 s where compiled code takes 0.1 ms.
+        yield BackendUnderTest(module, variant.device, slow=str(variant) == "triton-interpreter")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,6 +79,10 @@ def frozen() -> None:
     """Garbage collections skip what was imported, a million objects: 0.02 s each instead of 0.6."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # so that nanobind's modules find nothing leaked at exit
 
 
 @pytest.fixture

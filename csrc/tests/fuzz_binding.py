@@ -351,6 +351,10 @@ def main() -> None:
             written = call.memory[1 if call.function in ("flat", "strided") else 0].items
             if after.tobytes() != written[: len(after)].tobytes():
                 raise SystemExit(f"differs from the specification under {native.isa()}: {call}")
+        key, counter = rng.randrange(2**64), rng.randrange(2**64)
+        words = spec.philox4x32((counter % 2**32, counter >> 32, 0, 0), (key % 2**32, key >> 32), 10)
+        if native.philox(key, counter) != int(words[0]) | int(words[1]) << 32:
+            raise SystemExit(f"differs from the specification: philox({key}, {counter})")
     try:
         native.set_isa("abacus")
     except ValueError:

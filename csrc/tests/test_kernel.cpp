@@ -360,6 +360,9 @@ void folds(Random& random) {
         const reference::Words words = reference::philox(
             {static_cast<uint32_t>(data), static_cast<uint32_t>(data >> 32), 0, 1}, key, 10);
         check(fold(key, data) == (words[0] | static_cast<uint64_t>(words[1]) << 32), "fold " + std::to_string(i));
+        const reference::Words others = reference::philox(
+            {static_cast<uint32_t>(data), static_cast<uint32_t>(data >> 32), 0, 0}, key, 10);
+        check(philox(key, data, 0) == (others[0] | static_cast<uint64_t>(others[1]) << 32), "philox " + std::to_string(i));
     }
 }
 

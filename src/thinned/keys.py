@@ -16,6 +16,7 @@ from thinned import backends
 from thinned.backends import portable
 from thinned.backends.inductor import show_kernel
 from thinned.checks import got
+from thinned.devices import to_device
 from thinned.philox import signed64
 from thinned.torch_state import (
     compiling,
@@ -25,7 +26,7 @@ from thinned.torch_state import (
     unwrap_if_dead,
 )
 
-__all__ = ["Key", "draw", "draw_int", "not_a_key", "savable"]
+__all__ = ["Key", "draw", "draw_int", "not_a_key", "on_device", "savable"]
 
 
 class Key:
@@ -124,7 +125,7 @@ class Key:
         """The same key with its bits on a device."""
         if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
             raise TypeError(f"device must be a torch.device or the name of one, {got(device)}")
-        return Key.from_bits(self.bits.to(device))
+        return Key.from_bits(on_device(self.bits, torch.device(device)))
 
     def __int__(self) -> int:
         return int(self.bits.item()) % 2**64
@@ -186,6 +187,15 @@ def savable(bits: Tensor) -> Tensor:
         return bits
     with torch.inference_mode(False):
         return bits.clone()
+
+
+def on_device(bits: Tensor, device: torch.device) -> Tensor:
+    """The bits on a device; one key of the CPU gets there as a number and not by a copy."""
+    if bits.device == device:
+        return bits
+    if bits.is_cpu and not bits.dim() and is_eager(bits):
+        return torch.full((), int(bits.item()), dtype=torch.int64, device=device)
+    return to_device(bits, device)
 
 
 # torch.fx writes the name of a function into code, but none of a method.

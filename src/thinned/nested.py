@@ -105,7 +105,7 @@ def _packed(x: Any) -> bool:
 
 
 def _jagged(x: Tensor, bits: Tensor | None, shared_dims: list[int], *constants: Any) -> Tensor:
-    key = op.draw_for(x) if bits is None else bits
+    key = op.key_tensor(bits, x)
     if 0 in shared_dims and ragged_dim(x) not in shared_dims and not key.dim():
         refuse(
             f"broadcast_dims {tuple(shared_dims)}",
@@ -146,7 +146,7 @@ def _strided(x: Tensor, bits: Tensor | None, shared_dims: list[int], *constants:
     parts = x.unbind()
     if not parts:
         return x.clone()
-    key = op.draw_for(x) if bits is None else bits
+    key = op.key_tensor(bits, x)
     keys = key.unbind() if key.dim() else (key,) * len(parts)
     shapes = [tuple(part.shape) for part in parts]
     masks = {

@@ -28,6 +28,13 @@ def here() -> list[str]:
     return [str(variant) for variant in variants() if not variant.why_missing()]
 
 
+@pytest.fixture(autouse=True)
+def without_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first test has the time for Triton's interpreter, 10 s."""
+    if request.function is not test_all_are_one:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def replaced(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Callable[..., Any]) -> None:
     """A backend under this name that is portable but for some functions."""
     backend = SimpleNamespace(**vars(portable) | functions)

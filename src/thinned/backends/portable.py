@@ -36,8 +36,9 @@ def masked_affine(
 ) -> Tensor:
     """See :meth:`thinned.backends.Backend.masked_affine`."""
     check_dtype(x.dtype)
-    if isinstance(key, Tensor):
-        check_key(key, x.shape, x.device)
+    if isinstance(key, int):
+        key = torch.full((), key, dtype=torch.int64, device=x.device)
+    check_key(key, x.shape, x.device)
     if out is None:
         out = torch.empty_like(x)
     else:
@@ -52,7 +53,7 @@ def masked_affine(
 def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
     """See :meth:`thinned.backends.Backend.keep_mask`."""
     if isinstance(key, int):
-        key = torch.tensor(key, dtype=torch.int64, device="cpu")
+        key = torch.full((), key, dtype=torch.int64, device="cpu")
     check_key(key, shape)
     check_mask(shape, geometry, T)
     if T == 0 or T == 2**32 or not math.prod(shape):

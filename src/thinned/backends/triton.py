@@ -29,9 +29,9 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
 
 _INTERPRETED = triton.knobs.runtime.interpret
 _WARP = 32
-_LARGE = (
-    2**20
-)  # elements from which a tile has a block for each thread of a warp; smaller tensors need more tiles
+# Elements from which each thread has a block of its own. Fewer need smaller tiles, so that all of a GPU works;
+# the interpreter, which takes 0.05 s a tile, needs large ones.
+_LARGE = 2**11 if _INTERPRETED else 2**20
 _MAX_DIMS = 4  # dimensions that number a tile's rows
 _BYTES_A_THREAD = 512  # 128 registers: 4 warps of such threads and more share a multiprocessor
 
@@ -109,7 +109,7 @@ def launch(
     lanes = _WARP if count >= _LARGE and not numbers else _WARP // 4
     if shares:
         blocks, tile_cols = 0, min(_power(cols.size), lanes * 128)
-        tile_rows = min(_power(row_count), lanes * 128 // tile_cols, 4 * _WARP)
+        tile_rows = min(_power(row_count), lanes * 128 // tile_cols, 16 * _WARP)
     else:
         unit = cols.x == cols.out == parts
         blocks = min(_power(-(-(cols.size + 127 * lead) // 128)), lanes if unit else 1)
@@ -123,7 +123,9 @@ def launch(
     # Narrow loads and stores need an address each, and so a register more.
     wide = cols.x == cols.out == parts and vector * itemsize == 16
     at_most = _BYTES_A_THREAD // itemsize if wide else 32
-    warps = max(1, tile_rows * tile_cols * parts // (_WARP * at_most), tile_rows // _WARP if shares else 1)
+    warps = max(
+        1, tile_rows * tile_cols * parts // (_WARP * at_most), tile_rows // (2 * _WARP) if shares else 1
+    )
     row_unit = parts == 1 and bool(rows) and rows[0].x == rows[0].out == 1
     col_tiles = -(-(cols.size + 127 * lead) // tile_cols)
     padded = rows + (Dim(1, 0, 0, 0, 0),) * (_MAX_DIMS - len(rows))
@@ -236,7 +238,9 @@ def _start(
 
 def _on(device: torch.device) -> Any:
     """A context in which kernels start on ``device``."""
-    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
+    if device.type == "cpu":
+        return np.errstate(all="ignore")  # the interpreter computes with NumPy
+    if device.index == torch.accelerator.current_device_index():
         return nullcontext()
     return torch.accelerator.device_index(device.index)
 

@@ -16,60 +16,46 @@ __all__ = ["fold", "tile"]
 def _philox(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr):
     """Philox4x32 on uint32 words, with any number of rounds."""
     for _ in tl.static_range(ROUNDS):
-        # One instruction gives both halves of the product; umulhi and a product are two.
-        product0 = c0.to(tl.uint64) * 0xD2511F53
-        product1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            (product1 >> 32).to(tl.uint32) ^ c1 ^ k0,
-            product1.to(tl.uint32),
-            (product0 >> 32).to(tl.uint32) ^ c3 ^ k1,
-            product0.to(tl.uint32),
-        )
+        # One instruction gives both halves of a product; umulhi and a product are two.
+        product0, product1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0, product1.to(tl.uint32)
+        c2, c3 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1, product0.to(tl.uint32)
         k0, k1 = k0 + tl.full([], 0x9E3779B9, tl.uint32), k1 + tl.full([], 0xBB67AE85, tl.uint32)
     return c0, c1, c2, c3
 
 
 @triton.jit
-def _plane(block, plane, k0, k1):
-    """The four words of one bit plane of each block."""
-    zero = tl.zeros_like(block).to(tl.uint32)
-    return _philox(
-        block.to(tl.uint32), (block >> 32).to(tl.uint32), zero + plane.to(tl.uint32), zero, k0, k1, 7
-    )
+def _plane(low, high, plane, k0, k1):
+    """The four words of one bit plane of each block, whose number is in two words."""
+    return _philox(low, high, plane, tl.full([], 0, tl.uint32), k0, k1, 7)
 
 
 @triton.jit
-def _decide(word, limit, less, undecided):
-    """One more plane: what is below ``T`` so far, and what equals its bits so far."""
-    return less | (undecided & ~word & limit), undecided & ~(word ^ limit)
+def _step(low, high, plane, k0, k1, T, l0, l1, l2, l3, u0, u1, u2, u3):
+    """One more plane: what is below ``T`` by now, and what equals its bits so far."""
+    w0, w1, w2, w3 = _plane(low, high, plane, k0, k1)
+    limit = ((T << plane).to(tl.int32, bitcast=True) >> 31).to(tl.uint32, bitcast=True)
+    d0, d1, d2, d3 = u0 & (w0 ^ limit), u1 & (w1 ^ limit), u2 & (w2 ^ limit), u3 & (w3 ^ limit)
+    l0, l1, l2, l3 = l0 | (d0 & limit), l1 | (d1 & limit), l2 | (d2 & limit), l3 | (d3 & limit)
+    return l0, l1, l2, l3, u0 ^ d0, u1 ^ d1, u2 ^ d2, u3 ^ d3
 
 
 @triton.jit
-def _step(block, plane, k0, k1, T, l0, l1, l2, l3, u0, u1, u2, u3):
-    w0, w1, w2, w3 = _plane(block, plane, k0, k1)
-    limit = (0 - ((T >> (31 - plane).to(tl.uint32)) & 1).to(tl.int32)).to(tl.uint32)
-    l0, u0 = _decide(w0, limit, l0, u0)
-    l1, u1 = _decide(w1, limit, l1, u1)
-    l2, u2 = _decide(w2, limit, l2, u2)
-    l3, u3 = _decide(w3, limit, l3, u3)
-    return l0, l1, l2, l3, u0, u1, u2, u3
-
-
-@triton.jit
-def _below(block, k0, k1, T, u0, u1, u2, u3, HEAD: tl.constexpr, MORE: tl.constexpr):
+def _below(low, high, k0, k1, T, u0, u1, u2, u3, HEAD: tl.constexpr, MORE: tl.constexpr):
     """Where ``u < T``, as four words a block; only the bits set in ``u0`` to ``u3`` are asked for.
 
     ``HEAD`` planes are read without asking whether they are needed, further ones until all bits are decided.
     """
-    l0 = tl.zeros_like(u0)
-    l1, l2, l3 = l0, l0, l0
+    l0, l1, l2, l3 = u0 ^ u0, u1 ^ u1, u2 ^ u2, u3 ^ u3
     for plane in tl.static_range(HEAD):
-        at = tl.full([], plane, tl.int32)
-        l0, l1, l2, l3, u0, u1, u2, u3 = _step(block, at, k0, k1, T, l0, l1, l2, l3, u0, u1, u2, u3)
+        at = tl.full([], plane, tl.uint32)
+        l0, l1, l2, l3, u0, u1, u2, u3 = _step(low, high, at, k0, k1, T, l0, l1, l2, l3, u0, u1, u2, u3)
     if MORE:
-        plane = tl.full([], HEAD, tl.int32)
+        plane = tl.full([], HEAD, tl.uint32)
         while (plane < 32) & (tl.max(tl.reshape(u0 | u1 | u2 | u3, [u0.numel])) != 0):
-            l0, l1, l2, l3, u0, u1, u2, u3 = _step(block, plane, k0, k1, T, l0, l1, l2, l3, u0, u1, u2, u3)
+            l0, l1, l2, l3, u0, u1, u2, u3 = _step(
+                low, high, plane, k0, k1, T, l0, l1, l2, l3, u0, u1, u2, u3
+            )
             plane += 1
     return l0, l1, l2, l3
 
@@ -224,7 +210,7 @@ def tile(
         else:
             key = tl.load(key_ptr + key_at)
         k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    limit = tl.full([], T, tl.int64).to(tl.uint32)
+    threshold = tl.full([], T, tl.int64).to(tl.uint32)
 
     if BLOCKS > 0:
         block = (first >> 7) + col_tile * BLOCKS + tl.arange(0, BLOCKS)[None, :]
@@ -237,10 +223,11 @@ def tile(
         u0, u1 = tl.where(bit < 32, one, 0), tl.where((bit >= 32) & (bit < 64), one, 0)
         u2, u3 = tl.where((bit >= 64) & (bit < 96), one, 0), tl.where(bit >= 96, one, 0)
 
+    low_word, high_word = block.to(tl.uint32), (block >> 32).to(tl.uint32)
     if NUMBERS:
         number = tl.zeros([ROWS, COLS], tl.int32)
         for plane in range(32):
-            w0, w1, w2, w3 = _plane(block, tl.full([], plane, tl.int32), k0, k1)
+            w0, w1, w2, w3 = _plane(low_word, high_word, tl.full([], plane, tl.uint32), k0, k1)
             if BLOCKS > 0:
                 number = (number << 1) | (_spread(w0, w1, w2, w3, ROWS, BLOCKS) != 0).to(tl.int32)
             else:
@@ -250,7 +237,7 @@ def tile(
         if ALL:
             l0, l1, l2, l3 = u0, u1, u2, u3
         else:
-            l0, l1, l2, l3 = _below(block, k0, k1, limit, u0, u1, u2, u3, HEAD, MORE)
+            l0, l1, l2, l3 = _below(low_word, high_word, k0, k1, threshold, u0, u1, u2, u3, HEAD, MORE)
         if BLOCKS > 0:
             keep = _spread(l0, l1, l2, l3, ROWS, BLOCKS) != 0
         else:

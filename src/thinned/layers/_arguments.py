@@ -225,18 +225,16 @@ def check_key(key: Key, shape: Sequence[int]) -> None:
 
 
 def bits_for(key: Key, input: Tensor) -> Tensor:
-    """The key's bits on ``input``'s device; RuntimeError for a batch of keys on another one."""
+    """The bits of one key, on any device, or of a batch; RuntimeError for one on another than ``input``'s."""
     bits = key.bits
-    if bits.dim():
-        bits = savable(bits)  # autograd saves a batch itself
+    if not bits.dim():
+        return bits
     if bits.device != input.device:
-        if bits.dim():
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but the keys are on {bits.device} and the "
-                f"tensor is on {input.device}; move them with key.to({str(input.device)!r})"
-            )
-        bits = bits.to(input.device)
-    return bits
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but the keys are on {bits.device} and the "
+            f"tensor is on {input.device}; move them with key.to({str(input.device)!r})"
+        )
+    return savable(bits)  # autograd saves a batch itself
 
 
 def key_for(input: Tensor, key: Key | None, *, sample_dim: int | None = 0, elementwise: bool = False) -> Key:
@@ -257,4 +255,4 @@ def key_for(input: Tensor, key: Key | None, *, sample_dim: int | None = 0, eleme
                 f"{tuple(input.shape)}; transpose its input, or give it a key"
             )
         key = active.key_source.key_for(input, sample_dim)
-    return Key.from_bits(op.draw_for(input) if key is None else bits_for(key, input))
+    return Key.from_bits(op.key_tensor(None if key is None else bits_for(key, input), input))

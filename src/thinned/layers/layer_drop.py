@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.checks import got
+from thinned.devices import to_device
 from thinned.keys import Key
 from thinned.layers._arguments import check_p, key_for
 from thinned.layers._overrides import module_node
@@ -145,7 +146,7 @@ class LayerDrop(Scriptable, nn.ModuleList):
                     "a skipped layer passes its input on, so every layer has to keep the shape of its input; "
                     f"layer {index} turned {tuple(input.shape)} into {into}"
                 )
-            input = output if branches else torch.where(kept.to(input.device), output, input)
+            input = output if branches else torch.where(to_device(kept, input.device), output, input)
         return input
 
     def _keep(self, key: Key | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from thinned.checks import check_integer, got
+from thinned.devices import to_device
 from thinned.keys import Key
 from thinned.layers._arguments import check_key, check_p, drops, key_for
 from thinned.layers._overrides import module_node
@@ -455,7 +456,7 @@ def _permuted(state: Tensor, order: Tensor | None) -> Tensor:
 def _valid_steps(packed: PackedSequence) -> States:
     """The samples that have each step: masks of shape ``(N, 1)``, in the order before they were sorted."""
     samples = torch.arange(int(packed.batch_sizes[0]))
-    valid = (packed.batch_sizes[:, None] > samples).to(packed.data.device)
+    valid = to_device(packed.batch_sizes[:, None] > samples, packed.data.device)
     return _permuted(valid, packed.unsorted_indices).unsqueeze(2).unbind()
 
 

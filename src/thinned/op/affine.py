@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinned import cuda_draws
 from thinned.backends import portable
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.key_source import active
-from thinned.keys import draw, draw_int
+from thinned.keys import draw_int
 from thinned.op.inplace import count_write, refuse_leaf, refuse_overlap
 from thinned.op.registered import call_backend, keep_mask, key_tensor, library, stack_keys
 from thinned.torch_state import (
@@ -132,10 +133,10 @@ def refuse_layout(x: Tensor) -> None:
 
 def _eager_key(key: int | Tensor | None, x: Tensor) -> int | Tensor:
     if key is None:
-        return draw_int() if x.is_cpu else draw(x.device)
-    if isinstance(key, Tensor) and key.is_cpu and not key.dim():
-        return int(key.item())
-    return key
+        return draw_int() if x.is_cpu else cuda_draws.draw(x.device)
+    if isinstance(key, int) or key.dim():
+        return key
+    return int(key.item()) if key.is_cpu or x.is_cpu else key_tensor(key, x)
 
 
 def _sparse(

@@ -12,12 +12,12 @@ from thinned import backends
 from thinned.backends.arguments import is_product
 from thinned.backends.inductor import show_kernel
 from thinned.geometry import Geometry
-from thinned.keys import Key, draw
+from thinned.keys import Key, draw, on_device
 from thinned.op.partitioner import repeat_draws
 from thinned.op.vmap_keys import key_per_call
 from thinned.torch_state import compiling, is_eager, tracing, transforming, without_transforms
 
-__all__ = ["call_backend", "draw_for", "keep_mask", "key_tensor", "library", "stack_keys", "uniform"]
+__all__ = ["call_backend", "keep_mask", "key_tensor", "library", "stack_keys", "uniform"]
 
 library = torch.library.Library("thinned", "FRAGMENT")
 for _schema, *_tags in (
@@ -55,17 +55,15 @@ def _refuse_trace(shape: Sequence[int]) -> None:
         )
 
 
-def draw_for(x: Tensor) -> Tensor:
-    """One key's bits from the default generator of ``x``'s device, also under compile, vmap and export."""
-    return draw(x.device) if is_eager(x) else key_tensor(None, x)
-
-
 def key_tensor(key: int | Tensor | None, x: Tensor) -> Tensor:
-    """The key as a tensor on ``x``'s device; None draws one."""
+    """The key as a tensor on ``x``'s device, also under compile, vmap and export; None draws one."""
     if isinstance(key, Tensor):
-        return key
+        # A batch of keys has to be there already, as any other tensor.
+        return key if key.dim() else on_device(key, x.device)
     if key is not None:
-        return torch.tensor(key, dtype=torch.int64, device=x.device)
+        return torch.full((), key, dtype=torch.int64, device=x.device)
+    if is_eager(x):
+        return draw(x.device)
     if transforming() and not compiling():
         with without_transforms():
             bits = draw(x.device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from thinned.checks import check_integer, got, integers
+from thinned.devices import to_device
 from thinned.functional import keep_mask
 from thinned.key_source import active
 from thinned.keys import Key
@@ -121,7 +122,7 @@ class Address:
         self._device = next((parameter.device for parameter in model.parameters()), None)
         self._on_device = self._root, self.samples
         if self._device is not None and self._device.type != "cpu":
-            there = None if self.samples is None else self.samples.to(self._device)
+            there = None if self.samples is None else to_device(self.samples, self._device)
             self._on_device = self._root.to(self._device), there
 
     def __enter__(self) -> Address:
@@ -153,13 +154,16 @@ class Address:
             running = running._outer
         running.end()
 
-    def parts(self, device: torch.device | None) -> tuple[Key, Tensor | None]:
-        """The step's key and the samples, on ``device`` if that is the model's, else on the CPU.
+    def parts(self, device: torch.device) -> tuple[Key, Tensor | None]:
+        """The step's key and the samples, for an input on ``device``.
 
-        Eager code folds faster on the CPU. Compiled code can be a CUDA graph only if it is on one device.
+        In eager code one key stays on the CPU, where it is a number and a fold launches no kernel. Compiled
+        code can be a CUDA graph only if it is on one device.
         """
-        on_device = device is not None and device == self._device
-        return self._on_device if on_device else (self._root, self.samples)
+        if device != self._device:
+            return self._root, self.samples
+        root, samples = self._on_device
+        return root if compiling() else self._root, samples
 
     def key_of(self, path: str, call: int = 0) -> Key:
         """The key of a site, or one for each of the samples.
@@ -283,11 +287,13 @@ class _Running(Counting):
             if (source := active.key_source) is not self:  # this was a recomputation that raised
                 return None if source is None else source.key_for(input, sample_dim)
         path = self.stack[-1] if self.stack else ""
-        root, samples = self.address.parts(input.device if compiling() else None)
+        root, samples = self.address.parts(input.device)
         key = root.fold(_site(path, self.number(path)))
         if samples is not None and sample_dim is not None and input.dim():
             key = _of_samples(key, samples, input, sample_dim, path)
-        return key_per_call(key if key.bits.device == input.device else key.to(input.device))
+        if key.shape and key.bits.device != input.device:
+            key = key.to(input.device)
+        return key_per_call(key)
 
 
 def _site(path: str, call: int) -> str:
