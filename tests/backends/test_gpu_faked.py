@@ -217,3 +217,37 @@ launch(x.new_empty(8, dtype=torch.int64), 2**40, 2**32 - 5, 1.0)
         [4, 1, 1, 0, 0, 0, 3 * 2**22, two, 0, 2],
         [4, 1, 1, 0, 0, 2**40, -5, one, 0, 2],
     ]
+
+
+def test_a_compiled_kernel_is_found_again_by_all_that_it_was_compiled_for() -> None:
+    """Triton specializes on the dtype and alignment of pointers, and on which of them are None."""
+    found = on_a_gpu("""
+import torch, fake_gpu
+from thinned.backends import triton
+from thinned.geometry import shared
+
+whole = torch.empty(4096, device="meta")
+rows = torch.empty(8, dtype=torch.int64, device="meta")
+one = torch.empty((), dtype=torch.int64)
+wanted = 0
+for launch, is_new in (
+    (lambda: triton.masked_affine(whole[:1024], 7, None, 2**31, 2.0, 0.0, 0.0), True),
+    (lambda: triton.masked_affine(whole[1024:2048], 8, None, 2**31, 2.0, 0.0, 0.0), False),
+    (lambda: triton.masked_affine(whole[1:1025], 7, None, 2**31, 2.0, 0.0, 0.0), True),
+    (lambda: triton.masked_affine(whole[:1024], 7, None, 2**31, 2.0, 0.0, 0.0, whole[2049:3073]), True),
+    (lambda: triton.masked_affine(whole[:1024].half(), 7, None, 2**31, 2.0, 0.0, 0.0), True),
+    (lambda: triton.masked_affine(whole[:1024], 7, None, 2**31, 2.0, 1.0, 0.0), True),
+    (lambda: triton.masked_affine(whole[:1024], 7, None, 3 * 2**29, 2.0, 0.0, 0.0), True),
+    (lambda: triton.keep_mask(rows, (8, 128), shared((8, 128)), 2**31), True),
+    (lambda: triton.uniform(rows, (8, 128), shared((8, 128))), True),
+    (lambda: triton.fold(rows, one), True),
+    (lambda: triton.fold(one, rows), True),
+    (lambda: triton.fold(rows, one + 1), False),
+    (lambda: triton.fold(rows, rows), True),
+):
+    fake_gpu.launches.clear()
+    launch()
+    wanted += is_new
+    print(len(fake_gpu.launches), len(fake_gpu.loaded) - wanted)
+""")
+    assert found.split() == ["1", "0"] * 13
