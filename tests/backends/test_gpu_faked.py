@@ -220,7 +220,7 @@ launch(x.new_empty(8, dtype=torch.int64), 2**40, 2**32 - 5, 1.0)
 
 
 def test_a_compiled_kernel_is_found_again_by_all_that_it_was_compiled_for() -> None:
-    """Triton specializes on the dtype and alignment of pointers, and on which of them are None."""
+    """Triton specializes on the dtype and alignment of pointers and on which are None, but on no number."""
     found = on_a_gpu("""
 import torch, fake_gpu
 from thinned.backends import triton
@@ -249,5 +249,10 @@ for launch, is_new in (
     launch()
     wanted += is_new
     print(len(fake_gpu.launches), len(fake_gpu.loaded) - wanted)
+for compiled, _ in triton._started.values():
+    source = compiled.src
+    numbers = [name for name in source.fn.arg_names if name.islower() and not name.endswith("_ptr")]
+    assert {source.signature[name] for name in numbers} == {"i64"}, source.signature
+    assert all(source.fn.arg_names[at].endswith("_ptr") for (at, *_) in source.attrs), source.attrs
 """)
     assert found.split() == ["1", "0"] * 13
