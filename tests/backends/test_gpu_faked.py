@@ -227,7 +227,7 @@ from thinned.backends import triton
 from thinned.geometry import shared
 
 whole = torch.empty(4096, device="meta")
-rows = torch.empty(8, dtype=torch.int64, device="meta")
+rows = torch.empty(16, dtype=torch.int64, device="meta")
 one = torch.empty((), dtype=torch.int64)
 wanted = 0
 for launch, is_new in (
@@ -238,8 +238,8 @@ for launch, is_new in (
     (lambda: triton.masked_affine(whole[:1024].half(), 7, None, 2**31, 2.0, 0.0, 0.0), True),
     (lambda: triton.masked_affine(whole[:1024], 7, None, 2**31, 2.0, 1.0, 0.0), True),
     (lambda: triton.masked_affine(whole[:1024], 7, None, 3 * 2**29, 2.0, 0.0, 0.0), True),
-    (lambda: triton.keep_mask(rows, (8, 128), shared((8, 128)), 2**31), True),
-    (lambda: triton.uniform(rows, (8, 128), shared((8, 128))), True),
+    (lambda: triton.keep_mask(rows, (16, 128), shared((16, 128)), 2**31), True),
+    (lambda: triton.uniform(rows, (16, 128), shared((16, 128))), True),
     (lambda: triton.fold(rows, one), True),
     (lambda: triton.fold(one, rows), True),
     (lambda: triton.fold(rows, one + 1), False),
@@ -253,6 +253,7 @@ for compiled, _ in triton._started.values():
     source = compiled.src
     numbers = [name for name in source.fn.arg_names if name.islower() and not name.endswith("_ptr")]
     assert {source.signature[name] for name in numbers} == {"i64"}, source.signature
-    assert not [at for (at, *_), known in source.attrs.items() if known and source.fn.arg_names[at] in numbers]
+    specialized = {source.fn.arg_names[at] for (at, *_), known in source.attrs.items() if known}
+    assert not specialized & {*numbers}, specialized
 """)
     assert found.split() == ["1", "0"] * 13
