@@ -20,6 +20,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import mangle_type
 
 from thinned import backends
 
@@ -98,6 +99,30 @@ def _name(node: Node) -> str:
     kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])  # type: ignore[arg-type]
     written = "" if node.kwargs["tensors_to_clone"] == ["out_ptr"] else f" {node.kwargs['tensors_to_clone']}"
     return f"triton:{getattr(kernel, 'fn', kernel).__name__}{written}"
+
+
+def compile_as_inductor(graph: GraphModule) -> None:
+    """Compile the kernels of a graph with Inductor's types: 1 is a constant, what is below 2**31 an int32."""
+    for node in graph.graph.nodes:
+        if "tensors_to_clone" not in node.kwargs:
+            continue
+        kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+        function = getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
+        constants = {param.name for param in function.params if param.is_constexpr}
+        given = node.kwargs["kwargs"] | kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])
+        constants |= {name for name, value in given.items() if value is None or value == 1}
+        signature = {
+            name: "constexpr"
+            if name in constants
+            else mangle_type(torch.empty(1, dtype=given[name].meta["val"].dtype, device="cpu"))
+            if isinstance(given[name], Node)
+            else "i32"
+            if given[name] < 2**31
+            else "i64"
+            for name in function.arg_names
+        }
+        values = {(function.arg_names.index(name),): given[name] for name in constants}
+        triton.compile(triton.compiler.ASTSource(function, signature, values), GPUTarget("cuda", 90, 32))
 
 
 def places(graph: GraphModule) -> list[str]:

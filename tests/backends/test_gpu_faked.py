@@ -178,6 +178,16 @@ for device in ("meta", "cuda"):
     assert found.split() == ["thinned.masked_affine.default"] * 6
 
 
+def test_kernels_compile_with_inductors_types() -> None:
+    on_a_gpu("""
+import torch, fake_gpu
+for function, inputs, *_ in FAKED.values():
+    with torch.device("meta"):
+        for graph in fake_gpu.graphs(function, *inputs()):
+            fake_gpu.compile_as_inductor(graph)
+""")
+
+
 def test_eager_calls_of_fake_tensors_read_no_number() -> None:
     """A FakeTensor refuses to be read."""
     on_a_gpu("""
