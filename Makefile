@@ -24,7 +24,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      time against peers; appends to benchmarks/results.csv"
 	@echo "make bench-gpu  time on a GPU against peers, and check the targets; without a GPU a dry run that saves nothing"
-	@echo "make check-gpu  all that needs a GPU: doctor --verify, the tests marked gpu, bench-gpu; under 10 minutes"
+	@echo "make check-gpu  all that needs a GPU: doctor --verify, the tests marked gpu, bench-gpu"
 	@echo "make doctor     versions, backends, instruction sets, threads; ARGS=--verify compares the backends"
 
 setup: $(VENV)/.tests
