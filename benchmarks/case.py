@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
 
 from thinned.backends import native
-from thinned.compare.timing import by_turns
+from thinned.compare.timing import Clock, by_turns, host_clock
 
 __all__ = ["MULTIPLY", "Bound", "Case", "Result"]
 
@@ -45,10 +45,11 @@ class Case:
     isa: str = ""
     rounds: int = 15
     elements: int = 1
+    clock: Clock = field(default_factory=lambda: host_clock("cpu"))
 
     def run(self) -> Result:
         with _threads(self.threads), native.instruction_set(self.isa) if self.isa else nullcontext():
-            seconds = by_turns(self.make(), self.rounds, "cpu")
+            seconds = by_turns(self.make(), self.rounds, self.clock)
         return Result(self, seconds)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
+import pytest
 import torch
 
 import thinned
-from benchmarks.case import Bound, Case
+from benchmarks import record
+from benchmarks.case import Bound, Case, Result
 from benchmarks.cases import cases
 from thinned.backends import _native
 
@@ -34,3 +39,27 @@ def test_a_case_leaves_threads_and_instruction_set_as_they_were() -> None:
 def test_a_bound_says_what_it_promises() -> None:
     assert str(Bound("x * 2", 1.2)) == "at most 1.2x of x * 2"
     assert str(Bound("nn.Dropout", 1 / 60)) == "60x faster than nn.Dropout"
+
+
+def test_the_saved_rows_have_all_fields() -> None:
+    with record.FILE.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert tuple(header) == record.FIELDS
+    assert rows
+    assert {len(row) for row in rows} == {len(header)}
+
+
+def test_a_row_fits_its_field(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(record, "FILE", tmp_path / "results.csv")
+    case = Case("a", "b", dict, (), threads=2, isa="baseline", elements=100)
+    result = Result(case, {"thinned": [1e-6], "x * 2": [4e-6]})
+    for _ in range(2):
+        record.append(record.timed(result, record.on_cpu(case)))
+    with record.FILE.open(newline="") as file:
+        rows = list(csv.DictReader(file, record.FIELDS))
+    assert [(row["subject"], row["ns an element"], row["thinned takes"]) for row in rows] == [
+        ("thinned", "10", "1"), ("x * 2", "40", "0.25"),
+    ] * 2  # fmt: skip
+    assert {(row["threads"], row["instruction set"], row["torch"], row["triton"]) for row in rows} == {
+        ("2", "baseline", torch.__version__, "")
+    }

@@ -77,6 +77,24 @@ def test_the_other_order(checkout: Path) -> None:
     assert installed(checkout) == []
 
 
+@pytest.mark.parametrize("target", ["bench-gpu", "check-gpu"])
+def test_what_needs_a_gpu_needs_what_the_tests_need(checkout: Path, target: str) -> None:
+    assert make(checkout, target).returncode == 0
+    assert installed(checkout) == [COMMAND, TESTS]
+
+
+def test_a_check_on_a_gpu_that_fails_leaves_the_others(checkout: Path) -> None:
+    make(checkout, "test")
+    command = checkout / ".venv" / "bin" / "thinned"
+    command.write_text("#!/bin/sh\necho $* >> called\nexit 1\n")
+    (checkout / ".venv" / "bin" / "python").write_text("#!/bin/sh\necho $2 >> called\n")
+    assert make(checkout, "check-gpu").returncode == 2
+    called = (checkout / "called").read_text().splitlines()
+    assert called[-3:] == ["doctor --verify", "pytest", "benchmarks.gpu"]
+    command.write_text("#!/bin/sh\n")
+    assert make(checkout, "check-gpu").returncode == 0
+
+
 @pytest.mark.parametrize("changed", ["pyproject.toml", "csrc/kernel.cpp", "constraints.txt"])
 def test_a_change_builds_again(checkout: Path, changed: str) -> None:
     make(checkout, "test")

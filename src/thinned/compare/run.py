@@ -137,7 +137,8 @@ def _call(layer: Callable[..., object], inputs: Sequence[Tensor]) -> Callable[[]
 def _speed(entry: Entry, implementations: Sequence[Implementation], settings: Settings) -> list[Timing]:
     run = [each for each in implementations if _runs(entry, each, settings.device)]
     work = calls(entry, run, broadcast=True, device=settings.device)
-    seconds = timing.by_turns(work, QUICK_ROUNDS if settings.quick else ROUNDS, settings.device)
+    rounds = QUICK_ROUNDS if settings.quick else ROUNDS
+    seconds = timing.by_turns(work, rounds, timing.host_clock(settings.device))
     return timing.beside(seconds, entry.own.name, entry.workload.elements, "forward")
 
 

@@ -7,7 +7,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +17,20 @@ from torch import Tensor
 from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 
-__all__ = ["MULTIPLY", "Timing", "beside", "by_turns", "load", "middle_half", "planned", "time_all"]
+__all__ = [
+    "MULTIPLY",
+    "Clock",
+    "Timing",
+    "beside",
+    "by_turns",
+    "host_clock",
+    "load",
+    "middle_half",
+    "planned",
+    "time_all",
+]
+
+Clock: TypeAlias = Callable[[Callable[[], object], int], float]  # seconds a call of so many calls
 
 MULTIPLY = "x * 2"
 DIRECTIONS = ("forward", "forward + backward")
@@ -114,7 +129,7 @@ def time_all(
             work[each.name] = _work(each.make(p=settings.p), settings, elements, direction)
         except Exception:  # the table of laws says what a layer cannot do
             continue
-    seconds = by_turns(work, ROUNDS[elements], settings.device)
+    seconds = by_turns(work, ROUNDS[elements], host_clock(settings.device))
     return beside(seconds, MULTIPLY, elements, direction)
 
 
@@ -136,23 +151,28 @@ def _work(
     return forward_backward
 
 
-def by_turns(work: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+def by_turns(work: Mapping[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, list[float]]:
     """Seconds a call of each piece of work, one sample a round, all by turns within a round."""
-    repeats = {name: _repeats(call, device) for name, call in work.items()}
+    repeats = {name: _repeats(call, clock) for name, call in work.items()}
     samples: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, call in work.items():
-            samples[name].append(_seconds(call, repeats[name], device))
+            samples[name].append(clock(call, repeats[name]))
     return samples
 
 
-def _repeats(call: Callable[[], object], device: str) -> int:
-    first = _seconds(call, 1, device)
-    warm = _seconds(call, max(1, int(SAMPLE_SECONDS / 4 / first)), device)
+def _repeats(call: Callable[[], object], clock: Clock) -> int:
+    first = clock(call, 1)
+    warm = clock(call, max(1, int(SAMPLE_SECONDS / 4 / first)))
     return max(1, math.ceil(SAMPLE_SECONDS / warm))
 
 
-def _seconds(call: Callable[[], object], repeats: int, device: str) -> float:
+def host_clock(device: str) -> Clock:
+    """The host's clock, from an idle device to an idle device."""
+    return partial(_seconds, device)
+
+
+def _seconds(device: str, call: Callable[[], object], repeats: int) -> float:
     _finish(device)
     start = time.perf_counter()
     for _ in range(repeats):
