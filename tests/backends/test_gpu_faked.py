@@ -192,9 +192,10 @@ def test_compiled_code_is_cached_by_the_kernels_source() -> None:
     """Else torch's cache would keep the kernels of an earlier thinned."""
     found = on_a_gpu("""
 import torch
-from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as source
+from torch._inductor.codegen import wrapper
 from torch._library.triton import get_triton_kernels_for_op
 
+source = wrapper.user_defined_triton_kernel_transitive_closure_source_code
 torch.accelerator.current_accelerator = lambda: torch.device("cuda")
 for name in ("masked_affine", "keep_mask", "uniform", "fold"):
     print(all("def _philox" in source(kernel) for kernel in get_triton_kernels_for_op(f"thinned::{name}")))
