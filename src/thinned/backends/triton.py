@@ -107,12 +107,13 @@ def launch(
     count, row_count = math.prod(shape), math.prod(dim.size for dim in rows)
     lead = not shares and any(start % 128 for start in (geometry.base, *(dim.mask for dim in rows)))
     lanes = _WARP if count >= _LARGE and not numbers else _WARP // 4
+    unit = cols.x == cols.out == parts
     if shares:
         blocks, tile_cols = 0, min(_power(cols.size), lanes * 128)
         tile_rows = min(_power(row_count), lanes * 128 // tile_cols, 4 * _WARP)
     else:
-        unit = cols.x == cols.out == parts
-        blocks = min(_power(-(-(cols.size + 127 * lead) // 128)), lanes if unit else 1)
+        most = lanes if unit else max(1, lanes // _power(row_count))
+        blocks = min(_power(-(-(cols.size + 127 * lead) // 128)), most)
         tile_cols = blocks * 128
         tile_rows = min(_power(row_count), lanes // blocks)
     starts = [geometry.base, *(dim.mask for dim in rows)] if lead else []
@@ -120,9 +121,9 @@ def launch(
         16 // itemsize, cols.size * parts, *(start * parts for start in starts),
         *(stride for dim in rows for stride in (dim.x, dim.out)),
     )  # fmt: skip
-    # Narrow loads and stores need an address each, and so a register more.
-    wide = cols.x == cols.out == parts and vector * itemsize == 16
-    at_most = _BYTES_A_THREAD // itemsize if wide else 32
+    # Narrow loads and stores need an address each, and so two registers more; in rows across memory, four.
+    wide = vector * itemsize >= 8
+    at_most = (_BYTES_A_THREAD // itemsize if wide else 32) if unit else 16
     warps = max(1, tile_rows * tile_cols * parts // (_WARP * at_most), tile_rows // _WARP if shares else 1)
     row_unit = parts == 1 and bool(rows) and rows[0].x == rows[0].out == 1
     col_tiles = -(-(cols.size + 127 * lead) // tile_cols)
@@ -144,6 +145,7 @@ def launch(
         "OUT_UNIT": cols.out == parts,
         "ROW_UNIT": row_unit,
         "LOG_ROWS": _log2(math.gcd(16, rows[0].size)) if row_unit else 0,
+        "LONG": row_count >= 2**31,
         "num_warps": warps,
     }
     return Launch((-(-row_count // tile_rows) * col_tiles,), integers, constants)
@@ -292,8 +294,9 @@ def fold(keys: Tensor, data: int | Tensor) -> Tensor:
     if out.numel():
         with _on(out.device):
             triton_kernels.fold[(-(-out.numel() // _FOLDS),)](
-                out, *_operand(keys, out), *_operand(data, out), out.numel(), SIZE=_FOLDS
-            )
+                out, *_operand(keys, out), *_operand(data, out), out.numel(),
+                SIZE=_FOLDS, enable_fp_fusion=False,
+            )  # fmt: skip
     return out
 
 
