@@ -41,7 +41,8 @@ def _plane(block, plane, k0, k1):
 @triton.jit
 def _decide(word, limit, less, undecided):
     """One more plane: what is below ``T`` so far, and what equals its bits so far."""
-    return less | (undecided & ~word & limit), undecided & ~(word ^ limit)
+    zeros = word ^ 0xFFFFFFFF  # the interpreter of Triton 3.8 has no ~ for uint32
+    return less | (undecided & zeros & limit), undecided & (zeros ^ limit)
 
 
 @triton.jit
@@ -235,8 +236,8 @@ def tile(
 
     if BLOCKS > 0:
         block = (first >> 7) + col_tile * BLOCKS + tl.arange(0, BLOCKS)[None, :]
-        zero = tl.zeros([ROWS, BLOCKS], tl.uint32)
-        u0, u1, u2, u3 = ~zero, ~zero, ~zero, ~zero
+        ones = tl.full([ROWS, BLOCKS], 0xFFFFFFFF, tl.uint32)
+        u0, u1, u2, u3 = ones, ones, ones, ones
     else:
         block = first >> 7
         bit, one = (first & 127).to(tl.int32), tl.full([ROWS, 1], 1, tl.uint32)
