@@ -29,8 +29,8 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
 
 _INTERPRETED = triton.knobs.runtime.interpret
 _WARP = 32
-# Elements from which each thread has a block of its own. Fewer need smaller tiles, so that all of a GPU works;
-# the interpreter, which takes 0.05 s a tile, needs large ones.
+# Elements from which each thread has a block of its own. Fewer need smaller tiles, so that all of a GPU works.
+# The interpreter takes 0.05 s a tile.
 _LARGE = 2**11 if _INTERPRETED else 2**20
 _MAX_DIMS = 4  # dimensions that number a tile's rows
 _BYTES_A_THREAD = 512  # 128 registers: 4 warps of such threads and more share a multiprocessor
@@ -63,7 +63,7 @@ def plan(dims: Sequence[Dim]) -> Plan:
     merged: list[Dim] = []
     for dim in sorted((dim for dim in dims if dim.size != 1), key=lambda dim: (-dim.out, -dim.x)):
         if merged and merged[-1].continues(dim):
-            dim = dim._replace(size=merged.pop().size * dim.size)
+            dim = Dim(merged.pop().size * dim.size, *dim[1:])
         merged.append(dim)
     one = Dim(1, 1, 1, 0, 0)
     inner = merged[-1] if merged else one
@@ -107,12 +107,13 @@ def launch(
     count, row_count = math.prod(shape), math.prod(dim.size for dim in rows)
     lead = not shares and any(start % 128 for start in (geometry.base, *(dim.mask for dim in rows)))
     lanes = _WARP if count >= _LARGE and not numbers else _WARP // 4
+    unit = cols.x == cols.out == parts
     if shares:
         blocks, tile_cols = 0, min(_power(cols.size), lanes * 128)
         tile_rows = min(_power(row_count), lanes * 128 // tile_cols, 16 * _WARP)
     else:
-        unit = cols.x == cols.out == parts
-        blocks = min(_power(-(-(cols.size + 127 * lead) // 128)), lanes if unit else 1)
+        most = lanes if unit else max(1, lanes // _power(row_count))
+        blocks = min(_power(-(-(cols.size + 127 * lead) // 128)), most)
         tile_cols = blocks * 128
         tile_rows = min(_power(row_count), lanes // blocks)
     starts = [geometry.base, *(dim.mask for dim in rows)] if lead else []
@@ -120,12 +121,11 @@ def launch(
         16 // itemsize, cols.size * parts, *(start * parts for start in starts),
         *(stride for dim in rows for stride in (dim.x, dim.out)),
     )  # fmt: skip
-    # Narrow loads and stores need an address each, and so a register more.
-    wide = cols.x == cols.out == parts and vector * itemsize == 16
-    at_most = _BYTES_A_THREAD // itemsize if wide else 32
-    warps = max(
-        1, tile_rows * tile_cols * parts // (_WARP * at_most), tile_rows // (2 * _WARP) if shares else 1
-    )
+    # Narrow loads and stores need an address each, and so two registers more; in rows across memory, four.
+    wide = vector * itemsize >= 8
+    at_most = (_BYTES_A_THREAD // itemsize if wide else 32) if unit else 16
+    decisions = tile_rows if shares else 1
+    warps = max(1, tile_rows * tile_cols * parts // (_WARP * at_most), decisions // (2 * _WARP))
     row_unit = parts == 1 and bool(rows) and rows[0].x == rows[0].out == 1
     col_tiles = -(-(cols.size + 127 * lead) // tile_cols)
     padded = rows + (Dim(1, 0, 0, 0, 0),) * (_MAX_DIMS - len(rows))
@@ -146,6 +146,7 @@ def launch(
         "OUT_UNIT": cols.out == parts,
         "ROW_UNIT": row_unit,
         "LOG_ROWS": _log2(math.gcd(16, rows[0].size)) if row_unit else 0,
+        "LONG": row_count >= 2**31,
         "num_warps": warps,
     }
     return Launch((-(-row_count // tile_rows) * col_tiles,), integers, constants)

@@ -125,6 +125,14 @@ def _offset(i0, i1, i2, i3, s0, s1, s2, s3, DIMS: tl.constexpr, UNIT: tl.constex
     return at
 
 
+@triton.jit
+def _split(i, size, LONG: tl.constexpr):
+    """``i % size`` and ``i // size``; dividing 64 bits is a call that spills registers of large tiles."""
+    if not LONG:
+        i, size = i.to(tl.uint32), tl.full([], size, tl.int64).to(tl.uint32)  # a size of 1 is a constexpr
+    return (i % size).to(tl.int64), (i // size).to(tl.int64)
+
+
 _SIZES = ["cols", "col_tiles", "rows", "n0", "n1", "n2"]
 _STRIDES = ["x_col", "x0", "x1", "x2", "x3", "out_col", "out0", "out1", "out2", "out3"]
 _STRIDES += ["m0", "m1", "m2", "m3", "key0", "key1", "key2", "key3"]
@@ -145,7 +153,7 @@ def tile(
     DIMS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
     HEAD: tl.constexpr, MORE: tl.constexpr, ALL: tl.constexpr, NUMBERS: tl.constexpr, PLAIN: tl.constexpr,
     DOUBLE: tl.constexpr, LEAD: tl.constexpr, LOG_VECTOR: tl.constexpr, X_UNIT: tl.constexpr,
-    OUT_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, LOG_ROWS: tl.constexpr,
+    OUT_UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, LOG_ROWS: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``ROWS`` rows.
 
@@ -158,17 +166,16 @@ def tile(
         r = tl.zeros([ROWS, 1], tl.int64)
         first, x_at, out_at, key_at = base + r, r, r, r
     else:
-        col_tile = pid % col_tiles
-        r = pid // col_tiles * ROWS + tl.arange(0, ROWS)[:, None]
+        col_tile, row_tile = _split(pid, col_tiles, False)
+        r = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
         in_rows = r < rows
         i0, i1, i2, i3 = r, r, r, r
         if DIMS > 1:
-            n0 = _multiple(n0, LOG_ROWS)
-            i0, i1 = r % n0, r // n0
+            i0, i1 = _split(r, _multiple(n0, LOG_ROWS), LONG)
         if DIMS > 2:
-            i1, i2 = i1 % n1, i1 // n1
+            i1, i2 = _split(i1, n1, LONG)
         if DIMS > 3:
-            i2, i3 = i2 % n2, i2 // n2
+            i2, i3 = _split(i2, n2, LONG)
         first = base + _offset(i0, i1, i2, i3, m0, m1, m2, m3, DIMS, False)
         x_at = _offset(i0, i1, i2, i3, x0, x1, x2, x3, DIMS, ROW_UNIT)
         out_at = _offset(i0, i1, i2, i3, out0, out1, out2, out3, DIMS, ROW_UNIT)
@@ -214,8 +221,8 @@ def tile(
 
     if BLOCKS > 0:
         block = (first >> 7) + col_tile * BLOCKS + tl.arange(0, BLOCKS)[None, :]
-        zero = tl.zeros([ROWS, BLOCKS], tl.uint32)
-        u0, u1, u2, u3 = ~zero, ~zero, ~zero, ~zero
+        ones = tl.full([ROWS, BLOCKS], 0xFFFFFFFF, tl.uint32)
+        u0, u1, u2, u3 = ones, ones, ones, ones
     else:
         block = first >> 7
         bit, one = (first & 127).to(tl.int32), tl.full([ROWS, 1], 1, tl.uint32)
