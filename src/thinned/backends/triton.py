@@ -29,7 +29,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
 
 _INTERPRETED = triton.knobs.runtime.interpret
 _WARP = 32
-# Elements from which each thread has a block of its own. Fewer need smaller tiles, so that all of a GPU works.
+# Elements from which each thread has a block of its own. Fewer need smaller tiles, to occupy all of a GPU.
 # The interpreter takes 0.05 s a tile.
 _LARGE = 2**11 if _INTERPRETED else 2**20
 _MAX_DIMS = 4  # dimensions that number a tile's rows
