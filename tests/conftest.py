@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name, None)
     for name in ("PYTEST_ADDOPTS", "PYTHONWARNINGS"):
         os.environ.pop(name, None)
+
+
+# Tests with so many tiles that Triton's interpreter takes more than 5 s.
+LONG_INTERPRETED = re.compile(
+    r"layers/(?!.*test_backends_agree)|test_chunks_are_parts|test_more_blocks|test_memory_layout"
+    r"|test_layouts(?!.*\(2, 3, 4, 5\))"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the tests that are long in Triton's interpreter to `make test-slow`."""
+    for item in items:
+        if "triton-interpreter" in item.name and LONG_INTERPRETED.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

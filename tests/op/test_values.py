@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,15 +81,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-FOR_SLOW = {(torch.float32, "transposed"), (torch.bfloat16, "channels_last")}
-
-
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex128], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 70, 8, 9), (65, 2, 3, 90)], ids=str)
-def test_layouts(backend: BackendUnderTest, layout: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if backend.slow and math.prod(shape) > 2000 and (dtype, layout) not in FOR_SLOW:
-        pytest.skip("Triton's interpreter has the small shape in all layouts, and the others in two")
+def test_layouts(layout: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = LAYOUTS[layout](oracle.specials(shape, dtype))
     before = oracle.bits(x)
     y = dropout(x, 0.1, key=thinned.Key(7))
