@@ -14,7 +14,7 @@ INSTALL = SKBUILD_CMAKE_DEFINE=THINNED_NATIVE=$(NATIVE) $(BIN)/python -m pip ins
   --no-compile --progress-bar off -c $(CONSTRAINTS) $(1) >$(VENV)/pip.log 2>&1 || { tail -n 40 $(VENV)/pip.log >&2; \
   echo "Setting up $(VENV) failed: above are the last lines of $(VENV)/pip.log. The next make tries again." >&2; exit 1; }
 
-.PHONY: help setup compare test test-torch test-slow sanitize lint bench doctor clean
+.PHONY: help setup compare test test-torch test-slow sanitize lint bench specialisations doctor clean
 help:
 	@echo "make compare    how three dropouts hold against the law of dropout"
 	@echo "make test       the tests"
@@ -23,6 +23,7 @@ help:
 	@echo "make sanitize   the kernel's own tests and a fuzz of its binding under ASan and UBSan"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      time against peers; appends to benchmarks/results.csv"
+	@echo "make specialisations  registers, spills and instructions of the GPU kernels, compiled without a GPU; some 10 minutes"
 	@echo "make doctor     versions, backends, instruction sets, threads; ARGS=--verify compares the backends"
 
 setup: $(VENV)/.tests
@@ -87,6 +88,9 @@ lint: $(VENV)/.tests
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+specialisations: $(VENV)/.tests
+	$(BIN)/python -m benchmarks.specialisations $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist
