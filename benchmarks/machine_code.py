@@ -124,10 +124,9 @@ def _reached(code: Sequence[Instruction], start: int) -> set[int]:
 
 
 def _loop(code: Sequence[Instruction]) -> range:
-    """The instructions of the only loop."""
+    """The instructions of the only loop, which begins where the farthest of its ends leads."""
     ends = _ends(code)
-    (header,) = {code[end].target or 0 for end in ends}
-    return range(header, max(ends) + 1)
+    return range(min(code[end].target or 0 for end in ends), max(ends) + 1)
 
 
 def executed(code: Sequence[Instruction], trips: float) -> float:
