@@ -244,5 +244,4 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, int, list[Instruction]]:
         code.append(
             Instruction(instruction, at[branch[2]], bool(branch[1])) if branch else Instruction(instruction)
         )
-    spilled = 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"])
-    return usage["vgpr_count"], spilled, usage["group_segment_fixed_size"], code
+    return usage["vgpr_count"], usage["private_segment_fixed_size"], usage["group_segment_fixed_size"], code

@@ -41,8 +41,8 @@ def _plane(block, plane, k0, k1):
 @triton.jit
 def _decide(word, limit, less, undecided):
     """One more plane: what is below ``T`` so far, and what equals its bits so far."""
-    zeros = word ^ 0xFFFFFFFF  # the interpreter of Triton 3.8 has no ~ for uint32
-    return less | (undecided & zeros & limit), undecided & (zeros ^ limit)
+    # The interpreter of Triton 3.8 has no ~ for uint32.
+    return less | (undecided & (word ^ 0xFFFFFFFF) & limit), undecided & (word ^ limit ^ 0xFFFFFFFF)
 
 
 @triton.jit
