@@ -14,7 +14,7 @@ INSTALL = SKBUILD_CMAKE_DEFINE=THINNED_NATIVE=$(NATIVE) $(BIN)/python -m pip ins
   --no-compile --progress-bar off -c $(CONSTRAINTS) $(1) >$(VENV)/pip.log 2>&1 || { tail -n 40 $(VENV)/pip.log >&2; \
   echo "Setting up $(VENV) failed: above are the last lines of $(VENV)/pip.log. The next make tries again." >&2; exit 1; }
 
-.PHONY: help setup compare test test-torch test-slow sanitize lint bench bench-gpu check-gpu doctor clean
+.PHONY: help setup compare test test-torch test-slow sanitize lint bench bench-gpu check-gpu specialisations doctor clean
 help:
 	@echo "make compare    how three dropouts hold against the law of dropout"
 	@echo "make test       the tests"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench      time against peers; appends to benchmarks/results.csv"
 	@echo "make bench-gpu  time on a GPU against peers, and check the targets; without a GPU a dry run that saves nothing"
 	@echo "make check-gpu  all that needs a GPU: doctor --verify, the tests marked gpu, bench-gpu"
+	@echo "make specialisations  registers, spills and instructions of the GPU kernels, compiled without a GPU; some 10 minutes"
 	@echo "make doctor     versions, backends, instruction sets, threads; ARGS=--verify compares the backends"
 
 setup: $(VENV)/.tests
@@ -100,6 +101,9 @@ check-gpu: $(VENV)/.tests
 	  $(BIN)/python -m pytest -q -m gpu --continue-on-collection-errors tests || failed=1; \
 	  $(BIN)/python -m benchmarks.gpu $(ARGS) || failed=1; \
 	  exit $$failed
+
+specialisations: $(VENV)/.tests
+	$(BIN)/python -m benchmarks.specialisations $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist

@@ -103,23 +103,38 @@ _M0 = f"{0xD2511F53 - 2**32:#x}"
 
 
 def _ends(code: Sequence[Instruction]) -> set[int]:
-    """The branches backward."""
-    return {i for i, step in enumerate(code) if step.target is not None and step.target < i}
+    """The branches backward to what leads to them again; others return from code behind the exit."""
+    backward = [i for i, step in enumerate(code) if step.target is not None and step.target < i]
+    return {i for i in backward if i in _reached(code, code[i].target or 0)}
+
+
+def _reached(code: Sequence[Instruction], start: int) -> set[int]:
+    found, ahead = set(), [start]
+    while ahead:
+        i = ahead.pop()
+        if i in found:
+            continue
+        found.add(i)
+        text, target, conditional = code[i]
+        if target is not None:
+            ahead.append(target)
+        if conditional or (target is None and not text.startswith(("EXIT", "s_endpgm", "RET"))):
+            ahead.append(i + 1)
+    return found
 
 
 def _loop(code: Sequence[Instruction]) -> range:
-    """The instructions of the only loop."""
+    """The instructions of the only loop, which begins where the farthest of its ends leads."""
     ends = _ends(code)
-    (header,) = {code[end].target or 0 for end in ends}
-    return range(header, max(ends) + 1)
+    return range(min(code[end].target or 0 for end in ends), max(ends) + 1)
 
 
 def executed(code: Sequence[Instruction], trips: float) -> float:
     """How many instructions a thread of a full tile executes.
 
     A branch backward is the loop that reads planes: it counts ``trips`` times the longest way through it. The
-    rest is the longest way from the first instruction to the exit that takes no ``CALL``: a 64-bit division
-    calls a function only where an operand is 2**32 or more.
+    rest is the longest way from the first instruction to the exit, without a ``CALL`` and without code behind
+    the exit: 64-bit divisions take these only where an operand is 2**32 or more.
     """
     exits = {
         i
@@ -229,5 +244,4 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, int, list[Instruction]]:
         code.append(
             Instruction(instruction, at[branch[2]], bool(branch[1])) if branch else Instruction(instruction)
         )
-    spilled = 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"])
-    return usage["vgpr_count"], spilled, usage["group_segment_fixed_size"], code
+    return usage["vgpr_count"], usage["private_segment_fixed_size"], usage["group_segment_fixed_size"], code
