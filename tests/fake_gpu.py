@@ -59,9 +59,12 @@ class _Driver:
         return lambda *arguments: launches.append(arguments)
 
 
-triton.runtime.driver.set_active(_Driver())
-torch.accelerator.current_device_index = lambda: None  # type: ignore[assignment,return-value]
-backends.why_not_triton = lambda device_type: "the CPU" if device_type == "cpu" else ""  # type: ignore[assignment]
+def install() -> None:
+    """Put the GPU into this process, for good."""
+    triton.runtime.driver.set_active(_Driver())
+    torch.accelerator.current_device_index = lambda: None  # type: ignore[assignment,return-value]
+    serves = {"cpu": "the CPU"}
+    backends.why_not_triton = lambda device_type: serves.get(device_type, "")  # type: ignore[assignment]
 
 
 def tensors_on(device: str) -> AbstractContextManager[Any]:

@@ -31,7 +31,8 @@ def keys(*shape: int) -> Tensor:
 
 def on_a_gpu(code: str) -> str:
     """What a process prints whose Triton compiles for a GPU, and which has this module's names."""
-    imports = f"import json\nfrom {__name__} import *\nfrom {__name__} import _graphs\n"
+    imports = "import json, fake_gpu\nfake_gpu.install()\n"
+    imports += f"from {__name__} import *\nfrom {__name__} import _graphs\n"
     return output(imports + code, TRITON_INTERPRET="0")
 
 

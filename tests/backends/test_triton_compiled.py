@@ -110,6 +110,8 @@ def test_every_kernel(target: str, tmp_path: Path) -> None:
 class Recorder:
     """A kernel that writes down the constants of its launches."""
 
+    __name__ = "recorder"
+
     def __init__(self) -> None:
         self.seen: dict[str, set[Any]] = defaultdict(set)
 

@@ -324,8 +324,8 @@ def fold(keys: Tensor, data: int | Tensor) -> Tensor:
         shape = torch.broadcast_shapes(keys.shape, data.shape)
         out = torch.empty(shape, dtype=torch.int64, device=(data if keys.is_cpu else keys).device)
     if out.numel():
-        arguments = out, *_operand(keys, out), *_operand(data, out), out.numel(), _FOLDS
-        _start(triton_kernels.fold, out, (-(-out.numel() // _FOLDS),), arguments, {})
+        arguments = out, *_operand(keys, out), *_operand(data, out), out.numel()
+        _start(triton_kernels.fold, out, (-(-out.numel() // _FOLDS),), arguments, {"SIZE": _FOLDS})
     return out
 
 
