@@ -101,6 +101,9 @@ OPAQUE = {
     "complex": Case(
         lambda x: F.dropout(x, 0.3).abs(), lambda: (floats(8, 64, dtype=torch.complex64),)
     ),
+    "five dimensions in five steps": Case(
+        lambda x: F.dropout(x, 0.3), lambda: (floats(2, 3, 2, 3, 2).permute(3, 1, 0, 2, 4).detach(),)
+    ),
     "six dimensions": Case(
         lambda x: F.dropout(x, 0.3), lambda: (floats(2, 3, 2, 3, 2, 3).permute(5, 3, 1, 0, 2, 4).detach(),)
     ),

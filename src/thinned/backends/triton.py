@@ -214,6 +214,8 @@ def _run(
         to.itemsize, parts, numbers,
     )  # fmt: skip
     if found is None:
+        if is_functional(out):
+            raise NotImplementedError("a compiler's tensor has one launch")
         dim = min((size, dim) for dim, size in enumerate(shape) if size > 1)[1]
         strides = (*geometry.strides[:dim], *geometry.strides[dim + 1 :])
         for i in range(shape[dim]):
