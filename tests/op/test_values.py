@@ -43,7 +43,7 @@ def test_all_half_precision_numbers(backend: BackendUnderTest, dtype: torch.dtyp
 
 
 @each_dtype
-@pytest.mark.parametrize(("shift", "fill"), [(0.25, 0.0), (0.0, -1.5), (-0.1, 0.7)])
+@pytest.mark.parametrize(("shift", "fill"), [(0.25, 0.0), (0.0, -1.5), (-0.1, 0.7), (0.0, 0.0), (0.0, -0.0)])
 def test_shift_and_fill(backend: BackendUnderTest, dtype: torch.dtype, shift: float, fill: float) -> None:
     x = oracle.specials((7, 101), dtype)
     arguments = torch.tensor(7), Geometry((101, 1)), spec.threshold(0.3), 1.1, shift, fill

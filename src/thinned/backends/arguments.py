@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -28,7 +29,7 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 def is_product(scale: float, shift: float, fill: float) -> bool:
     """Whether a result is ``x * scale`` or +0, with a scale of any finite number above 0 in float32."""
-    return not shift and not fill and 0 < scale < _FINITE
+    return not shift and not fill and math.copysign(1.0, fill) > 0 and 0 < scale < _FINITE
 
 
 def check_out(x: Tensor, out: Tensor) -> None:

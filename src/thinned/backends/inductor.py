@@ -5,7 +5,7 @@ The operation remains one opaque call, whose kernel launches when it runs, where
 - on other devices, and on Triton's under its interpreter;
 - where a size or stride is a symbol, since they decide how the kernel is compiled;
 - in exported programs;
-- for tensors of many dimensions, some of which need several launches;
+- for tensors whose dimensions need several launches;
 - for constants whose result a fused multiply-add would change: Inductor cannot forbid it, and we do.
 """
 
@@ -23,8 +23,6 @@ from thinned import backends
 from thinned.torch_state import on_functionalization
 
 __all__ = ["show_kernel"]
-
-_MAX_DIMS = 5
 
 
 class _Kernels:
@@ -45,7 +43,10 @@ def show_kernel(
     """Show a compiler what ``kernel`` launches for arguments that ``suits`` accepts."""
 
     def trace(*args: Any) -> Any:
-        return kernel(*args) if _is_static(args) and suits(*args) else NotImplemented
+        try:
+            return kernel(*args) if _is_static(args) and suits(*args) else NotImplemented
+        except NotImplementedError:  # several launches
+            return NotImplemented
 
     on_functionalization(library, name, trace, _Kernels())
 
@@ -58,9 +59,7 @@ def _is_static(args: tuple[Any, ...]) -> bool:
         return False
     lists = [arg for arg in args if isinstance(arg, (list, tuple))]
     lists += [sizes for tensor in tensors for sizes in (tensor.shape, tensor.stride())]
-    return max(map(len, lists), default=0) <= _MAX_DIMS and not any(
-        isinstance(arg, torch.SymInt | torch.SymFloat) for arg in chain(args, *lists)
-    )
+    return not any(isinstance(arg, torch.SymInt | torch.SymFloat) for arg in chain(args, *lists))
 
 
 def _compiled_by(device: torch.device) -> ModuleType | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -169,10 +170,13 @@ def decision(T: int) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1024)
-def _bits(double: bool, *numbers: float) -> tuple[int, ...]:
-    """The bits of floating-point arguments, which Triton would round to float32."""
+def _bits(double: bool, numbers: bytes) -> tuple[int, ...]:
+    """The bits of floating-point arguments, which Triton would round to float32.
+
+    The doubles come as bytes, since a cache takes 0.0 and -0.0 for one number.
+    """
     with np.errstate(over="ignore"):
-        values = np.array(numbers, np.float64 if double else np.float32)
+        values = np.frombuffer(numbers).astype(np.float64 if double else np.float32)
     return tuple(values.view(np.int64 if double else np.int32).tolist())
 
 
@@ -210,6 +214,8 @@ def _run(
         to.itemsize, parts, numbers,
     )  # fmt: skip
     if found is None:
+        if is_functional(out):
+            raise NotImplementedError("a compiler's tensor has one launch")
         dim = min((size, dim) for dim, size in enumerate(shape) if size > 1)[1]
         strides = (*geometry.strides[:dim], *geometry.strides[dim + 1 :])
         for i in range(shape[dim]):
@@ -286,7 +292,7 @@ def masked_affine(
     double = x.dtype in (torch.float64, torch.complex128)
     plain = is_product(scale, shift, fill)
     # Adding -0.0 changes no number; adding 0.0 would change -0.0.
-    reals = _bits(double, scale, *((0.0, 0.0) if plain else (shift or -0.0, fill)))
+    reals = _bits(double, struct.pack("3d", scale, *((0.0, 0.0) if plain else (shift or -0.0, fill))))
     _run(x.resolve_conj(), out, key, geometry, T, reals, kinds={"PLAIN": plain, "DOUBLE": double})
     return out
 
