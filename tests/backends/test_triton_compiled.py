@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import log2
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -42,8 +42,11 @@ HEADLINE = [
 AT_MOST = {"flat, bfloat16, p = 0.5": 8, "flat, bfloat16, p = 0.1": 12}
 
 
-def compiled(names: Iterable[str], target: str, cache: Path) -> dict[str, dict[str, Any]]:
-    """Facts of each case's kernel, compiled in a process where kernels are not interpreted."""
+Facts: TypeAlias = dict[str, dict[str, Any]]  # of the kernel of each case
+
+
+def compiled(names: dict[str, list[str]], cache: Path) -> dict[str, Facts]:
+    """Facts by target, compiled in a process where kernels are not interpreted."""
     code = f"""
         import json
         from benchmarks.specialisations import measured
@@ -53,7 +56,8 @@ def compiled(names: Iterable[str], target: str, cache: Path) -> dict[str, dict[s
             return dict(constants=kernel.constants, spilled=kernel.spilled, registers=kernel.registers,
                         loads=loads, stores=stores, instructions=kernel.instructions_an_element)
 
-        print(json.dumps({{name: facts(measured(name, {target!r})) for name in {list(names)!r}}}))
+        print(json.dumps({{target: {{name: facts(measured(name, target)) for name in names}}
+                          for target, names in {names!r}.items()}}))
     """
     return json.loads(output(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache)))  # type: ignore[no-any-return]
 
@@ -91,20 +95,26 @@ def narrow(name: str, kernel: dict[str, Any]) -> list[str]:
     return found
 
 
-def all_broken(names: Iterable[str], target: str, cache: Path) -> dict[str, list[str]]:
-    kernels = compiled(names, target, cache)
+def all_broken(kernels: Facts, target: str) -> dict[str, list[str]]:
     return {name: found for name, kernel in kernels.items() if (found := broken(name, target, kernel))}
 
 
+@pytest.fixture(scope="module")
+def headlines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Facts]:
+    names = dict.fromkeys(TARGETS, EVERYWHERE) | {"sm_90": HEADLINE}
+    return compiled(names, tmp_path_factory.mktemp("cache"))
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_headline_kernels(target: str, tmp_path: Path) -> None:
-    assert all_broken(HEADLINE if target == "sm_90" else EVERYWHERE, target, tmp_path) == {}
+def test_headline_kernels(headlines: dict[str, Facts], target: str) -> None:
+    assert all_broken(headlines[target], target) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel(target: str, tmp_path: Path) -> None:
-    assert all_broken(map(str, cases()), target, tmp_path) == {}
+    kernels = compiled({target: [str(case) for case in cases()]}, tmp_path)
+    assert all_broken(kernels[target], target) == {}
 
 
 class Recorder:
