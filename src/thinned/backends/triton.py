@@ -126,7 +126,7 @@ def launch(
     wide = vector * itemsize >= 8
     at_most = (_BYTES_A_THREAD // itemsize if wide else 32) if unit else 16
     decisions = tile_rows if shares else 1
-    warps = max(1, tile_rows * tile_cols * parts // (_WARP * at_most), decisions // (2 * _WARP))
+    warps = max(1, tile_rows * tile_cols * parts // (_WARP * at_most), decisions // _WARP)
     row_unit = parts == 1 and bool(rows) and rows[0].x == rows[0].out == 1
     col_tiles = -(-(cols.size + 127 * lead) // tile_cols)
     padded = rows + (Dim(1, 0, 0, 0, 0),) * (_MAX_DIMS - len(rows))
