@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ HEADLINE = [
 ]
 # A copy of bfloat16 at the bandwidth of an H100 leaves time for 19.
 AT_MOST = {"flat, bfloat16, p = 0.5": 8, "flat, bfloat16, p = 0.1": 12}
+# Bytes that only Triton 3.6 spills.
+SPILLED = {("odd shard, float32, p = 0.1", "sm_90"): 24} if version("triton").startswith("3.6.") else {}
 
 
 def compiled(names: Iterable[str], target: str, cache: Path) -> dict[str, dict[str, Any]]:
@@ -61,7 +64,7 @@ def compiled(names: Iterable[str], target: str, cache: Path) -> dict[str, dict[s
 def broken(name: str, target: str, kernel: dict[str, Any]) -> list[str]:
     """What a kernel promises and does not keep."""
     found = []
-    if kernel["spilled"]:
+    if kernel["spilled"] > SPILLED.get((name, target), 0):
         found.append(f"spills {kernel['spilled']} bytes")
     if not kernel["instructions"] > 0:
         found.append(f"no way through the kernel: {kernel['instructions']}")
