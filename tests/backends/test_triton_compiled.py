@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from importlib.metadata import version
 from math import log2
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,7 +15,7 @@ import torch
 
 from process import output
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks.machine_code import TARGETS, Instruction, executed, expected_trips
 from benchmarks.specialisations import cases
@@ -41,7 +42,7 @@ HEADLINE = [
 # A copy of bfloat16 at the bandwidth of an H100 leaves time for 19.
 AT_MOST = {"flat, bfloat16, p = 0.5": 8, "flat, bfloat16, p = 0.1": 12}
 # Bytes that only Triton 3.6 spills.
-SPILLED = {("odd shard, float32, p = 0.1", "sm_90"): 24} if triton.__version__.startswith("3.6.") else {}
+SPILLED = {("odd shard, float32, p = 0.1", "sm_90"): 24} if version("triton").startswith("3.6.") else {}
 
 
 Facts: TypeAlias = dict[str, dict[str, Any]]  # of the kernel of each case
