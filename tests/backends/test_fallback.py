@@ -90,6 +90,18 @@ def test_table() -> None:
     assert backends.for_device("cpu") in found.values()
 
 
+def test_why_triton_does_not_serve_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["thinned.backends.describe"], "devices", lambda: ["cpu", "mps"])
+    assert backends.describe()["serves"]["mps"] == "portable: Triton makes kernels for cuda and xpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert backends.why_not_triton("cuda").endswith("capability 8.0 or higher, and this GPU has 7.5")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert backends.why_not_triton("cuda") == backends.missing().get("triton", "")
+
+
 def test_portable_takes_over_with_one_warning_and_the_same_results() -> None:
     printed = output(
         WITHOUT_NATIVE

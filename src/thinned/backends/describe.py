@@ -37,11 +37,17 @@ def describe() -> dict[str, Mapping[str, Value]]:
         },
         "backends": dict.fromkeys(backends.available(), "available")
         | {name: f"missing: {reason}" for name, reason in backends.missing().items()},
-        "serves": {device: backends.name_for(device) for device in devices()},
+        "serves": {device: _serving(device) for device in devices()},
     }
     if "native" in backends.available():
         sections["native"] = _native()
     return sections
+
+
+def _serving(device: str) -> str:
+    """The backend that serves a device; for a slow one on an accelerator, with the reason."""
+    name = backends.name_for(device)
+    return f"portable: {backends.why_not_triton(device)}" if name == "portable" and device != "cpu" else name
 
 
 def _native() -> dict[str, Value]:
