@@ -44,6 +44,18 @@ def test_import_patches_nothing_of_torch() -> None:
     assert [name for name in output(PATCHED).split() if "safe_globals" not in name] == []
 
 
+ON_THE_CPU = """
+    import sys, torch, thinned
+    layer = torch.compile(thinned.Dropout(0.5), backend="aot_eager")
+    layer(torch.ones(8, requires_grad=True)).sum().backward()
+    print("thinned.backends.triton" in sys.modules)
+"""
+
+
+def test_the_cpu_needs_no_triton() -> None:
+    assert output(ON_THE_CPU).split() == ["False"]
+
+
 @pytest.mark.parametrize(
     "module",
     [thinned, thinned.functional, thinned.schedules, thinned.spec, thinned.backends],

@@ -23,7 +23,7 @@ except ImportError as error:
 else:
     _NATIVE_MISSING = ""
 
-_TRITONS_DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda too
+ACCELERATORS = ("cuda", "xpu")  # those that Triton serves; torch calls AMD's GPUs cuda too
 
 __all__ = ["Backend", "available", "describe", "for_device", "missing", "name_for", "why_not_triton"]
 
@@ -97,8 +97,8 @@ def missing() -> dict[str, str]:
 
 def why_not_triton(device_type: str) -> str:
     """Why the Triton backend does not serve a type of device; empty if it does."""
-    if device_type not in _TRITONS_DEVICES:
-        return f"Triton makes kernels for {' and '.join(_TRITONS_DEVICES)}"
+    if device_type not in ACCELERATORS:
+        return f"Triton makes kernels for {' and '.join(ACCELERATORS)}"
     if device_type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
         oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
         if oldest < (8, 0):

@@ -106,7 +106,8 @@ def launch(
     if len(rows) > _MAX_DIMS:
         return None
     count, row_count = math.prod(shape), math.prod(dim.size for dim in rows)
-    lead = not shares and any(start % 128 for start in (geometry.base, *(dim.mask for dim in rows)))
+    starts = () if shares else (geometry.base, *(dim.mask for dim in rows))
+    lead = any(start % 128 for start in starts)
     lanes = _WARP if count >= _LARGE and not numbers else _WARP // 4
     unit = cols.x == cols.out == parts
     if shares:
@@ -117,9 +118,8 @@ def launch(
         blocks = min(_power(-(-(cols.size + 127 * lead) // 128)), most)
         tile_cols = blocks * 128
         tile_rows = min(_power(row_count), lanes // blocks)
-    starts = [geometry.base, *(dim.mask for dim in rows)] if lead else []
     vector = math.gcd(
-        16 // itemsize, cols.size * parts, *(start * parts for start in starts),
+        16 // itemsize, cols.size * parts, *(start * parts for start in starts if lead),
         *(stride for dim in rows for stride in (dim.x, dim.out)),
     )  # fmt: skip
     # Narrow loads and stores need an address each, and so two registers more; in rows across memory, four.

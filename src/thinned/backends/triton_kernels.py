@@ -256,9 +256,7 @@ def tile(
             tl.store(out_ptr + out_at, keep.to(out_ptr.dtype.element_ty), mask=inside)
         else:
             value = _widened(x, DOUBLE)
-            if (
-                PLAIN
-            ):  # fill and shift are 0; zeros before the product spare bfloat16 two instructions an element
+            if PLAIN:  # shift and fill are 0; a select before the product saves bfloat16 1.4 instructions
                 value = tl.where(keep, value, 0.0) * _real(scale, DOUBLE)
             else:
                 value = value * _real(scale, DOUBLE)

@@ -14,7 +14,6 @@ from thinned.backends.describe import devices
 __all__ = ["Variant", "variants"]
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
-ACCELERATORS = ("cuda", "xpu")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def variants() -> list[Variant]:
     >>> [str(variant) for variant in variants()][:4]
     ['native baseline', 'native avx2', 'native avx512', 'portable']
     """
-    everywhere = dict.fromkeys(("cpu", *ACCELERATORS, *devices()))
+    everywhere = dict.fromkeys(("cpu", *backends.ACCELERATORS, *devices()))
     names = {*backends.available(), *backends.missing()}
     return [Variant("native", isa=isa) for isa in INSTRUCTION_SETS] + [
         Variant(name, device) for name in sorted(names - {"native"}) for device in everywhere

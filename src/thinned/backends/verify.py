@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from typing import cast
 
@@ -60,14 +61,18 @@ _PLACES = (
     (_ROWS, (5, 60), shared((5, 60), (), key_dims=1)),
     (_ROWS[:3].expand(2, 3), (2, 3, 20), shared((2, 3, 20), (), key_dims=2)),
 )
-_EVEN = next(int(u) for u in spec.uniform(_KEY % 2**64, np.arange(300, dtype=np.uint64)) if u % 2 == 0)
-# The last two decide at the last bit plane whether one element is kept.
-_THRESHOLDS = (*map(spec.threshold, (0.1, 0.5, 0.25, 0.9, 1e-9, 1 - 1e-9, 0, 1)), _EVEN, _EVEN + 1)
+
+
+@cache
+def _thresholds() -> tuple[int, ...]:
+    """The last two decide at the last bit plane whether one element is kept."""
+    even = next(int(u) for u in spec.uniform(_KEY % 2**64, np.arange(300, dtype=np.uint64)) if u % 2 == 0)
+    return (*map(spec.threshold, (0.1, 0.5, 0.25, 0.9, 1e-9, 1 - 1e-9, 0, 1)), even, even + 1)
 
 
 def _masks(backend: Backend, device: str) -> Iterator[Tensor]:
     for number, (key, shape, geometry) in enumerate(_PLACES):
-        for T in _THRESHOLDS[: 2 if number else None]:
+        for T in _thresholds()[: 2 if number else None]:
             yield backend.keep_mask(key.to(device), shape, geometry, T)
 
 
