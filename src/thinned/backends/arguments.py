@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thinned.geometry import Geometry, span
 
-__all__ = ["DTYPES", "check_dtype", "check_key", "check_mask", "check_out", "is_product"]
+__all__ = ["DTYPES", "check_dtype", "check_key", "check_mask", "check_out", "checked_out", "is_product"]
 
 _FINITE = torch.finfo(torch.float32).max
 DTYPES = frozenset(
@@ -39,6 +39,17 @@ def check_out(x: Tensor, out: Tensor) -> None:
             f"out of shape {tuple(out.shape)}, {out.dtype} on {out.device} does not fit x of shape "
             f"{tuple(x.shape)}, {x.dtype} on {x.device}; accepted: a tensor like x"
         )
+
+
+def checked_out(x: Tensor, key: int | Tensor, out: Tensor | None) -> Tensor:
+    """``out``, or a new tensor like ``x``; RuntimeError if ``x``, ``key`` and ``out`` do not fit together."""
+    check_dtype(x.dtype)
+    if isinstance(key, Tensor):
+        check_key(key, x.shape, x.device)
+    if out is None:
+        return torch.empty_like(x)
+    check_out(x, out)
+    return out
 
 
 def check_key(key: Tensor, shape: tuple[int, ...], device: torch.device | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinned.backends.arguments import check_dtype, check_key, check_mask, check_out
+from thinned.backends.arguments import check_key, check_mask, checked_out
 from thinned.backends.rows import by_rows
 from thinned.geometry import Geometry, shared
 from thinned.philox import high32, join, low32, philox4x32
@@ -35,14 +35,9 @@ def masked_affine(
     out: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`thinned.backends.Backend.masked_affine`."""
-    check_dtype(x.dtype)
     if isinstance(key, int):
         key = torch.full((), key, dtype=torch.int64, device=x.device)
-    check_key(key, x.shape, x.device)
-    if out is None:
-        out = torch.empty_like(x)
-    else:
-        check_out(x, out)
+    out = checked_out(x, key, out)
     keep, target = keep_mask(key, tuple(x.shape), geometry or shared(x.shape), T), out
     if x.is_complex():
         x, target, keep = torch.view_as_real(x.resolve_conj()), torch.view_as_real(out), keep.unsqueeze(-1)

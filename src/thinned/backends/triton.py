@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from thinned.backends import triton_kernels
-from thinned.backends.arguments import check_dtype, check_key, check_mask, check_out, is_product
+from thinned.backends.arguments import check_key, check_mask, checked_out, is_product
 from thinned.geometry import Geometry, shared_cached
 from thinned.philox import high32, low32
 from thinned.torch_state import is_functional
@@ -280,13 +280,7 @@ def masked_affine(
     out: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`thinned.backends.Backend.masked_affine`."""
-    check_dtype(x.dtype)
-    if isinstance(key, Tensor):
-        check_key(key, x.shape, x.device)
-    if out is None:
-        out = torch.empty_like(x)
-    else:
-        check_out(x, out)
+    out = checked_out(x, key, out)
     geometry = geometry or shared_cached(x.shape)
     check_mask(x.shape, geometry, T)
     double = x.dtype in (torch.float64, torch.complex128)
