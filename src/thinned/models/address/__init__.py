@@ -26,7 +26,7 @@ from thinned.op.vmap_keys import key_per_call
 from thinned.philox import signed64
 from thinned.torch_state import compiling
 
-__all__ = ["Address", "address"]
+__all__ = ["Address", "address", "ids_of"]
 
 
 def address(
@@ -117,7 +117,7 @@ class Address:
         self.hooks = hooks_of(model)
         self._model = model
         self._root = _seed(seed).fold(_step(step))
-        self.samples = None if samples is None else _ids(samples)
+        self.samples = None if samples is None else ids_of(samples)
         self.sample_dim, self.sample_dims = _dims(sample_dim, self.hooks)
         self._device = next((parameter.device for parameter in model.parameters()), None)
         self._on_device = self._root, self.samples
@@ -153,6 +153,10 @@ class Address:
         while not compiling() and running.address is not self:
             running = running._outer
         running.end()
+
+    def finish(self, key: Key) -> Key:
+        """The key that a call gets in place of ``key``, for subclasses."""
+        return key
 
     def parts(self, device: torch.device) -> tuple[Key, Tensor | None]:
         """The step's key and the samples, for an input on ``device``.
@@ -293,7 +297,7 @@ class _Running(Counting):
             key = _of_samples(key, samples, input, sample_dim, path)
         if key.shape and key.bits.device != input.device:
             key = key.to(input.device)
-        return key_per_call(key)
+        return self.address.finish(key_per_call(key))
 
 
 def _site(path: str, call: int) -> str:
@@ -374,7 +378,8 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
     return Key.from_bits(keys.bits.repeat_interleave(rows_each)).fold(rows)
 
 
-def _ids(samples: Tensor | Iterable[int]) -> Tensor:
+def ids_of(samples: Tensor | Iterable[int]) -> Tensor:
+    """The ids in an int64 tensor of one dimension; TypeError and ValueError for others."""
     if isinstance(samples, Tensor):
         if samples.dtype != torch.int64 or samples.dim() != 1:
             got = f"{samples.dtype} of shape {tuple(samples.shape)}"

@@ -1,0 +1,211 @@
+"""Draws of a model: several at once by vmap, several in one batch, or one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from thinned.keys import Key
+from thinned.models.address import Address
+from thinned.models.intercept import intercept
+
+__all__ = ["Batch", "Draw", "Drawing", "Outputs", "Route"]
+
+Outputs: TypeAlias = tuple[Tensor, ...]
+Route: TypeAlias = Literal["vmap", "batch", "one by one"]
+SLOWER: dict[Route, Route] = {"vmap": "batch", "batch": "one by one"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one call of the model, and an id for each of its examples.
+
+    Each tensor among the arguments whose dimension 0 is as long as ``ids`` has an example in each row.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with ``function`` of the ids and of each tensor that has an example in each row."""
+
+        def each(value: Any) -> Any:
+            has_rows = isinstance(value, Tensor) and value.dim() and len(value) == len(self)
+            return function(value) if has_rows else value
+
+        return Batch(
+            tuple(map(each, self.args)),
+            {name: each(value) for name, value in self.kwargs.items()},
+            function(self.ids),
+        )
+
+
+class Draw(Address):
+    r"""The address of a draw: a mask is a function of seed, draw, site, example and position alone.
+
+    .. math:: \text{Key}(seed).\text{fold}(root).\text{fold}(site).\text{fold}(example)
+        \;[.\text{stratified}(stratum, strata)]
+
+    ``root`` is the number of an independent draw, or of a stratified set, in which the draw is number
+    ``stratum``. Either may be a tensor with a number for each row.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        seed: int | Key,
+        root: int | Tensor,
+        ids: Tensor,
+        stratum: int | Tensor | None = None,
+        strata: int = 1,
+    ) -> None:
+        rows = isinstance(root, Tensor) and root.dim() > 0
+        super().__init__(model, seed, 0 if rows else root, ids)
+        if rows:
+            self._root = (seed if isinstance(seed, Key) else Key(seed)).fold(root)
+            self._on_device = self._root, self._on_device[1]
+        self._stratum, self._strata = stratum, strata
+
+    def finish(self, key: Key) -> Key:
+        """See :meth:`thinned.models.address.Address.finish`."""
+        stratum = self._stratum
+        if stratum is None:
+            return key
+        if isinstance(stratum, Tensor):
+            stratum = stratum.to(key.bits.device)
+            if stratum.dim():
+                stratum = stratum.repeat_interleave(len(key.bits) // len(stratum))
+        return key.stratified(stratum, self._strata)
+
+
+class Drawing:
+    """Computes draws by the first of three routes that gives the model's own results.
+
+    - ``"vmap"``: :func:`torch.vmap` over the draws. The model's results before its first dropout do not depend
+      on the draw, so vmap computes them once.
+    - ``"batch"``: each example as often as there are draws, in one batch.
+    - ``"one by one"``: a call of the model for each draw.
+
+    A draw of the first batch is computed alone. A route that raises there, or whose first draw differs from
+    that one by more than rounding, gives way to the next; ``why`` then has the reasons.
+
+    Args:
+        model: the model, in :func:`thinned.montecarlo.dropping.only_dropout`.
+        read: takes a model's output and returns a tuple of floating-point tensors with examples as rows.
+        seed: as of :func:`thinned.address`.
+        strata: the number of draws of a stratified set; 1 for independent draws.
+        budget: bytes that the results of one chunk of draws may take.
+    """
+
+    def __init__(
+        self, model: nn.Module, read: Callable[[Any], Outputs], seed: int | Key, strata: int, budget: int
+    ) -> None:
+        self.model, self.read, self.seed, self.strata = model, read, seed, strata
+        self.route: Route = "vmap"
+        self.why: list[str] = []
+        self._budget = budget
+        self._alone: Outputs | None = None
+        self._held = False
+        self._row_bytes = 1.0
+
+    def at_once(self, batch: Batch) -> int:
+        """How many draws of ``batch`` fit into the budget."""
+        if self._alone is None:
+            with _Largest() as largest:
+                self._alone = self._call(batch, 0)
+            # An operation reads one such result and writes another; a third waits for a residual connection.
+            self._row_bytes = 3 * largest.bytes / len(batch)
+        if self.route == "one by one":
+            return 1
+        return max(1, int(self._budget / max(1.0, self._row_bytes * len(batch))))
+
+    def __call__(self, batch: Batch, first: int, count: int) -> Outputs:
+        """Draws ``first`` to ``first + count - 1``, which are of one set, along a new dimension 0."""
+        if self._held:
+            return ROUTES[self.route](self, batch, first, count)
+        while True:
+            try:
+                draws = ROUTES[self.route](self, batch, first, count)
+            except Exception as error:
+                if self.route == "one by one":
+                    raise
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            else:
+                if self._alone is None or _close([draw[0] for draw in draws], self._alone):
+                    self._held = True
+                    return draws
+                reason = "its first draw differs from that draw alone"
+            self.why.append(f"{self.route}: {reason}")
+            self.route = SLOWER[self.route]
+
+    def _call(self, batch: Batch, draw: int | Tensor, of_set: int = 0) -> Outputs:
+        stratum = None if self.strata == 1 else draw
+        root = draw if self.strata == 1 else of_set
+        with intercept(), Draw(self.model, self.seed, root, batch.ids, stratum, self.strata):
+            return self.read(self.model(*batch.args, **batch.kwargs))
+
+    def _split(self, first: int) -> tuple[int, int]:
+        """The set of a draw, and its number within the set."""
+        return (0, first) if self.strata == 1 else divmod(first, self.strata)
+
+    def _by_vmap(self, batch: Batch, first: int, count: int) -> Outputs:
+        of_set, first = self._split(first)
+        draws = torch.arange(first, first + count, device=batch.ids.device)
+        call = torch.vmap(lambda draw: self._call(batch, draw, of_set), randomness="same")
+        return call(draws)
+
+    def _in_batch(self, batch: Batch, first: int, count: int) -> Outputs:
+        of_set, first = self._split(first)
+        rows = batch.map(lambda tensor: tensor.repeat(count, *(1,) * (tensor.dim() - 1)))
+        draws = torch.arange(first, first + count, device=batch.ids.device).repeat_interleave(len(batch))
+        outputs = self._call(rows, draws, of_set)
+        return tuple(output.unflatten(0, (count, len(batch))) for output in outputs)
+
+    def _one_by_one(self, batch: Batch, first: int, count: int) -> Outputs:
+        of_set, first = self._split(first)
+        each = [self._call(batch, draw, of_set) for draw in range(first, first + count)]
+        return tuple(map(torch.stack, zip(*each, strict=True)))
+
+
+ROUTES: dict[Route, Callable[[Drawing, Batch, int, int], Outputs]] = {
+    "vmap": Drawing._by_vmap,
+    "batch": Drawing._in_batch,
+    "one by one": Drawing._one_by_one,
+}
+
+
+def _close(draws: Sequence[Tensor], alone: Sequence[Tensor]) -> bool:
+    """Whether they are equal but for rounding, relative to the largest number."""
+    for draw, one in zip(draws, alone, strict=True):
+        if draw.shape != one.shape:
+            return False
+        room = 64 * torch.finfo(one.dtype).eps * float(one.abs().amax()) if one.numel() else 0.0
+        if not torch.allclose(draw, one, rtol=0, atol=room, equal_nan=True):
+            return False
+    return True
+
+
+class _Largest(TorchFunctionMode):
+    """Notes the size of the largest result of a torch function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple) else (result,):
+            if isinstance(each, Tensor):
+                self.bytes = max(self.bytes, each.numel() * each.element_size())
+        return result
