@@ -90,8 +90,8 @@ class Draw(Address):
 class Drawing:
     """Computes draws by the first of three routes that gives the model's own results.
 
-    - ``"vmap"``: :func:`torch.vmap` over the draws. The model's results before its first dropout do not depend
-      on the draw, so vmap computes them once.
+    - ``"vmap"``: :func:`torch.vmap` over the draws. The model's results before its first dropout do not
+      depend on the draw, so vmap computes them once.
     - ``"batch"``: each example as often as there are draws, in one batch.
     - ``"one by one"``: a call of the model for each draw.
 

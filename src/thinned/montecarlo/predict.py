@@ -59,8 +59,8 @@ def predict(
     .. math:: \bar f(x) = \frac1T\sum_{t=1}^T f_t(x), \qquad
         f_t \text{ the model under the masks of draw } t
 
-    Only dropout is switched on, whatever the flags of the model: dropout modules, functional dropout, attention
-    and recurrent layers that drop, all that :func:`thinned.inspect` lists and a key reaches. Afterwards, also
+    Only dropout is switched on, whatever the flags of the model: dropout modules, functional dropout,
+    attention and recurrent layers that drop, all that :func:`thinned.inspect` lists and a key reaches. Afterwards, also
     after an exception, batch normalization's statistics, every module's ``training`` and torch's generators
     are what they were.
 
