@@ -60,9 +60,9 @@ def predict(
         f_t \text{ the model under the masks of draw } t
 
     Only dropout is switched on, whatever the flags of the model: dropout modules, functional dropout,
-    attention and recurrent layers that drop, all that :func:`thinned.inspect` lists and a key reaches. Afterwards, also
-    after an exception, batch normalization's statistics, every module's ``training`` and torch's generators
-    are what they were.
+    attention and recurrent layers that drop, all that :func:`thinned.inspect` lists and a key reaches.
+    Afterwards, also after an exception, batch normalization's statistics, every module's ``training`` and
+    torch's generators are what they were.
 
     A draw's masks are a function of seed, draw, site and example. So a result does not depend on the batch
     size, on chunks or on the device, but for rounding. A model whose own function mixes the examples of a
