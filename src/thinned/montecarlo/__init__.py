@@ -1,0 +1,1 @@
+"""Predictive distributions of models with dropout: Monte-Carlo dropout."""
