@@ -7,11 +7,14 @@ with, by name, and ``output(model, batch)`` one tensor of a call. ``MODELS`` is 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,13 +28,37 @@ SMALL: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num
 SMALL |= {"intermediate_size": 2 * WIDTH}
 
 
+def _torchvision_fits() -> bool:
+    """Whether torchvision imports; if not, it will not be found from now on."""
+    try:
+        importlib.import_module("torchvision.ops")
+    except Exception:  # its compiled part does not fit the installed torch
+        sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+        return False
+    return True
+
+
+def import_beside_torchvision(name: str) -> Any:
+    """A module that imports torchvision, which may be installed and not fit the installed torch."""
+    version = importlib.metadata.version
+
+    def without_torchvision(name: str) -> str:
+        if name == "torchvision":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        if not _torchvision_fits():
+            imports = importlib.import_module("lightning_utilities.core.imports")
+            stack.enter_context(mock.patch.object(imports, "_version", without_torchvision))
+        return importlib.import_module(name)
+
+
 def _transformers() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            importlib.import_module("torchvision.ops")
-        except Exception:  # torchvision's compiled part does not fit the installed torch
-            sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+        _torchvision_fits()
         import transformers
 
         transformers.logging.set_verbosity_error()

@@ -19,6 +19,7 @@ from matplotlib.image import imsave
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
+from thinned.colours import GREY, PALETTE
 from thinned.compare.figures import count, duration
 from thinned.compare.report import Report
 from thinned.compare.timing import DIRECTIONS, MULTIPLY
@@ -27,9 +28,6 @@ from thinned.compare.training import WITHOUT, Run
 __all__ = ["drop_rates", "errors", "mask_picture", "speed", "test_errors", "thinned_networks"]
 
 INK = "#010203"  # becomes currentColor, which Matplotlib does not know
-GREY = "#8a8f98"
-PALETTE = ("#0c9a74", "#e0662f", "#6f73d2", "#c2417c", "#b8922b", "#3b8fc4", "#8d6a4f", "#7aa51e")
-
 
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import logging
 import pickle
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -71,23 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def import_lightning() -> Any:
-    """lightning.pytorch, also where the installed torchvision, which it would import, does not fit torch."""
-    zoo._transformers()  # where this is tried
-    version = importlib.metadata.version
-
-    def without_torchvision(name: str) -> str:
-        if name == "torchvision":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
-
-    fits = sys.modules.get("torchvision", importlib) is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        imports = importlib.import_module("lightning_utilities.core.imports")
-        with (
-            contextlib.nullcontext() if fits else mock.patch.object(imports, "_version", without_torchvision)
-        ):
-            return importlib.import_module("lightning.pytorch")
+    return zoo.import_beside_torchvision("lightning.pytorch")
 
 
 def callback_of(framework: str) -> Any:
