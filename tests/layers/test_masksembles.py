@@ -250,6 +250,20 @@ def test_export_with_a_dynamic_batch(training: bool) -> None:
         oracle.assert_same(chosen.module()(x, member=members), layer(x, member=members))
 
 
+def scripted(x: Tensor, masks: Tensor, member: Tensor) -> Tensor:
+    return masksembles(x, masks, member=member)
+
+
+def test_torchscript() -> None:
+    layer, x = Masksembles(12).eval(), torch.randn(5, 12)
+    module = torch.jit.freeze(torch.jit.script(layer))
+    function = torch.jit.script(scripted)
+    for rows in (5, 3, 8):
+        x, members = torch.randn(rows, 12), torch.arange(rows) % 4
+        oracle.assert_same(module(x), layer(x))
+        oracle.assert_same(function(x, MASKS, members), masksembles(x, MASKS, member=members))
+
+
 def test_masks_are_saved_with_the_weights() -> None:
     trained, fresh = Masksembles(12, seed=7), Masksembles(12)
     x = torch.randn(4, 12)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from fractions import Fraction
-from itertools import count
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,7 @@ def masksembles_masks(channels: int, n: int = 4, scale: float = 2.0, *, seed: in
     """
     check_integer("channels", channels, least=1)
     check_integer("n", n, least=1)
+    channels, n = index(channels), index(n)  # a tensor's text is no part of a key
     ones = _ones(channels, n, scale)
     key = Key(seed).fold(f"masksembles of {channels} channels, {n} masks, {ones} ones")
 
@@ -156,14 +157,15 @@ def masksembles_masks(channels: int, n: int = 4, scale: float = 2.0, *, seed: in
 
     shape = (n, channels + bisect_left(range(channels, channels + (n * ones) ** 2), True, key=enough))
     geometry = shared(shape, (), 0)
-    for attempt in count():
+    attempt = 0
+    while True:
         numbers = op.uniform(key.fold(attempt).bits, shape, geometry)
         masks = numbers <= numbers.kthvalue(ones, dim=1, keepdim=True).values
         used = masks.any(0)
         # Two equal numbers could make one mask larger.
         if used.sum() == channels and masks.sum() == n * ones:
             return masks[:, used]
-    raise AssertionError
+        attempt += 1
 
 
 def _ones(channels: int, n: int, scale: float) -> int:
