@@ -23,7 +23,7 @@ from thinned.layers.channels import channel_dims
 from thinned.models.convert.rules import HARMLESS, is_dropout, is_known, make, numbers_of, probability_of
 from thinned.models.inspect import inspect
 from thinned.models.walk import check_model, is_ours, qualified_name
-from thinned.montecarlo.noise import Map, Random, Term, scaled
+from thinned.montecarlo.noise import Map, Random, Term, scaled, scaled_by_row
 from thinned.torch_state import TorchDispatchMode, hooks_of
 
 __all__ = ["Moments", "expected_softmax", "moments"]
@@ -54,13 +54,18 @@ def moments(model: nn.Module, input: Tensor) -> Moments:
     dropouts between them, keep the covariances of their units. What comes before the first dropout runs as it
     is, and may have any modules and functions.
 
-    **Approximate** from the first ReLU with a random input: its input counts as normal, and its outputs count
-    as independent of each other. The variance is too small where many units err in the same direction. Noise
-    that elements share under one mask, of a channel or of a row, keeps its covariance to first order, with
-    the slope :math:`\Phi(t)`.
+    **Approximate** from the first ReLU with a random input, which counts as normal. The part of its output
+    that is proportional to the input's noise, with the slope :math:`\Phi(t)`, keeps its covariances; the rest
+    counts as independent between units. To find ``t`` in a further ReLU, the outputs of the one before count
+    as independent, except for noise that elements share under the mask of a channel or of a row. On networks
+    trained on 8x8 digits, the deviations are 1 to 4 % off and the means 0.01 to 0.02 deviations, in
+    root mean square.
 
-    A channel dropout is exact where the elements of a channel are independent before it, and refused where
-    they are not. It takes the memory of the features once for each channel of the mask.
+    A channel dropout is exact where the elements of a channel are independent before it, as the outputs of a
+    ReLU count, and refused where they are not. It takes the memory of the features once for each channel.
+
+    The time grows with the number of outputs: behind two layers, the variance takes a pass for each output
+    or for each unit that drops, whichever are fewer.
 
     Args:
         model: a model that :class:`torch.fx.Tracer` can trace and that returns one tensor. After its first
@@ -193,7 +198,8 @@ class _Walk:
             else:
                 self.values[node] = self.call(node, args, kwargs)
         if isinstance(result, Random):
-            return Moments(result.mean, result.variance())
+            with torch.autocast(result.mean.device.type, enabled=False):
+                return Moments(result.mean, result.variance())
         if not isinstance(result, Tensor) or not result.is_floating_point():
             raise NotImplementedError(
                 f"method='moments' needs a model that returns one floating-point tensor, {got(result)}"
@@ -206,7 +212,7 @@ class _Walk:
         random = [each for each in (*args, *kwargs.values()) if _is_random(each)]
         source = args[0] if args else kwargs.get("input")
         module = self.module(node) if node.op == "call_module" else _as_module(node, args, kwargs)
-        if isinstance(module, nn.Module) and is_known(module):
+        if isinstance(module, nn.Module) and is_known(module) and not is_ours(module):
             try:
                 module = make(module)[0]
             except ValueError as error:
@@ -388,7 +394,7 @@ def _batch_norm(dims: tuple[int, ...], module: Any, x: Random) -> Random:
 
 def _relu(_: Any, x: Random) -> Random:
     """Frey & Hinton's moments, from what lies beyond a = |t|: no squares of means cancel for large a."""
-    variance, shared = x.variance(), x.shared()
+    variance = x.variance(of_recent=True)
     deviation = variance.sqrt()
     noisy = deviation > 0
     t = torch.where(noisy, x.mean / torch.where(noisy, deviation, 1), 0)
@@ -400,10 +406,9 @@ def _relu(_: Any, x: Random) -> Random:
     above = t > 0
     slope = torch.where(above, 1 - tail, tail) * noisy
     after = variance * (second - excess.square() + torch.where(above, 1 - 2 * tail, 0))
-    own = (after - slope.square() * shared).clamp(min=0)
-    mean = F.relu(x.mean) + deviation * excess
-    factors = None if x.factors is None else x.factors * slope
-    return Random(mean, (Term(own),), factors, x.masks)
+    bent = (after - slope.square() * variance).clamp(min=0)  # what is no multiple of the input's noise
+    y = x.through(scaled_by_row(slope), F.relu(x.mean) + deviation * excess).plus(bent, x.masks)
+    return replace(y, recent=(Term(after - slope.square() * x.shared()),))
 
 
 def _pool(dims: int, module: Any, x: Random) -> Random:
@@ -475,8 +480,13 @@ def _sum(a: Any, b: Any, name: str, place: str) -> Random:
             raise _no_rule(name, place, "the shapes differ")
         if common := sorted({_place(mask) for mask in a.masks & b.masks}):
             raise _no_rule(name, place, f"both sides depend on {', '.join(map(repr, common))}")
-        return Random(a.mean + b.mean, a.terms, a.factors, a.masks).plus(
-            *b.terms, factors=b.factors, masks=b.masks
+        factors = [each.factors for each in (a, b) if each.factors is not None]
+        return Random(
+            a.mean + b.mean,
+            a.terms + b.terms,
+            a.recent + b.recent,
+            torch.cat(factors) if factors else None,
+            a.masks | b.masks,
         )
     x, other = (a, b) if isinstance(a, Random) else (b, a)
     mean = x.mean + (other.to(x.mean) if isinstance(other, Tensor) else other)
@@ -501,18 +511,16 @@ def _drop(
     sizes = [1 if dim in shared else size for dim, size in enumerate(inner, 1)]
     masks = frozenset([node])
     if sizes == list(inner):
-        y = x.plus(Term((x.variance() + x.mean.square()) * odds), masks=masks)
+        y = x.plus((x.variance(of_recent=True) + x.mean.square()) * odds, masks)
     elif math.prod(sizes) == 1:
-        terms = tuple(Term(term.variance / q, term.maps) for term in x.terms)
-        factors = None if x.factors is None else x.factors / math.sqrt(q)
-        y = Random(x.mean, terms, factors, x.masks)
-        y = y.plus(factors=x.mean.unsqueeze(0) * math.sqrt(odds), masks=masks)
+        kept = x.through(scaled(1 / math.sqrt(q)), x.mean)
+        y = kept.plus(None, masks, x.mean.unsqueeze(0) * math.sqrt(odds))
     else:
-        if x.factors is not None or any(term.mixed for term in x.terms):
+        if x.factors is not None or any(term.mixed for term in x.recent):
             raise _NoRuleError("elements that share a mask depend on each other before it")
         ones = torch.eye(math.prod(sizes), dtype=x.mean.dtype, device=x.mean.device)
         factors = ones.reshape(-1, 1, *sizes) * x.mean * math.sqrt(odds)
-        y = x.plus(Term(x.variance() * odds), factors=factors, masks=masks)
+        y = x.plus(x.variance(of_recent=True) * odds if x.terms else None, masks, factors)
     return y if scale_by_keep else y.through(scaled(q), y.mean * q)
 
 
