@@ -30,7 +30,7 @@ def sampled(model: nn.Module, x: Tensor, draws: int, chunk: int) -> Draws:
     """Mean, variance and fourth central moment of draws with the dropouts of ``model`` on."""
     model.eval()
     for module in model.modules():
-        module.training = "Drop" in type(module).__name__ or isinstance(module, Functional)
+        module.training = bool(re.search("Drop|Depth|Functional", type(module).__name__))
     parts = []
     for _ in range(draws // chunk):
         parts.append(model(x.repeat_interleave(chunk, 0)).unflatten(0, (len(x), chunk)))
@@ -46,10 +46,8 @@ def assert_exact(model: nn.Module, x: Tensor, draws: int = 40_000) -> None:
     bound = stats.norm.isf(FALSE_ALARM / 2 / (2 * mean.numel()))
     constant = found.variance == 0
     assert (variance[constant] < 1e-20).all()
-    z_mean = (mean - found.mean) / (found.variance / draws).sqrt()
-    z_variance = (variance - found.variance) / ((fourth - variance**2) / draws).sqrt()
-    assert z_mean[~constant].abs().max() < bound
-    assert z_variance[~constant].abs().max() < bound
+    for z in (z_mean, z_variance):
+        assert (z[~constant].abs() < bound).all()
 
 
 class Functional(nn.Module):
@@ -155,7 +153,7 @@ EXACT: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     ),
     "adaptive, overlapping": lambda: (nn.Sequential(nn.Dropout(0.3), nn.AdaptiveAvgPool1d(3)), maps(3, 2, 8)),
     "thinned's": lambda: (
-        nn.Sequential(thinned.Dropout(0.3, broadcast_dims=(0, -1)), thinned.Dropout(0.1), nn.Linear(4, 3)),
+        nn.Sequential(thinned.Dropout(0.3, broadcast_dims=(-1,)), thinned.Dropout(0.1), nn.Linear(4, 3)),
         maps(3, 5, 4),
     ),
     "locked": lambda: (
@@ -198,6 +196,17 @@ class Mean(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.drop(x)).mean((2, 3)) + torch.mean(x, dim=[2, 3])
+
+
+def test_a_mask_that_rows_share() -> None:
+    """It makes rows depend on each other, but each has the moments that it has alone."""
+    x = maps(3, 5, 4)
+    for dims, others in (((0,), ()), ((0, 1), (1,))):
+        found, expected = (
+            moments(nn.Sequential(thinned.Dropout(0.3, broadcast_dims=each), nn.Flatten()), x)
+            for each in (dims, others)
+        )
+        assert found.variance.equal(expected.variance)
 
 
 def test_mean_over_dimensions() -> None:
@@ -329,14 +338,14 @@ def convolutional(dropout: type[nn.Module]) -> nn.Module:
     ],
 )
 def test_trained_networks(build: Callable[[], nn.Module], of_mean: float, of_deviation: float) -> None:
-    """Root mean squares over ten digits and ten outputs, in deviations: twice the worst of five seeds.
+    """Root mean squares over five digits and ten outputs, in deviations: twice the worst of five seeds.
 
     With units that count as independent after a ReLU, the deviations would be 30 to 60 % too small.
     """
     model = trained(build())
-    x = digits()[0][1400:1410]
+    x = digits()[0][1400:1405]
     found = moments(model, x)
-    mean, variance, _ = sampled(model, x, 20_000, 2000)
+    mean, variance, _ = sampled(model, x, 10_000, 2000)
     assert ((found.mean - mean) / variance.sqrt()).square().mean().sqrt() < of_mean
     assert ((found.variance / variance).sqrt() - 1).square().mean().sqrt() < of_deviation
 
@@ -509,7 +518,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "recurrent": (nn.Sequential(nn.GRU(6, 6, 2, dropout=0.5)), (2, 4, 6), "no rule for torch.nn.GRU at '0'"),
     "drawn by hand": (nn.Sequential(Noise()), IMAGE, "no rule for torch.bernoulli at '0'"),
     "drawn at the trace": (
-        nn.Sequential(Applied(lambda _, x, __: x if torch.rand(()) < 0.5 else x)),
+        nn.Sequential(Applied(lambda _, x, y: x if torch.rand(()) < 0.5 else y)),
         IMAGE,
         "draws random numbers",
     ),
