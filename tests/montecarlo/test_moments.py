@@ -46,6 +46,8 @@ def assert_exact(model: nn.Module, x: Tensor, draws: int = 40_000) -> None:
     bound = stats.norm.isf(FALSE_ALARM / 2 / (2 * mean.numel()))
     constant = found.variance == 0
     assert (variance[constant] < 1e-20).all()
+    z_mean = (mean - found.mean) / (found.variance / draws).sqrt()
+    z_variance = (variance - found.variance) / ((fourth - variance**2) / draws).sqrt()
     for z in (z_mean, z_variance):
         assert (z[~constant].abs() < bound).all()
 
