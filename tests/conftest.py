@@ -60,8 +60,12 @@ LONG_INTERPRETED = re.compile(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the tests that are long in Triton's interpreter to `make test-slow`."""
+    """Mark the tests on GPUs, and leave those that are long in Triton's interpreter to `make test-slow`."""
     for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            variant = item.callspec.params.get("backend")
+            if isinstance(variant, Variant) and variant.device != "cpu":
+                item.add_marker(pytest.mark.gpu)
         if "triton-interpreter" in item.name and LONG_INTERPRETED.search(item.nodeid):
             item.add_marker(pytest.mark.slow)
 
@@ -83,10 +87,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     variant: Variant = request.param
     ran.add(str(variant))
     with variant.running() as module:
-        if variant.backend != "native":
-            monkeypatch.setattr(backends, "for_device_type", lambda _: module)
         # Triton's interpreter takes 0.1 s where compiled code takes 0.1 ms.
-        yield BackendUnderTest(module, variant.device, slow=str(variant) == "triton-interpreter")
+        under_test = BackendUnderTest(module, variant.device, slow=str(variant) == "triton-interpreter")
+        if variant.backend != "native":
+            serving = {"cpu": under_test.module}
+            monkeypatch.setattr(backends, "for_device_type", lambda device: serving.get(device, module))
+        yield under_test
 
 
 @pytest.fixture(scope="module", autouse=True)
