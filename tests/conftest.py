@@ -60,12 +60,8 @@ LONG_INTERPRETED = re.compile(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests on GPUs, and leave those that are long in Triton's interpreter to `make test-slow`."""
+    """Leave the tests that are long in Triton's interpreter to `make test-slow`."""
     for item in items:
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            variant = item.callspec.params.get("backend")
-            if isinstance(variant, Variant) and variant.device != "cpu":
-                item.add_marker(pytest.mark.gpu)
         if "triton-interpreter" in item.name and LONG_INTERPRETED.search(item.nodeid):
             item.add_marker(pytest.mark.slow)
 
@@ -81,7 +77,11 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[variant for variant in variants() if not variant.why_missing()], ids=str)
+def _marked(variant: Variant) -> Any:
+    return pytest.param(variant, marks=() if variant.device == "cpu" else pytest.mark.gpu)
+
+
+@pytest.fixture(params=[_marked(variant) for variant in variants() if not variant.why_missing()], ids=str)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[BackendUnderTest]:
     """Each backend in turn, which serves the public functions too; native under each instruction set."""
     variant: Variant = request.param
