@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -485,6 +486,17 @@ class Listed(nn.Module):
         return self.drops[0](x)
 
 
+class Skipping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.layerdrop = nn.Linear(6, 6), 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and random.random() < self.layerdrop:
+            return x
+        return self.layer(x)
+
+
 IMAGE = (2, 4, 6, 6)
 REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "module": (
@@ -585,6 +597,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     ),
     "overwritten": (Overwritten(lambda x: x), IMAGE, "overwrites what is used again"),
     "overwritten view": (Overwritten(lambda x: x.flatten(1)), IMAGE, "overwrites what is used again"),
+    "skipped by Python": (nn.Sequential(nn.Dropout(), Skipping()), IMAGE, "at '1'"),
     "layerdrop": (
         nn.Sequential(nn.Dropout(), thinned.LayerDrop([nn.Linear(6, 6)] * 2, 0.5)),
         IMAGE,

@@ -20,7 +20,7 @@ from thinned.checks import got
 from thinned.geometry import dims_of
 from thinned.layers._arguments import threshold_and_scale
 from thinned.layers.channels import channel_dims
-from thinned.models.convert.rules import HARMLESS, is_dropout, is_known, make, numbers_of, probability_of
+from thinned.models.convert.rules import HARMLESS, is_dropout, is_known, make, probability_of
 from thinned.models.inspect import inspect
 from thinned.models.walk import check_model, is_ours, qualified_name
 from thinned.montecarlo.noise import Map, Random, Term, scaled, scaled_by_row
@@ -261,7 +261,7 @@ class _Walk:
         name, place = _name(self.root, node), _place(node)
         if node.op == "call_module":
             for module in self.module(node).modules():
-                if (is_dropout(module) and probability_of(module) != 0) or any(numbers_of(module).values()):
+                if is_dropout(module) and probability_of(module) != 0:  # such as those of a fused layer
                     raise _no_rule(name, place)
         if node.target is F.batch_norm and (args[5] if len(args) > 5 else kwargs.get("training", False)):
             raise _no_rule(name, place, "it normalizes by the batch where the dropout is on")
