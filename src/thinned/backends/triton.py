@@ -18,12 +18,13 @@ from torch import Tensor
 
 from thinned.backends import triton_kernels
 from thinned.backends.arguments import check_draw, check_key, check_mask, checked_out, is_product
+from thinned.backends.portable import choose
 from thinned.backends.strata import name, once, prime_for
 from thinned.geometry import Geometry, shared_cached
 from thinned.philox import high32, low32
 from thinned.torch_state import is_functional
 
-__all__ = ["fold", "keep_mask", "masked_affine", "uniform"]
+__all__ = ["choose", "fold", "keep_mask", "masked_affine", "uniform"]
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     raise ImportError(f"thinned needs Triton 3.6 or later, and this is {triton.__version__}")
