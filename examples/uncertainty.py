@@ -99,7 +99,8 @@ def digits(console: Console, epochs: int) -> Iterator[tuple[str, Figure]]:
         once = {"without dropout": plain, "weight scaling": model}
         probabilities = {name: each(test_x).softmax(1) for name, each in once.items()}
         outside = {
-            name: {stranger: each(x).softmax(1) for stranger, x in strangers.items()} for name, each in once.items()
+            name: {stranger: each(x).softmax(1) for stranger, x in strangers.items()}
+            for name, each in once.items()
         }
     inside = predict(model, test_x, DRAWS, seed=SEED)
     apart = {stranger: predict(model, x, DRAWS, seed=SEED) for stranger, x in strangers.items()}
@@ -116,7 +117,8 @@ def digits(console: Console, epochs: int) -> Iterator[tuple[str, Figure]]:
             f"{100 * calibration.expected_calibration_error(p, test_y):.2f}",
             f"{calibration.brier_score(p, test_y):.4f}",
             *(
-                f"{calibration.auroc(entropy(p), entropy(outside[name][stranger])):.3f}" for stranger in strangers
+                f"{calibration.auroc(entropy(p), entropy(outside[name][stranger])):.3f}"
+                for stranger in strangers
             ),
         )
     table.add_row(
@@ -129,7 +131,10 @@ def digits(console: Console, epochs: int) -> Iterator[tuple[str, Figure]]:
 
     yield "reliability-without", plots.reliability_diagram(probabilities["without dropout"], test_y)
     yield "reliability", plots.reliability_diagram(inside.mean, test_y)
-    yield "entropy", plots.entropy_histogram(inside.predictive_entropy, apart["digits 8 and 9"].predictive_entropy)
+    yield (
+        "entropy",
+        plots.entropy_histogram(inside.predictive_entropy, apart["digits 8 and 9"].predictive_entropy),
+    )
     wrong = (inside.label != test_y).double()
     scores = {
         "predictive entropy": inside.predictive_entropy,
@@ -141,7 +146,9 @@ def digits(console: Console, epochs: int) -> Iterator[tuple[str, Figure]]:
 
 def _weight_scaling(model: nn.Module, x: Tensor, y: Tensor) -> Table:
     """Srivastava et al. 2014, section 7.5: the error of weight scaling and of means of draws."""
-    table = Table("draws", "error %", "NLL", title="Means of draws beside weight scaling (Srivastava et al. 2014, 7.5)")
+    table = Table(
+        "draws", "error %", "NLL", title="Means of draws beside weight scaling (Srivastava et al. 2014, 7.5)"
+    )
     for draws in (1, 2, 5, 10, 20, 50, 100):
         mean = predict(model, x, draws, seed=SEED).mean
         error = 100 * (mean.argmax(1) != y).double().mean()
@@ -220,7 +227,9 @@ def _regression(
     residual = targets[valid].double()
     # The noise of the data, from the validation part: what the model's own spread leaves over.
     noise_once = (residual - once).square().mean()
-    noise = ((residual - drawn.mean[:, 0]).square() - drawn.variance[:, 0]).mean().clamp_min(0.05 * noise_once)
+    noise = (
+        ((residual - drawn.mean[:, 0]).square() - drawn.variance[:, 0]).mean().clamp_min(0.05 * noise_once)
+    )
     once, drawn = both(test)
     truth = targets[test].double()
     of = {
@@ -249,7 +258,9 @@ def curve(epochs: int) -> Iterator[tuple[str, Figure]]:
     drawn = predict(model, at[:, None], DRAWS, seed=SEED, task="regression")
     yield (
         "error-bars",
-        plots.error_bars(at, drawn.mean[:, 0], drawn.variance[:, 0], x_train=x[:, 0], y_train=y[:, 0], truth=at**3 / 3),
+        plots.error_bars(
+            at, drawn.mean[:, 0], drawn.variance[:, 0], x_train=x[:, 0], y_train=y[:, 0], truth=at**3 / 3
+        ),
     )
 
 
