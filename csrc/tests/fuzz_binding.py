@@ -331,7 +331,7 @@ def bad(call: Call) -> Iterator[dict[str, Any]]:
         if name == "x" and size > item:
             yield {"y": arguments[name] + size - item}
         elif name not in ("x", "y"):
-            yield from ({"y": arguments[name] + offset} for offset in (0, size - 8))
+            yield from ({"y": arguments[name] + offset} for offset in (0, max(size - 8, 0)))
     if "T" in arguments:
         yield from ({"T": value} for value in (-1, 2**32 + 1, 2**64 - 1, 2**64, 0.5))
         yield from ({"dtype": value} for value in (-1, 7, -(2**31), 2**31 - 1, 2**31))

@@ -231,12 +231,15 @@ class StratifiedKey(Key):
 
     def __init__(self, of: Tensor, draw: Tensor, strata: int) -> None:
         self.bits = Key.from_bits(of).fold(draw).bits
-        self.of = savable(of.expand(self.bits.shape))
-        self.draw = savable(draw.expand(self.bits.shape) if draw.dim() else draw)
+        device, shape = self.bits.device, self.bits.shape
+        self.of = savable(on_device(of, device).expand(shape))
+        self.draw = savable(on_device(draw, device).expand(shape if draw.dim() else ()))
         self.strata = strata
 
     def to(self, device: torch.device | str) -> Key:
         there = _device(device)
+        if there == self.bits.device:
+            return self
         return StratifiedKey(on_device(self.of, there), on_device(self.draw, there), self.strata)
 
     def __eq__(self, other: object) -> bool:

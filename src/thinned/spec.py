@@ -103,7 +103,7 @@ def stratified(key: int, index: NDArray[np.uint64], draw: int, strata: int) -> N
 
     >>> position = np.zeros(1, np.uint64)
     >>> [int(stratified(7, position, draw, strata=4)[0]) >> 30 for draw in range(4)]
-    [3, 2, 0, 1]
+    [2, 1, 0, 3]
     """
     return shifted(uniform(key, index), uniform(fold(key, "strata"), index), draw, strata)
 

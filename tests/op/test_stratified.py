@@ -54,7 +54,7 @@ def assert_numbers(
 
 def test_known_answers(backend: BackendUnderTest) -> None:
     for (i, strata), answers in groupby(sorted(STRATIFIED, key=itemgetter(1, 3)), key=itemgetter(1, 3)):
-        if not backend.enough(3):
+        if strata == 20 or not backend.slow:
             keys, _, draws, _, expected = zip(*answers, strict=True)
             rows = torch.stack([oracle.key_bits(key) for key in keys])
             found = backend.uniform(rows, (len(rows), 1), Geometry((0, 1), i), torch.tensor(draws), strata)

@@ -2,7 +2,7 @@
 
 >>> import torch
 >>> places(torch.tensor([0, 2**31, 2**32 - 1]), torch.tensor(3), 20)
-tensor([ 3,  8, 19])
+tensor([ 3, 13, 19])
 """
 
 from __future__ import annotations
