@@ -16,7 +16,7 @@ from thinned import spec
 from thinned.montecarlo import predict
 
 REPEATS = 3000  # examples with one input: their draws are independent of each other
-SAMPLES, STRATA = 24, 8
+SAMPLES, STRATA = 21, 7
 
 
 def realised(p: float) -> float:
