@@ -70,9 +70,11 @@ def repelling(repeats: int, draws: int, size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     sets = -(-draws // size)
     strata = torch.rand(sets, repeats, size, generator=generator).argsort(-1)
-    return ((strata + torch.rand(sets, repeats, size, generator=generator)) / size).transpose(1, 2).flatten(0, 1)[
-        :draws
-    ]
+    return (
+        ((strata + torch.rand(sets, repeats, size, generator=generator)) / size)
+        .transpose(1, 2)
+        .flatten(0, 1)[:draws]
+    )
 
 
 @pytest.mark.parametrize(("draws", "size"), [(12, 1), (12, 4), (40, 10), (2, 1)])

@@ -22,7 +22,14 @@ ones = torch.ones(N, 9)
 
 
 def masks(x: Tensor = ones, **options: Any) -> Tensor:
-    options = {"samples": SAMPLES, "strata": 5, "method": METHODS[-1], "task": as_it_is, "keep_draws": True, **options}
+    options = {
+        "samples": SAMPLES,
+        "strata": 5,
+        "method": METHODS[-1],
+        "task": as_it_is,
+        "keep_draws": True,
+        **options,
+    }
     found = predict(Masks(), x, **options).outputs
     assert found is not None
     return found
@@ -51,10 +58,18 @@ def test_masks_do_not_depend_on_batches_chunks_and_routes(
 
 @both_methods
 @pytest.mark.parametrize("consistent", [False, True])
-def test_results_are_equal_but_for_rounding(method: str, consistent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_equal_but_for_rounding(
+    method: str, consistent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     x, model = torch.randn(N, 8), mlp()
-    options: Any = {"samples": SAMPLES, "strata": 5, "method": method, "consistent": consistent, "keep_draws": True}
+    options: Any = {
+        "samples": SAMPLES,
+        "strata": 5,
+        "method": method,
+        "consistent": consistent,
+        "keep_draws": True,
+    }
     expected = predict(model, x, **options)
     for refused in ROUTES:
         without(monkeypatch, *refused)

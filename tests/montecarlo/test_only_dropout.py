@@ -58,7 +58,9 @@ def mixed(model: nn.Module) -> None:
         module.training = number % 2 == 0
 
 
-FLAGS = pytest.mark.parametrize("flags", [nn.Module.train, nn.Module.eval, mixed], ids=["train", "eval", "mixed"])
+FLAGS = pytest.mark.parametrize(
+    "flags", [nn.Module.train, nn.Module.eval, mixed], ids=["train", "eval", "mixed"]
+)
 
 
 @FLAGS
@@ -112,7 +114,9 @@ class Fails(nn.Module):
 
 
 @FLAGS
-@pytest.mark.filterwarnings("ignore:.*gives two results for one draw")  # it does, where only a later call fails
+@pytest.mark.filterwarnings(
+    "ignore:.*gives two results for one draw"
+)  # it does, where only a later call fails
 @pytest.mark.parametrize("at", [1, 2, 4])
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
@@ -249,7 +253,9 @@ def test_inputs_stay_as_they_are() -> None:
     assert rows.equal(before)
     torch.manual_seed(0)
     model = mlp()
-    other = nn.Sequential(*(nn.Dropout(each.p, inplace=True) if isinstance(each, nn.Dropout) else each for each in model))
+    other = nn.Sequential(
+        *(nn.Dropout(each.p, inplace=True) if isinstance(each, nn.Dropout) else each for each in model)
+    )
     for method in ("independent", "stratified"):
         one, two = (predict(each, rows, 20, method=method) for each in (model, other))
         torch.testing.assert_close(one.mean, two.mean)

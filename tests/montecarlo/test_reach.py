@@ -95,14 +95,18 @@ KINDS: dict[str, tuple[Any, Tensor]] = {
     **{
         name: (lambda name=name: Calls(name), rows)
         for name, rows in (
-            ("dropout", vectors), ("dropout1d", sequences), ("dropout2d", images), ("alpha_dropout", vectors),
+            ("dropout", vectors),
+            ("dropout1d", sequences),
+            ("dropout2d", images),
+            ("alpha_dropout", vectors),
             ("feature_alpha_dropout", images),
         )
     },  # fmt: skip
     "scaled_dot_product_attention": (Scaled, sequences),
     "MultiheadAttention": (lambda: First(nn.MultiheadAttention(8, 2, 0.4, batch_first=True)), sequences),
     "MultiheadAttention without weights": (
-        lambda: First(nn.MultiheadAttention(8, 2, 0.4, batch_first=True), need_weights=False), sequences,
+        lambda: First(nn.MultiheadAttention(8, 2, 0.4, batch_first=True), need_weights=False),
+        sequences,
     ),  # fmt: skip
     "TransformerEncoder": (encoder, sequences),
     "TransformerEncoder of 5 by 5": (Transposed, sequences[:5]),

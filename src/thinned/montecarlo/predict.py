@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from thinned.checks import check_integer, got
+from thinned.checks import check_integer, check_real, got
 from thinned.keys import Key
 from thinned.models.address import ids_of
 from thinned.models.address.hooks import hooks_of
@@ -167,8 +167,9 @@ class Settings:
     def __post_init__(self) -> None:
         check_integer("samples", self.samples, least=1)
         check_integer("strata", self.strata, least=1)
-        if self.batch_size is not None:
-            check_integer("batch_size", self.batch_size, least=1)
+        for name in ("batch_size", "memory"):
+            if (number := getattr(self, name)) is not None:
+                check_integer(name, number, least=1)
         if not callable(self.task) and self.task not in ("classification", "regression"):
             raise ValueError(
                 f"task must be 'classification', 'regression' or a function of the model's output, "
@@ -183,6 +184,7 @@ class Settings:
         for name, bound in self.bounds.items():
             if name not in STATISTICS or (name != "mean" and self.kind != "classification"):
                 raise ValueError(f"until knows no statistic {name!r}; accepted: {', '.join(STATISTICS)}")
+            check_real("until", bound)
             if not bound > 0:
                 raise ValueError(f"until must be above 0, got {bound} for {name}")
         if self.keep_draws and self.bounds:
@@ -439,6 +441,7 @@ def _batches(
         targets: Any = None
         if isinstance(item, tuple | list):
             item, *others = item
+            others = [list(other) if isinstance(other, tuple) else other for other in others]  # such as names
             targets = others[0] if len(others) == 1 else tuple(others) or None
         args = _arguments(item)
         size = _rows(args)

@@ -94,7 +94,7 @@ class Prediction:
     @property
     def mutual_information(self) -> Tensor:
         """``H[mean] - 1/T sum_t H[f_t]`` in nats: the model's part (BALD, Houlsby et al. 2011, section 2)."""
-        entropy_of_mean = self.predictive_entropy
+        entropy_of_mean = entropy(self._probabilities("mutual_information"))
         assert self.expected_entropy is not None
         return (entropy_of_mean - self.expected_entropy).clamp_min(0)
 
@@ -148,7 +148,9 @@ class Prediction:
 
 
 def _cat(parts: Sequence[Any]) -> Any:
-    """One tensor of tensors; of others, such as lists of names, one list."""
+    """One tensor of tensors, one dictionary of dictionaries; of others, such as lists of names, one list."""
+    if isinstance(parts[0], Mapping):
+        return {name: _cat([part[name] for part in parts]) for name in parts[0]}
     return (
         torch.cat(list(parts)) if isinstance(parts[0], Tensor) else [each for part in parts for each in part]
     )
