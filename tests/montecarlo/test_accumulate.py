@@ -66,7 +66,7 @@ def test_it_equals_numpy_whatever_the_chunks(
 
 
 def repelling(repeats: int, draws: int, size: int) -> torch.Tensor:
-    """Draws of shape (draws, repeats), uniform in [0, 1): those of a set have one in each of ``size`` strata."""
+    """Draws of shape (draws, repeats), uniform in [0, 1): a set has one in each of ``size`` strata."""
     generator = torch.Generator().manual_seed(0)
     sets = -(-draws // size)
     strata = torch.rand(sets, repeats, size, generator=generator).argsort(-1)
@@ -97,7 +97,7 @@ def test_one_set_bounds_the_error_from_above(draws: int, size: int) -> None:
 
 @pytest.mark.parametrize(("draws", "size"), [(25, 10), (39, 10), (9, 4)])
 def test_a_last_set_that_is_not_whole_is_not_taken_for_whole(draws: int, size: int) -> None:
-    """Its mean has a larger variance than its part of a whole set's: 1.6 times the error at 25 draws of 10."""
+    """Its mean varies more than a whole set's would as a part."""
     sums = Accumulator(size)
     sums.add(repelling(20_000, draws, size))
     assert float(((sums.mean - 0.5) ** 2).mean()) < float((sums.standard_error**2).mean())

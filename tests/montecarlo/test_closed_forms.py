@@ -26,7 +26,7 @@ def realised(p: float) -> float:
 @both_methods
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
 def test_linear_network(method: str, p: float) -> None:
-    """y = W (m * x / q) + b has mean W x + b and variance (1 - q) / q * (W * W) (x * x)."""
+    """The output W (m * x / q) + b has mean W x + b and variance (1 - q) / q * (W * W) (x * x)."""
     torch.manual_seed(1)
     layer, x, q = nn.Linear(6, 3), torch.randn(6), realised(p)
     model = nn.Sequential(nn.Dropout(p), layer)

@@ -101,13 +101,13 @@ KINDS: dict[str, tuple[Any, Tensor]] = {
             ("alpha_dropout", vectors),
             ("feature_alpha_dropout", images),
         )
-    },  # fmt: skip
+    },
     "scaled_dot_product_attention": (Scaled, sequences),
     "MultiheadAttention": (lambda: First(nn.MultiheadAttention(8, 2, 0.4, batch_first=True)), sequences),
     "MultiheadAttention without weights": (
         lambda: First(nn.MultiheadAttention(8, 2, 0.4, batch_first=True), need_weights=False),
         sequences,
-    ),  # fmt: skip
+    ),
     "TransformerEncoder": (encoder, sequences),
     "TransformerEncoder of 5 by 5": (Transposed, sequences[:5]),
     "LSTM": (lambda: First(nn.LSTM(8, 8, 2, dropout=0.4, batch_first=True)), sequences),

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from thinned import functional as F
-from thinned.checks import did_you_mean
+from thinned.checks import did_you_mean, got
 from thinned.layers._arguments import check_p
 from thinned.models.inspect import Site, inspect
 from thinned.models.walk import check_model, modules_in_containers, modules_with_paths
@@ -160,9 +160,10 @@ WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _chosen(model: nn.Module, inject: Inject) -> dict[str, float]:
     """Probabilities by path."""
     modules = dict(model.named_modules())
+    if inject != "head" and not isinstance(inject, Mapping):
+        kind = ValueError if isinstance(inject, str) else TypeError
+        raise kind(f"inject must be 'head' or a mapping of path patterns to p, got {inject!r}")
     if isinstance(inject, str):
-        if inject != "head":
-            raise ValueError(f"inject must be 'head' or a mapping of path patterns to p, got {inject!r}")
         heads = [path for path, module in modules.items() if isinstance(module, WEIGHTED)]
         if not heads:
             raise ValueError(
@@ -172,6 +173,8 @@ def _chosen(model: nn.Module, inject: Inject) -> dict[str, float]:
     found: dict[str, float] = {}
     for pattern, p in inject.items():
         check_p(p)
+        if not isinstance(pattern, str):
+            raise TypeError(f"inject must have patterns of paths as keys, {got(pattern)}")
         matches = [path for path in modules if fnmatchcase(path, pattern)]
         if not matches:
             raise ValueError(
@@ -180,4 +183,4 @@ def _chosen(model: nn.Module, inject: Inject) -> dict[str, float]:
             )
         for path in matches:
             found.setdefault(path, p)
-    return found
+    return {path: p for path, p in found.items() if p != 0}
