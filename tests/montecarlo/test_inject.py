@@ -47,7 +47,12 @@ def hooks(model: nn.Module) -> list[int]:
 @both_methods
 @pytest.mark.parametrize(
     ("inject", "places"),
-    [({"2": 0.25}, [2]), ({"[24]": 0.25}, [2, 4]), ({"4": 0.25, "?": 0.0, "0": 0.9}, [4]), ({"2": 0.25, "*": 0.0}, [2])],
+    [
+        ({"2": 0.25}, [2]),
+        ({"[24]": 0.25}, [2, 4]),
+        ({"4": 0.25, "?": 0.0, "0": 0.9}, [4]),
+        ({"2": 0.25, "*": 0.0}, [2]),
+    ],
     ids=["path", "pattern", "the first match holds", "0 elsewhere"],
 )
 def test_masks_are_those_of_a_dropout_within_the_module(method: Any, inject: Any, places: list[int]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import thinned
-from montecarlo.common import Masks, as_it_is, both_methods, METHODS, mlp, ulps, without
+from montecarlo.common import METHODS, Masks, as_it_is, both_methods, mlp, ulps, without
 from thinned.models.intercept import intercept
 from thinned.montecarlo import predict
 from thinned.montecarlo.draws import Route

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from montecarlo.common import METHODS, Masks, as_it_is, mlp, ulps
@@ -66,65 +66,88 @@ def test_accumulators_that_nothing_was_added_to_merge() -> None:
     assert none.merged(one).variance.equal(one.variance)
 
 
-def launch(code: str, tmp_path: Path, *, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(code: str, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
     """Run code under torchrun, whose rendezvous takes a free port."""
-    script = tmp_path / "script.py"
+    script = folder / "script.py"
     start = """
-        import sys, torch, warnings
-        import torch.distributed as dist
-        from datetime import timedelta
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-        rank = dist.get_rank()
+        import torch, torch.distributed as dist
         from montecarlo import test_processes as tests
-        from montecarlo.common import mlp
-        from thinned.montecarlo import predict, stream
+        dist.init_process_group("gloo")
     """
     script.write_text(textwrap.dedent(start) + textwrap.dedent(code))
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script],
         capture_output=True, text=True, timeout=PATIENCE, check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [3, 5])
-def test_more_processes(tmp_path: Path, processes: int) -> None:
-    check_processes(tmp_path, processes)
+class Fails(nn.Module):
+    """Raises in one process, in its fifth call."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 4 and dist.get_rank() == 1:
+            raise FloatingPointError("broken here")
+        return x
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    check_processes(tmp_path, 2)
+def work(shard: str) -> int:
+    """The number of rows that this process computes."""
+    rows: list[int] = []
+    model = mlp()
+    model[6].register_forward_hook(lambda *args: rows.append(args[2].shape[0]))
+    predict(model, x[:12], 20, strata=2, method="independent", memory=1, shard=shard)  # type: ignore[arg-type]
+    return sum(rows)
 
 
-def check_processes(tmp_path: Path, processes: int) -> None:
-    """Masks bit for bit, statistics to 16 units of the largest; and each has computed its share only."""
+def error(shard: str) -> str:
+    """That of a call in which one process raises."""
+    model = nn.Sequential(*mlp(), Fails()).train()
+    try:
+        for _ in stream(model, x, 20, batch_size=2, shard=shard, memory=1):
+            pass
+    except Exception as caught:
+        assert all(module.training for module in model.modules())
+        return f"{type(caught).__name__}: {caught}"
+    return "no error"
+
+
+def run(folder: Path, processes: int) -> list[dict[str, Any]]:
+    """What :func:`predictions`, :func:`work` and :func:`error` return in each process."""
     done = launch(
         f"""
-        found = tests.predictions(sharing=True)
-        for shard in ("examples", "draws"):
-            rows = []
-            model = mlp()
-            model[6].register_forward_hook(lambda *args: rows.append(args[2].shape[0]))
-            part = predict(model, tests.x[:12], 20, strata=2, method="independent", memory=1, shard=shard)
-            found[shard + ": work"] = sum(rows)
-        torch.save(found, r"{tmp_path}/" + str(rank))
+        shards = ("examples", "draws")
+        found = {{"error": [tests.error(shard) for shard in shards]}}
+        found["work"] = [tests.work(shard) for shard in shards]
+        found |= tests.predictions(sharing=True)
+        torch.save(found, r"{folder}/" + str(dist.get_rank()))
         dist.destroy_process_group()
         """,
-        tmp_path,
-        processes=processes,
+        folder,
+        processes,
     )
     assert done.returncode == 0, done.stderr
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(processes)]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[2, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)],
+)
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("processes"), request.param)
+
+
+def test_each_process_has_the_prediction_of_one(found: list[dict[str, Any]]) -> None:
+    """Masks bit for bit, statistics to 16 units of the largest."""
     expected = predictions(sharing=False)
-    work = {"examples": 0, "draws": 0}
-    for rank in range(processes):
-        found = torch.load(tmp_path / str(rank), weights_only=False)
-        for shard in work:
-            work[shard] += found.pop(f"{shard}: work")
-        assert found.keys() == expected.keys()
+    for of_process in found:
         for name, one in expected.items():
-            two = found[name]
+            two = of_process[name]
             if isinstance(one, Tensor):
                 assert two.equal(one), name
                 continue
@@ -138,39 +161,22 @@ def check_processes(tmp_path: Path, processes: int) -> None:
                 assert ulps(getattr(two, statistic), getattr(one, statistic)) <= ULPS, (name, statistic)
             for q, value in one.quantiles.items():
                 assert ulps(two.quantiles[q], value) <= ULPS
-    assert work == {"examples": 20 * 12 + 12, "draws": (20 + processes) * 12}
 
 
-@pytest.mark.parametrize("shard", ["examples", "draws"])
-def test_an_error_in_one_process_is_one_in_all(shard: str, tmp_path: Path) -> None:
-    """At once, and not when the group's timeout ends; afterwards the processes go on together."""
-    done = launch(
-        f"""
-        class Fails(torch.nn.Module):
-            calls = 0
-            def forward(self, x):
-                self.calls += 1
-                if rank == 1 and self.calls > 4:
-                    raise FloatingPointError("broken here")
-                return x
-        model = torch.nn.Sequential(*mlp(), Fails()).train()
-        try:
-            for part in stream(model, tests.x, 20, batch_size=2, shard={shard!r}, memory=1):
-                pass
-        except Exception as error:
-            message = f"{{type(error).__name__}}: {{error}}"
-        assert all(module.training for module in model.modules())
-        again = predict(mlp(), tests.x, 20, shard={shard!r})
-        torch.save((message, again.mean), r"{tmp_path}/" + str(rank))
-        dist.destroy_process_group()
-        """,
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    (there, mean), (here, again) = (torch.load(tmp_path / str(rank)) for rank in range(2))
-    assert here == "FloatingPointError: broken here"
-    assert there == "RuntimeError: process 1 of 2 raised FloatingPointError: broken here"
-    assert mean.equal(again)
+def test_each_process_computes_its_share(found: list[dict[str, Any]]) -> None:
+    """And its first draw once more, alone."""
+    by_examples, by_draws = (sum(process["work"][shard] for process in found) for shard in range(2))
+    assert by_examples == 20 * 12 + 12
+    assert by_draws == (20 + len(found)) * 12
+
+
+def test_an_error_in_one_process_is_one_in_all(found: list[dict[str, Any]]) -> None:
+    """At once, and not when the group's timeout ends; afterwards the processes have gone on together."""
+    for rank, process in enumerate(found):
+        message = "FloatingPointError: broken here"
+        if rank != 1:
+            message = f"RuntimeError: process 1 of {len(found)} raised {message}"
+        assert process["error"] == [message, message]
 
 
 def test_a_distributed_sampler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +184,9 @@ def test_a_distributed_sampler_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather_object", lambda parts, mine: parts.__setitem__(slice(None), [mine] * 2))
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda parts, mine: parts.__setitem__(slice(None), [mine] * 2)
+    )
     data = TensorDataset(x)
     sampler: Any = DistributedSampler(data, num_replicas=2, rank=0)
     with pytest.raises(ValueError, match="DistributedSampler"):

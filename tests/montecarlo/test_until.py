@@ -21,7 +21,9 @@ def options(method: str) -> dict[str, Any]:
 
 
 @both_methods
-@pytest.mark.parametrize("until", [0.02, {"mean": 0.02, "expected_entropy": 0.03}, {"expected_entropy": 0.02}])
+@pytest.mark.parametrize(
+    "until", [0.02, {"mean": 0.02, "expected_entropy": 0.03}, {"expected_entropy": 0.02}]
+)
 def test_errors_are_below_the_bound_and_results_those_of_as_many_draws(method: str, until: Any) -> None:
     model = mlp()
     found = predict(model, x, MOST, until=until, quantiles=[0.5], **options(method))
