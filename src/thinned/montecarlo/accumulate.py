@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +25,6 @@ class Moments:
         mean = draws.mean(0)
         return cls(len(draws), mean, (draws - mean).square_().sum(0))
 
-    def select(self, chosen: Tensor) -> Moments:
-        """The moments of some of the rows."""
-        return Moments(self.count, self.mean[chosen], self.squares[chosen])
-
     def merged(self, other: Moments) -> Moments:
         """The moments of both."""
         count = self.count + other.count
@@ -48,9 +45,11 @@ class Accumulator:
         \qquad \hat{se}^2 = \frac1R\,\frac1{R-1}\sum_r(\bar f_r - \bar f)^2
 
     over ``R`` whole sets of ``S`` draws. Both are unbiased, whatever the dependence within a set: a draw's
-    variance is that within a set plus that of the set's mean. Draws of a last set that is not whole count in
-    the mean alone. With one set, :attr:`variance` is ``sum (f - mean)^2 / S``, at most ``variance / S`` too
-    small, and :attr:`standard_error` is that of independent draws, an upper bound where draws repel.
+    variance is that within a set plus that of the set's mean. The ``k`` draws of a last set that is not whole
+    count in the mean, and as independent draws in its error: with ``n = R S + k`` draws its square is
+    :math:`(RS/n)^2\,\hat{se}^2 + (k/n)^2\,\hat\sigma^2/k`, an upper bound where draws repel. With one set,
+    :attr:`variance` is ``sum (f - mean)^2 / S``, at most ``variance / S`` too small, and
+    :attr:`standard_error` is that of independent draws, again an upper bound.
     """
 
     def __init__(self, size: int = 1) -> None:
@@ -81,12 +80,37 @@ class Accumulator:
 
     def select(self, chosen: Tensor) -> Accumulator:
         """The same draws of some of the rows."""
+        return self._map(lambda tensor: tensor[chosen])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Accumulator:
         part = Accumulator(self.size)
         part.all, part._sets, part._set = (
-            None if each is None else each.select(chosen) for each in (self.all, self._sets, self._set)
+            None if each is None else Moments(each.count, function(each.mean), function(each.squares))
+            for each in (self.all, self._sets, self._set)
         )
-        part._within = self._within[chosen] if isinstance(self._within, Tensor) else self._within
+        part._within = function(self._within) if isinstance(self._within, Tensor) else self._within
         return part
+
+    def merged(self, other: Accumulator) -> Accumulator:
+        """These draws and the ``other``'s, of which either has whole sets only.
+
+        >>> one, two = Accumulator(2), Accumulator(2)
+        >>> one.add(torch.arange(4.0)[:, None]), two.add(torch.arange(4.0, 9.0)[:, None])
+        (None, None)
+        >>> one.merged(two).mean
+        tensor([4.], dtype=torch.float64)
+        """
+        both = Accumulator(self.size)
+        pairs = (self.all, other.all), (self._sets, other._sets), (self._set, other._set)
+        both.all, both._sets, both._set = (
+            one.merged(two) if one is not None and two is not None else one or two for one, two in pairs
+        )
+        both._within = self._within + other._within
+        return both
+
+    def to(self, device: torch.device | str) -> Accumulator:
+        """The same on a device."""
+        return self._map(lambda tensor: tensor.to(device))
 
     @property
     def count(self) -> int:
@@ -117,7 +141,9 @@ class Accumulator:
         total = self._total
         if self._several_sets is not None:
             sets = self._several_sets
-            return (sets.squares / (sets.count - 1) * (self.size / total.count)).sqrt()
+            whole = sets.count * self.size
+            squares = sets.squares / (sets.count - 1) / sets.count * (whole / total.count) ** 2
+            return (squares + self.variance * ((total.count - whole) / total.count**2)).sqrt()
         if total.count < 2:
             return torch.full_like(total.mean, torch.nan)
         return (total.squares / (total.count - 1) / total.count).sqrt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -25,28 +26,40 @@ SLOWER: dict[Route, Route] = {"vmap": "batch", "batch": "one by one"}
 class Batch:
     """The arguments of one call of the model, and an id for each of its examples.
 
-    Each tensor among the arguments whose dimension 0 is as long as ``ids`` has an example in each row.
+    Attributes:
+        args: positional arguments by their numbers, and others by their names.
+        ids: the examples' ids.
+        rows: which arguments have an example in each row. :meth:`of` takes the tensors as long as ``ids``.
     """
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: Mapping[int | str, Any]
     ids: Tensor
+    rows: frozenset[int | str]
+
+    @classmethod
+    def of(cls, args: Mapping[int | str, Any], ids: Tensor) -> Batch:
+        """The batch of these arguments."""
+        tensors = {name: value for name, value in args.items() if isinstance(value, Tensor) and value.dim()}
+        return cls(args, ids, frozenset(name for name, value in tensors.items() if len(value) == len(ids)))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with ``function`` of the ids and of each tensor that has an example in each row."""
+        args = {name: function(arg) if name in self.rows else arg for name, arg in self.args.items()}
+        return Batch(args, function(self.ids), self.rows)
 
-        def each(value: Any) -> Any:
-            has_rows = isinstance(value, Tensor) and value.dim() and len(value) == len(self)
-            return function(value) if has_rows else value
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        args = {name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in self.args.items()}
+        return Batch(args, self.ids.to(device), self.rows)
 
-        return Batch(
-            tuple(map(each, self.args)),
-            {name: each(value) for name, value in self.kwargs.items()},
-            function(self.ids),
-        )
+    def call(self, model: nn.Module) -> Any:
+        """The model's output for copies of the rows, since a dropout may write to its input."""
+        args = {name: arg.clone() if name in self.rows else arg for name, arg in self.args.items()}
+        positional = [args.pop(name) for name in self.args if isinstance(name, int)]
+        return model(*positional, **{str(name): arg for name, arg in args.items()})
 
 
 class Draw(Address):
@@ -67,9 +80,10 @@ class Draw(Address):
         ids: Tensor,
         stratum: int | Tensor | None = None,
         strata: int = 1,
+        sample_dim: int | Mapping[str, int] | None = None,
     ) -> None:
         rows = isinstance(root, Tensor) and root.dim() > 0
-        super().__init__(model, seed, 0 if rows else root, ids)
+        super().__init__(model, seed, 0 if rows else root, ids, sample_dim)
         if rows:
             self._root = (seed if isinstance(seed, Key) else Key(seed)).fold(root)
             self._on_device = self._root, self._on_device[1]
@@ -95,63 +109,77 @@ class Drawing:
     - ``"batch"``: each example as often as there are draws, in one batch.
     - ``"one by one"``: a call of the model for each draw.
 
-    A draw of the first batch is computed alone. A route that raises there, or whose first draw differs from
-    that one by more than rounding, gives way to the next; ``why`` then has the reasons.
+    The first draw is computed alone, too. A route that raises there, or whose first draw differs from that
+    one by more than rounding, gives way to the next; ``why`` then has the reasons.
 
     Args:
-        model: the model, in :func:`thinned.montecarlo.dropping.only_dropout`.
+        model: the model, in :meth:`thinned.montecarlo.dropping.Dropouts.on`.
         read: takes a model's output and returns a tuple of floating-point tensors with examples as rows.
         seed: as of :func:`thinned.address`.
         strata: the number of draws of a stratified set; 1 for independent draws.
+        consistent: whether all examples have the masks of example 0.
+        sample_dim: as of :func:`thinned.address`.
         budget: bytes that the results of one chunk of draws may take.
     """
 
     def __init__(
-        self, model: nn.Module, read: Callable[[Any], Outputs], seed: int | Key, strata: int, budget: int
+        self,
+        model: nn.Module,
+        read: Callable[[Any], Outputs],
+        seed: int | Key,
+        strata: int,
+        consistent: bool,
+        sample_dim: int | Mapping[str, int] | None,
+        budget: int,
     ) -> None:
         self.model, self.read, self.seed, self.strata = model, read, seed, strata
         self.route: Route = "vmap"
         self.why: list[str] = []
-        self._budget = budget
+        self._consistent, self._sample_dim, self._budget = consistent, sample_dim, budget
         self._alone: Outputs | None = None
-        self._held = False
-        self._row_bytes = 1.0
+        self._row_bytes = 0.0
 
-    def at_once(self, batch: Batch) -> int:
-        """How many draws of ``batch`` fit into the budget."""
-        if self._alone is None:
+    def at_once(self, batch: Batch, first: int) -> int:
+        """How many draws of ``batch`` fit into the budget; before the first, ``first`` is its number."""
+        if not self._row_bytes:
+            of_set, draw = self._split(first)
             with _Largest() as largest:
-                self._alone = self._call(batch, 0)
+                self._alone = self._call(batch, draw, of_set)
             # An operation reads one such result and writes another; a third waits for a residual connection.
-            self._row_bytes = 3 * largest.bytes / len(batch)
-        if self.route == "one by one":
-            return 1
-        return max(1, int(self._budget / max(1.0, self._row_bytes * len(batch))))
+            self._row_bytes = 3 * max(1, largest.bytes) / len(batch)
+        return max(1, int(self._budget / (self._row_bytes * len(batch))))
 
     def __call__(self, batch: Batch, first: int, count: int) -> Outputs:
         """Draws ``first`` to ``first + count - 1``, which are of one set, along a new dimension 0."""
-        if self._held:
-            return ROUTES[self.route](self, batch, first, count)
-        while True:
+        alone, self._alone = self._alone, None
+        while alone is not None and self.route != "one by one":
             try:
                 draws = ROUTES[self.route](self, batch, first, count)
             except Exception as error:
-                if self.route == "one by one":
-                    raise
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             else:
-                if self._alone is None or _close([draw[0] for draw in draws], self._alone):
-                    self._held = True
+                if _close([draw[0] for draw in draws], alone):
                     return draws
                 reason = "its first draw differs from that draw alone"
             self.why.append(f"{self.route}: {reason}")
             self.route = SLOWER[self.route]
+        draws = ROUTES[self.route](self, batch, first, count)
+        if alone is not None and not _close([draw[0] for draw in draws], alone):
+            warnings.warn(
+                f"this {type(self.model).__name__} gives two results for one draw: it has random numbers "
+                "or a state that no key gives, so its predictions depend on more than the seed",
+                UserWarning,
+                stacklevel=2,
+            )
+        return draws
 
     def _call(self, batch: Batch, draw: int | Tensor, of_set: int = 0) -> Outputs:
         stratum = None if self.strata == 1 else draw
         root = draw if self.strata == 1 else of_set
-        with intercept(), Draw(self.model, self.seed, root, batch.ids, stratum, self.strata):
-            return self.read(self.model(*batch.args, **batch.kwargs))
+        ids = torch.zeros_like(batch.ids) if self._consistent else batch.ids
+        place = Draw(self.model, self.seed, root, ids, stratum, self.strata, self._sample_dim)
+        with intercept(), place:
+            return self.read(batch.call(self.model))
 
     def _split(self, first: int) -> tuple[int, int]:
         """The set of a draw, and its number within the set."""
@@ -188,7 +216,8 @@ def _close(draws: Sequence[Tensor], alone: Sequence[Tensor]) -> bool:
     for draw, one in zip(draws, alone, strict=True):
         if draw.shape != one.shape:
             return False
-        room = 64 * torch.finfo(one.dtype).eps * float(one.abs().amax()) if one.numel() else 0.0
+        largest = one.nan_to_num(0.0, 0.0, 0.0).abs().amax() if one.numel() else 0.0
+        room = 64 * torch.finfo(one.dtype).eps * float(largest)
         if not torch.allclose(draw, one, rtol=0, atol=room, equal_nan=True):
             return False
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from thinned import functional as F
-from thinned.checks import did_you_mean
+from thinned.checks import did_you_mean, got
 from thinned.layers._arguments import check_p
 from thinned.models.inspect import Site, inspect
 from thinned.models.walk import check_model, modules_in_containers, modules_with_paths
+from thinned.torch_state import compiler_is_imported
 
 __all__ = ["HEAD_P", "Dropouts", "Inject"]
 
@@ -27,22 +28,27 @@ HEAD_P = 0.1
 UNREACHED = ("register", "perhaps", "beyond")
 
 
+# The place of the running mean among the arguments; and, at place 5, the flag that says to update it.
+NORMS: dict[Any, tuple[int, str]] = {
+    nn.functional.batch_norm: (1, "training"),
+    nn.functional.instance_norm: (1, "use_input_stats"),
+    torch.batch_norm: (3, "training"),
+    torch.instance_norm: (3, "use_input_stats"),
+}
+
+
 class _Evaluation(TorchFunctionMode):
     """Batch normalization uses its running statistics, also by a module whose flag says training."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is nn.functional.batch_norm:
-            names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-            kwargs |= dict(zip(names, args, strict=False))
-            args = args[len(names) :]
-            if kwargs.get("running_mean") is not None:
-                kwargs["training"] = False
-            if args:
-                kwargs |= dict(zip(("momentum", "eps"), args, strict=False))
-            args = (kwargs.pop("input"),)
+        kwargs = kwargs or {}
+        if func in NORMS:
+            place, flag = NORMS[func]
+            if (args[place] if len(args) > place else kwargs.get("running_mean")) is not None:
+                kwargs = kwargs if len(args) > 5 else {**kwargs, flag: False}
+                args = (*args[:5], False, *args[6:]) if len(args) > 5 else args
         return func(*args, **kwargs)
 
 
@@ -85,11 +91,17 @@ class Dropouts:
     def on(self) -> Iterator[None]:
         """Let the model drop.
 
-        At the end, also after an exception, every module's ``training`` flag and torch's generators are what
-        they were. Batch normalization uses its running statistics and does not change them. The generator
-        of the CPU goes on where the last such context left it, for a data loader that draws from it.
+        At the end, also after an exception, every module's ``training`` flag, the buffers of modules that
+        drop and torch's generators are what they were. Batch normalization uses its running statistics and
+        does not change them. Code of :func:`torch.compile` runs without the compiler. The generator of the
+        CPU goes on where the last such context left it, for a data loader that draws from it.
         """
         flags = [(module, module.training) for module in self._modules.values()]
+        buffers = [
+            (self._modules[path], name, buffer, buffer.clone())
+            for path in self._drop
+            for name, buffer in self._modules[path].named_buffers(recurse=False)
+        ]
         hooks: list[RemovableHandle] = []
         kind = next((device.type for device in self._devices), "cuda")
         with torch.random.fork_rng([device.index for device in self._devices], device_type=kind):
@@ -100,11 +112,17 @@ class Dropouts:
                     module.training = path in self._drop
                 for path, p in self._chosen.items():
                     hooks.append(self._modules[path].register_forward_pre_hook(_Drop(p)))
-                with _Evaluation():
+                eager = torch.compiler.set_stance("force_eager") if compiler_is_imported() else nullcontext()
+                with eager, _Evaluation():
                     yield
             finally:
                 for module, training in flags:
                     module.training = training
+                for module, name, buffer, before in buffers:
+                    setattr(module, name, buffer)
+                    if not buffer.equal(before):
+                        with torch.no_grad():
+                            buffer.copy_(before)
                 for hook in hooks:
                     hook.remove()
                 self._state = torch.get_rng_state()
@@ -142,9 +160,10 @@ WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _chosen(model: nn.Module, inject: Inject) -> dict[str, float]:
     """Probabilities by path."""
     modules = dict(model.named_modules())
+    if inject != "head" and not isinstance(inject, Mapping):
+        kind = ValueError if isinstance(inject, str) else TypeError
+        raise kind(f"inject must be 'head' or a mapping of path patterns to p, got {inject!r}")
     if isinstance(inject, str):
-        if inject != "head":
-            raise ValueError(f"inject must be 'head' or a mapping of path patterns to p, got {inject!r}")
         heads = [path for path, module in modules.items() if isinstance(module, WEIGHTED)]
         if not heads:
             raise ValueError(
@@ -154,6 +173,8 @@ def _chosen(model: nn.Module, inject: Inject) -> dict[str, float]:
     found: dict[str, float] = {}
     for pattern, p in inject.items():
         check_p(p)
+        if not isinstance(pattern, str):
+            raise TypeError(f"inject must have patterns of paths as keys, {got(pattern)}")
         matches = [path for path in modules if fnmatchcase(path, pattern)]
         if not matches:
             raise ValueError(
@@ -162,4 +183,4 @@ def _chosen(model: nn.Module, inject: Inject) -> dict[str, float]:
             )
         for path in matches:
             found.setdefault(path, p)
-    return found
+    return {path: p for path, p in found.items() if p != 0}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
+from itertools import islice
 from operator import itemgetter
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
-from thinned.checks import check_integer, got
+from thinned.checks import check_integer, check_real, got
 from thinned.keys import Key
 from thinned.models.address import ids_of
 from thinned.models.address.hooks import hooks_of
@@ -22,6 +23,7 @@ from thinned.montecarlo.draws import Batch, Drawing, Outputs
 from thinned.montecarlo.dropping import Dropouts, Inject
 from thinned.montecarlo.moments import moments
 from thinned.montecarlo.prediction import Kind, Prediction, entropy
+from thinned.montecarlo.sharing import Ranks, Shard
 
 __all__ = ["Inputs", "Method", "Settings", "Task", "Until", "predict", "stream"]
 
@@ -53,7 +55,9 @@ def predict(
     quantiles: Sequence[float] = (),
     keep_draws: bool = False,
     ids: Tensor | Sequence[int] | None = None,
+    sample_dim: int | Mapping[str, int] | None = None,
     memory: int | None = None,
+    shard: Shard | None = None,
 ) -> Prediction:
     r"""The mean, variance and uncertainty of a model's predictions with its dropout on.
 
@@ -63,11 +67,11 @@ def predict(
     Only dropout is switched on, whatever the flags of the model: dropout modules, functional dropout,
     attention and recurrent layers that drop, all that :func:`thinned.inspect` lists and a key reaches.
     Afterwards, also after an exception, batch normalization's statistics, every module's ``training`` and
-    torch's generators are what they were.
+    torch's generators are what they were. Code of :func:`torch.compile` runs without the compiler.
 
     A draw's masks are a function of seed, draw, site and example. So a result does not depend on the batch
-    size, on chunks or on the device, but for rounding. A model whose own function mixes the examples of a
-    batch is an exception.
+    size, on chunks, on the device or on the number of processes, but for rounding. A model whose own function
+    mixes the examples of a batch is an exception.
 
     Args:
         model: any module that drops.
@@ -100,11 +104,20 @@ def predict(
         ids: the numbers of the examples, by default their places in ``inputs``.
         memory: bytes that the largest results of one chunk of draws may take, by default 64 MB on a CPU and
             512 MB elsewhere. Draws are computed in chunks of this size.
+        sample_dim: the dimension of the examples within the model, where it is not the first, as for
+            :func:`thinned.address`.
+        shard: what the processes of torch.distributed's default group share out: ``"examples"``, or the sets
+            of ``"draws"``. All call with the same model, inputs and options, and all get the same prediction,
+            of all examples. Each reads the whole data loader, which must give all the same batches; process
+            ``r`` of ``n`` predicts batches ``r, r + n, ...``. An error in one process raises in all of them
+            once their batches are done; one that is interrupted or killed lets the others wait for the
+            group's timeout. By default this process predicts by itself.
 
     Raises:
         ValueError: the model drops nowhere; the inputs have no example; a draw is not finite; or an argument
             is none of those accepted.
         TypeError: the model returns what the task does not read.
+        RuntimeError: ``shard`` without a process group; an error in another process.
 
     Source: Gal & Ghahramani, "Dropout as a Bayesian approximation", ICML 2016, section 4.
 
@@ -149,13 +162,16 @@ class Settings:
     quantiles: Sequence[float] = ()
     keep_draws: bool = False
     ids: Tensor | Sequence[int] | None = None
+    sample_dim: int | Mapping[str, int] | None = None
     memory: int | None = None
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         check_integer("samples", self.samples, least=1)
         check_integer("strata", self.strata, least=1)
-        if self.batch_size is not None:
-            check_integer("batch_size", self.batch_size, least=1)
+        for name in ("batch_size", "memory"):
+            if (number := getattr(self, name)) is not None:
+                check_integer(name, number, least=1)
         if not callable(self.task) and self.task not in ("classification", "regression"):
             raise ValueError(
                 f"task must be 'classification', 'regression' or a function of the model's output, "
@@ -165,9 +181,14 @@ class Settings:
             raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
         if self.method == "moments":
             self._check_moments()
+        if self.shard not in (None, "examples", "draws"):
+            raise ValueError(f"shard must be 'examples', 'draws' or None, got {self.shard!r}")
+        if self.shard == "draws" and self.bounds:
+            raise ValueError("until needs all draws of an example in one process; with it, shard='examples'")
         for name, bound in self.bounds.items():
             if name not in STATISTICS or (name != "mean" and self.kind != "classification"):
                 raise ValueError(f"until knows no statistic {name!r}; accepted: {', '.join(STATISTICS)}")
+            check_real("until", bound)
             if not bound > 0:
                 raise ValueError(f"until must be above 0, got {bound} for {name}")
         if self.keep_draws and self.bounds:
@@ -206,26 +227,45 @@ class Settings:
 
 
 def _stream(model: nn.Module, inputs: Inputs, settings: Settings) -> Iterator[Prediction]:
+    ranks = Ranks(settings.shard)
     dropouts = Dropouts(model, settings.inject)
     hooks_of(model)  # vmap cannot give them
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     budget = settings.memory or BUDGET.get(device.type, BUDGET_ELSEWHERE)
     read = partial(_read, settings.task)
-    drawing = Drawing(model, read, settings.seed, settings.set_size, budget)
-    batches = _batches(inputs, settings.batch_size, settings.ids, device)
+    consistent, sample_dim = settings.consistent, settings.sample_dim
+    drawing = Drawing(model, read, settings.seed, settings.set_size, consistent, sample_dim, budget)
+    by_draws = settings.shard == "draws"
+    at_once, mine = (1, 0) if by_draws else (ranks.size, ranks.rank)
+    batches = _batches(inputs, settings.batch_size, settings.ids, at_once)
+    items: list[tuple[Batch, Any]] = []
+
+    def take() -> Batch | None:
+        items[:] = islice(batches, at_once)
+        return items[mine][0].to(device) if mine < len(items) else None
+
+    def prediction() -> Prediction | None:
+        batch = take()
+        if batch is None:
+            return None
+        found = _moments(model, batch) if settings.method == "moments" else _predict(batch, drawing, settings)
+        return found.to(ranks.device or device)
+
+    def tally() -> _Tally | None:
+        batch = take()
+        return None if batch is None else _tally(batch, drawing, settings, ranks).to(ranks.device or device)
+
     while True:
         with dropouts.on(), torch.no_grad():
-            item = next(batches, None)
-            if item is None:
-                return
-            batch, targets = item
-            if settings.consistent:
-                batch = Batch(batch.args, batch.kwargs, torch.zeros_like(batch.ids))
-            if settings.method == "moments":
-                result = _moments(model, batch)
+            if by_draws:
+                tallies = [part for part in ranks.gather(tally) if part is not None]
+                found = [reduce(_Tally.merged, tallies).result(items[0][0].ids, drawing)] if tallies else []
             else:
-                result = _predict(batch, drawing, settings)
-        yield replace(result, ids=item[0].ids, targets=targets, sites=dropouts.paths)
+                found = [part for part in ranks.gather(prediction) if part is not None]
+        if not found:
+            return
+        for part, (_, targets) in zip(found, items, strict=True):
+            yield replace(part.to(device), targets=targets, sites=dropouts.paths)
 
 
 def _read(task: Task, output: Any) -> Outputs:
@@ -260,17 +300,13 @@ def _real(value: Any, whose: str) -> Tensor:
 def _predict(batch: Batch, drawing: Drawing, settings: Settings) -> Prediction:
     """All draws of one batch."""
     remaining = torch.arange(len(batch), device=batch.ids.device)
-    tally = _Tally(settings, defaultdict(lambda: Accumulator(settings.set_size)))
+    tally = _Tally(settings)
     parts, order, done = [], [], 0
     while len(remaining):
-        outputs = drawing(batch, done, _next(batch, done, drawing, settings))
-        _check(outputs, batch, done)
-        tally.add(outputs)
-        done += len(outputs[0])
+        done = tally.draw(batch, drawing, done, settings.samples)
         finished = tally.below(settings.bounds) if done < settings.samples else torch.ones_like(remaining) > 0
         if finished.any():
-            result = tally.select(finished).result(batch.ids[finished])
-            parts.append(replace(result, route=drawing.route, notes=tuple(drawing.why)))
+            parts.append(tally.select(finished).result(batch.ids[finished], drawing))
             order.append(remaining[finished])
             left = ~finished
             remaining, tally, batch = remaining[left], tally.select(left), batch.map(itemgetter(left))
@@ -287,12 +323,13 @@ def _moments(model: nn.Module, batch: Batch) -> Prediction:
     )
 
 
-def _next(batch: Batch, done: int, drawing: Drawing, settings: Settings) -> int:
-    """How many draws to make next: within one stratified set, and until the next look at the bounds."""
-    count = min(drawing.at_once(batch), settings.samples - done)
-    if settings.set_size > 1:
-        return min(count, settings.set_size - done % settings.set_size)
-    return min(count, LEAST_DRAWS) if settings.bounds else count
+def _tally(batch: Batch, drawing: Drawing, settings: Settings, ranks: Ranks) -> _Tally:
+    """The draws of one batch that this process computes: whole sets, but for the last of all."""
+    sets = ranks.part(math.ceil(settings.samples / settings.set_size))
+    tally, done, last = _Tally(settings), sets.start * settings.set_size, sets.stop * settings.set_size
+    while done < min(last, settings.samples):
+        done = tally.draw(batch, drawing, done, min(last, settings.samples))
+    return tally
 
 
 def _check(outputs: Outputs, batch: Batch, first: int) -> None:
@@ -303,7 +340,7 @@ def _check(outputs: Outputs, batch: Batch, first: int) -> None:
                 f"the model gave a result of shape {tuple(output.shape[1:])} for {len(batch)} examples; "
                 "accepted: a row for each example"
             )
-        if not (finite := output.isfinite().flatten(2).all(2)).all():
+        if not (finite := output.isfinite().unsqueeze(-1).flatten(2).all(2)).all():
             draw, row = (~finite).nonzero()[0].tolist()
             raise ValueError(
                 f"draw {first + draw} of example {int(batch.ids[row])} is not finite, so it has no mean"
@@ -315,30 +352,48 @@ class _Tally:
     """Statistics of the draws so far."""
 
     settings: Settings
-    sums: dict[str, Accumulator]
+    sums: dict[str, Accumulator] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
     votes: Tensor | None = None
+
+    def draw(self, batch: Batch, drawing: Drawing, first: int, last: int) -> int:
+        """Take draws from ``first`` on, at most to ``last``, and return the number of the next.
+
+        They are of one set, and end where the bounds are looked at.
+        """
+        count, size = min(drawing.at_once(batch, first), last - first), self.settings.set_size
+        if size > 1:
+            count = min(count, size - first % size)
+        elif self.settings.bounds:
+            count = min(count, LEAST_DRAWS - first % LEAST_DRAWS)
+        outputs = drawing(batch, first, count)
+        _check(outputs, batch, first)
+        self.add(outputs)
+        return first + count
 
     def add(self, outputs: Outputs) -> None:
         """Take further draws, along dimension 0."""
         draws, *variance = outputs
-        self.sums["mean"].add(draws)
+        found = {"mean": draws}
         if variance:
-            self.sums["aleatoric"].add(variance[0])
+            found["aleatoric"] = variance[0]
         if self.settings.kind == "classification":
-            self.sums["expected_entropy"].add(entropy(draws, 2))
+            found["expected_entropy"] = entropy(draws, 2)
             votes = nn.functional.one_hot(draws.argmax(2), draws.shape[2]).movedim(-1, 2).sum(0)
             self.votes = votes if self.votes is None else self.votes + votes
+        for name, values in found.items():
+            self.sums.setdefault(name, Accumulator(self.settings.set_size)).add(values)
         if self.settings.quantiles or self.settings.keep_draws:
             self.kept.append(draws)
 
     def below(self, bounds: Mapping[str, float]) -> Tensor:
         """Which examples have standard errors within all bounds, after a whole set from the second on."""
         mean = self.sums["mean"]
-        too_early = mean.count % mean.size or mean.count < max(2 * mean.size, LEAST_DRAWS)
+        step = mean.size if mean.size > 1 else LEAST_DRAWS
+        too_early = mean.count % step or mean.count < 2 * mean.size
         found = torch.full((len(mean.mean),), bool(bounds) and not too_early, device=mean.mean.device)
         for name, bound in bounds.items():
-            found &= (self.sums[name].standard_error <= bound).flatten(1).all(1)
+            found &= (self.sums[name].standard_error <= bound).unsqueeze(-1).flatten(1).all(1)
         return found
 
     def select(self, chosen: Tensor) -> _Tally:
@@ -347,7 +402,21 @@ class _Tally:
         votes = None if self.votes is None else self.votes[chosen]
         return _Tally(self.settings, sums, [draws[:, chosen] for draws in self.kept], votes)
 
-    def result(self, ids: Tensor) -> Prediction:
+    def merged(self, other: _Tally) -> _Tally:
+        """The statistics of these draws and those that follow them."""
+        if not (self.sums and other.sums):  # a process without draws
+            return self if self.sums else other
+        sums = {name: each.merged(other.sums[name]) for name, each in self.sums.items()}
+        votes = None if self.votes is None or other.votes is None else self.votes + other.votes
+        return _Tally(self.settings, sums, self.kept + other.kept, votes)
+
+    def to(self, device: torch.device | str) -> _Tally:
+        """The same on a device."""
+        sums = {name: each.to(device) for name, each in self.sums.items()}
+        votes = None if self.votes is None else self.votes.to(device)
+        return _Tally(self.settings, sums, [draws.to(device) for draws in self.kept], votes)
+
+    def result(self, ids: Tensor, drawing: Drawing) -> Prediction:
         """The predictions of the examples, whose ids these are."""
         mean, entropies = self.sums["mean"], self.sums.get("expected_entropy")
         kept = torch.cat(self.kept) if self.kept else None
@@ -364,65 +433,60 @@ class _Tally:
             None if entropies is None else entropies.standard_error,
             self.votes,
             kept.transpose(0, 1) if kept is not None and self.settings.keep_draws else None,
+            route=drawing.route,
+            notes=tuple(drawing.why),
         )
 
 
 def _batches(
-    inputs: Inputs,
-    batch_size: int | None,
-    ids: Tensor | Sequence[int] | None,
-    device: torch.device,
+    inputs: Inputs, batch_size: int | None, ids: Tensor | Sequence[int] | None, at_once: int
 ) -> Iterator[tuple[Batch, Any]]:
-    """Batches on the model's device, and what the loader gave beside the inputs."""
+    """Batches, and what the loader gave beside the inputs; of a tensor, ``at_once`` or more."""
     if isinstance(inputs, Tensor | Mapping | tuple):
-        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-        kwargs = inputs if isinstance(inputs, Mapping) else {}
-        size = _rows([*args, *kwargs.values()])
-        whole = Batch(args, kwargs, torch.arange(size) if ids is None else ids_of(ids))
+        args = _arguments(inputs)
+        size = _rows(args)
+        whole = Batch.of(args, torch.arange(size) if ids is None else ids_of(ids))
         if len(whole) != size:
             raise ValueError(f"ids must be one for each of the {size} examples, got {len(whole)}")
-        step = batch_size or BATCH_SIZE
+        step = min(batch_size or BATCH_SIZE, max(1, math.ceil(size / at_once)))
         for first in range(0, size, step):
-            yield _to(device, whole.map(itemgetter(slice(first, first + step)))), None
+            yield whole.map(itemgetter(slice(first, first + step))), None
         return
     if not isinstance(inputs, Iterable):
         raise TypeError(
             f"inputs must be a tensor, a dict or tuple of tensors, or a DataLoader, {got(inputs)}"
+        )
+    if at_once > 1 and isinstance(getattr(inputs, "sampler", None), DistributedSampler):
+        raise ValueError(
+            "shard='examples' shares out what the data loader gives; give it no DistributedSampler"
         )
     if batch_size is not None or ids is not None:
         raise ValueError(
             "a DataLoader has its own batches, and numbers its examples from 0; leave out batch_size and ids"
         )
     first = 0
-    targets: Any
     for item in inputs:
-        args, kwargs, targets = (), {}, None
-        if isinstance(item, Mapping):
-            kwargs = item
-        elif isinstance(item, tuple | list):
-            args, targets = (item[0],), (item[1] if len(item) == 2 else tuple(item[1:]) or None)
-        else:
-            args = (item,)
-        size = _rows([*args, *kwargs.values()])
-        yield _to(device, Batch(args, kwargs, torch.arange(first, first + size))), targets
+        targets: Any = None
+        if isinstance(item, tuple | list):
+            item, *others = item
+            others = [list(other) if isinstance(other, tuple) else other for other in others]  # such as names
+            targets = others[0] if len(others) == 1 else tuple(others) or None
+        args = _arguments(item)
+        size = _rows(args)
+        if size:
+            yield Batch.of(args, torch.arange(first, first + size)), targets
         first += size
 
 
-def _rows(values: Sequence[Any]) -> int:
-    for value in values:
+def _arguments(inputs: Any) -> Mapping[int | str, Any]:
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    return dict(enumerate(inputs if isinstance(inputs, tuple | list) else (inputs,)))
+
+
+def _rows(args: Mapping[int | str, Any]) -> int:
+    for value in args.values():
         if isinstance(value, Tensor) and value.dim():
             return len(value)
-    raise TypeError(
-        f"inputs need a tensor with an example in each row, got {[type(value).__name__ for value in values]}"
-    )
-
-
-def _to(device: torch.device, batch: Batch) -> Batch:
-    """The batch on the model's device."""
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    return Batch(
-        tuple(map(move, batch.args)), {k: move(v) for k, v in batch.kwargs.items()}, batch.ids.to(device)
-    )
+    kinds = [type(value).__name__ for value in args.values()]
+    raise TypeError(f"inputs need a tensor with an example in each row, got {kinds}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
 
@@ -35,7 +35,7 @@ class Prediction:
         expected_entropy_error: its standard error.
         votes: of a classification, the number of draws in which each class has the highest probability.
         outputs: all draws in dimension 1, if they were to be kept.
-        targets: what the data loader gave beside the inputs.
+        targets: what the data loader gave beside the inputs: a tensor, or a tuple if there were several.
         sites: paths of the modules that dropped.
         route: how the draws were computed; see :class:`thinned.montecarlo.draws.Drawing`.
         notes: why faster routes were not taken.
@@ -94,7 +94,7 @@ class Prediction:
     @property
     def mutual_information(self) -> Tensor:
         """``H[mean] - 1/T sum_t H[f_t]`` in nats: the model's part (BALD, Houlsby et al. 2011, section 2)."""
-        entropy_of_mean = self.predictive_entropy
+        entropy_of_mean = entropy(self._probabilities("mutual_information"))
         assert self.expected_entropy is not None
         return (entropy_of_mean - self.expected_entropy).clamp_min(0)
 
@@ -112,12 +112,20 @@ class Prediction:
 
     def select(self, chosen: Tensor) -> Prediction:
         """Some of the examples."""
-        rows: dict[str, Any] = {
-            each.name: value[chosen]
-            for each in fields(self)
-            if isinstance(value := getattr(self, each.name), Tensor)
-        }
-        return replace(self, **rows, quantiles={q: value[chosen] for q, value in self.quantiles.items()})
+        return self._map(lambda tensor: tensor[chosen])
+
+    def to(self, device: torch.device | str) -> Prediction:
+        """The same on a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Prediction:
+        def each(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(each, value))
+            return function(value) if isinstance(value, Tensor) else value
+
+        rows = {field.name: each(getattr(self, field.name)) for field in fields(self)}
+        return replace(self, **rows | {"quantiles": {q: each(value) for q, value in self.quantiles.items()}})
 
     @classmethod
     def cat(cls, parts: Sequence[Prediction]) -> Prediction:
@@ -130,8 +138,22 @@ class Prediction:
             for each in fields(cls)
             if isinstance(getattr(last, each.name), Tensor)
         }
+        targets = [part.targets for part in parts]
+        if isinstance(last.targets, tuple):
+            rows["targets"] = tuple(map(_cat, zip(*targets, strict=True)))
+        elif last.targets is not None:
+            rows["targets"] = _cat(targets)
         quantiles = {q: torch.cat([part.quantiles[q] for part in parts]) for q in last.quantiles}
         return replace(last, **rows, quantiles=quantiles)
+
+
+def _cat(parts: Sequence[Any]) -> Any:
+    """One tensor of tensors, one dictionary of dictionaries; of others, such as lists of names, one list."""
+    if isinstance(parts[0], Mapping):
+        return {name: _cat([part[name] for part in parts]) for name in parts[0]}
+    return (
+        torch.cat(list(parts)) if isinstance(parts[0], Tensor) else [each for part in parts for each in part]
+    )
 
 
 def entropy(probabilities: Tensor, dim: int = 1) -> Tensor:
