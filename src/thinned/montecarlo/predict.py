@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
@@ -21,6 +22,7 @@ from thinned.montecarlo.accumulate import Accumulator
 from thinned.montecarlo.draws import Batch, Drawing, Outputs
 from thinned.montecarlo.dropping import Dropouts, Inject
 from thinned.montecarlo.prediction import Kind, Prediction, entropy
+from thinned.progress import progress_bar
 
 __all__ = ["Inputs", "Method", "Settings", "Task", "Until", "predict", "stream"]
 
@@ -53,6 +55,7 @@ def predict(
     keep_draws: bool = False,
     ids: Tensor | Sequence[int] | None = None,
     memory: int | None = None,
+    progress: bool = False,
 ) -> Prediction:
     r"""The mean, variance and uncertainty of a model's predictions with its dropout on.
 
@@ -98,6 +101,7 @@ def predict(
         ids: the numbers of the examples, by default their places in ``inputs``.
         memory: bytes that the largest results of one chunk of draws may take, by default 64 MB on a CPU and
             512 MB elsewhere. Draws are computed in chunks of this size.
+        progress: show a bar of the batches on standard error, if it is a terminal or a notebook; needs rich.
 
     Raises:
         ValueError: the model drops nowhere; the inputs have no example; a draw is not finite; or an argument
@@ -128,7 +132,8 @@ def stream(model: nn.Module, inputs: Inputs, samples: int = 100, **options: Any)
     >>> [len(part) for part in stream(model, torch.randn(5, 4), samples=20, batch_size=2)]
     [2, 2, 1]
     """
-    return _stream(model, inputs, Settings(samples, **options))
+    settings = Settings(samples, **options)
+    return _stream(model, inputs, settings, Dropouts(model, settings.inject))
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ class Settings:
     keep_draws: bool = False
     ids: Tensor | Sequence[int] | None = None
     memory: int | None = None
+    progress: bool = False
 
     def __post_init__(self) -> None:
         check_integer("samples", self.samples, least=1)
@@ -190,24 +196,30 @@ class Settings:
         return min(self.strata, self.samples) if self.method == "stratified" else 1
 
 
-def _stream(model: nn.Module, inputs: Inputs, settings: Settings) -> Iterator[Prediction]:
-    dropouts = Dropouts(model, settings.inject)
+def _stream(model: nn.Module, inputs: Inputs, settings: Settings, dropouts: Dropouts) -> Iterator[Prediction]:
     hooks_of(model)  # vmap cannot give them
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     budget = settings.memory or BUDGET.get(device.type, BUDGET_ELSEWHERE)
     read = partial(_read, settings.task)
     drawing = Drawing(model, read, settings.seed, settings.set_size, budget)
     batches = _batches(inputs, settings.batch_size, settings.ids, device)
-    while True:
-        with dropouts.on(), torch.no_grad():
-            item = next(batches, None)
-            if item is None:
-                return
-            batch, targets = item
-            if settings.consistent:
-                batch = Batch(batch.args, batch.kwargs, torch.zeros_like(batch.ids))
-            result = _predict(batch, drawing, settings)
-        yield replace(result, ids=item[0].ids, targets=targets, sites=dropouts.paths)
+    bar = (
+        progress_bar("batches", _count(inputs, settings.batch_size))
+        if settings.progress
+        else nullcontext(str)
+    )
+    with bar as tick:
+        while True:
+            with dropouts.on(), torch.no_grad():
+                item = next(batches, None)
+                if item is None:
+                    return
+                batch, targets = item
+                if settings.consistent:
+                    batch = Batch(batch.args, batch.kwargs, torch.zeros_like(batch.ids))
+                result = _predict(batch, drawing, settings)
+            tick("")
+            yield replace(result, ids=item[0].ids, targets=targets, sites=dropouts.paths)
 
 
 def _read(task: Task, output: Any) -> Outputs:
@@ -347,8 +359,7 @@ def _batches(
 ) -> Iterator[tuple[Batch, Any]]:
     """Batches on the model's device, and what the loader gave beside the inputs."""
     if isinstance(inputs, Tensor | Mapping | tuple):
-        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-        kwargs = inputs if isinstance(inputs, Mapping) else {}
+        args, kwargs = _arguments(inputs)
         size = _rows([*args, *kwargs.values()])
         whole = Batch(args, kwargs, torch.arange(size) if ids is None else ids_of(ids))
         if len(whole) != size:
@@ -378,6 +389,25 @@ def _batches(
         size = _rows([*args, *kwargs.values()])
         yield _to(device, Batch(args, kwargs, torch.arange(first, first + size))), targets
         first += size
+
+
+def _arguments(
+    inputs: Tensor | Mapping[str, Any] | tuple[Any, ...],
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Positional and keyword arguments of the model."""
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def _count(inputs: Inputs, batch_size: int | None) -> int | None:
+    """The number of batches, as far as it is known."""
+    if isinstance(inputs, Tensor | Mapping | tuple):
+        args, kwargs = _arguments(inputs)
+        return -(-_rows([*args, *kwargs.values()]) // (batch_size or BATCH_SIZE))
+    with suppress(TypeError):  # a loader of an iterable dataset
+        return len(inputs)
+    return None
 
 
 def _rows(values: Sequence[Any]) -> int:
