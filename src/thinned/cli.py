@@ -322,14 +322,13 @@ def uncertainty(
 ) -> None:
     """Predict with dropout on: each example's prediction and uncertainty as a row of a .csv file.
 
-    The columns have the names of thinned.montecarlo.Prediction: for a classification id, label,
-    max_probability and its standard_error, predictive_entropy, expected_entropy, mutual_information,
-    variation_ratio and a probability for each class; for a regression id, mean, std of the draws,
-    standard_error of the mean, and aleatoric, the variance of the noise if the model predicts it. Entropies
-    are in nats. With targets, the scores are printed.
+    With targets it prints scores: accuracy, NLL, ECE and Brier, or RMSE, log-likelihood and coverage.
 
-    Rows are written as soon as their batch is done. After Ctrl-C (status 130) or an error (status 1) those
-    remain, and their number is printed.
+    Columns of a classification: id, target, label, max_probability and its standard_error, entropies in nats.
+
+    Columns of a regression: id, target, mean, its standard_error, std of the draws, aleatoric variance.
+
+    After Ctrl-C (status 130) or an error (status 1) the rows of the finished batches remain.
     """
     try:
         _refuse(context, {"target"} if data.suffix.lower() == ".npz" else {"x", "y"}, f"for {data.name}")

@@ -140,7 +140,11 @@ class Drawing:
                     raise
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             else:
-                if self._alone is None or _close([draw[0] for draw in draws], self._alone):
+                if (
+                    self.route == "one by one"
+                    or self._alone is None
+                    or _close([draw[0] for draw in draws], self._alone)
+                ):
                     self._held = True
                     return draws
                 reason = "its first draw differs from that draw alone"

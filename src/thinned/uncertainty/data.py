@@ -86,7 +86,7 @@ def read(path: Path, *, x: str = "x", y: str | None = None, target: str | None =
 
 
 def _read_npz(path: Path, x: str, y: str | None) -> Examples:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # np.load leaves a path open
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise ValueError(f"cannot read {path}: it is no archive of arrays, as numpy.savez writes")
         wanted = {"x": x, "y": y or ("y" if "y" in arrays else None)}

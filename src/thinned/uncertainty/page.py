@@ -6,7 +6,6 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from thinned.colours import GREY, PALETTE
-from thinned.compare.figures import significant
 from thinned.compare.page import render
 from thinned.compare.plots import STYLE, svg
 from thinned.compare.report import machine
@@ -25,7 +24,7 @@ def to_html(report: Report) -> str:
         report=report,
         pictures=pictures,
         extremes={"Least certain": report.examples(False), "Most certain": report.examples(True)},
-        cell=lambda value: significant(value, 4) if isinstance(value, float) else f"{value}",
+        cell=lambda value: f"{value:.3g}" if isinstance(value, float) else f"{value}",
         machine=machine(),
     )
 

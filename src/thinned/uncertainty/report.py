@@ -112,8 +112,13 @@ class Report:
         """The rows of the ten most or least certain examples, the extreme one first."""
         order = self.uncertainty.argsort(descending=not most_certain, stable=True)[:SHOWN]
         table = columns(self.prediction, self.targets)
-        shown = {name: column[order].tolist() for name, column in table.items() if _is_shown(name)}
+        shown = {name: column[order].tolist() for name, column in table.items() if self._is_shown(name)}
         return [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
+
+    def _is_shown(self, column: str) -> bool:
+        if column == "draws":
+            return self.settings["until"] is not None
+        return not column.startswith(("probability_", "expected_"))
 
     def sentences(self) -> list[str]:
         """What the command prints."""
@@ -171,10 +176,6 @@ def sites_of(model: nn.Module, paths: Sequence[str], injected: Mapping[str, floa
     return found
 
 
-def _is_shown(name: str) -> bool:
-    return not name.startswith(("probability_", "expected_"))
-
-
 def _scores(prediction: Prediction, targets: Tensor) -> list[Score]:
     mean, variance = prediction.mean, prediction.total_variance
     if prediction.kind == "classification":
@@ -185,16 +186,15 @@ def _scores(prediction: Prediction, targets: Tensor) -> list[Score]:
             _score("Brier", "squared distance of the probabilities, 0 to 2", brier_score, mean, targets),
         ]
     mean, variance = mean.reshape(targets.shape), variance.reshape(targets.shape)
-    noise = "" if prediction.aleatoric is not None else ", without noise, which the model does not predict"
     scores = [
         _score("RMSE", "root of the mean squared error", root_mean_squared_error, mean, targets),
-        _score("log-likelihood", f"of the target, nats{noise}", _log_likelihood, mean, variance, targets),
-        _score("sharpness", f"the mean deviation{noise}", sharpness, variance),
+        _score("log-likelihood", "of the target, nats", _log_likelihood, mean, variance, targets),
+        _score("sharpness", "the mean deviation", sharpness, variance),
     ]
     return scores + [
         _score(
             f"coverage {level:.0%}",
-            f"fraction of targets in the central {level:.0%} interval{noise}",
+            f"fraction of targets in the central {level:.0%} interval",
             partial(_coverage, level),
             mean,
             variance,

@@ -24,7 +24,7 @@ class StoppedError(Exception):
 
 def columns(prediction: Prediction, targets: Tensor | None) -> dict[str, Tensor]:
     """The attributes of ``prediction`` by the names of their columns, each of shape ``(n,)``."""
-    found = {"id": prediction.ids}
+    found = {"id": prediction.ids} | ({} if targets is None else _numbered("target", targets))
     classes = prediction.kind == "classification"
     if prediction.mean.dim() > 2:
         raise ValueError(
@@ -42,8 +42,7 @@ def columns(prediction: Prediction, targets: Tensor | None) -> dict[str, Tensor]
         for name in ("mean", "std", "standard_error", "aleatoric"):
             if (values := getattr(prediction, name)) is not None:
                 found |= _numbered(name, values)
-    found["draws"] = prediction.draws
-    return found if targets is None else found | _numbered("target", targets)
+    return found | {"draws": prediction.draws}
 
 
 def _numbered(name: str, values: Tensor, always: bool = False) -> dict[str, Tensor]:

@@ -37,18 +37,20 @@ def parse_until(texts: Iterable[str]) -> Until | None:
     >>> parse_until(["0.01"])
     {'mean': 0.01}
     """
-    whole = [text if "=" in text else f"mean={text}" for text in texts]
-    return _numbers("until", whole, "a number or STATISTIC=NUMBER") or None
+    return _numbers("until", texts, "a number or STATISTIC=NUMBER", name="mean") or None
 
 
-def _numbers(option: str, texts: Iterable[str], accepted: str) -> dict[str, float]:
+def _numbers(option: str, texts: Iterable[str], accepted: str, name: str = "") -> dict[str, float]:
+    """From ``NAME=NUMBER``, in which ``name`` stands for a missing one."""
     found = {}
     for text in texts:
-        name, _, number = text.rpartition("=")
+        given, equals, number = text.rpartition("=")
         try:
-            found[name or text] = float(number)
+            found[given if equals else name] = float(number)
         except ValueError:
-            raise ValueError(f"--{option} {text!r} is not understood; accepted: {accepted}") from None
+            number = ""
+        if not number or "" in found:
+            raise ValueError(f"--{option} {text!r} is not understood; accepted: {accepted}")
     return found
 
 
