@@ -27,6 +27,9 @@ constexpr int dtype_count = sizeof dtypes / sizeof *dtypes;
 constexpr int64_t most_items = int64_t{1} << 44;
 constexpr int64_t most_indices = int64_t{1} << 60;
 
+// The largest prime of 16 bits: in the permutation of strata, a product plus a summand then has 32 bits.
+constexpr int64_t most_strata = 65521;
+
 // ValueError in Python.
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -172,6 +175,32 @@ void numbers(uintptr_t y, uintptr_t keys, uintptr_t starts, int64_t rows, int64_
                          reinterpret_cast<const uint64_t*>(starts), rows, count});
 }
 
+// `u` and `v` have `source_rows` rows.
+void strata(uintptr_t y, uintptr_t u, uintptr_t v, uintptr_t draws, uintptr_t sources, int64_t rows, int64_t count,
+            int64_t source_rows, int64_t strata) {
+    check_count("rows", rows);
+    check_count("count", count);
+    check_count("source_rows", source_rows);
+    if (strata < 1 || strata > most_strata)
+        refuse("strata must be 1 .. " + std::to_string(most_strata) + ", got " + std::to_string(strata));
+    if (rows == 0 || count == 0) return;
+    if (std::max(rows, source_rows) > most_items / count)
+        refuse(std::to_string(std::max(rows, source_rows)) + " rows of " + std::to_string(count) +
+               " numbers are more than 2**44");
+    const Memory to{"y", y, rows * count, 4, 4};
+    check_apart(to, {"u", u, source_rows * count, 4, 4});
+    check_apart(to, {"v", v, source_rows * count, 4, 4});
+    check_apart(to, {"draws", draws, rows, 8, 8});
+    check_apart(to, {"sources", sources, rows, 8, 8});
+    const int64_t* from = reinterpret_cast<const int64_t*>(sources);
+    for (int64_t row = 0; row < rows; ++row)
+        if (from[row] < 0 || from[row] >= source_rows)
+            refuse("sources must be 0 .. " + std::to_string(source_rows - 1) + ", got " + std::to_string(from[row]));
+    run_released(Strata{reinterpret_cast<int32_t*>(y), reinterpret_cast<const int32_t*>(u),
+                        reinterpret_cast<const int32_t*>(v), reinterpret_cast<const int64_t*>(draws), from, rows,
+                        count, strata});
+}
+
 // A step is 0 for one key, or one datum, for all.
 void fold_many(uintptr_t y, uintptr_t keys, int64_t key_step, uintptr_t data, int64_t data_step, int64_t n) {
     check_count("n", n);
@@ -196,6 +225,7 @@ NB_MODULE(_native, module) {
     module.def("flat", &flat);
     module.def("strided", &strided);
     module.def("numbers", &numbers);
+    module.def("strata", &strata);
     module.def("fold", &fold_one);
     module.def("fold_many", &fold_many);
     module.def("philox", [](uint64_t key, uint64_t counter) { return philox(key, counter, 0); });

@@ -1,11 +1,13 @@
 #include "isa.h"
 #include "simd/generic.h"
 #include "numbers.h"
+#include "strata.h"
 #include "walk.h"
 
 namespace thinned {
 
 void walk_baseline(const Plan& plan, int64_t from, int64_t to) { walk(plan, from, to); }
 void numbers_baseline(const Numbers& task, int64_t from, int64_t to) { numbers(task, from, to); }
+void strata_baseline(const Strata& task, int64_t from, int64_t to) { strata(task, from, to); }
 
 }  // namespace thinned

@@ -23,15 +23,16 @@ struct Isa {
     const char* name;
     void (*walk)(const Plan&, int64_t, int64_t);
     void (*numbers)(const Numbers&, int64_t, int64_t);
+    void (*strata)(const Strata&, int64_t, int64_t);
     bool (*supported)();
 };
 
 const Isa isas[] = {
-    {"baseline", walk_baseline, numbers_baseline, [] { return true; }},
+    {"baseline", walk_baseline, numbers_baseline, strata_baseline, [] { return true; }},
 #ifdef THINNED_X86
-    {"avx2", walk_avx2, numbers_avx2,
+    {"avx2", walk_avx2, numbers_avx2, strata_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }},
-    {"avx512", walk_avx512, numbers_avx512,
+    {"avx512", walk_avx512, numbers_avx512, strata_avx512,
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
@@ -133,6 +134,18 @@ void run(const Task& task) {
 
 void run(const Numbers& task) {
     share(task, chosen().load()->numbers, task.rows * task.blocks(), task.rows * task.count);
+}
+
+uint32_t Strata::prime() const {
+    for (uint32_t n = std::max<uint32_t>(2, static_cast<uint32_t>(strata));; ++n) {
+        uint32_t divisor = 2;
+        while (divisor * divisor <= n && n % divisor) ++divisor;
+        if (divisor * divisor > n) return n;
+    }
+}
+
+void run(const Strata& task) {
+    share(task, chosen().load()->strata, task.rows * task.parts(), task.rows * task.count);
 }
 
 }  // namespace thinned

@@ -3,6 +3,7 @@
 //   masked_affine:  y[i] = keep(m(i)) ? x[i] * scale + shift : fill
 //   keep_mask:      y[i] = keep(m(i))                          (Dtype::mask; x is not read)
 //   numbers:        y[i] = u(m(i)) - 2^31
+//   strata:         y[i] = u'(m(i), draw) - 2^31           (from the numbers under two keys)
 //
 // keep(m) holds when u(m), the 32-bit number of mask index m under the key, is below T.
 #pragma once
@@ -45,10 +46,29 @@ struct Numbers {
     int64_t blocks() const { return (count + 126) / 128 + 1; }
 };
 
+// The numbers of stratified draws: rows of `count`, each of one draw, from numbers less 2^31. `u` are those under
+// the key of a set of draws, `v` those that decide its permutations; row i reads row sources[i] of both.
+struct Strata {
+    static constexpr int64_t part = 4096;  // elements of a row that one thread takes at a time
+
+    int32_t* y;  // rows * count, row after row
+    const int32_t* u;
+    const int32_t* v;
+    const int64_t* draws;  // each counts modulo the strata
+    const int64_t* sources;
+    int64_t rows, count;
+    int64_t strata;  // 1 .. 65521
+
+    int64_t parts() const { return (count + part - 1) / part; }
+    // The smallest prime that is at least 2 and at least the number of strata.
+    uint32_t prime() const;
+};
+
 // x and y are the same memory or do not overlap, and no product of a size and a stride exceeds 2^61; nothing of it
 // is checked here. Results depend on neither threads nor instruction set.
 void run(const Task& task);
 void run(const Numbers& task);
+void run(const Strata& task);
 
 // Words 0 and 1 of philox10((lo32(counter), hi32(counter), 0, last), key).
 uint64_t philox(uint64_t key, uint64_t counter, uint32_t last);

@@ -26,8 +26,16 @@ class BackendUnderTest:
     def keep_mask(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
         return self.module.keep_mask(key.to(self.device), shape, geometry, T).cpu()
 
-    def uniform(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
-        return self.module.uniform(key.to(self.device), shape, geometry).cpu()
+    def uniform(
+        self,
+        key: Tensor,
+        shape: tuple[int, ...],
+        geometry: Geometry,
+        draw: Tensor | None = None,
+        strata: int = 1,
+    ) -> Tensor:
+        draw = None if draw is None else draw.to(self.device)
+        return self.module.uniform(key.to(self.device), shape, geometry, draw, strata).cpu()
 
     def masked_affine(
         self,

@@ -96,6 +96,7 @@ OTHERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"model": network(), "schedule": schedules.early(3), "include": "*", "attributes": ("p",)},
     ),
     "DropoutSchedule.load_state_dict": (load, {"state_dict": STATE}),
+    "masksembles_masks": (functional.masksembles_masks, {"channels": 12, "n": 4, "scale": 2.0, "seed": 0}),
     "drop_path_rates": (functional.drop_path_rates, {"depth": 3, "max_rate": 0.5}),
     "ConcreteDropout.regularization": (
         thinned.ConcreteDropout().regularization,
@@ -135,7 +136,7 @@ def of_forward(entry: Entry) -> tuple[Callable[..., Any], dict[str, Any]]:
         inputs = [arguments.pop(name) for name in given]
         return copy.deepcopy(layer)(*inputs, **arguments)
 
-    return call, given | {"key": KEY}
+    return call, given | ({"key": KEY} if "key" in names else {"member": 0})
 
 
 def of_function(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -22,6 +22,8 @@ import thinned
 from thinned import Key, spec
 
 BATCH = Key(7).fold(torch.arange(6).reshape(2, 3))
+STRATIFIED = Key(7).stratified(3, 20)
+DRAWS = Key(7).stratified(torch.arange(4), 20)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
@@ -121,12 +123,62 @@ def test_equality_and_hash() -> None:
     assert {Key(7): "seven"}[Key(7)] == "seven"
 
 
-def test_repr_of_a_batch_makes_it_again() -> None:
-    key = Key.from_bits(torch.tensor([1, -1]))
+@pytest.mark.parametrize("key", [Key.from_bits(torch.tensor([1, -1])), STRATIFIED, DRAWS])
+def test_repr_makes_it_again(key: Key) -> None:
     assert eval(repr(key), {"Key": Key, "tensor": torch.tensor}) == key
 
 
-@pytest.mark.parametrize("key", [Key(0), Key(2**64 - 1), BATCH], ids=repr)
+def test_a_stratified_key_is_the_independent_one_to_other_code() -> None:
+    assert STRATIFIED.bits.equal(Key(7).fold(3).bits)
+    assert STRATIFIED.fold("name") == Key(7).fold(3).fold("name")
+    assert type(STRATIFIED.fold("name")) is Key
+    assert int(STRATIFIED) == int(Key(7).fold(3))
+    assert DRAWS.shape == (4,)
+    assert Key(7).fold(torch.arange(3)).stratified(3).shape == (3,)
+    assert Key(7).fold(torch.arange(3)).stratified(torch.arange(4)[:, None]).shape == (4, 3)
+
+
+def test_equality_of_stratified_keys() -> None:
+    assert Key(7).stratified(torch.tensor(3), 20) == STRATIFIED
+    assert hash(STRATIFIED) == hash(copy.deepcopy(STRATIFIED))
+    assert Key(7).stratified(3, 21) != STRATIFIED
+    assert Key(7).stratified(4, 20) != STRATIFIED
+    assert Key(8).stratified(3, 20) != STRATIFIED
+    assert Key(7).fold(3) != STRATIFIED
+    assert Key(7).fold(3) != STRATIFIED
+    assert STRATIFIED != 3
+
+
+@pytest.mark.parametrize(
+    ("draw", "strata", "error", "message"),
+    [
+        (20, 20, ValueError, "draw has to be below strata, 20, but got 20"),
+        (-1, 20, ValueError, "draw has to be at least 0, but got -1"),
+        (0, 0, ValueError, "strata has to be at least 1, but got 0"),
+        (0, 65522, ValueError, "strata has to be at most 65521, but got 65522"),
+        (0, 2.5, TypeError, "strata must be an integer, got 2.5 of type float"),
+        (1.0, 20, TypeError, "draw must be an integer, got 1.0 of type float"),
+        (torch.tensor(1.0), 20, TypeError, "draw must be an int64 tensor where it is a tensor, got "),
+    ],
+)
+def test_refused_draws(draw: Any, strata: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        Key(7).stratified(draw, strata)
+    with pytest.raises(RuntimeError, match="must match"):
+        BATCH.stratified(torch.arange(4))
+
+
+def test_stratified_keys_in_a_graph_of_fx() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, draw: Tensor) -> Tensor:
+            x = thinned.functional.dropout(x, 0.5, key=Key(7).stratified(draw, 20))
+            return thinned.functional.dropout(x, 0.5, key=STRATIFIED)
+
+    x, draw = torch.ones(4, 50), torch.tensor(5)
+    assert torch.fx.symbolic_trace(Model())(x, draw).equal(Model()(x, draw))
+
+
+@pytest.mark.parametrize("key", [Key(0), Key(2**64 - 1), BATCH, STRATIFIED, DRAWS], ids=repr)
 def test_copies(key: Key) -> None:
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         assert pickle.loads(pickle.dumps(key, protocol)) == key
@@ -165,7 +217,11 @@ class WithKey(nn.Module):
         self.key = state
 
 
-@pytest.mark.parametrize("key", [Key(2**64 - 1), BATCH, BATCH.fold("name"), Key(7).to("meta")], ids=repr)
+@pytest.mark.parametrize(
+    "key",
+    [Key(2**64 - 1), BATCH, BATCH.fold("name"), Key(7).to("meta"), STRATIFIED, STRATIFIED.to("meta"), DRAWS],
+    ids=repr,
+)
 def test_weights_only_loads_a_key(key: Key) -> None:
     def same(loaded: Key) -> bool:
         return repr(loaded) == repr(key) if key.bits.is_meta else loaded == key
@@ -241,6 +297,8 @@ MADE = {
     "pickled": lambda: pickle.loads(pickle.dumps(batch_of_four())),
     "loaded": lambda: saved(Key(7)),
     "compiled": lambda: torch.compile(batch_of_four, backend="aot_eager")(),
+    "stratified": lambda: batch_of_four().stratified(torch.arange(4)),
+    "one draw of a batch": lambda: batch_of_four().stratified(3),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,48 @@ def number(key: int, i: int) -> int:
         words = philox4x32((block % 2**32, block // 2**32, plane, 0), key, rounds=7)
         u = 2 * u + (words[b // 32] >> b % 32) % 2
     return u
+
+
+def stratified(key: int, i: int, draw: int, strata: int) -> int:
+    """``u'(i, s)`` of docs/mask.md."""
+    prime = max(strata, 2)
+    while any(prime % divisor == 0 for divisor in range(2, math.isqrt(prime) + 1)):
+        prime += 1
+    v = number(spec.fold(key, "strata"), i)
+    a, b = 1 + ((v >> 16) * (prime - 1) >> 16), (v & 0xFFFF) * prime >> 16
+    place = (a * draw + b) % prime
+    while place >= strata:
+        place = (a * place + b) % prime
+    return (number(key, i) + place * (2**32 // strata)) % 2**32
+
+
+STRATIFIED = [
+    (int(key, 16), int(i, 16), int(draw), int(strata), int(answer, 16))
+    for key, i, draw, strata, answer in (
+        line.split()
+        for line in (Path(__file__).parent / "data" / "stratified.kat").read_text().splitlines()
+        if not line.startswith("#")
+    )
+]
+
+
+def test_known_answers_of_stratified_draws() -> None:
+    assert len(STRATIFIED) == 189
+    for key, i, draw, strata, answer in STRATIFIED:
+        assert int(spec.stratified(key, np.array([i], np.uint64), draw, strata)[0]) == answer
+    for key, i, draw, strata, answer in STRATIFIED[::20]:
+        assert stratified(key, i, draw, strata) == answer
+
+
+@pytest.mark.parametrize("strata", [1, 2, 3, 20, 64, 97, 1000])
+def test_draws_are_permuted_by_each_position(strata: int) -> None:
+    """The distances from the first draw's number are all multiples of the stratum's width, each once."""
+    index = np.arange(50, dtype=np.uint64)
+    drawn = np.stack([spec.stratified(7, index, draw, strata) for draw in range(strata)])
+    width = 2**32 // strata
+    places = (drawn - spec.uniform(7, index)) // np.uint32(min(width, 2**32 - 1))
+    assert (np.sort(places, axis=0) == np.arange(strata)[:, None]).all()
+    assert (spec.stratified(7, index, strata + 1, strata) == spec.stratified(7, index, 1, strata)).all()
 
 
 @pytest.mark.parametrize("start", [0, 2**32 - 3, 2**39 - 64, 2**63])

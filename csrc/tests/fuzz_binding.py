@@ -175,6 +175,24 @@ def numbers() -> Call:
     return Call("numbers", arguments, (y, keys, starts))
 
 
+def strata() -> Call:
+    rows, count, source_rows = (
+        rng.choice([0, 1, 2, 9]),
+        rng.choice([0, 1, 31, 32, 100, 5000]),
+        rng.choice([1, 3]),
+    )
+    y, u, v = (Memory(items * count, np.dtype("i4")) for items in (rows, source_rows, source_rows))
+    u.items[:], v.items[:] = bits.integers(-(2**31), 2**31, (2, source_rows * count), np.int32)
+    draws, sources = numbers_of(rows, LONG), Memory(rows, LONG)
+    sources.items[:] = bits.integers(0, source_rows, rows)
+    arguments = {
+        "y": y.at, "u": u.at, "v": v.at, "draws": draws.at, "sources": sources.at,
+        "rows": rows, "count": count, "source_rows": source_rows,
+        "strata": rng.choice([1, 2, 3, 20, 24, 1000, 65520, 65521]),
+    }  # fmt: skip
+    return Call("strata", arguments, (y, u, v, draws, sources))
+
+
 def fold() -> Call:
     y, key = Memory(1, LONG), numbers_of(1, LONG)
     return Call("fold", {"y": y.at, "key": key.at, "data": any_key()}, (y, key))
@@ -245,6 +263,18 @@ def expected(call: Call) -> NDArray[Any]:
         keys, starts = (memory.items.repeat(get("count")) for memory in call.memory[1:])
         columns = np.tile(np.arange(get("count"), dtype=np.uint64), get("rows"))
         return (uniform(keys, starts.view(np.uint64) + columns).astype(np.int64) - 2**31).astype(np.int32)
+    if call.function == "strata":
+        strata, count = get("strata"), get("count")
+        u, v = (
+            memory.items.reshape(get("source_rows"), count).astype(np.int64) + 2**31
+            for memory in call.memory[1:3]
+        )
+        draws, sources = (memory.items for memory in call.memory[3:])
+        rows = [
+            spec.shifted(u[row].astype(np.uint32), v[row].astype(np.uint32), int(draw), strata)
+            for draw, row in zip(draws, sources, strict=True)
+        ]
+        return (np.array(rows, np.uint32).astype(np.int64) - 2**31).astype(np.int32).ravel()
     if call.function == "fold":
         pairs = [(call.memory[1].items[0], get("data"))]
     else:
@@ -265,11 +295,16 @@ def bad(call: Call) -> Iterator[dict[str, Any]]:
     arguments = call.arguments
     function = call.function
     item = call.memory[0].items.itemsize
-    integers = {"flat": ("n",), "numbers": ("rows", "count"), "fold_many": ("n",)}
+    integers = {
+        "flat": ("n",),
+        "numbers": ("rows", "count"),
+        "strata": ("rows", "count", "source_rows"),
+        "fold_many": ("n",),
+    }
     for name in integers.get(function, ()):
         yield from ({name: value} for value in (-1, -(2**63), MOST + 1, LAST, 2**63, 1.5, None))
     sizes = {memory.at: memory.items.nbytes for memory in call.memory}
-    names = ("x", "y", "key", "keys", "starts", "data")
+    names = ("x", "y", "key", "keys", "starts", "data", "u", "v", "draws", "sources")
     addresses = {name: sizes[arguments[name]] for name in names if arguments.get(name) in sizes}
     for name, size in addresses.items():
         yield from ({name: value} for value in (-1, 2**64, None))
@@ -291,6 +326,11 @@ def bad(call: Call) -> Iterator[dict[str, Any]]:
         yield from ({name: step} for name in ("key_step", "data_step") for step in (-1, 2, LAST))
     if function == "numbers":
         yield {"rows": 2**40, "count": 2**40}
+    if function == "strata":
+        yield {"rows": 2**40, "count": 2**40}
+        yield from ({"strata": value} for value in (0, -1, 65522, 2**63, 1.5))
+        yield {"source_rows": 0}
+        yield {"sources": arguments["draws"]}  # which lie far outside of the rows
     if function in ("flat", "fold"):
         name = "key" if function == "flat" else "data"
         yield from ({name: value} for value in (2**63, -(2**63) - 1, "7"))
@@ -332,7 +372,7 @@ def has_work(call: Call) -> bool:
 
 def main() -> None:
     compared = refused = 0
-    make: tuple[Callable[[], Call], ...] = (flat, strided, strided, strided, numbers, fold, fold_many)
+    make: tuple[Callable[[], Call], ...] = (flat, strided, strided, strided, numbers, strata, fold, fold_many)
     for number in range(CALLS):
         native.set_isa(rng.choice(native.supported_isas()))
         call = rng.choice(make)()

@@ -35,6 +35,17 @@ inline uint32_t number(uint64_t i, uint64_t key) {
     return u;
 }
 
+// The place of a draw among the strata, by the number v.
+inline uint64_t place(uint32_t v, uint64_t draw, uint64_t strata) {
+    uint64_t prime = strata < 2 ? 2 : strata;
+    for (uint64_t divisor = 2; divisor < prime; ++divisor)
+        if (prime % divisor == 0) ++prime, divisor = 1;
+    const uint64_t a = 1 + ((v >> 16) * (prime - 1) >> 16), b = (v & 0xFFFF) * prime >> 16;
+    uint64_t x = (a * draw + b) % prime;
+    while (x >= strata) x = (a * x + b) % prime;
+    return x;
+}
+
 // u(i) < T, plane after plane from the most significant.
 inline bool keep(uint64_t i, uint64_t key, uint64_t T) {
     if (T > 0xFFFFFFFF) return true;

@@ -354,6 +354,47 @@ void numbers_of_positions(Random& random) {
     compare_numbers(1, 70000, 90, 0, random);  // more blocks than are made at once, by several threads
 }
 
+// Draws of one element and of several threads' worth of them.
+void compare_strata(int64_t rows, int64_t count, int64_t strata, Random& random) {
+    const int64_t source_rows = rows / 3 + 1;
+    const std::unique_ptr<int32_t[]> u(new int32_t[source_rows * count]), v(new int32_t[source_rows * count]);
+    for (int64_t i = 0; i < source_rows * count; ++i) {
+        u[i] = static_cast<int32_t>(random.next());
+        v[i] = random.one_in(10) ? random.of({INT32_MIN, INT32_MAX, -1, 0, 65535}) : static_cast<int32_t>(random.next());
+    }
+    const std::unique_ptr<int64_t[]> draws(new int64_t[rows]), sources(new int64_t[rows]);
+    for (int64_t row = 0; row < rows; ++row) {
+        draws[row] = random.of({int64_t{0}, strata - 1, random.below(strata)}) + random.of({-1, 0, 0, 0, 1}) * strata;
+        sources[row] = random.below(source_rows);
+    }
+    const std::unique_ptr<int32_t[]> y(new int32_t[rows * count]);
+    for (const std::string& isa : supported_isas()) {
+        set_isa(isa);
+        std::fill_n(y.get(), rows * count, 0);
+        run(Strata{y.get(), u.get(), v.get(), draws.get(), sources.get(), rows, count, strata});
+        bool held = true;
+        for (int64_t i = 0; i < rows * count; ++i) {
+            const int64_t from = sources[i / count] * count + i % count;
+            const uint64_t draw = static_cast<uint64_t>((draws[i / count] + strata) % strata);
+            const uint64_t place = reference::place(static_cast<uint32_t>(v[from]) ^ 0x80000000, draw, strata);
+            const uint32_t number = static_cast<uint32_t>(u[from]) + static_cast<uint32_t>(place * ((uint64_t{1} << 32) / strata));
+            held &= static_cast<uint32_t>(y[i]) == number;
+        }
+        std::ostringstream text;
+        text << rows << " rows of " << count << " numbers in " << strata << " strata under " << isa;
+        check(held, text.str());
+    }
+}
+
+void stratified_draws(Random& random) {
+    for (const int64_t strata : {1, 2, 3, 4, 20, 24, 64, 100, 1000, 31398, 65520, 65521}) {
+        for (const int64_t count : {1, 31, 32, 33, 129, 4095, 4097}) compare_strata(4, count, strata, random);
+        compare_strata(300, 7, strata, random);
+    }
+    compare_strata(0, 5, 20, random);
+    compare_strata(1, 70000, 20, random);  // parts of one row, by several threads
+}
+
 void folds(Random& random) {
     for (int i = 0; i < 1000; ++i) {
         const uint64_t key = random.next() >> random.of({0, 32, 63}), data = random.next() >> random.of({0, 32, 63});
@@ -476,6 +517,7 @@ int main(int count, char** arguments) {
     values(random);
     random_tasks(random, 600);
     numbers_of_positions(random);
+    stratified_draws(random);
     folds(random);
     nothing_is_nothing();
     threads_agree(random);

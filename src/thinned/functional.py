@@ -11,6 +11,7 @@ from thinned.layers.embedding import embedding_dropout
 from thinned.layers.gaussian import gaussian_dropout, variational_dropout, variational_kl
 from thinned.layers.graph import dropout_edge, dropout_node
 from thinned.layers.locked import locked_dropout
+from thinned.layers.masksembles import masksembles, masksembles_masks
 from thinned.layers.multi_sample import multi_sample_dropout
 from thinned.layers.path import drop_path, drop_path_rates, stochastic_depth
 from thinned.layers.rdrop import r_drop_loss
@@ -42,6 +43,8 @@ __all__ = [
     "gaussian_dropout",
     "keep_mask",
     "locked_dropout",
+    "masksembles",
+    "masksembles_masks",
     "multi_sample_dropout",
     "patch_dropout",
     "r_drop_loss",

@@ -15,7 +15,8 @@ from torch.fx import Proxy
 from thinned import backends
 from thinned.backends import portable
 from thinned.backends.inductor import show_kernel
-from thinned.checks import got
+from thinned.backends.strata import MOST
+from thinned.checks import check_integer, got
 from thinned.devices import to_device
 from thinned.philox import signed64
 from thinned.torch_state import (
@@ -26,7 +27,17 @@ from thinned.torch_state import (
     unwrap_if_dead,
 )
 
-__all__ = ["Key", "draw", "draw_int", "not_a_key", "on_device", "savable"]
+__all__ = [
+    "Key",
+    "StratifiedKey",
+    "draw",
+    "draw_int",
+    "not_a_key",
+    "on_device",
+    "packed",
+    "savable",
+    "unpacked",
+]
 
 
 class Key:
@@ -121,11 +132,58 @@ class Key:
         eager = is_eager(self.bits) and is_eager(data)
         return Key.from_bits(_fold(self.bits, data) if eager else _fold_traced(self.bits, data))
 
+    def stratified(self, draw: int | Tensor, strata: int = 20) -> Key:
+        r"""The key of one draw of a stratified set of ``strata`` draws, whose means vary less.
+
+        .. math:: \text{keep } i \text{ where } u'(i, s) < T, \qquad
+            u'(i, s) = (u(i) + \pi_i(s) \lfloor 2^{32} / S \rfloor) \bmod 2^{32}
+
+        ``s`` is the draw, ``S`` the strata, ``u(i)`` the number of element ``i`` under this key, which is the
+        set's, and :math:`\pi_i` the element's own permutation of ``0 .. S-1``, which the key decides too.
+        Each draw alone is a mask as under any key, and its elements are independent. The draws of an element
+        are not: if ``S q`` is an integer, exactly that many of the ``S`` draws keep it. So the average of a
+        network's predictions over the set has less variance than over as many independent draws.
+
+        The numbers are ``u'`` in the dropouts of elements, channels, paths and tokens, in alpha dropout, in
+        the Gaussian and concrete ones, and in :func:`thinned.keep_mask`. To everything else this is the
+        independent key ``self.fold(draw)``: to layers that fold it, to dropouts of blocks, weights, edges and
+        targets, to nested and sparse tensors, and in :func:`torch.jit.script`.
+
+        Args:
+            draw: an integer in ``0 .. strata-1``, or an int64 tensor of any shape, which broadcasts against
+                the key's own and gives a batch of keys; its numbers count modulo ``strata``.
+            strata: the number of draws in the set, in 1 .. 65521.
+
+        Raises:
+            TypeError: ``draw`` is neither an integer nor an int64 tensor, or ``strata`` no integer.
+            ValueError: ``draw`` is an integer out of its range, or ``strata`` is out of its range.
+
+        Source: McKay, Beckman and Conover, "A comparison of three methods for selecting values of input
+        variables", Technometrics 21 (1979), for Latin hypercube sampling; here only the strata of an
+        element are distinct, and its position within a stratum is common to all draws.
+
+        >>> import thinned
+        >>> keys = Key(7).stratified(torch.arange(4), strata=4)
+        >>> thinned.keep_mask(keys, (4, 6), p=0.5).sum(0)
+        tensor([2, 2, 2, 2, 2, 2])
+        """
+        check_integer("strata", strata, least=1)
+        if strata > MOST:
+            raise ValueError(f"strata has to be at most {MOST}, but got {strata}")
+        if isinstance(draw, Proxy):
+            return _node(_stratified, self, strata, draw)
+        if not isinstance(draw, Tensor):
+            check_integer("draw", draw, least=0)
+            if draw >= strata:
+                raise ValueError(f"draw has to be below strata, {strata}, but got {draw}")
+            draw = torch.full((), _int64(draw), dtype=torch.int64, device=self.bits.device)
+        elif draw.dtype != torch.int64:
+            raise TypeError(f"draw must be an int64 tensor where it is a tensor, {got(draw)}")
+        return StratifiedKey(self.bits, draw, strata)
+
     def to(self, device: torch.device | str) -> Key:
         """The same key with its bits on a device."""
-        if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
-            raise TypeError(f"device must be a torch.device or the name of one, {got(device)}")
-        return Key.from_bits(on_device(self.bits, torch.device(device)))
+        return Key.from_bits(on_device(self.bits, _device(device)))
 
     def __int__(self) -> int:
         return int(self.bits.item()) % 2**64
@@ -161,7 +219,64 @@ class Key:
         self.bits = savable(bits)
 
 
-torch.serialization.add_safe_globals([Key])
+class StratifiedKey(Key):
+    """The result of :meth:`Key.stratified`.
+
+    Attributes:
+        bits: those of ``Key.from_bits(of).fold(draw)``, for code that knows no strata.
+        of: the bits of the set's key, in the shape of ``bits``.
+        draw: int64 tensor of the shape of ``bits``, or one number.
+        strata: how many draws the set has.
+    """
+
+    def __init__(self, of: Tensor, draw: Tensor, strata: int) -> None:
+        self.bits = Key.from_bits(of).fold(draw).bits
+        self.of = savable(of.expand(self.bits.shape))
+        self.draw = savable(draw.expand(self.bits.shape) if draw.dim() else draw)
+        self.strata = strata
+
+    def to(self, device: torch.device | str) -> Key:
+        there = _device(device)
+        return StratifiedKey(on_device(self.of, there), on_device(self.draw, there), self.strata)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, StratifiedKey):
+            return NotImplemented if not isinstance(other, Key) else False
+        return self.strata == other.strata and super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return hash((super().__hash__(), self.strata))
+
+    def __repr__(self) -> str:
+        try:
+            draw = repr(self.draw) if self.draw.dim() else str(int(self.draw))
+        except RuntimeError:  # as for a key
+            draw = repr(self.draw)
+        return f"{Key.from_bits(self.of)!r}.stratified({draw}, {self.strata})"
+
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        parts = (tracer.create_arg(Key.from_bits(self.of)), self.strata, tracer.create_arg(self.draw))
+        return tracer.create_node("call_function", _stratified, parts, {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StratifiedKey, (self.of, self.draw, self.strata)
+
+
+torch.serialization.add_safe_globals([Key, StratifiedKey])
+
+
+def packed(key: Key) -> tuple[Tensor, int]:
+    """A key as a tensor, which autograd can save, and its number of strata, 0 for an ordinary key."""
+    if isinstance(key, StratifiedKey):
+        return torch.stack((key.of, key.draw.expand(key.shape)), -1), key.strata
+    return key.bits, 0
+
+
+def unpacked(tensor: Tensor, strata: int) -> Key:
+    """The key of which :func:`packed` made these."""
+    return (
+        StratifiedKey(tensor.select(-1, 0), tensor.select(-1, 1), strata) if strata else Key.from_bits(tensor)
+    )
 
 
 def not_a_key(value: Any, others: str = "") -> TypeError:
@@ -189,6 +304,12 @@ def savable(bits: Tensor) -> Tensor:
         return bits.clone()
 
 
+def _device(device: torch.device | str) -> torch.device:
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise TypeError(f"device must be a torch.device or the name of one, {got(device)}")
+    return torch.device(device)
+
+
 def on_device(bits: Tensor, device: torch.device) -> Tensor:
     """The bits on a device; one key of the CPU gets there as a number and not by a copy."""
     if bits.device == device:
@@ -205,6 +326,10 @@ def _from_bits(bits: Tensor) -> Key:
 
 def _folded(key: Key, data: Tensor) -> Key:
     return key.fold(data)
+
+
+def _stratified(key: Key, strata: int, draw: Tensor) -> Key:
+    return key.stratified(draw, strata)
 
 
 def _node(function: Callable[..., Key], *args: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The mask, version 1, in NumPy: the executable specification that every backend equals bit for bit.
+"""The mask, version 1, and stratified draws of it, in NumPy: what every backend equals bit for bit.
 
 Nothing here is fast and no backend imports it. Read it top to bottom: the generator, a key's children, the
-random number of a position, the decision, the value.
+random number of a position, the same in a draw of a stratified set, the decision, the value.
 """
 
 from __future__ import annotations
@@ -89,6 +89,37 @@ def uniform(key: int, index: NDArray[np.uint64]) -> NDArray[np.uint32]:
     return number
 
 
+def stratified(key: int, index: NDArray[np.uint64], draw: int, strata: int) -> NDArray[np.uint32]:
+    """``u'(i, s)``: each position's number in draw ``s`` of a set of ``S`` draws, whose key this is.
+
+    ``u'(i, s) = (u(i) + pi(s) * floor(2**32 / S)) mod 2**32``, in which ``pi`` is the position's own
+    permutation of ``0 .. S-1``: an affine one modulo a prime, repeated until it returns below ``S``.
+
+    Args:
+        key: of the set.
+        index: the positions.
+        draw: ``s``, taken modulo ``S``.
+        strata: ``S``, in 1 .. 65521.
+
+    >>> position = np.zeros(1, np.uint64)
+    >>> [int(stratified(7, position, draw, strata=4)[0]) >> 30 for draw in range(4)]
+    [3, 2, 0, 1]
+    """
+    return shifted(uniform(key, index), uniform(fold(key, "strata"), index), draw, strata)
+
+
+def shifted(u: NDArray[np.uint32], v: NDArray[np.uint32], draw: int, strata: int) -> NDArray[np.uint32]:
+    """``u'`` from the numbers ``u`` of the set's key and ``v``, which decide the permutations."""
+    prime = next(n for n in range(max(strata, 2), 2**16) if all(n % d for d in range(2, math.isqrt(n) + 1)))
+    v = v.astype(np.uint64)
+    a, b = 1 + ((v >> 16) * (prime - 1) >> 16), (v & 0xFFFF) * prime >> 16
+    place = (a * (draw % strata) + b) % prime
+    while (place >= strata).any():
+        place = np.where(place >= strata, (a * place + b) % prime, place)
+    number: NDArray[np.uint64] = u + place * (2**32 // strata)
+    return number.astype(np.uint32)
+
+
 def threshold(p: float) -> int:
     """``T = round_half_even((1-p) * 2**32)``: an element is kept when its number is below it.
 
@@ -105,16 +136,23 @@ def scale(T: int) -> float:
     return 2**32 / T if T else 0.0
 
 
-def keep_mask(key: int, shape: int | Sequence[int], p: float, *, start: int = 0) -> NDArray[np.bool_]:
+def keep_mask(
+    key: int, shape: int | Sequence[int], p: float, *, start: int = 0, draw: int = 0, strata: int = 1
+) -> NDArray[np.bool_]:
     """True where ``u(i) < T``; ``i`` is the row-major position plus ``start``.
+
+    With ``strata`` it is the mask of one draw of a stratified set, True where ``u'(i, draw) < T``.
 
     >>> keep_mask(7, (2, 6), p=0.5).astype(int)
     array([[0, 0, 0, 1, 1, 1],
            [0, 0, 0, 1, 0, 0]])
+    >>> sum(keep_mask(7, 6, p=0.5, draw=draw, strata=4).astype(int) for draw in range(4))
+    array([2, 2, 2, 2, 2, 2])
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     index = np.arange(math.prod(shape), dtype=np.uint64) + np.uint64(start)
-    keep: NDArray[np.bool_] = uniform(key, index).astype(np.uint64) < np.uint64(threshold(p))
+    u = stratified(key, index, draw, strata) if strata > 1 else uniform(key, index)
+    keep: NDArray[np.bool_] = u.astype(np.uint64) < np.uint64(threshold(p))
     return keep.reshape(shape)
 
 

@@ -48,6 +48,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "drop_block3d": ((x2345, 0.3, 2), {"couple_channels": True}),
     "drop_connect": ((x34, 0.3), {}),
     "locked_dropout": ((x234, 0.3), {"batch_first": True}),
+    "masksembles": ((x34, torch.eye(4, dtype=torch.bool)), {"factor": 2.0}),
     "multi_sample_dropout": ((x34, 0.3), {"samples": 3}),
     "targeted_dropout": ((x34, 0.3), {"kind": "unit"}),
     "gaussian_dropout": ((x34, 0.3), {"broadcast_dims": (1,)}),
@@ -162,7 +163,7 @@ def test_a_function_is_one_node(name: str) -> None:
 
 
 def test_every_function_is_listed() -> None:
-    assert set(CALLS) == set(F.__all__) - {"drop_path_rates"}
+    assert set(CALLS) == set(F.__all__) - {"drop_path_rates", "masksembles_masks"}
 
 
 @pytest.mark.parametrize("shape", [(), (3,)], ids=["one", "batch"])

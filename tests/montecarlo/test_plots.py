@@ -74,7 +74,8 @@ def test_reliability_diagram() -> None:
     (counts,) = figure.axes[0].child_axes
     rectangles = counts.containers[0]
     assert [bar.get_height() for bar in rectangles] == held.examples.tolist() == [3, 2]
-    assert [bar.get_x() for bar in rectangles] == pytest.approx(held.lower.tolist())
+    middle = [bar.get_x() + bar.get_width() / 2 for bar in rectangles]
+    assert middle == pytest.approx(((held.lower + held.upper) / 2).tolist())
     assert [text.get_text() for text in counts.texts] == ["3", "2"]
 
 
@@ -105,6 +106,13 @@ def test_risk_coverage_of_several_scores() -> None:
 
 def test_risk_coverage_of_one_score() -> None:
     assert next(iter(legend(plots.risk_coverage(WRONG, SCORE)))) == "uncertainty: AURC 0.062"
+
+
+def test_risk_coverage_of_more_scores_than_dashes_or_colours() -> None:
+    lines = legend(plots.risk_coverage(WRONG, {f"score {i}": SCORE for i in range(9)})).values()
+    assert len(lines) == 11
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(looks) == 8 + 2
 
 
 def band(collection: Any) -> tuple[Floats, Floats]:
@@ -182,9 +190,11 @@ def test_every_figure_has_title_labels_and_legend(draw: Callable[..., Figure]) -
 
 
 @every_figure
-def test_nothing_lies_outside_or_over_another(draw: Callable[..., Figure]) -> None:
+@pytest.mark.parametrize("size", [10, 16])
+def test_nothing_lies_outside_or_over_another(draw: Callable[..., Figure], size: float) -> None:
     """Title, labels and legend are inside the page, and the legend is below the label of the axis."""
-    figure = draw()
+    with matplotlib.rc_context({"font.size": size}):
+        figure = draw()
     figure.draw_without_rendering()
     (axes,) = figure.axes
     found = axes.get_legend()

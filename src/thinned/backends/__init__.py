@@ -62,8 +62,19 @@ class Backend(Protocol):
     def keep_mask(self, key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:
         """True where kept, in a bool tensor on the key's device; an ``int`` key stands for the CPU."""
 
-    def uniform(self, key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
-        """``u - 2**31`` of each element, as an int32 tensor on the key's device."""
+    def uniform(
+        self,
+        key: Tensor,
+        shape: tuple[int, ...],
+        geometry: Geometry,
+        draw: Tensor | None = None,
+        strata: int = 1,
+    ) -> Tensor:
+        """``u - 2**31`` of each element, as an int32 tensor on the key's device.
+
+        With a draw it is ``u' - 2**31``, the numbers of one of ``strata`` stratified draws. ``draw`` is an
+        int64 tensor of the key's shape, or one number; it counts modulo ``strata``.
+        """
 
     def fold(self, keys: Tensor, data: int | Tensor) -> Tensor:
         """The children of int64 keys: of one key for an ``int``; an int64 tensor broadcasts against them."""

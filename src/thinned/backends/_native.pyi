@@ -23,6 +23,18 @@ def isa() -> str: ...
 def numbers(y: int, keys: int, starts: int, rows: int, count: int, /) -> None: ...
 def philox(key: int, counter: int, /) -> int: ...
 def set_isa(name: str, /) -> None: ...
+def strata(
+    y: int,
+    u: int,
+    v: int,
+    draws: int,
+    sources: int,
+    rows: int,
+    count: int,
+    source_rows: int,
+    strata: int,
+    /,
+) -> None: ...
 def strided(
     x: int,
     y: int,

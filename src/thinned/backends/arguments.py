@@ -8,9 +8,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from thinned.backends.strata import MOST
 from thinned.geometry import Geometry, span
 
-__all__ = ["DTYPES", "check_dtype", "check_key", "check_mask", "check_out", "checked_out", "is_product"]
+__all__ = [
+    "DTYPES",
+    "check_draw",
+    "check_dtype",
+    "check_key",
+    "check_mask",
+    "check_out",
+    "checked_out",
+    "is_product",
+]
 
 _FINITE = torch.finfo(torch.float32).max
 DTYPES = frozenset(
@@ -66,6 +76,24 @@ def check_key(key: Tensor, shape: tuple[int, ...], device: torch.device | None =
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit a tensor of shape {tuple(shape)}; accepted: the "
             f"shape of its leading dimensions, one of {accepted}"
+        )
+
+
+def check_draw(draw: Tensor, strata: int, key: Tensor) -> None:
+    """Raise RuntimeError unless ``draw`` is int64, on the keys' device, and of their shape or one number."""
+    if not 1 <= strata <= MOST:
+        raise RuntimeError(f"strata must be in 1 .. {MOST}, got {strata}")
+    if draw.dtype != torch.int64:
+        raise RuntimeError(f"draws must be int64, got {draw.dtype} of shape {tuple(draw.shape)}")
+    if draw.device != key.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but the draws are on {draw.device} and the keys "
+            f"are on {key.device}"
+        )
+    if draw.dim() and draw.shape != key.shape:
+        raise RuntimeError(
+            f"draws of shape {tuple(draw.shape)} do not fit keys of shape {tuple(key.shape)}; accepted: the "
+            "same shape, or ()"
         )
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import thinned.backends._native as _native
-from thinned.backends.arguments import check_dtype, check_key, check_mask, check_out
+from thinned.backends.arguments import check_draw, check_dtype, check_key, check_mask, check_out
 from thinned.backends.rows import by_rows
+from thinned.backends.strata import name, once
 from thinned.geometry import Geometry, shared_cached
 
 __all__ = ["fold", "instruction_set", "keep_mask", "masked_affine", "uniform"]
@@ -156,13 +157,39 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
     return out
 
 
-def uniform(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+def uniform(
+    key: Tensor, shape: tuple[int, ...], geometry: Geometry, draw: Tensor | None = None, strata: int = 1
+) -> Tensor:
     """See :meth:`thinned.backends.Backend.uniform`."""
     check_key(key, shape)
     check_mask(shape, geometry)
     if not math.prod(shape):
         return torch.empty(shape, dtype=torch.int32, device="cpu")
-    return by_rows(key, shape, geometry, _numbers)
+    return (
+        by_rows(key, shape, geometry, _numbers)
+        if draw is None
+        else _shifted(key, shape, geometry, draw, strata)
+    )
+
+
+def _shifted(key: Tensor, shape: tuple[int, ...], geometry: Geometry, draw: Tensor, strata: int) -> Tensor:
+    check_draw(draw, strata, key)
+    draw, dims = draw.expand(key.shape).contiguous(), key.dim()
+    out = torch.empty(shape, dtype=torch.int32, device="cpu")
+    keys, count = key, out.numel() // draw.numel()
+    if any(geometry.strides[:dims]):
+        sources = torch.arange(key.numel(), device="cpu")
+    else:  # the draws of one key have their numbers in common
+        keys, sources = once(key, shape, geometry)[0].unique(return_inverse=True)
+        sources = sources.expand(key.shape).contiguous()
+        shape = (len(keys), *shape[dims:])
+        geometry = Geometry((0, *geometry.strides[dims:]), geometry.base)
+    u, v = (by_rows(each, shape, geometry, _numbers) for each in (keys, fold(keys, name(keys))))
+    _native.strata(
+        out.data_ptr(), u.data_ptr(), v.data_ptr(), draw.data_ptr(), sources.data_ptr(), draw.numel(), count,
+        u.numel() // count, strata,
+    )  # fmt: skip
+    return out
 
 
 def _numbers(first: Tensor, key: Tensor, count: int) -> Tensor:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinned.backends.arguments import check_key, check_mask, checked_out
+from thinned.backends.arguments import check_draw, check_key, check_mask, checked_out
 from thinned.backends.rows import by_rows
+from thinned.backends.strata import name, once, shifted
 from thinned.geometry import Geometry, shared
 from thinned.philox import high32, join, low32, philox4x32
 
@@ -56,13 +57,20 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
     return by_rows(key, shape, geometry, _rows_of(partial(below, T=T)))
 
 
-def uniform(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+def uniform(
+    key: Tensor, shape: tuple[int, ...], geometry: Geometry, draw: Tensor | None = None, strata: int = 1
+) -> Tensor:
     """See :meth:`thinned.backends.Backend.uniform`."""
     check_key(key, shape)
     check_mask(shape, geometry)
     if not math.prod(shape):
         return torch.empty(shape, dtype=torch.int32, device=key.device)
-    return by_rows(key, shape, geometry, _rows_of(numbers))
+    if draw is None:
+        return by_rows(key, shape, geometry, _rows_of(numbers))
+    check_draw(draw, strata, key)
+    row = once(key, shape, geometry)
+    u, v = (by_rows(each, *row[1:], _rows_of(numbers)) for each in (row[0], fold(row[0], name(key))))
+    return shifted(u, v, draw.expand(key.shape), strata)
 
 
 def fold(keys: Tensor, data: int | Tensor) -> Tensor:

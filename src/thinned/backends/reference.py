@@ -46,9 +46,11 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
     return torch.from_numpy(np.asarray(_numbers(key, shape, geometry).astype(np.uint64) < np.uint64(T)))
 
 
-def uniform(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
-    """``u(m(i)) - 2**31``, each leading index of ``key`` under its own key."""
-    number = _numbers(key, shape, geometry).astype(np.int64) - 2**31
+def uniform(
+    key: Tensor, shape: tuple[int, ...], geometry: Geometry, draw: Tensor | None = None, strata: int = 1
+) -> Tensor:
+    """``u(m(i)) - 2**31``, each leading index of ``key`` under its own key, in its own draw."""
+    number = _numbers(key, shape, geometry, draw, strata).astype(np.int64) - 2**31
     return torch.from_numpy(np.asarray(number, np.int32))
 
 
@@ -60,13 +62,17 @@ def fold(keys: Tensor, data: int | Tensor) -> Tensor:
     return torch.tensor(children, dtype=torch.int64).reshape(keys.shape)
 
 
-def _numbers(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> NDArray[np.uint32]:
+def _numbers(
+    key: Tensor, shape: tuple[int, ...], geometry: Geometry, draw: Tensor | None = None, strata: int = 1
+) -> NDArray[np.uint32]:
     number = np.empty(shape, np.uint32)
     index = _positions(shape, geometry)
-    for one in key.unique().tolist():
-        under = (key == one).numpy()
+    draw = torch.zeros_like(key) if draw is None else draw.expand(key.shape)
+    for one, s in torch.stack([key, draw], -1).reshape(-1, 2).unique(dim=0).tolist():
+        under = ((key == one) & (draw == s)).numpy()
         distinct, inverse = np.unique(index[under], return_inverse=True)
-        number[under] = _uniform(one % 2**64, distinct.tobytes())[inverse].reshape(index[under].shape)
+        values = _uniform(one % 2**64, distinct.tobytes(), s, strata)
+        number[under] = values[inverse].reshape(index[under].shape)
     return number
 
 
@@ -80,8 +86,9 @@ def _positions(shape: tuple[int, ...], geometry: Geometry) -> NDArray[np.uint64]
 
 
 @lru_cache(maxsize=1024)
-def _uniform(key: int, index: bytes) -> NDArray[np.uint32]:
-    return spec.uniform(key, np.frombuffer(index, np.uint64))
+def _uniform(key: int, index: bytes, draw: int, strata: int) -> NDArray[np.uint32]:
+    positions = np.frombuffer(index, np.uint64)
+    return spec.stratified(key, positions, draw, strata) if strata > 1 else spec.uniform(key, positions)
 
 
 def _affine(x: Tensor, kept: NDArray[np.bool_], scale: float, shift: float, fill: float) -> Tensor:

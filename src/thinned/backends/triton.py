@@ -18,7 +18,8 @@ import triton
 from torch import Tensor
 
 from thinned.backends import triton_kernels
-from thinned.backends.arguments import check_key, check_mask, checked_out, is_product
+from thinned.backends.arguments import check_draw, check_key, check_mask, checked_out, is_product
+from thinned.backends.strata import name, once, prime_for
 from thinned.geometry import Geometry, shared_cached
 from thinned.philox import high32, low32
 from thinned.torch_state import is_functional
@@ -301,16 +302,38 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
     return mask
 
 
-def uniform(key: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+def uniform(
+    key: Tensor, shape: tuple[int, ...], geometry: Geometry, draw: Tensor | None = None, strata: int = 1
+) -> Tensor:
     """See :meth:`thinned.backends.Backend.uniform`."""
     check_key(key, shape)
     check_mask(shape, geometry)
     out = torch.empty(shape, dtype=torch.int32, device=key.device)
-    _run(None, out, key, geometry, numbers=True)
+    if draw is None:
+        _run(None, out, key, geometry, numbers=True)
+        return out
+    check_draw(draw, strata, key)
+    if out.numel():
+        row, its_shape, _ = once(key, shape, geometry)
+        u, v = (uniform(each, its_shape, geometry) for each in (row, fold(row, name(row))))
+        draw = draw.expand(key.shape).contiguous()
+        arguments = (
+            out,
+            u,
+            v,
+            draw,
+            out.numel() // draw.numel(),
+            u.numel(),
+            out.numel(),
+            strata,
+            prime_for(strata),
+        )
+        _start(triton_kernels.shift, out, (-(-out.numel() // _SHIFTS),), arguments, {"SIZE": _SHIFTS})
     return out
 
 
 _FOLDS = 256  # keys a program
+_SHIFTS = 2**14 if _INTERPRETED else 1024  # numbers a program
 
 
 def fold(keys: Tensor, data: int | Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The device code of the Triton backend: Philox, bit planes, and the two kernels.
+"""The device code of the Triton backend: Philox, bit planes, and the three kernels.
 
 A tile is ``ROWS`` rows of the tensor. A thread makes the words of whole Philox blocks, 128 decisions at a
 time. Then the words change threads: the thread of 8 neighbours takes one byte. So a block is computed once
@@ -9,7 +9,7 @@ for its 128 elements, and loads and stores remain 16 bytes wide.
 import triton
 import triton.language as tl
 
-__all__ = ["fold", "tile"]
+__all__ = ["fold", "shift", "tile"]
 
 
 @triton.jit
@@ -283,3 +283,26 @@ def fold(
         keys.to(tl.uint32), (keys >> 32).to(tl.uint32), 10,
     )  # fmt: skip
     tl.store(out_ptr + at, low.to(tl.int64) | (high.to(tl.int64) << 32), mask=inside)
+
+
+@triton.jit(do_not_specialize=["columns", "period", "count", "strata", "prime"])
+def shift(
+    out_ptr, u_ptr, v_ptr, draw_ptr, columns: tl.int64, period: tl.int64, count: tl.int64, strata: tl.int64,
+    prime: tl.int64, SIZE: tl.constexpr,
+):  # fmt: skip
+    """``SIZE`` numbers of stratified draws from those of their set, which repeat after ``period`` numbers.
+
+    The permutation is that of :func:`thinned.backends.strata.places`.
+    """
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = at < count
+    u = tl.load(u_ptr + at % period, mask=inside)
+    v = (tl.load(v_ptr + at % period, mask=inside) ^ -0x80000000).to(tl.uint32, bitcast=True)
+    draw = tl.load(draw_ptr + at // columns, mask=inside, other=0) % strata
+    S, P = tl.full([], strata, tl.int64).to(tl.uint32), tl.full([], prime, tl.int64).to(tl.uint32)
+    a, b = 1 + ((v >> 16) * (P - 1) >> 16), (v & 0xFFFF) * P >> 16
+    x = (a * tl.where(draw < 0, draw + strata, draw).to(tl.uint32) + b) % P
+    for _ in range(prime - strata):
+        x = tl.where(x >= S, (a * x + b) % P, x)
+    width = ((1 << 32) // tl.full([], strata, tl.int64)).to(tl.uint32)
+    tl.store(out_ptr + at, u + (x * width).to(tl.int32, bitcast=True), mask=inside)

@@ -44,6 +44,7 @@ _SPECIAL = (
 _KEY = signed64(0x9E3779B97F4A7C15)
 _ONE = torch.tensor(_KEY)
 _ROWS = torch.tensor([0, -1, 7, _KEY, 2**63 - 1])
+_STRATA = (20, 1, 2, 64, 1000, 65521)
 _LONG = 9000  # more than a GPU kernel takes in one tile
 _PLACES = (
     (_ONE, (300,), Geometry((1,))),
@@ -93,8 +94,11 @@ def _values(backend: Backend, device: str) -> Iterator[Tensor]:
 
 
 def _numbers(backend: Backend, device: str) -> Iterator[Tensor]:
-    for key, shape, geometry in _PLACES:
+    for number, (key, shape, geometry) in enumerate(_PLACES):
         yield backend.uniform(key.to(device), shape, geometry)
+        strata = _STRATA[number % len(_STRATA)]
+        draw = torch.arange(key.numel()).reshape(key.shape) + strata // 3
+        yield backend.uniform(key.to(device), shape, geometry, draw.to(device), strata)
 
 
 def _keys(backend: Backend, device: str) -> Iterator[Tensor]:

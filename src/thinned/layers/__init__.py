@@ -10,6 +10,7 @@ from thinned.layers.embedding import EmbeddingDropout
 from thinned.layers.gaussian import GaussianDropout, VariationalDropout
 from thinned.layers.layer_drop import LayerDrop
 from thinned.layers.locked import LockedDropout
+from thinned.layers.masksembles import Masksembles
 from thinned.layers.multi_sample import MultiSampleDropout
 from thinned.layers.path import DropPath, StochasticDepth
 from thinned.layers.rdrop import RDrop
@@ -38,6 +39,7 @@ __all__ = [
     "GaussianDropout",
     "LayerDrop",
     "LockedDropout",
+    "Masksembles",
     "MultiSampleDropout",
     "PatchDropout",
     "RDrop",

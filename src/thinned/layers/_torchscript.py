@@ -32,6 +32,7 @@ _TYPES = {
     "Tensor": ("Tensor", "Tensor"),
     "_Sequence": ("Tensor", "Tensor"),  # locked_dropout's packed sequences are not for TorchScript
     "Tensor | None": ("Tensor?", "Optional[Tensor]"),
+    "int | Tensor | None": ("Tensor?", "Optional[Tensor]"),
     "float": ("float", "float"),
     "float | None": ("float?", "Optional[float]"),
     "int": ("int", "int"),

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
-from thinned import op
 from thinned.checks import check_integer, integers
 from thinned.geometry import shared
 from thinned.keys import Key
-from thinned.layers._arguments import apply, drops, key_for, threshold_and_scale
+from thinned.layers._arguments import apply, drops, kept, key_for, threshold_and_scale
 from thinned.layers._module import Layer, checked_dims
 from thinned.layers._overrides import module_node, overridden
 from thinned.nested import shape_of
@@ -92,8 +91,7 @@ def drop_head(
 
     def by_kept(x: Tensor, key: Key) -> Tensor:
         y = apply(x, key, shared_dims, False, T, 1.0)
-        shape = _mask_shape(x, key, shared_dims)
-        keep = op.keep_mask(key.bits, shape, shared(shape, (), key.bits.dim()), T)
+        keep = kept(key, x.shape, shared_dims, T)
         factor = x.shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1).to(opmath(x.dtype))
         if y.is_complex():
             # A complex product would make NaN of the finite part beside an infinite one.

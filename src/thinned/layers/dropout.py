@@ -12,8 +12,8 @@ from torch.overrides import has_torch_function, has_torch_function_unary
 from thinned import op
 from thinned.checks import check_integer, integers
 from thinned.geometry import shared
-from thinned.keys import Key
-from thinned.layers._arguments import apply, check_key, drops, threshold_and_scale
+from thinned.keys import Key, StratifiedKey
+from thinned.layers._arguments import apply, check_key, drops, kept, threshold_and_scale
 from thinned.layers._module import SharingLayer
 from thinned.layers._overrides import module_node, overridden
 from thinned.torch_state import compiling
@@ -134,6 +134,8 @@ def keep_mask(
             check_integer("a size of shape", size)
     T, _ = threshold_and_scale(p)
     check_key(key, shape)
-    bits = key.bits if device is None else key.to(device).bits
+    key = key if device is None else key.to(device)
     dims = integers("broadcast_dims", broadcast_dims)
-    return op.keep_mask(bits, shape, shared(shape, dims, bits.dim()), T)
+    if isinstance(key, StratifiedKey):
+        return kept(key, shape, dims, T).expand(tuple(shape)).contiguous()
+    return op.keep_mask(key.bits, shape, shared(shape, dims, key.bits.dim()), T)

@@ -37,7 +37,6 @@ from thinned.checks import check_integer, got
 from thinned.colours import GREY, PALETTE
 from thinned.montecarlo._checks import check_same_shape, numbers_of, variances
 from thinned.montecarlo.calibration import (
-    aurc,
     auroc,
     expected_calibration_error,
     interval_coverage,
@@ -83,11 +82,12 @@ def reliability_diagram(
     # A height in inches: constrained layout reserves no room for one that grows with the axes.
     above = axes.figure.figure.dpi_scale_trans + ScaledTranslation(0, 1, BboxTransformTo(axes.bbox))
     counts = axes.inset_axes(
-        (0, 0.1, 1, 0.7), transform=blended_transform_factory(axes.transAxes, above), sharex=axes
+        (0, 0.1 * _scale(), 1, 0.7 * _scale()),
+        transform=blended_transform_factory(axes.transAxes, above),
+        sharex=axes,
     )
-    bars = counts.bar(
-        held.lower.numpy(), held.examples.numpy(), 1 / bins, align="edge", color=GREY, edgecolor="white"
-    )
+    middle = (held.lower + held.upper).numpy() / 2
+    bars = counts.bar(middle, held.examples.numpy(), 0.9 / bins, color=GREY)
     counts.bar_label(bars, fmt=EngFormatter(places=0, sep=""), fontsize="x-small")
     counts.set(ylabel="examples", yticks=[])
     counts.margins(y=0.25)
@@ -114,19 +114,16 @@ def risk_coverage(
     scores = uncertainty if isinstance(uncertainty, Mapping) else {"uncertainty": uncertainty}
     if not scores:
         raise ValueError(f"uncertainty must hold at least one tensor, {got(uncertainty)}")
-    curves = {
-        name: (risk_coverage_curve(losses, score), aurc(losses, score)) for name, score in scores.items()
-    }
+    curves = {name: risk_coverage_curve(losses, score) for name, score in scores.items()}
     best = risk_coverage_curve(losses, losses)
     axes = _axes(axes)
-    for i, (name, (curve, area)) in enumerate(curves.items()):
-        style, colour = DASHES[i % len(DASHES)], PALETTE[i % len(PALETTE)]
+    for i, (name, curve) in enumerate(curves.items()):
         axes.plot(
             curve.coverage.numpy(),
             curve.risk.numpy(),
-            style,
-            color=colour,
-            label=f"{name}: AURC {area:.3f}",
+            linestyle=DASHES[i % len(DASHES)],
+            color=PALETTE[i % len(PALETTE)],
+            label=f"{name}: AURC {curve.risk.mean():.3f}",
             zorder=3,
         )
     mean = float(best.risk[-1])
@@ -286,12 +283,17 @@ def coverage(mean: Tensor, variance: Tensor, targets: Tensor, *, axes: Axes | No
 
 def _axes(axes: Axes | None) -> Axes:
     if axes is None:
-        axes = Figure(figsize=(5.3, 4.6), layout="constrained").subplots()
+        axes = Figure(figsize=(5.3 * _scale(), 4.6 * _scale()), layout="constrained").subplots()
     elif not isinstance(axes, Axes):
         raise TypeError(f"axes must be Matplotlib's Axes, {got(axes)}")
     axes.grid(color=GREY, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
+
+
+def _scale() -> float:
+    """How large the text is; sizes in inches follow it."""
+    return float(rcParams["font.size"]) / 10
 
 
 def _finished(axes: Axes, legend_title: str | None = None) -> Figure:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinned.keys import Key
+from thinned.keys import Key, packed, unpacked
 from thinned.torch_state import SingleLevelFunction, compiling, dense, is_eager
 
 __all__ = ["KeyedMap", "apply_linear", "modes_of", "result_of"]
@@ -64,27 +64,27 @@ def apply_linear(linear: KeyedMap, x: Tensor, key: Key, value: KeyedMap | None =
     if eager and not (x.requires_grad and torch.is_grad_enabled()):
         return (value or linear)(x, key)
     function: Any = _ReverseMode if compiling() else _Eager if eager else _BothModes
-    return function.apply(x, key.bits, linear, value)  # type: ignore[no-any-return]
+    return function.apply(x, *packed(key), linear, value)  # type: ignore[no-any-return]
 
 
 class _Linear:
     @staticmethod
-    def forward(x: Tensor, bits: Tensor, linear: KeyedMap, value: KeyedMap | None) -> Tensor:
+    def forward(x: Tensor, key: Tensor, strata: int, linear: KeyedMap, value: KeyedMap | None) -> Tensor:
         # Dynamo in PyTorch 2.11 cannot branch on a function, as in `value or linear`.
-        return result_of((linear if value is None else value)(x, Key.from_bits(bits)))
+        return result_of((linear if value is None else value)(x, unpacked(key, strata)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        _, bits, ctx.linear, _ = inputs
-        ctx.save_for_backward(bits)
+        _, key, ctx.strata, ctx.linear, _ = inputs
+        ctx.save_for_backward(key)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Linear.tangent(ctx, dense(grad)), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _Linear.tangent(ctx, dense(grad)), None, None, None, None
 
     @staticmethod
     def tangent(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return apply_linear(ctx.linear, tangent, Key.from_bits(ctx.saved_tensors[0]))
+        return apply_linear(ctx.linear, tangent, unpacked(ctx.saved_tensors[0], ctx.strata))
 
 
 class _Eager(_Linear, SingleLevelFunction):

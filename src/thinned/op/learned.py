@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinned.keys import Key
+from thinned.keys import Key, packed, unpacked
 from thinned.op.from_key import result_of
 from thinned.op.noise import multiply, opmath
 from thinned.torch_state import compiling, dense, forward_mode, is_eager
@@ -43,41 +43,41 @@ def apply_noisy(noisy: Noisy, x: Tensor, parameter: Tensor, key: Key) -> Tensor:
     """
     if not compiling() and forward_mode():
         # A jvp of the Function would be wrong in jvp(jvp(f)): saved tensors lack the outer jvp's tangents.
-        return _Product.forward(x, parameter, key.bits, noisy)
-    return _Product.apply(x, parameter, key.bits, noisy)  # type: ignore[no-any-return,no-untyped-call]
+        return _Product.forward(x, parameter, *packed(key), noisy)
+    return _Product.apply(x, parameter, *packed(key), noisy)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Product(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> Tensor:
-        y = multiply(x, noisy.factor(*_noise(x, parameter, bits, noisy)))
+    def forward(x: Tensor, parameter: Tensor, key: Tensor, strata: int, noisy: Noisy) -> Tensor:
+        y = multiply(x, noisy.factor(*_noise(x, parameter, unpacked(key, strata), noisy)))
         return result_of(y.to(x.dtype))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Noisy], output: Tensor) -> None:  # noqa: ARG004
-        *tensors, ctx.noisy = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        *tensors, ctx.strata, ctx.noisy = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, parameter, bits = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        x, parameter, key = ctx.saved_tensors
         grad = dense(grad)
-        arguments = _noise(x, parameter, bits, ctx.noisy)
+        arguments = _noise(x, parameter, unpacked(key, ctx.strata), ctx.noisy)
         if not ctx.needs_input_grad[1]:
-            return multiply(grad, ctx.noisy.factor(*arguments)).to(x.dtype), None, None, None
+            return multiply(grad, ctx.noisy.factor(*arguments)).to(x.dtype), None, None, None, None
         factor, slope = ctx.noisy.both(*arguments)
         summands = multiply(x.conj(), multiply(grad, slope))
         summands = summands.real if summands.is_complex() else summands
         grad_parameter = summands.sum_to_size(parameter.shape).to(parameter.dtype)
-        return multiply(grad, factor).to(x.dtype), grad_parameter, None, None
+        return multiply(grad, factor).to(x.dtype), grad_parameter, None, None, None
 
 
-def _noise(x: Tensor, parameter: Tensor, bits: Tensor, noisy: Noisy) -> tuple[Tensor, Tensor, bool]:
+def _noise(x: Tensor, parameter: Tensor, key: Key, noisy: Noisy) -> tuple[Tensor, Tensor, bool]:
     """The arguments of ``noisy.factor``."""
     dtype = opmath(x.dtype)
-    noise, parameter = noisy.noise(Key.from_bits(bits), x.shape, dtype), parameter.to(dtype)
+    noise, parameter = noisy.noise(key, x.shape, dtype), parameter.to(dtype)
     # A traced graph may run with gradients enabled, where out= is an error.
     may_overwrite = is_eager(x) and not torch.is_grad_enabled()
     # The factor has the noise's shape only then: a parameter with dimensions may broadcast the noise.

@@ -10,10 +10,24 @@ from torch import Tensor
 
 from thinned import op
 from thinned.geometry import dims_of, shared
-from thinned.keys import Key
+from thinned.keys import Key, StratifiedKey
 from thinned.torch_state import is_eager
 
-__all__ = ["logistic", "multiply", "normal", "opmath", "uniform"]
+__all__ = ["logistic", "multiply", "normal", "numbers", "opmath", "uniform"]
+
+
+def numbers(key: Key, shape: Sequence[int], broadcast_dims: Sequence[int] = ()) -> Tensor:
+    """``u(i) - 2**31`` as int32, or ``u'(i, s) - 2**31`` of a stratified key's draw.
+
+    The arguments are those of :func:`uniform`.
+    """
+    key_dims = key.bits.dim()
+    single = dims_of(shape, broadcast_dims).difference(range(key_dims))
+    drawn = tuple(1 if dim in single else size for dim, size in enumerate(shape))
+    geometry = shared(shape, broadcast_dims, key_dims)
+    if isinstance(key, StratifiedKey):
+        return op.uniform(key.of, drawn, geometry, key.draw, key.strata)
+    return op.uniform(key.bits, drawn, geometry)
 
 
 def uniform(
@@ -111,9 +125,6 @@ def _centred(
 
     Otherwise the outermost numbers would be rounded to the ends, where a quantile is infinite.
     """
-    key_dims = key.bits.dim()
-    single = dims_of(shape, broadcast_dims).difference(range(key_dims))
-    drawn = tuple(1 if dim in single else size for dim, size in enumerate(shape))
-    numbers = op.uniform(key.bits, drawn, shared(shape, broadcast_dims, key_dims)).to(dtype)
+    u = numbers(key, shape, broadcast_dims).to(dtype)
     inside = 1 - shrink if dtype == torch.float32 else 1.0
-    return numbers.add_(0.5).mul_(2**-31 * half_width * inside)
+    return u.add_(0.5).mul_(2**-31 * half_width * inside)

@@ -26,7 +26,10 @@ for _schema, *_tags in (
         "float fill) -> Tensor",
     ),
     ("keep_mask(Tensor key, SymInt[] shape, SymInt[] strides, SymInt base, int T) -> Tensor",),
-    ("uniform(Tensor key, SymInt[] shape, SymInt[] strides, SymInt base) -> Tensor",),
+    (
+        "uniform(Tensor key, SymInt[] shape, SymInt[] strides, SymInt base, Tensor? draw=None, "
+        "int strata=1) -> Tensor",
+    ),
     ("draw_key(Tensor place) -> Tensor", torch.Tag.nondeterministic_seeded),
 ):
     # Conservative: else TorchScript would fold a draw, whose input is constant, into a constant key.
@@ -40,10 +43,16 @@ def keep_mask(key: Tensor, shape: Sequence[int], geometry: Geometry, T: int) -> 
     return torch.ops.thinned.keep_mask(key, shape, *geometry, T)  # type: ignore[no-any-return]
 
 
-def uniform(key: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
-    """``u(m(i)) - 2**31`` as an int32 tensor of ``shape`` on the key's device."""
+def uniform(
+    key: Tensor, shape: Sequence[int], geometry: Geometry, draw: Tensor | None = None, strata: int = 1
+) -> Tensor:
+    """``u(m(i)) - 2**31`` as an int32 tensor of ``shape`` on the key's device.
+
+    With a draw, an int64 tensor of the key's shape or one number, it is ``u' - 2**31``: the numbers of that
+    one of ``strata`` stratified draws.
+    """
     _refuse_trace(shape)
-    return torch.ops.thinned.uniform(key, shape, *geometry)  # type: ignore[no-any-return]
+    return torch.ops.thinned.uniform(key, shape, *geometry, draw, strata)  # type: ignore[no-any-return]
 
 
 def _refuse_trace(shape: Sequence[int]) -> None:
@@ -99,8 +108,11 @@ def _keep_mask(key: Tensor, shape: list[int], strides: list[int], base: int, T: 
     return backends.for_device(key.device).keep_mask(key, tuple(shape), Geometry(tuple(strides), base), T)
 
 
-def _uniform(key: Tensor, shape: list[int], strides: list[int], base: int) -> Tensor:
-    return backends.for_device(key.device).uniform(key, tuple(shape), Geometry(tuple(strides), base))
+def _uniform(
+    key: Tensor, shape: list[int], strides: list[int], base: int, draw: Tensor | None = None, strata: int = 1
+) -> Tensor:
+    backend = backends.for_device(key.device)
+    return backend.uniform(key, tuple(shape), Geometry(tuple(strides), base), draw, strata)
 
 
 def _rounds_once(x: Tensor, *arguments: Any) -> bool:
@@ -118,7 +130,7 @@ for _name, _kernel, _fake in (
 repeat_draws(torch.ops.thinned.draw_key.default)
 show_kernel(library, "masked_affine", _masked_affine, _rounds_once)
 show_kernel(library, "keep_mask", _keep_mask)
-show_kernel(library, "uniform", _uniform)
+show_kernel(library, "uniform", _uniform, lambda *arguments: len(arguments) < 5 or arguments[4] is None)
 
 
 def stack_keys(key: Tensor, dim: int | None, size: int) -> Tensor:
@@ -126,17 +138,31 @@ def stack_keys(key: Tensor, dim: int | None, size: int) -> Tensor:
     return key.expand(size, *key.shape) if dim is None else key.movedim(dim, 0)
 
 
-def _vmap_rule(operation: Any) -> Any:
-    def rule(
-        info: Any, in_dims: tuple[Any, ...], key: Tensor, shape: list[int], strides: list[int], *rest: int
-    ) -> tuple[Tensor, int]:
-        size = info.batch_size
-        return operation(stack_keys(key, in_dims[0], size), (size, *shape), (0, *strides), *rest), 0
-
-    return rule
+def _vmap_keep_mask(
+    info: Any, in_dims: tuple[Any, ...], key: Tensor, shape: list[int], strides: list[int], *rest: int
+) -> tuple[Tensor, int]:
+    size = info.batch_size
+    keys = stack_keys(key, in_dims[0], size)
+    return torch.ops.thinned.keep_mask(keys, (size, *shape), (0, *strides), *rest), 0
 
 
-for _name in ("keep_mask", "uniform"):
-    torch.library.register_vmap(
-        f"thinned::{_name}", _vmap_rule(getattr(torch.ops.thinned, _name)), lib=library
-    )
+def _vmap_uniform(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    key: Tensor,
+    shape: list[int],
+    strides: list[int],
+    base: int,
+    draw: Tensor | None = None,
+    strata: int = 1,
+) -> tuple[Tensor, int]:
+    size = info.batch_size
+    keys = stack_keys(key, in_dims[0], size)
+    if draw is not None:
+        draw = stack_keys(draw, in_dims[4], size)
+        draw = draw.reshape(size, *(1,) * (keys.dim() - draw.dim()), *draw.shape[1:]).expand(keys.shape)
+    return torch.ops.thinned.uniform(keys, (size, *shape), (0, *strides), base, draw, strata), 0
+
+
+torch.library.register_vmap("thinned::keep_mask", _vmap_keep_mask, lib=library)
+torch.library.register_vmap("thinned::uniform", _vmap_uniform, lib=library)

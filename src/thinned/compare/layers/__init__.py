@@ -13,6 +13,7 @@ from thinned.compare.layers import (
     gaussian,
     layer_drop,
     locked,
+    masksembles,
     multi_sample,
     path,
     rdrop,
@@ -42,7 +43,7 @@ FAMILIES = (
         weights,
         recurrent,
     ),
-    *(gaussian, concrete, targeted, layer_drop, multi_sample, rdrop, schedules),
+    *(gaussian, concrete, targeted, layer_drop, multi_sample, masksembles, rdrop, schedules),
 )
 ENTRIES: list[Entry] = [entry for family in FAMILIES for entry in family.ENTRIES]
 

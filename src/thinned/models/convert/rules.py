@@ -177,9 +177,12 @@ def probability_name(module: nn.Module) -> str | None:
 
 
 def is_dropout(module: nn.Module) -> bool:
-    """Whether ``module`` is of a known type, or is called a dropout; R-Drop is a loss."""
+    """Whether ``module`` is of a known type, or is called a dropout and draws masks.
+
+    R-Drop is a loss, and the masks of Masksembles are fixed.
+    """
     name = type(module).__name__.lower()
-    if isinstance(module, layers.RDrop):
+    if isinstance(module, layers.RDrop | layers.Masksembles):
         return False
     return is_ours(module) or is_known(module) or "drop" in name or name == "stochasticdepth"
 

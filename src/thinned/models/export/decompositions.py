@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thinned.backends import portable
+from thinned.backends.strata import name, shifted
 
 __all__ = ["decompositions"]
 
@@ -70,8 +71,19 @@ def _keep_mask(key: Tensor, shape: Sequence[int], strides: Sequence[int], base: 
     return _at_positions(partial(portable.below, T=T), key, shape, strides, base, torch.bool)
 
 
-def _uniform(key: Tensor, shape: Sequence[int], strides: Sequence[int], base: int) -> Tensor:
-    return _at_positions(portable.numbers, key, shape, strides, base, torch.int32)
+def _uniform(
+    key: Tensor,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    base: int,
+    draw: Tensor | None = None,
+    strata: int = 1,
+) -> Tensor:
+    u = _at_positions(portable.numbers, key, shape, strides, base, torch.int32)
+    if draw is None:
+        return u
+    v = _at_positions(portable.numbers, portable.fold(key, name(key)), shape, strides, base, torch.int32)
+    return shifted(u, v, draw, strata)
 
 
 def _at_positions(
