@@ -17,7 +17,7 @@ from thinned.montecarlo import predict, stream
 from thinned.progress import progress_bar
 
 MODEL = nn.Sequential(nn.Dropout(), nn.Linear(4, 3))
-OPTIONS: dict[str, Any] = {"samples": 4, "method": "independent", "progress": True}
+OPTIONS: dict[str, Any] = {"samples": 4, "progress": True}
 X = torch.ones(5, 4)
 
 

@@ -18,7 +18,7 @@ from thinned.montecarlo import predict
 from thinned.montecarlo.estimators import MCDropoutClassifier, MCDropoutRegressor
 
 QUICK: dict[str, Any] = {"hidden_layer_sizes": (20,), "max_iter": 5, "learning_rate": 0.03}
-QUICK |= {"samples": 10, "method": "independent"}
+QUICK |= {"samples": 10}
 X, Y = load_diabetes(return_X_y=True)
 
 
@@ -66,7 +66,7 @@ def test_the_mean_and_the_deviation_are_those_of_predict() -> None:
     """module_ takes features as they are."""
     fitted = regressor().fit(X, Y)
     mean, std = fitted.predict(X, return_std=True)
-    options: dict[str, Any] = {"task": "regression", "method": "independent", "consistent": True}
+    options: dict[str, Any] = {"task": "regression", "consistent": True}
     found = predict(fitted.module_, torch.tensor(X), 10, seed=fitted.seed_, **options)
     np.testing.assert_array_equal(found.mean[:, 0], mean)
     np.testing.assert_array_equal(found.std[:, 0], std)

@@ -148,7 +148,7 @@ class MCDropoutClassifier(ClassifierMixin, _MCDropout):
 
     >>> from sklearn.datasets import load_iris
     >>> X, y = load_iris(return_X_y=True)
-    >>> classifier = MCDropoutClassifier(max_iter=20, method="independent", random_state=0).fit(X, y)
+    >>> classifier = MCDropoutClassifier(max_iter=20, random_state=0).fit(X, y)
     >>> classifier.predict_proba(X[:5]).shape, bool(classifier.score(X, y) > 0.9)
     ((5, 3), True)
     >>> classifier.predict_distribution(X[:5]).mutual_information.shape
@@ -221,7 +221,7 @@ class MCDropoutRegressor(RegressorMixin, _MCDropout):
 
     >>> from sklearn.datasets import load_diabetes
     >>> X, y = load_diabetes(return_X_y=True)
-    >>> regressor = MCDropoutRegressor(max_iter=20, method="independent", random_state=0).fit(X, y)
+    >>> regressor = MCDropoutRegressor(max_iter=20, random_state=0).fit(X, y)
     >>> mean, std = regressor.predict(X[:5], return_std=True)
     >>> mean.shape, std.shape, bool((std > 0).all())
     ((5,), (5,), True)
