@@ -216,8 +216,11 @@ def test_weights() -> None:
     assert rows()["mean"].min() > 30
     assert_refused(command(*arguments, "nowhere.pt"), "cannot read nowhere.pt: there is no such file")
     assert_refused(command(*arguments, "models.py"), "models.py holds no state_dict")
-    torch.save({"wrong": torch.zeros(1)}, "wrong.pt")
-    assert_refused(command(*arguments, "wrong.pt"), "the weights in wrong.pt do not fit the model")
+    Path("cut.pt").write_bytes(Path("weights.pt").read_bytes()[:1000])
+    assert_refused(command(*arguments, "cut.pt"), "cut.pt holds no state_dict")
+    for wrong in ({"wrong": torch.zeros(1)}, torch.zeros(1)):
+        torch.save(wrong, "wrong.pt")
+        assert_refused(command(*arguments, "wrong.pt"), "the weights in wrong.pt do not fit the model")
 
 
 def assert_refused(result: Result, why: str) -> None:
@@ -275,6 +278,9 @@ def test_arrays_that_are_refused(arrays: dict[str, Any], why: str) -> None:
         (["classifier", "missing.npz"], "cannot read missing.npz: there is no such file"),
         (["classifier", "data.txt"], "accepted are .npz and .csv"),
         (["classifier", "damaged.npz"], "cannot read damaged.npz"),
+        (["classifier", "single.npz"], "cannot read single.npz: it is no archive"),
+        (["classifier", "flipped.npz"], "cannot read flipped.npz"),
+        (["classifier", "folder.npz"], "cannot read folder.npz: IsADirectoryError"),
         (["classifier", "data.csv", "--target", "kinds"], "no column 'kinds'; did you mean kind?"),
         (["classifier", "data.csv", "--y", "kind"], "--y has no meaning for data.csv"),
         (["classifier", "data.npz", "--target", "y"], "--target has no meaning for data.npz"),
@@ -302,6 +308,13 @@ def test_arrays_that_are_refused(arrays: dict[str, Any], why: str) -> None:
 )
 def test_arguments_that_are_refused(arguments: list[str], why: str, folder: Path) -> None:
     (folder / "damaged.npz").write_bytes(b"PK\x03\x04nonsense")
+    with (folder / "single.npz").open("wb") as file:
+        np.save(file, np.ones((2, 3)))
+    np.savez_compressed("flipped.npz", x=np.random.default_rng(0).normal(size=(9, 3)))
+    flipped = bytearray((folder / "flipped.npz").read_bytes())
+    flipped[150] ^= 255
+    (folder / "flipped.npz").write_bytes(flipped)
+    (folder / "folder.npz").mkdir()
     before = (folder / "data.csv").read_text()
     model, *others = arguments
     assert_refused(command(f"models.py:{model}", *others), why)
@@ -364,10 +377,12 @@ def test_ctrl_c_keeps_the_finished_rows(folder: Path) -> None:
     ) as process:
         while not (folder / "stuck").exists() and process.poll() is None:
             time.sleep(0.05)
+        written = Path("predictions.csv").read_text()
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, errors
     assert output == ""
+    assert Path("predictions.csv").read_text() == written
     assert errors.splitlines()[-1] == (
         "thinned uncertainty: interrupted; predictions.csv has the rows of the first 12 examples"
     )

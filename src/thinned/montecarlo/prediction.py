@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -112,12 +113,19 @@ class Prediction:
 
     def select(self, chosen: Tensor) -> Prediction:
         """Some of the examples."""
+        return self._map(itemgetter(chosen))
+
+    def cpu(self) -> Prediction:
+        """The same in the memory of the CPU."""
+        return self._map(Tensor.cpu)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Prediction:
         rows: dict[str, Any] = {
-            each.name: value[chosen]
+            each.name: function(value)
             for each in fields(self)
             if isinstance(value := getattr(self, each.name), Tensor)
         }
-        return replace(self, **rows, quantiles={q: value[chosen] for q, value in self.quantiles.items()})
+        return replace(self, **rows, quantiles={q: function(value) for q, value in self.quantiles.items()})
 
     @classmethod
     def cat(cls, parts: Sequence[Prediction]) -> Prediction:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import pickle
 import zipfile
+import zlib
 from array import array
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +78,7 @@ def read(path: Path, *, x: str = "x", y: str | None = None, target: str | None =
         examples = readers[path.suffix.lower()]()
     except FileNotFoundError:
         raise ValueError(f"cannot read {path}: there is no such file") from None
-    except (OSError, zipfile.BadZipFile, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
     if not examples.x.numel():
         raise ValueError(f"{path} has no examples: its inputs have shape {tuple(examples.x.shape)}")
@@ -86,9 +86,11 @@ def read(path: Path, *, x: str = "x", y: str | None = None, target: str | None =
 
 
 def _read_npz(path: Path, x: str, y: str | None) -> Examples:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # np.load leaves a path open
-        if not isinstance(arrays, np.lib.npyio.NpzFile):
+    # np.load leaves the file of a path open if it raises, and reads others than archives.
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
             raise ValueError(f"cannot read {path}: it is no archive of arrays, as numpy.savez writes")
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         wanted = {"x": x, "y": y or ("y" if "y" in arrays else None)}
         found = {part: _array(path, arrays, name) for part, name in wanted.items() if name is not None}
     if not found["x"].dim():
@@ -193,11 +195,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Give ``model`` the state_dict that ``path`` holds."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
     except FileNotFoundError:
         raise ValueError(f"cannot read {path}: there is no such file") from None
-    except (OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch.load raises of many types
         raise ValueError(f"{path} holds no state_dict that torch.load reads: {one_line(error)}") from error
-    except (RuntimeError, TypeError, AttributeError) as error:
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
         words = " ".join(str(error).split())
         raise ValueError(f"the weights in {path} do not fit the model: {words[:300]}") from error

@@ -104,11 +104,11 @@ def prepare(
 
 
 def _checked(parts: Iterator[Prediction], targets: Tensor | None) -> Iterator[Prediction]:
-    """``parts``, after a look whether the targets fit the first."""
+    """``parts`` on the CPU, after a look whether the targets fit the first."""
     for i, part in enumerate(parts):
         if not i and targets is not None:
             _check_targets(part, targets)
-        yield part
+        yield part.cpu()
 
 
 def _check_targets(part: Prediction, targets: Tensor) -> None:
