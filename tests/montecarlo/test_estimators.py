@@ -113,6 +113,7 @@ def test_a_module_with_batch_normalization() -> None:
     fitted = MCDropoutClassifier(**{**QUICK, "module": with_batch_norm}, random_state=0)
     x, labels = X[:33], Y[:33] > np.median(Y[:33])
     fitted.fit(x, labels)
+    assert not any(module.training for module in fitted.module_.modules())
     before = {name: value.clone() for name, value in fitted.module_.state_dict().items()}
     probabilities = fitted.predict_proba(x)
     assert fitted.predict(x).dtype == bool

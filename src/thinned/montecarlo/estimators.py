@@ -86,6 +86,7 @@ class _MCDropout(BaseEstimator):
             self.module_ = Standardized(module, scaler, targets_scaler)
             Dropouts(self.module_)  # raises if it drops nowhere
             self._train(module, torch.from_numpy(scaler.transform(X)), targets)
+        self.module_.eval()
         self.n_iter_ = self.max_iter
 
     def _mlp(self, features: int, outputs: int) -> nn.Module:
@@ -107,7 +108,6 @@ class _MCDropout(BaseEstimator):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        module.eval()
 
     def _loss(self, output: Any, targets: Tensor) -> Tensor:
         raise NotImplementedError
