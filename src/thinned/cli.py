@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json as json_
 import platform
+import shlex
 import sys
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ import thinned
 from thinned.backends.verify import verify as verify_backends
 from thinned.compare import explain as explaining
 from thinned.compare import tables
+from thinned.compare.errors import one_line_with_place
 from thinned.compare.inspecting import inspect_named
 from thinned.compare.inspecting import to_json as sites_to_json
 from thinned.compare.layers import ENTRIES, entry_of
@@ -36,6 +38,10 @@ from thinned.compare.request import requested
 from thinned.compare.run import run, run_layer
 from thinned.compare.settings import Settings, parse_dtype, parse_shape
 from thinned.compare.terminal import Terminal
+from thinned.uncertainty.data import read
+from thinned.uncertainty.page import to_html as uncertainty_to_html
+from thinned.uncertainty.rows import StoppedError
+from thinned.uncertainty.run import parse_inject, parse_until, prepare
 
 __all__ = ["app", "main"]
 
@@ -163,9 +169,7 @@ def compare(
         if html and request.policy.only:
             raise ValueError("--html writes a page of a whole comparison, and not of --only some laws")
         files = [file for file in (html, json) if file]
-        for file in files:
-            if not file.parent.is_dir():
-                raise ValueError(f"cannot write {file}: there is no directory {file.parent}")
+        _check_directories(files)
     except ValueError as error:
         typer.echo(f"thinned compare: {error}", err=True)
         raise typer.Exit(2) from None
@@ -191,6 +195,13 @@ def _refuse(context: typer.Context, options: Container[str | None], why: str) ->
         if each.name in options and source and source.name == "COMMANDLINE":
             given = each.opts[0] if each.param_type_name == "option" else "an implementation"
             raise ValueError(f"{given} has no meaning {why}")
+
+
+def _check_directories(files: Iterable[Path]) -> None:
+    """Raise ValueError if there is none for one of these."""
+    for file in files:
+        if not file.parent.is_dir():
+            raise ValueError(f"cannot write {file}: there is no directory {file.parent}")
 
 
 @app.command()
@@ -242,6 +253,135 @@ def inspect(
         raise typer.Exit(2) from None
     width = min(100, get_terminal_size((100, 24)).columns)
     typer.echo(sites_to_json(found) if json else found.table(width))
+
+
+@app.command()
+def uncertainty(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="package.module:factory or path/to/file.py:factory, called without arguments; or a model. "
+            "It returns logits, or with --task regression a mean or a tuple of a mean and a variance.",
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="A .npz file with an array x, an example in each row, and perhaps y, the targets; or a .csv "
+            "file of numbers with names of columns in its first line.",
+        ),
+    ],
+    weights: Annotated[
+        Path | None, typer.Option(help="Load this state_dict, a file of torch.save, into the model.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="The targets' column in a .csv file. The others are features."),
+    ] = None,
+    x: Annotated[str, typer.Option(metavar="NAME", help="The inputs' array in a .npz file.")] = "x",
+    y: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The targets' array in a .npz file.", show_default="y if there"),
+    ] = None,
+    task: Annotated[str, typer.Option(help="classification or regression.")] = "classification",
+    samples: Annotated[int, typer.Option(min=2, help="Draws of each example.")] = 100,
+    seed: Annotated[int, typer.Option(help="All masks follow from it.")] = 0,
+    method: Annotated[
+        str, typer.Option(help="stratified or independent draws; the mean of the first has a smaller error.")
+    ] = "stratified",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Examples at a time; the results do not depend on it.")
+    ] = 256,
+    consistent: Annotated[
+        bool, typer.Option("--consistent", help="One thinned network a draw, for all examples.")
+    ] = False,
+    inject: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=P",
+            help="Put dropout before the modules at these paths, such as 'layers.*.fc=0.1'; head stands for "
+            "the last linear layer or convolution, with p = 0.1.",
+        ),
+    ] = None,
+    until: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[STATISTIC=]ERROR",
+            help="Stop the draws of an example once the standard error of its mean, or of expected_entropy, "
+            "is so small.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Write the predictions here, batch by batch.", dir_okay=False)
+    ] = Path("predictions.csv"),
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained report.", dir_okay=False)] = None,
+    json: Json = False,
+) -> None:
+    """Predict with dropout on: each example's prediction and uncertainty as a row of a .csv file.
+
+    With targets it prints scores: accuracy, NLL, ECE and Brier, or RMSE, log-likelihood and coverage.
+
+    Columns of a classification: id, target, label, max_probability and its standard_error, entropies in nats.
+
+    Columns of a regression: id, target, mean, its standard_error, std of the draws, aleatoric variance.
+
+    After Ctrl-C (status 130) or an error (status 1) the rows of the finished batches remain.
+    """
+    try:
+        _refuse(context, {"target"} if data.suffix.lower() == ".npz" else {"x", "y"}, f"for {data.name}")
+        files = [output, *([html] if html else [])]
+        _check_directories(files)
+        if len({each.resolve() for each in (*files, data)}) <= len(files):
+            raise ValueError("the data, --output and --html must be different files")
+        options = {
+            "samples": samples,
+            "seed": seed,
+            "task": task,
+            "method": method,
+            "batch_size": batch_size,
+            "consistent": consistent,
+            "inject": parse_inject(inject or ()),
+            "until": parse_until(until or ()),
+        }
+        with redirect_stdout(sys.stderr):  # what the model prints is no part of the output
+            predict = prepare(
+                model, weights, data, lambda: read(data, x=x, y=y, target=target), _typed(context), options
+            )
+    except ValueError as error:
+        typer.echo(f"thinned uncertainty: {error}", err=True)
+        raise typer.Exit(2) from None
+    try:
+        with redirect_stdout(sys.stderr):
+            report = predict(output)
+    except StoppedError as stopped:
+        cause = stopped.__cause__
+        interrupted = isinstance(cause, KeyboardInterrupt)
+        why = "interrupted" if interrupted or cause is None else one_line_with_place(cause)
+        kept = f"{output} has the rows of the first {stopped.rows:,} examples"
+        typer.echo(f"thinned uncertainty: {why}; {kept}", err=True)
+        raise typer.Exit(130 if interrupted else 1) from None
+    if html:
+        html.write_text(uncertainty_to_html(report), encoding="utf-8")
+    for warning in report.warnings:
+        typer.echo(f"thinned uncertainty: {warning}", err=True)
+    typer.echo(report.to_json() if json else "\n".join(report.sentences()))
+
+
+def _typed(context: typer.Context) -> str:
+    """The command, as it was typed but for the order of its options."""
+    words = context.command_path.split()
+    for each in context.command.params:
+        source = context.get_parameter_source(each.name or "")
+        if not (source and source.name == "COMMANDLINE"):
+            continue
+        value = context.params[each.name or ""]
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [] if each.param_type_name == "argument" else [each.opts[0]]
+            words += [] if one is True else [str(one)]
+    return shlex.join(words)
 
 
 @app.command()

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from jinja2 import Environment, PackageLoader
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
 
 from thinned.compare import effect, plots, tables, textbook
 from thinned.compare.laws import Level
 from thinned.compare.report import Report, machine
 
-__all__ = ["to_html"]
+__all__ = ["render", "to_html"]
+
+
+def render(template: str, **content: Any) -> str:
+    """A page, from the path of its template in the package."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parents[1]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return templates.get_template(template).render(**content)
 
 
 def to_html(report: Report) -> str:
     """First the effect of dropout and its masks, then the verdict and the laws, then the cost."""
-    templates = Environment(
-        loader=PackageLoader("thinned", "compare"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    pair = effect.pair(report.training)
     drawn = next(iter(report.masks), None)
-    return templates.get_template("page.html.jinja").render(
+    pair = effect.pair(report.training)
+    return render(
+        "compare/page.html.jinja",
         report=report,
         machine=machine(),
         tutorial=tables.tutorial(report),

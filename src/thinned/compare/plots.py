@@ -25,7 +25,7 @@ from thinned.compare.report import Report
 from thinned.compare.timing import DIRECTIONS, MULTIPLY
 from thinned.compare.training import WITHOUT, Run
 
-__all__ = ["drop_rates", "errors", "mask_picture", "speed", "test_errors", "thinned_networks"]
+__all__ = ["STYLE", "drop_rates", "errors", "mask_picture", "speed", "svg", "test_errors", "thinned_networks"]
 
 INK = "#010203"  # becomes currentColor, which Matplotlib does not know
 
@@ -88,7 +88,7 @@ def _network(*hidden: list[bool]) -> str:
                 xs, ys = zip(*chosen, strict=True)
                 axes.scatter(xs, ys, s=46, color=colour, marker=marker, zorder=2)
         axes.set_axis_off()
-        return _svg(figure)
+        return svg(figure)
 
 
 def errors(plain: Run, dropped: Run, names: Sequence[str]) -> str:
@@ -188,11 +188,12 @@ def _finished(figure: Figure) -> str:
     figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(lines) / 2))
     labels = [str(line.get_label()) for line in lines]  # without them, Matplotlib leaves _Private names out
     figure.legend(lines, labels, loc="outside lower center", ncols=2)
-    return _svg(figure)
+    return svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The figure, which is to be drawn and saved in :data:`STYLE`, as an element of a page."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    written = text.getvalue()
+    return written[written.index("<svg") :].replace(INK, "currentColor")

@@ -7,18 +7,18 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from thinned.compare.laws import Level, Verdict
 from thinned.compare.report import Report
 from thinned.compare.tables import Cell, Table
+from thinned.progress import progress_bar
 
 __all__ = ["Terminal"]
 
@@ -57,14 +57,9 @@ class Terminal:
         self.output = output or Console(width=_width(), highlight=False)
         self.errors = errors or Console(stderr=True)
 
-    @contextmanager
-    def progress(self, part: str, steps: int) -> Iterator[Callable[[str], None]]:
+    def progress(self, part: str, steps: int) -> AbstractContextManager[Callable[[str], None]]:
         """A bar for one part; call what it yields with a few words as each step begins."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        step_column, silent = TextColumn("{task.fields[step]}"), not self.errors.is_terminal
-        with Progress(*columns, step_column, console=self.errors, transient=True, disable=silent) as bar:
-            task = bar.add_task(part, total=steps, step="")
-            yield lambda step: bar.update(task, advance=1, step=step)
+        return progress_bar(part, steps, self.errors)
 
     def say(self, text: str, label: str = "", style: str = "", first: str = "", others: str = "") -> None:
         """A label in a style, and text; lines begin with ``first``, from the second on with ``others``."""

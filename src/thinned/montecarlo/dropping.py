@@ -20,7 +20,7 @@ from thinned.models.inspect import Site, inspect
 from thinned.models.walk import check_model, modules_in_containers, modules_with_paths
 from thinned.torch_state import compiler_is_imported
 
-__all__ = ["HEAD_P", "Dropouts", "Inject"]
+__all__ = ["HEAD_P", "Dropouts", "Inject", "injected"]
 
 Inject = Mapping[str, float] | str
 HEAD_P = 0.1
@@ -67,7 +67,7 @@ class Dropouts:
 
     def __init__(self, model: nn.Module, inject: Inject | None = None) -> None:
         check_model("montecarlo", model)
-        self._chosen = {} if inject is None else _chosen(model, inject)
+        self._chosen = {} if inject is None else injected(model, inject)
         found = modules_with_paths(model)
         modules = {paths[0]: module for module, paths in [*found, *modules_in_containers(found)]}
         sites = [site for site in inspect(model) if site.status != "off" and site.p != 0]
@@ -157,7 +157,7 @@ class _Drop:
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _chosen(model: nn.Module, inject: Inject) -> dict[str, float]:
+def injected(model: nn.Module, inject: Inject) -> dict[str, float]:
     """Probabilities by path."""
     modules = dict(model.named_modules())
     if inject != "head" and not isinstance(inject, Mapping):

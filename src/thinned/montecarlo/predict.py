@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import islice
@@ -24,6 +25,7 @@ from thinned.montecarlo.dropping import Dropouts, Inject
 from thinned.montecarlo.moments import moments
 from thinned.montecarlo.prediction import Kind, Prediction, entropy
 from thinned.montecarlo.sharing import Ranks, Shard
+from thinned.progress import progress_bar
 
 __all__ = ["Inputs", "Method", "Settings", "Task", "Until", "predict", "stream"]
 
@@ -58,6 +60,7 @@ def predict(
     sample_dim: int | Mapping[str, int] | None = None,
     memory: int | None = None,
     shard: Shard | None = None,
+    progress: bool = False,
 ) -> Prediction:
     r"""The mean, variance and uncertainty of a model's predictions with its dropout on.
 
@@ -112,6 +115,7 @@ def predict(
             ``r`` of ``n`` predicts batches ``r, r + n, ...``. An error in one process raises in all of them
             once their batches are done; one that is interrupted or killed lets the others wait for the
             group's timeout. By default this process predicts by itself.
+        progress: show a bar of the batches on standard error, if it is a terminal or a notebook; needs rich.
 
     Raises:
         ValueError: the model drops nowhere; the inputs have no example; a draw is not finite; or an argument
@@ -143,7 +147,8 @@ def stream(model: nn.Module, inputs: Inputs, samples: int = 100, **options: Any)
     >>> [len(part) for part in stream(model, torch.randn(5, 4), samples=20, batch_size=2)]
     [2, 2, 1]
     """
-    return _stream(model, inputs, Settings(samples, **options))
+    settings = Settings(samples, **options)
+    return _stream(model, inputs, settings, Dropouts(model, settings.inject))
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ class Settings:
     sample_dim: int | Mapping[str, int] | None = None
     memory: int | None = None
     shard: Shard | None = None
+    progress: bool = False
 
     def __post_init__(self) -> None:
         check_integer("samples", self.samples, least=1)
@@ -207,6 +213,8 @@ class Settings:
         needs = ("consistent", "inject", "until", "quantiles", "keep_draws")
         if given := [name for name in needs if getattr(self, name)]:
             raise ValueError(f"method='moments' makes no draws, so it takes no {', '.join(given)}")
+        if self.shard == "draws":
+            raise ValueError("method='moments' makes no draws to share out; accepted: shard='examples'")
 
     @property
     def kind(self) -> Kind:
@@ -226,9 +234,8 @@ class Settings:
         return min(self.strata, self.samples) if self.method == "stratified" else 1
 
 
-def _stream(model: nn.Module, inputs: Inputs, settings: Settings) -> Iterator[Prediction]:
+def _stream(model: nn.Module, inputs: Inputs, settings: Settings, dropouts: Dropouts) -> Iterator[Prediction]:
     ranks = Ranks(settings.shard)
-    dropouts = Dropouts(model, settings.inject)
     hooks_of(model)  # vmap cannot give them
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     budget = settings.memory or BUDGET.get(device.type, BUDGET_ELSEWHERE)
@@ -255,17 +262,22 @@ def _stream(model: nn.Module, inputs: Inputs, settings: Settings) -> Iterator[Pr
         batch = take()
         return None if batch is None else _tally(batch, drawing, settings, ranks).to(ranks.device or device)
 
-    while True:
-        with dropouts.on(), torch.no_grad():
-            if by_draws:
-                tallies = [part for part in ranks.gather(tally) if part is not None]
-                found = [reduce(_Tally.merged, tallies).result(items[0][0].ids, drawing)] if tallies else []
-            else:
-                found = [part for part in ranks.gather(prediction) if part is not None]
-        if not found:
-            return
-        for part, (_, targets) in zip(found, items, strict=True):
-            yield replace(part.to(device), targets=targets, sites=dropouts.paths)
+    total = _count(inputs, settings.batch_size, at_once)
+    with progress_bar("batches", total) if settings.progress else nullcontext(str) as tick:
+        while True:
+            with dropouts.on(), torch.no_grad():
+                if by_draws:
+                    tallies = [part for part in ranks.gather(tally) if part is not None]
+                    found = (
+                        [reduce(_Tally.merged, tallies).result(items[0][0].ids, drawing)] if tallies else []
+                    )
+                else:
+                    found = [part for part in ranks.gather(prediction) if part is not None]
+            if not found:
+                return
+            for part, (_, targets) in zip(found, items, strict=True):
+                tick("")
+                yield replace(part.to(device), targets=targets, sites=dropouts.paths)
 
 
 def _read(task: Task, output: Any) -> Outputs:
@@ -314,7 +326,7 @@ def _predict(batch: Batch, drawing: Drawing, settings: Settings) -> Prediction:
 
 
 def _moments(model: nn.Module, batch: Batch) -> Prediction:
-    if batch.kwargs or len(batch.args) != 1:
+    if list(batch.args) != [0]:
         raise ValueError("method='moments' needs a model of one tensor, and inputs that are one tensor")
     mean, variance = moments(model, batch.args[0])
     nothing = torch.zeros_like(batch.ids)
@@ -448,7 +460,7 @@ def _batches(
         whole = Batch.of(args, torch.arange(size) if ids is None else ids_of(ids))
         if len(whole) != size:
             raise ValueError(f"ids must be one for each of the {size} examples, got {len(whole)}")
-        step = min(batch_size or BATCH_SIZE, max(1, math.ceil(size / at_once)))
+        step = _step(size, batch_size, at_once)
         for first in range(0, size, step):
             yield whole.map(itemgetter(slice(first, first + step))), None
         return
@@ -482,6 +494,21 @@ def _arguments(inputs: Any) -> Mapping[int | str, Any]:
     if isinstance(inputs, Mapping):
         return dict(inputs)
     return dict(enumerate(inputs if isinstance(inputs, tuple | list) else (inputs,)))
+
+
+def _count(inputs: Inputs, batch_size: int | None, at_once: int) -> int | None:
+    """The number of batches, as far as it is known."""
+    if isinstance(inputs, Tensor | Mapping | tuple):
+        size = _rows(_arguments(inputs))
+        return math.ceil(size / _step(size, batch_size, at_once))
+    with suppress(TypeError):  # a loader of an iterable dataset
+        return len(inputs)
+    return None
+
+
+def _step(size: int, batch_size: int | None, at_once: int) -> int:
+    """The examples of a batch, of which there are ``at_once`` or more."""
+    return min(batch_size or BATCH_SIZE, max(1, math.ceil(size / at_once)))
 
 
 def _rows(args: Mapping[int | str, Any]) -> int:

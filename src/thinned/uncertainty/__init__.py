@@ -1,0 +1,1 @@
+"""The command ``thinned uncertainty``: data from a file, predictions to a file, and a report."""
