@@ -134,7 +134,13 @@ try:
     attrgetter("_base", "_is_view", "_is_zerotensor", "_version")(Tensor)
     _module = nn.Module()
     attrgetter(
-        "_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_load_state_dict_pre_hooks", "_get_name"
+        "_modules",
+        "_parameters",
+        "_buffers",
+        "_forward_pre_hooks",
+        "_forward_hooks",
+        "_load_state_dict_pre_hooks",
+        "_get_name",
     )(_module)
     _module._replicate_for_data_parallel()._is_replica  # noqa: B018
     torch.ops.aten.native_dropout.default.py_impl  # noqa: B018
@@ -459,6 +465,11 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def pre_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
     """The hooks that run before ``module.forward``."""
     return module._forward_pre_hooks
+
+
+def forward_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The hooks that run after ``module.forward``."""
+    return module._forward_hooks
 
 
 def load_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:

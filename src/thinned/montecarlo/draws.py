@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from thinned.keys import Key
-from thinned.models.address import Address
 from thinned.models.intercept import intercept
+from thinned.montecarlo.thin import OneRow, Thinned
 
-__all__ = ["Batch", "Draw", "Drawing", "Outputs", "Route"]
+__all__ = ["Batch", "Draw", "Drawing", "Outputs", "Route", "draw_of"]
 
 Outputs: TypeAlias = tuple[Tensor, ...]
-Route: TypeAlias = Literal["vmap", "batch", "one by one"]
-SLOWER: dict[Route, Route] = {"vmap": "batch", "batch": "one by one"}
+Route: TypeAlias = Literal["thinned", "vmap", "batch", "one by one"]
+SLOWER: dict[Route, Route] = {"thinned": "vmap", "vmap": "batch", "batch": "one by one"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Batch:
         )
 
 
-class Draw(Address):
+class Draw(OneRow):
     r"""The address of a draw: a mask is a function of seed, draw, site, example and position alone.
 
     .. math:: \text{Key}(seed).\text{fold}(root).\text{fold}(site).\text{fold}(example)
@@ -74,9 +75,11 @@ class Draw(Address):
             self._root = (seed if isinstance(seed, Key) else Key(seed)).fold(root)
             self._on_device = self._root, self._on_device[1]
         self._stratum, self._strata = stratum, strata
+        self.has_dropped = False
 
     def finish(self, key: Key) -> Key:
         """See :meth:`thinned.models.address.Address.finish`."""
+        self.has_dropped = True
         stratum = self._stratum
         if stratum is None:
             return key
@@ -87,9 +90,18 @@ class Draw(Address):
         return key.stratified(stratum, self._strata)
 
 
-class Drawing:
-    """Computes draws by the first of three routes that gives the model's own results.
+def draw_of(model: nn.Module, seed: int | Key, number: int | Tensor, ids: Tensor, strata: int) -> Draw:
+    """The address of a draw by its number, or with a tensor of numbers that of each row."""
+    if strata == 1:
+        return Draw(model, seed, number, ids)
+    return Draw(model, seed, number // strata, ids, number % strata, strata)
 
+
+class Drawing:
+    """Computes draws by the first of these routes that gives the model's own results.
+
+    - ``"thinned"``: as ``"vmap"``, but what a draw drops is left out of matrix products, see
+      :class:`thinned.montecarlo.thin.Thinned`. For draws that all examples share.
     - ``"vmap"``: :func:`torch.vmap` over the draws. The model's results before its first dropout do not
       depend on the draw, so vmap computes them once.
     - ``"batch"``: each example as often as there are draws, in one batch.
@@ -104,29 +116,45 @@ class Drawing:
         seed: as of :func:`thinned.address`.
         strata: the number of draws of a stratified set; 1 for independent draws.
         budget: bytes that the results of one chunk of draws may take.
+        consistent: whether all examples share a draw's masks.
     """
 
     def __init__(
-        self, model: nn.Module, read: Callable[[Any], Outputs], seed: int | Key, strata: int, budget: int
+        self,
+        model: nn.Module,
+        read: Callable[[Any], Outputs],
+        seed: int | Key,
+        strata: int,
+        budget: int,
+        consistent: bool = False,
     ) -> None:
         self.model, self.read, self.seed, self.strata = model, read, seed, strata
-        self.route: Route = "vmap"
+        self.route: Route = "thinned" if consistent else "vmap"
         self.why: list[str] = []
         self._budget = budget
         self._alone: Outputs | None = None
         self._held = False
-        self._row_bytes = 1.0
+        self._row_bytes: dict[Route, float] = {}
+        self._thinned: Thinned | None = None
+        self._leaves_out = False
 
     def at_once(self, batch: Batch) -> int:
         """How many draws of ``batch`` fit into the budget."""
         if self._alone is None:
-            with _Largest() as largest:
-                self._alone = self._call(batch, 0)
+            draw = self._draw(batch, 0)
+            with _Largest(draw) as largest:
+                self._alone = self._call(batch, draw)
             # An operation reads one such result and writes another; a third waits for a residual connection.
-            self._row_bytes = 3 * largest.bytes / len(batch)
+            row = 3 / len(batch)
+            self._row_bytes = {"vmap": row * largest.after, "batch": row * largest.bytes}
+            if self.route == "thinned":
+                self._thinned = Thinned(self.model)
+                if not self._thinned:
+                    self.route = "vmap"
         if self.route == "one by one":
             return 1
-        return max(1, int(self._budget / max(1.0, self._row_bytes * len(batch))))
+        row_bytes = self._row_bytes["batch" if self.route == "batch" else "vmap"]
+        return max(1, int(self._budget / max(1.0, row_bytes * len(batch))))
 
     def __call__(self, batch: Batch, first: int, count: int) -> Outputs:
         """Draws ``first`` to ``first + count - 1``, which are of one set, along a new dimension 0."""
@@ -142,41 +170,45 @@ class Drawing:
             else:
                 if self._alone is None or _close([draw[0] for draw in draws], self._alone):
                     self._held = True
+                    if self.route == "thinned" and not self._leaves_out:
+                        self.route = "vmap"
                     return draws
                 reason = "its first draw differs from that draw alone"
             self.why.append(f"{self.route}: {reason}")
             self.route = SLOWER[self.route]
 
-    def _call(self, batch: Batch, draw: int | Tensor, of_set: int = 0) -> Outputs:
-        stratum = None if self.strata == 1 else draw
-        root = draw if self.strata == 1 else of_set
-        with intercept(), Draw(self.model, self.seed, root, batch.ids, stratum, self.strata):
+    def _draw(self, batch: Batch, number: int | Tensor) -> Draw:
+        return draw_of(self.model, self.seed, number, batch.ids, self.strata)
+
+    def _call(self, batch: Batch, draw: Draw) -> Outputs:
+        with intercept(), draw:
             return self.read(self.model(*batch.args, **batch.kwargs))
 
-    def _split(self, first: int) -> tuple[int, int]:
-        """The set of a draw, and its number within the set."""
-        return (0, first) if self.strata == 1 else divmod(first, self.strata)
-
     def _by_vmap(self, batch: Batch, first: int, count: int) -> Outputs:
-        of_set, first = self._split(first)
+        def call(number: Tensor) -> Outputs:
+            draw = self._draw(batch, number)
+            with self._thinned.on(draw) if self.route == "thinned" and self._thinned else nullcontext():
+                result = self._call(batch, draw)
+            self._leaves_out |= draw.gave_row
+            return result
+
         draws = torch.arange(first, first + count, device=batch.ids.device)
-        call = torch.vmap(lambda draw: self._call(batch, draw, of_set), randomness="same")
-        return call(draws)
+        with _out_of_place(self.model):
+            return torch.vmap(call, randomness="same")(draws)
 
     def _in_batch(self, batch: Batch, first: int, count: int) -> Outputs:
-        of_set, first = self._split(first)
         rows = batch.map(lambda tensor: tensor.repeat(count, *(1,) * (tensor.dim() - 1)))
         draws = torch.arange(first, first + count, device=batch.ids.device).repeat_interleave(len(batch))
-        outputs = self._call(rows, draws, of_set)
+        outputs = self._call(rows, self._draw(rows, draws))
         return tuple(output.unflatten(0, (count, len(batch))) for output in outputs)
 
     def _one_by_one(self, batch: Batch, first: int, count: int) -> Outputs:
-        of_set, first = self._split(first)
-        each = [self._call(batch, draw, of_set) for draw in range(first, first + count)]
+        each = [self._call(batch, self._draw(batch, number)) for number in range(first, first + count)]
         return tuple(map(torch.stack, zip(*each, strict=True)))
 
 
 ROUTES: dict[Route, Callable[[Drawing, Batch, int, int], Outputs]] = {
+    "thinned": Drawing._by_vmap,
     "vmap": Drawing._by_vmap,
     "batch": Drawing._in_batch,
     "one by one": Drawing._one_by_one,
@@ -194,12 +226,28 @@ def _close(draws: Sequence[Tensor], alone: Sequence[Tensor]) -> bool:
     return True
 
 
-class _Largest(TorchFunctionMode):
-    """Notes the size of the largest result of a torch function."""
+@contextmanager
+def _out_of_place(model: nn.Module) -> Iterator[None]:
+    """Let dropouts, which alone are in training, not write over inputs that all draws share."""
+    modules: list[Any] = [
+        module for module in model.modules() if module.training and getattr(module, "inplace", False)
+    ]
+    try:
+        for module in modules:
+            module.inplace = False
+        yield
+    finally:
+        for module in modules:
+            module.inplace = True
 
-    def __init__(self) -> None:
+
+class _Largest(TorchFunctionMode):
+    """Notes the size of a torch function's largest result: of all, and of those after the first dropout."""
+
+    def __init__(self, draw: Draw) -> None:
         super().__init__()
-        self.bytes = 0
+        self.draw = draw
+        self.bytes = self.after = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -207,5 +255,6 @@ class _Largest(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         for each in result if isinstance(result, tuple) else (result,):
             if isinstance(each, Tensor):
-                self.bytes = max(self.bytes, each.numel() * each.element_size())
+                self.bytes = max(self.bytes, size := each.numel() * each.element_size())
+                self.after = max(self.after, size if self.draw.has_dropped else 0)
         return result

@@ -22,12 +22,12 @@ from thinned.montecarlo.draws import Batch, Drawing, Outputs
 from thinned.montecarlo.dropping import Dropouts, Inject
 from thinned.montecarlo.prediction import Kind, Prediction, entropy
 
-__all__ = ["Inputs", "Method", "Settings", "Task", "Until", "predict", "stream"]
+__all__ = ["Inputs", "Method", "Settings", "Task", "Until", "predict", "rows_of", "stream"]
 
 Task: TypeAlias = Literal["classification", "regression"] | Callable[[Any], Tensor]
 Method: TypeAlias = Literal["stratified", "independent"]
 Until: TypeAlias = float | Mapping[str, float]
-Inputs: TypeAlias = Tensor | Mapping[str, Any] | tuple[Any, ...] | DataLoader[Any]
+Inputs: TypeAlias = Tensor | Mapping[str, Any] | tuple[Any, ...] | DataLoader[Any] | Batch
 HINT = "; give a function of the output as task"
 STATISTICS = ("mean", "expected_entropy")  # the means over draws, which have a standard error
 BATCH_SIZE = 256
@@ -196,7 +196,7 @@ def _stream(model: nn.Module, inputs: Inputs, settings: Settings) -> Iterator[Pr
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     budget = settings.memory or BUDGET.get(device.type, BUDGET_ELSEWHERE)
     read = partial(_read, settings.task)
-    drawing = Drawing(model, read, settings.seed, settings.set_size, budget)
+    drawing = Drawing(model, read, settings.seed, settings.set_size, budget, settings.consistent)
     batches = _batches(inputs, settings.batch_size, settings.ids, device)
     while True:
         with dropouts.on(), torch.no_grad():
@@ -260,11 +260,10 @@ def _predict(batch: Batch, drawing: Drawing, settings: Settings) -> Prediction:
 
 
 def _next(batch: Batch, done: int, drawing: Drawing, settings: Settings) -> int:
-    """How many draws to make next: within one stratified set, and until the next look at the bounds."""
+    """How many draws to make next, at most until the next look at the bounds."""
     count = min(drawing.at_once(batch), settings.samples - done)
-    if settings.set_size > 1:
-        return min(count, settings.set_size - done % settings.set_size)
-    return min(count, LEAST_DRAWS) if settings.bounds else count
+    step = settings.set_size if settings.set_size > 1 else LEAST_DRAWS
+    return min(count, step - done % step) if settings.bounds else count
 
 
 def _check(outputs: Outputs, batch: Batch, first: int) -> None:
@@ -349,13 +348,14 @@ def _batches(
     if isinstance(inputs, Tensor | Mapping | tuple):
         args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
         kwargs = inputs if isinstance(inputs, Mapping) else {}
-        size = _rows([*args, *kwargs.values()])
-        whole = Batch(args, kwargs, torch.arange(size) if ids is None else ids_of(ids))
-        if len(whole) != size:
-            raise ValueError(f"ids must be one for each of the {size} examples, got {len(whole)}")
+        size = rows_of([*args, *kwargs.values()])
+        inputs = Batch(args, kwargs, torch.arange(size) if ids is None else ids_of(ids))
+        if len(inputs) != size:
+            raise ValueError(f"ids must be one for each of the {size} examples, got {len(inputs)}")
+    if isinstance(inputs, Batch):
         step = batch_size or BATCH_SIZE
-        for first in range(0, size, step):
-            yield _to(device, whole.map(itemgetter(slice(first, first + step)))), None
+        for first in range(0, len(inputs), step):
+            yield _to(device, inputs.map(itemgetter(slice(first, first + step)))), None
         return
     if not isinstance(inputs, Iterable):
         raise TypeError(
@@ -375,12 +375,13 @@ def _batches(
             args, targets = (item[0],), (item[1] if len(item) == 2 else tuple(item[1:]) or None)
         else:
             args = (item,)
-        size = _rows([*args, *kwargs.values()])
+        size = rows_of([*args, *kwargs.values()])
         yield _to(device, Batch(args, kwargs, torch.arange(first, first + size))), targets
         first += size
 
 
-def _rows(values: Sequence[Any]) -> int:
+def rows_of(values: Iterable[Any]) -> int:
+    """The number of examples in the arguments of a model: the length of the first tensor."""
     for value in values:
         if isinstance(value, Tensor) and value.dim():
             return len(value)

@@ -13,9 +13,17 @@ from thinned.checks import got
 from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.models.walk import PARALLEL_WRAPPERS
-from thinned.torch_state import COMPILED, WRAPPERS, compiling, graph_task_is_running, is_replica, pre_hooks_of
+from thinned.torch_state import (
+    COMPILED,
+    WRAPPERS,
+    compiling,
+    forward_hooks_of,
+    graph_task_is_running,
+    is_replica,
+    pre_hooks_of,
+)
 
-__all__ = ["ModuleHooks", "hooks_of", "module_at"]
+__all__ = ["ModuleHooks", "has_other_hooks", "hooks_of", "module_at"]
 
 
 class Joinable(Protocol):
@@ -209,3 +217,9 @@ def hooks_of(model: nn.Module) -> ModuleHooks:
         _last_first(pre_hooks_of(module))
         module.register_forward_hook(_OnLeave(hooks, path), always_call=True)
     return hooks
+
+
+def has_other_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` has forward hooks that are none of an address."""
+    hooks = (*pre_hooks_of(module).values(), *forward_hooks_of(module).values())
+    return not all(isinstance(hook, _Hook) for hook in hooks)
