@@ -19,7 +19,7 @@ __all__ = ["Batch", "Draw", "Drawing", "Outputs", "Route", "draw_of"]
 
 Outputs: TypeAlias = tuple[Tensor, ...]
 Route: TypeAlias = Literal["thinned", "vmap", "batch", "one by one"]
-SLOWER: dict[Route, Route] = {"thinned": "vmap", "vmap": "batch", "batch": "one by one"}
+LITTLE = 0.2  # of the results: what precedes the first dropout is then not worth vmap's slower operations
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class Drawing:
       :class:`thinned.montecarlo.thin.Thinned`. For draws that all examples share.
     - ``"vmap"``: :func:`torch.vmap` over the draws. The model's results before its first dropout do not
       depend on the draw, so vmap computes them once.
-    - ``"batch"``: each example as often as there are draws, in one batch.
+    - ``"batch"``: each example as often as there are draws, in one batch. It comes before ``"vmap"`` where
+      less than a fifth of the results, in bytes, precedes the first dropout.
     - ``"one by one"``: a call of the model for each draw.
 
     A draw of the first batch is computed alone. A route that raises there, or whose first draw differs from
@@ -130,6 +131,7 @@ class Drawing:
     ) -> None:
         self.model, self.read, self.seed, self.strata = model, read, seed, strata
         self.route: Route = "thinned" if consistent else "vmap"
+        self._slower: list[Route] = ["batch", "one by one"]
         self.why: list[str] = []
         self._budget = budget
         self._alone: Outputs | None = None
@@ -147,10 +149,13 @@ class Drawing:
             # An operation reads one such result and writes another; a third waits for a residual connection.
             row = 3 / len(batch)
             self._row_bytes = {"vmap": row * largest.after, "batch": row * largest.bytes}
-            if self.route == "thinned":
-                self._thinned = Thinned(self.model)
-                if not self._thinned:
-                    self.route = "vmap"
+            routes: list[Route] = ["vmap", "batch", "one by one"]
+            if largest.before < LITTLE * largest.total:
+                routes = ["batch", "vmap", "one by one"]
+            if self.route == "thinned" and (thinned := Thinned(self.model)):
+                self._thinned = thinned
+                routes = ["thinned", *routes]
+            self.route, *self._slower = routes
         if self.route == "one by one":
             return 1
         row_bytes = self._row_bytes["batch" if self.route == "batch" else "vmap"]
@@ -175,7 +180,7 @@ class Drawing:
                     return draws
                 reason = "its first draw differs from that draw alone"
             self.why.append(f"{self.route}: {reason}")
-            self.route = SLOWER[self.route]
+            self.route = self._slower.pop(0)
 
     def _draw(self, batch: Batch, number: int | Tensor) -> Draw:
         return draw_of(self.model, self.seed, number, batch.ids, self.strata)
@@ -242,12 +247,19 @@ def _out_of_place(model: nn.Module) -> Iterator[None]:
 
 
 class _Largest(TorchFunctionMode):
-    """Notes the size of a torch function's largest result: of all, and of those after the first dropout."""
+    """Notes the sizes of the results of torch functions, in bytes.
+
+    Attributes:
+        bytes: the largest.
+        after: the largest of those after the first dropout.
+        before: the sum of those before it.
+        total: the sum of all.
+    """
 
     def __init__(self, draw: Draw) -> None:
         super().__init__()
         self.draw = draw
-        self.bytes = self.after = 0
+        self.bytes = self.after = self.before = self.total = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -255,6 +267,11 @@ class _Largest(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         for each in result if isinstance(result, tuple) else (result,):
             if isinstance(each, Tensor):
-                self.bytes = max(self.bytes, size := each.numel() * each.element_size())
-                self.after = max(self.after, size if self.draw.has_dropped else 0)
+                size = each.numel() * each.element_size()
+                self.bytes = max(self.bytes, size)
+                self.total += size
+                if self.draw.has_dropped:
+                    self.after = max(self.after, size)
+                else:
+                    self.before += size
         return result
