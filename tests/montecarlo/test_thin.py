@@ -56,9 +56,10 @@ def assert_close(prediction: Prediction, expected: Tensor) -> None:
     torch.testing.assert_close(prediction.outputs, expected, rtol=0, atol=room)
 
 
-def check(model: nn.Module, x: Tensor, route: str = "thinned") -> None:
+def check(model: nn.Module, x: Tensor, route: str = "thinned", refused: int = 0) -> None:
     prediction = drawn(model, x)
     assert prediction.route == route, prediction.notes
+    assert len(prediction.notes) == refused
     assert_close(prediction, dense(model, x))
 
 
@@ -145,7 +146,7 @@ def test_in_place_dropout_that_is_seen_from_elsewhere_is_not_folded_into_vmap() 
             h = self.inside(x)
             return h + self.dropout(h)
 
-    check(Aliased(), torch.randn(5, 8), route="batch")
+    check(Aliased(), torch.randn(5, 8), route="batch", refused=1)
 
 
 def test_thinned_dropouts() -> None:
