@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from thinned.keys import Key
-from thinned.models.address import Address
 from thinned.models.intercept import intercept
+from thinned.montecarlo.thin import OneRow, Thinned
 
-__all__ = ["Batch", "Draw", "Drawing", "Outputs", "Route"]
+__all__ = ["Batch", "Draw", "Drawing", "Outputs", "Route", "arguments_of", "draw_of"]
 
 Outputs: TypeAlias = tuple[Tensor, ...]
-Route: TypeAlias = Literal["vmap", "batch", "one by one"]
-SLOWER: dict[Route, Route] = {"vmap": "batch", "batch": "one by one"}
+SampleDim: TypeAlias = int | Mapping[str, int] | None
+Route: TypeAlias = Literal["thinned", "vmap", "batch", "one by one"]
+LITTLE = 0.2  # of the results: what precedes the first dropout is then not worth vmap's slower operations
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,13 @@ class Batch:
         return model(*positional, **{str(name): arg for name, arg in args.items()})
 
 
-class Draw(Address):
+def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[int | str, Any]:
+    """The arguments of a call: positional ones by their numbers, others by their names."""
+    found: dict[int | str, Any] = dict(enumerate(args))
+    return found | dict(kwargs)
+
+
+class Draw(OneRow):
     r"""The address of a draw: a mask is a function of seed, draw, site, example and position alone.
 
     .. math:: \text{Key}(seed).\text{fold}(root).\text{fold}(site).\text{fold}(example)
@@ -80,7 +88,7 @@ class Draw(Address):
         ids: Tensor,
         stratum: int | Tensor | None = None,
         strata: int = 1,
-        sample_dim: int | Mapping[str, int] | None = None,
+        sample_dim: SampleDim = None,
     ) -> None:
         rows = isinstance(root, Tensor) and root.dim() > 0
         super().__init__(model, seed, 0 if rows else root, ids, sample_dim)
@@ -88,9 +96,11 @@ class Draw(Address):
             self._root = (seed if isinstance(seed, Key) else Key(seed)).fold(root)
             self._on_device = self._root, self._on_device[1]
         self._stratum, self._strata = stratum, strata
+        self.has_dropped = False
 
     def finish(self, key: Key) -> Key:
         """See :meth:`thinned.models.address.Address.finish`."""
+        self.has_dropped = True
         stratum = self._stratum
         if stratum is None:
             return key
@@ -101,12 +111,29 @@ class Draw(Address):
         return key.stratified(stratum, self._strata)
 
 
-class Drawing:
-    """Computes draws by the first of three routes that gives the model's own results.
+def draw_of(
+    model: nn.Module,
+    seed: int | Key,
+    number: int | Tensor,
+    ids: Tensor,
+    strata: int,
+    sample_dim: SampleDim = None,
+) -> Draw:
+    """The address of a draw by its number, or with a tensor of numbers that of each row."""
+    if strata == 1:
+        return Draw(model, seed, number, ids, sample_dim=sample_dim)
+    return Draw(model, seed, number // strata, ids, number % strata, strata, sample_dim)
 
+
+class Drawing:
+    """Computes draws by the first of these routes that gives the model's own results.
+
+    - ``"thinned"``: as ``"vmap"``, but what a draw drops is left out of matrix products, see
+      :class:`thinned.montecarlo.thin.Thinned`. For draws that all examples share.
     - ``"vmap"``: :func:`torch.vmap` over the draws. The model's results before its first dropout do not
       depend on the draw, so vmap computes them once.
-    - ``"batch"``: each example as often as there are draws, in one batch.
+    - ``"batch"``: each example as often as there are draws, in one batch. It comes before ``"vmap"`` where
+      less than a fifth of the results, in bytes, precedes the first dropout.
     - ``"one by one"``: a call of the model for each draw.
 
     The first draw is computed alone, too. A route that raises there, or whose first draw differs from that
@@ -129,40 +156,56 @@ class Drawing:
         seed: int | Key,
         strata: int,
         consistent: bool,
-        sample_dim: int | Mapping[str, int] | None,
+        sample_dim: SampleDim,
         budget: int,
     ) -> None:
         self.model, self.read, self.seed, self.strata = model, read, seed, strata
-        self.route: Route = "vmap"
+        self.routes: list[Route] = ["vmap", "batch", "one by one"]
         self.why: list[str] = []
         self._consistent, self._sample_dim, self._budget = consistent, sample_dim, budget
         self._alone: Outputs | None = None
-        self._row_bytes = 0.0
+        self._row_bytes: dict[Route, float] = {}
+        self._thinned: Thinned | None = None
+        self._leaves_out = False
+
+    @property
+    def route(self) -> Route:
+        """The route that is taken."""
+        return self.routes[0]
 
     def at_once(self, batch: Batch, first: int) -> int:
         """How many draws of ``batch`` fit into the budget; before the first, ``first`` is its number."""
         if not self._row_bytes:
-            of_set, draw = self._split(first)
-            with _Largest() as largest:
-                self._alone = self._call(batch, draw, of_set)
+            draw = self._draw(batch, first)
+            with _Largest(draw) as largest:
+                self._alone = self._call(batch, draw)
             # An operation reads one such result and writes another; a third waits for a residual connection.
-            self._row_bytes = 3 * max(1, largest.bytes) / len(batch)
-        return max(1, int(self._budget / (self._row_bytes * len(batch))))
+            row = 3 / len(batch)
+            self._row_bytes = {"vmap": row * largest.after, "batch": row * largest.bytes}
+            if largest.before < LITTLE * largest.total:
+                self.routes = ["batch", "vmap", "one by one"]
+            if self._consistent and (thinned := Thinned(self.model)):
+                self._thinned = thinned
+                self.routes = ["thinned", *self.routes]
+        row_bytes = self._row_bytes["batch" if self.route == "batch" else "vmap"]
+        return max(1, int(self._budget / max(1.0, row_bytes * len(batch))))
 
     def __call__(self, batch: Batch, first: int, count: int) -> Outputs:
-        """Draws ``first`` to ``first + count - 1``, which are of one set, along a new dimension 0."""
+        """Draws ``first`` to ``first + count - 1`` along a new dimension 0."""
         alone, self._alone = self._alone, None
-        while alone is not None and self.route != "one by one":
+        while alone is not None and len(self.routes) > 1:
             try:
                 draws = ROUTES[self.route](self, batch, first, count)
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             else:
                 if _close([draw[0] for draw in draws], alone):
+                    if self.route == "thinned" and not self._leaves_out:
+                        self.routes = ["vmap", *self.routes[1:]]
                     return draws
                 reason = "its first draw differs from that draw alone"
             self.why.append(f"{self.route}: {reason}")
-            self.route = SLOWER[self.route]
+            self.routes = self.routes[1:]
         draws = ROUTES[self.route](self, batch, first, count)
         if alone is not None and not _close([draw[0] for draw in draws], alone):
             warnings.warn(
@@ -173,38 +216,39 @@ class Drawing:
             )
         return draws
 
-    def _call(self, batch: Batch, draw: int | Tensor, of_set: int = 0) -> Outputs:
-        stratum = None if self.strata == 1 else draw
-        root = draw if self.strata == 1 else of_set
+    def _draw(self, batch: Batch, number: int | Tensor) -> Draw:
         ids = torch.zeros_like(batch.ids) if self._consistent else batch.ids
-        place = Draw(self.model, self.seed, root, ids, stratum, self.strata, self._sample_dim)
-        with intercept(), place:
+        return draw_of(self.model, self.seed, number, ids, self.strata, self._sample_dim)
+
+    def _call(self, batch: Batch, draw: Draw) -> Outputs:
+        with intercept(), draw:
             return self.read(batch.call(self.model))
 
-    def _split(self, first: int) -> tuple[int, int]:
-        """The set of a draw, and its number within the set."""
-        return (0, first) if self.strata == 1 else divmod(first, self.strata)
-
     def _by_vmap(self, batch: Batch, first: int, count: int) -> Outputs:
-        of_set, first = self._split(first)
+        def call(number: Tensor) -> Outputs:
+            draw = self._draw(batch, number)
+            with self._thinned.on(draw) if self.route == "thinned" and self._thinned else nullcontext():
+                result = self._call(batch, draw)
+            self._leaves_out |= draw.gave_row
+            return result
+
         draws = torch.arange(first, first + count, device=batch.ids.device)
-        call = torch.vmap(lambda draw: self._call(batch, draw, of_set), randomness="same")
-        return call(draws)
+        with _out_of_place(self.model):
+            return torch.vmap(call, randomness="same")(draws)
 
     def _in_batch(self, batch: Batch, first: int, count: int) -> Outputs:
-        of_set, first = self._split(first)
         rows = batch.map(lambda tensor: tensor.repeat(count, *(1,) * (tensor.dim() - 1)))
         draws = torch.arange(first, first + count, device=batch.ids.device).repeat_interleave(len(batch))
-        outputs = self._call(rows, draws, of_set)
+        outputs = self._call(rows, self._draw(rows, draws))
         return tuple(output.unflatten(0, (count, len(batch))) for output in outputs)
 
     def _one_by_one(self, batch: Batch, first: int, count: int) -> Outputs:
-        of_set, first = self._split(first)
-        each = [self._call(batch, draw, of_set) for draw in range(first, first + count)]
+        each = [self._call(batch, self._draw(batch, number)) for number in range(first, first + count)]
         return tuple(map(torch.stack, zip(*each, strict=True)))
 
 
 ROUTES: dict[Route, Callable[[Drawing, Batch, int, int], Outputs]] = {
+    "thinned": Drawing._by_vmap,
     "vmap": Drawing._by_vmap,
     "batch": Drawing._in_batch,
     "one by one": Drawing._one_by_one,
@@ -223,12 +267,35 @@ def _close(draws: Sequence[Tensor], alone: Sequence[Tensor]) -> bool:
     return True
 
 
-class _Largest(TorchFunctionMode):
-    """Notes the size of the largest result of a torch function."""
+@contextmanager
+def _out_of_place(model: nn.Module) -> Iterator[None]:
+    """Let dropouts, which alone are in training, not write over inputs that all draws share."""
+    modules: list[Any] = [
+        module for module in model.modules() if module.training and getattr(module, "inplace", False)
+    ]
+    try:
+        for module in modules:
+            module.inplace = False
+        yield
+    finally:
+        for module in modules:
+            module.inplace = True
 
-    def __init__(self) -> None:
+
+class _Largest(TorchFunctionMode):
+    """Notes the sizes of the results of torch functions, in bytes.
+
+    Attributes:
+        bytes: the largest.
+        after: the largest of those after the first dropout.
+        before: the sum of those before it.
+        total: the sum of all.
+    """
+
+    def __init__(self, draw: Draw) -> None:
         super().__init__()
-        self.bytes = 0
+        self.draw = draw
+        self.bytes = self.after = self.before = self.total = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -236,5 +303,11 @@ class _Largest(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         for each in result if isinstance(result, tuple) else (result,):
             if isinstance(each, Tensor):
-                self.bytes = max(self.bytes, each.numel() * each.element_size())
+                size = each.numel() * each.element_size()
+                self.bytes = max(self.bytes, size)
+                self.total += size
+                if self.draw.has_dropped:
+                    self.after = max(self.after, size)
+                else:
+                    self.before += size
         return result

@@ -83,8 +83,7 @@ class Dropouts:
         self.paths = tuple(dict.fromkeys([*(site.path for site in reached), *self._chosen]))
         self._modules = modules
         self._drop = {site.path for site in reached}
-        tensors = [*model.parameters(), *model.buffers()]
-        self._devices = {each.device for each in tensors if each.device.type not in ("cpu", "meta")}
+        self._model = model
         self._state: Tensor | None = None
 
     @contextmanager
@@ -103,8 +102,10 @@ class Dropouts:
             for name, buffer in self._modules[path].named_buffers(recurse=False)
         ]
         hooks: list[RemovableHandle] = []
-        kind = next((device.type for device in self._devices), "cuda")
-        with torch.random.fork_rng([device.index for device in self._devices], device_type=kind):
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        devices = {each.device for each in tensors if each.device.type not in ("cpu", "meta")}
+        kind = next((device.type for device in devices), "cuda")
+        with torch.random.fork_rng([device.index for device in devices], device_type=kind):
             if self._state is not None:
                 torch.set_rng_state(self._state)
             try:

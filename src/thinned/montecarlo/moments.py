@@ -20,12 +20,12 @@ from thinned.checks import got
 from thinned.geometry import dims_of
 from thinned.layers._arguments import threshold_and_scale
 from thinned.layers.channels import channel_dims
-from thinned.models.address.hooks import is_of_address
+from thinned.models.address.hooks import has_other_hooks
 from thinned.models.convert.rules import HARMLESS, is_dropout, is_known, make, probability_of
 from thinned.models.inspect import inspect
 from thinned.models.walk import check_model, is_ours, qualified_name
 from thinned.montecarlo.noise import Map, Random, Term, scaled, scaled_by_row
-from thinned.torch_state import TorchDispatchMode, hooks_of
+from thinned.torch_state import TorchDispatchMode
 
 __all__ = ["Moments", "expected_softmax", "moments"]
 
@@ -220,8 +220,7 @@ class _Walk:
                 raise _no_rule(name, place, str(error)) from error
         if type(module) in DROPOUTS or (random and _base(module) is not None):
             if node.op == "call_module" and (
-                len(node.args) + len(node.kwargs) > 1
-                or not all(map(is_of_address, hooks_of(self.module(node))))
+                len(node.args) + len(node.kwargs) > 1 or has_other_hooks(self.module(node))
             ):
                 raise _no_rule(name, place, "it has hooks, or arguments besides its input")
             if getattr(module, "inplace", False):

@@ -27,12 +27,12 @@ from thinned.montecarlo.prediction import Kind, Prediction, entropy
 from thinned.montecarlo.sharing import Ranks, Shard
 from thinned.progress import progress_bar
 
-__all__ = ["Inputs", "Method", "Settings", "Task", "Until", "predict", "stream"]
+__all__ = ["Inputs", "Method", "Settings", "Task", "Until", "predict", "rows_of", "stream"]
 
 Task: TypeAlias = Literal["classification", "regression"] | Callable[[Any], Tensor]
 Method: TypeAlias = Literal["stratified", "independent", "moments"]
 Until: TypeAlias = float | Mapping[str, float]
-Inputs: TypeAlias = Tensor | Mapping[str, Any] | tuple[Any, ...] | DataLoader[Any]
+Inputs: TypeAlias = Tensor | Mapping[Any, Any] | tuple[Any, ...] | DataLoader[Any]
 HINT = "; give a function of the output as task"
 STATISTICS = ("mean", "expected_entropy")  # the means over draws, which have a standard error
 BATCH_SIZE = 256
@@ -233,6 +233,11 @@ class Settings:
         """The number of draws that are not independent of each other."""
         return min(self.strata, self.samples) if self.method == "stratified" else 1
 
+    @property
+    def step(self) -> int:
+        """The number of draws between two looks at the bounds."""
+        return self.set_size if self.set_size > 1 else LEAST_DRAWS
+
 
 def _stream(model: nn.Module, inputs: Inputs, settings: Settings, dropouts: Dropouts) -> Iterator[Prediction]:
     ranks = Ranks(settings.shard)
@@ -369,15 +374,13 @@ class _Tally:
     votes: Tensor | None = None
 
     def draw(self, batch: Batch, drawing: Drawing, first: int, last: int) -> int:
-        """Take draws from ``first`` on, at most to ``last``, and return the number of the next.
+        """Take draws from ``first`` on, at most to ``last`` or the next look at the bounds.
 
-        They are of one set, and end where the bounds are looked at.
+        Returns the number of the next draw.
         """
-        count, size = min(drawing.at_once(batch, first), last - first), self.settings.set_size
-        if size > 1:
-            count = min(count, size - first % size)
-        elif self.settings.bounds:
-            count = min(count, LEAST_DRAWS - first % LEAST_DRAWS)
+        count = min(drawing.at_once(batch, first), last - first)
+        if self.settings.bounds:
+            count = min(count, self.settings.step - first % self.settings.step)
         outputs = drawing(batch, first, count)
         _check(outputs, batch, first)
         self.add(outputs)
@@ -401,8 +404,7 @@ class _Tally:
     def below(self, bounds: Mapping[str, float]) -> Tensor:
         """Which examples have standard errors within all bounds, after a whole set from the second on."""
         mean = self.sums["mean"]
-        step = mean.size if mean.size > 1 else LEAST_DRAWS
-        too_early = mean.count % step or mean.count < 2 * mean.size
+        too_early = mean.count % self.settings.step or mean.count < 2 * mean.size
         found = torch.full((len(mean.mean),), bool(bounds) and not too_early, device=mean.mean.device)
         for name, bound in bounds.items():
             found &= (self.sums[name].standard_error <= bound).unsqueeze(-1).flatten(1).all(1)
@@ -456,7 +458,7 @@ def _batches(
     """Batches, and what the loader gave beside the inputs; of a tensor, ``at_once`` or more."""
     if isinstance(inputs, Tensor | Mapping | tuple):
         args = _arguments(inputs)
-        size = _rows(args)
+        size = rows_of(args)
         whole = Batch.of(args, torch.arange(size) if ids is None else ids_of(ids))
         if len(whole) != size:
             raise ValueError(f"ids must be one for each of the {size} examples, got {len(whole)}")
@@ -484,7 +486,7 @@ def _batches(
             others = [list(other) if isinstance(other, tuple) else other for other in others]  # such as names
             targets = others[0] if len(others) == 1 else tuple(others) or None
         args = _arguments(item)
-        size = _rows(args)
+        size = rows_of(args)
         if size:
             yield Batch.of(args, torch.arange(first, first + size)), targets
         first += size
@@ -499,7 +501,7 @@ def _arguments(inputs: Any) -> Mapping[int | str, Any]:
 def _count(inputs: Inputs, batch_size: int | None, at_once: int) -> int | None:
     """The number of batches, as far as it is known."""
     if isinstance(inputs, Tensor | Mapping | tuple):
-        size = _rows(_arguments(inputs))
+        size = rows_of(_arguments(inputs))
         return math.ceil(size / _step(size, batch_size, at_once))
     with suppress(TypeError):  # a loader of an iterable dataset
         return len(inputs)
@@ -511,7 +513,8 @@ def _step(size: int, batch_size: int | None, at_once: int) -> int:
     return min(batch_size or BATCH_SIZE, max(1, math.ceil(size / at_once)))
 
 
-def _rows(args: Mapping[int | str, Any]) -> int:
+def rows_of(args: Mapping[int | str, Any]) -> int:
+    """The number of examples in the arguments of a model: the length of the first tensor."""
     for value in args.values():
         if isinstance(value, Tensor) and value.dim():
             return len(value)

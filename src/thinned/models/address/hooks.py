@@ -14,8 +14,9 @@ from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.models.walk import PARALLEL_WRAPPERS
 from thinned.torch_state import COMPILED, WRAPPERS, compiling, graph_task_is_running, is_replica, pre_hooks_of
+from thinned.torch_state import hooks_of as all_hooks_of
 
-__all__ = ["ModuleHooks", "hooks_of", "is_of_address", "module_at"]
+__all__ = ["ModuleHooks", "has_other_hooks", "hooks_of", "module_at"]
 
 
 class Joinable(Protocol):
@@ -64,11 +65,6 @@ class _Hook:
             "torch.jit.script compiles the forward hooks of a model, and cannot compile those of "
             "thinned.address; script the model before its first address, or a new one with its state_dict"
         )
-
-
-def is_of_address(hook: Any) -> bool:
-    """Whether a forward hook is one of those that an address gives a model, which change no result."""
-    return isinstance(hook, _Hook)
 
 
 class _OnEnter(_Hook):
@@ -214,3 +210,8 @@ def hooks_of(model: nn.Module) -> ModuleHooks:
         _last_first(pre_hooks_of(module))
         module.register_forward_hook(_OnLeave(hooks, path), always_call=True)
     return hooks
+
+
+def has_other_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` has forward hooks that are none of an address."""
+    return not all(isinstance(hook, _Hook) for hook in all_hooks_of(module))

@@ -1,0 +1,43 @@
+"""Which route a model takes, and how often that runs what precedes the first dropout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from thinned.montecarlo import predict
+
+
+def outputs(output: Tensor) -> Tensor:
+    return output
+
+
+class Counted(nn.Module):
+    """A trunk with large results; it counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.repeat(1, 500).unflatten(1, (500, -1)).mean(1)
+
+
+def test_a_trunk_before_the_first_dropout_runs_once_alone_and_once_for_all_draws() -> None:
+    trunk = Counted()
+    model = nn.Sequential(trunk, nn.Dropout(), nn.Linear(8, 3))
+    prediction = predict(model, torch.randn(4, 8), 50, task=outputs, method="independent", memory=2**17)
+    assert prediction.route == "vmap"
+    assert trunk.calls == 2
+
+
+def test_a_model_that_drops_early_runs_in_batches() -> None:
+    layers = [module for _ in range(4) for module in (nn.Dropout(0.1), nn.Linear(8, 8), nn.ReLU())]
+    model, x = nn.Sequential(*layers, nn.Linear(8, 3)), torch.randn(4, 8)
+    prediction = predict(model, x, 20, task=outputs, method="independent", keep_draws=True)
+    assert prediction.route == "batch"
+    chunks = predict(model, x, 20, task=outputs, method="independent", keep_draws=True, memory=1)
+    assert prediction.outputs is not None
+    assert chunks.outputs is not None
+    torch.testing.assert_close(prediction.outputs, chunks.outputs)
