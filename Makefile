@@ -98,7 +98,7 @@ bench-gpu: $(VENV)/.tests
 check-gpu: $(VENV)/.tests
 	@failed=0; set -x; \
 	  $(BIN)/thinned doctor --verify || failed=1; \
-	  $(BIN)/python -m pytest -q -m gpu --continue-on-collection-errors tests || failed=1; \
+	  $(PYTEST) -m "gpu and not slow" --continue-on-collection-errors tests || failed=1; \
 	  $(BIN)/python -m benchmarks.gpu $(ARGS) || failed=1; \
 	  exit $$failed
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import thinned
 from benchmarks.case import MULTIPLY, Bound, Case, Work
 from benchmarks.layers import layer_cases
+from benchmarks.montecarlo import montecarlo_cases
 from benchmarks.peers import backward, elsewhere, layers
 from thinned.backends import _native
 
@@ -40,6 +41,7 @@ def cases() -> Iterator[Case]:
     yield from _compiled()
     yield from _compiling()
     yield from _elsewhere()
+    yield from montecarlo_cases()
 
 
 def _name(dtype: torch.dtype) -> str:

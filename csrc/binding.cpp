@@ -201,6 +201,19 @@ void strata(uintptr_t y, uintptr_t u, uintptr_t v, uintptr_t draws, uintptr_t so
                         count, strata});
 }
 
+void choose(uintptr_t x, uintptr_t y, int dtype, int64_t n, uintptr_t numbers, int64_t T, double scale, double shift,
+            double fill) {
+    const Dtype type = checked(dtype, T);
+    check_count("n", n);
+    if (n == 0) return;
+    const Memory from{"x", x, n, item_sizes[dtype], alignments[dtype]};
+    const Memory to{"y", y, n, item_sizes[dtype], alignments[dtype]};
+    if (x != y) check_apart(to, from);
+    check_apart(to, {"numbers", numbers, n, 4, 4});
+    run_released(Choice{type, reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y),
+                        reinterpret_cast<const int32_t*>(numbers), n, static_cast<uint64_t>(T), scale, shift, fill});
+}
+
 // A step is 0 for one key, or one datum, for all.
 void fold_many(uintptr_t y, uintptr_t keys, int64_t key_step, uintptr_t data, int64_t data_step, int64_t n) {
     check_count("n", n);
@@ -226,6 +239,7 @@ NB_MODULE(_native, module) {
     module.def("strided", &strided);
     module.def("numbers", &numbers);
     module.def("strata", &strata);
+    module.def("choose", &choose);
     module.def("fold", &fold_one);
     module.def("fold_many", &fold_many);
     module.def("philox", [](uint64_t key, uint64_t counter) { return philox(key, counter, 0); });

@@ -10,9 +10,12 @@ void walk_avx2(const Plan& plan, int64_t from, int64_t to);
 void walk_avx512(const Plan& plan, int64_t from, int64_t to);
 void numbers_baseline(const Numbers& task, int64_t from, int64_t to);
 void strata_baseline(const Strata& task, int64_t from, int64_t to);
+void choose_baseline(const Choice& task, int64_t from, int64_t to);
 void numbers_avx2(const Numbers& task, int64_t from, int64_t to);
 void strata_avx2(const Strata& task, int64_t from, int64_t to);
+void choose_avx2(const Choice& task, int64_t from, int64_t to);
 void numbers_avx512(const Numbers& task, int64_t from, int64_t to);
 void strata_avx512(const Strata& task, int64_t from, int64_t to);
+void choose_avx512(const Choice& task, int64_t from, int64_t to);
 
 }  // namespace thinned

@@ -1,5 +1,6 @@
 #include "isa.h"
 #include "simd/generic.h"
+#include "choose.h"
 #include "numbers.h"
 #include "strata.h"
 #include "walk.h"
@@ -9,5 +10,6 @@ namespace thinned {
 void walk_baseline(const Plan& plan, int64_t from, int64_t to) { walk(plan, from, to); }
 void numbers_baseline(const Numbers& task, int64_t from, int64_t to) { numbers(task, from, to); }
 void strata_baseline(const Strata& task, int64_t from, int64_t to) { strata(task, from, to); }
+void choose_baseline(const Choice& task, int64_t from, int64_t to) { choose(task, from, to); }
 
 }  // namespace thinned

@@ -4,6 +4,7 @@
 //   keep_mask:      y[i] = keep(m(i))                          (Dtype::mask; x is not read)
 //   numbers:        y[i] = u(m(i)) - 2^31
 //   strata:         y[i] = u'(m(i), draw) - 2^31           (from the numbers under two keys)
+//   choice:         y[i] = u[i] < T ? x[i] * scale + shift : fill     (under numbers that are given)
 //
 // keep(m) holds when u(m), the 32-bit number of mask index m under the key, is below T.
 #pragma once
@@ -64,11 +65,25 @@ struct Strata {
     uint32_t prime() const;
 };
 
+// Consecutive elements under numbers less 2^31, in one piece of memory each.
+struct Choice {
+    static constexpr int64_t part = 16384;  // elements that one thread takes at a time
+
+    Dtype dtype;
+    const void* x;
+    void* y;
+    const int32_t* numbers;
+    int64_t n;
+    uint64_t T;  // 0 .. 2^32
+    double scale, shift, fill;
+};
+
 // x and y are the same memory or do not overlap, and no product of a size and a stride exceeds 2^61; nothing of it
 // is checked here. Results depend on neither threads nor instruction set.
 void run(const Task& task);
 void run(const Numbers& task);
 void run(const Strata& task);
+void run(const Choice& task);
 
 // Words 0 and 1 of philox10((lo32(counter), hi32(counter), 0, last), key).
 uint64_t philox(uint64_t key, uint64_t counter, uint32_t last);

@@ -77,16 +77,22 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[variant for variant in variants() if not variant.why_missing()], ids=str)
+def _marked(variant: Variant) -> Any:
+    return pytest.param(variant, marks=() if variant.device == "cpu" else pytest.mark.gpu)
+
+
+@pytest.fixture(params=[_marked(variant) for variant in variants() if not variant.why_missing()], ids=str)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[BackendUnderTest]:
     """Each backend in turn, which serves the public functions too; native under each instruction set."""
     variant: Variant = request.param
     ran.add(str(variant))
     with variant.running() as module:
-        if variant.backend != "native":
-            monkeypatch.setattr(backends, "for_device_type", lambda _: module)
         # Triton's interpreter takes 0.1 s where compiled code takes 0.1 ms.
-        yield BackendUnderTest(module, variant.device, slow=str(variant) == "triton-interpreter")
+        under_test = BackendUnderTest(module, variant.device, slow=str(variant) == "triton-interpreter")
+        if variant.backend != "native":
+            serving = {"cpu": under_test.module}
+            monkeypatch.setattr(backends, "for_device_type", lambda device: serving.get(device, module))
+        yield under_test
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -62,7 +62,7 @@ class _Driver:
 def install() -> None:
     """Put the GPU into this process, for good."""
     triton.runtime.driver.set_active(_Driver())
-    torch.accelerator.current_device_index = lambda: None  # type: ignore[assignment,return-value]
+    torch.accelerator.current_device_index = lambda: -1
     serves = {"cpu": "the CPU"}
     backends.why_not_triton = lambda device_type: serves.get(device_type, "")  # type: ignore[assignment]
 

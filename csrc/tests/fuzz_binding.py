@@ -193,6 +193,15 @@ def strata() -> Call:
     return Call("strata", arguments, (y, u, v, draws, sources))
 
 
+def choose() -> Call:
+    dtype, n = rng.randrange(7), rng.choice([0, 1, 7, 63, 64, 65, 1000, 40_000])
+    x, numbers = numbers_of(n, DTYPES[dtype]), Memory(n, np.dtype("i4"))
+    y = x if rng.random() < 0.3 else numbers_of(n, DTYPES[dtype])
+    numbers.items[:] = bits.integers(-(2**31), 2**31, n, np.int32)
+    arguments = {"x": x.at, "y": y.at, "dtype": dtype, "n": n, "numbers": numbers.at, "T": any_threshold()}
+    return Call("choose", arguments | any_constants(dtype), (x, y, numbers))
+
+
 def fold() -> Call:
     y, key = Memory(1, LONG), numbers_of(1, LONG)
     return Call("fold", {"y": y.at, "key": key.at, "data": any_key()}, (y, key))
@@ -263,6 +272,9 @@ def expected(call: Call) -> NDArray[Any]:
         keys, starts = (memory.items.repeat(get("count")) for memory in call.memory[1:])
         columns = np.tile(np.arange(get("count"), dtype=np.uint64), get("rows"))
         return (uniform(keys, starts.view(np.uint64) + columns).astype(np.int64) - 2**31).astype(np.int32)
+    if call.function == "choose":
+        keep = call.memory[2].items.astype(np.int64) + 2**31 < get("T")
+        return affine(call.memory[0].items, keep, get("scale"), get("shift"), get("fill"))
     if call.function == "strata":
         strata, count = get("strata"), get("count")
         u, v = (
@@ -297,6 +309,7 @@ def bad(call: Call) -> Iterator[dict[str, Any]]:
     item = call.memory[0].items.itemsize
     integers = {
         "flat": ("n",),
+        "choose": ("n",),
         "numbers": ("rows", "count"),
         "strata": ("rows", "count", "source_rows"),
         "fold_many": ("n",),
@@ -304,7 +317,7 @@ def bad(call: Call) -> Iterator[dict[str, Any]]:
     for name in integers.get(function, ()):
         yield from ({name: value} for value in (-1, -(2**63), MOST + 1, LAST, 2**63, 1.5, None))
     sizes = {memory.at: memory.items.nbytes for memory in call.memory}
-    names = ("x", "y", "key", "keys", "starts", "data", "u", "v", "draws", "sources")
+    names = ("x", "y", "key", "keys", "starts", "data", "u", "v", "draws", "sources", "numbers")
     addresses = {name: sizes[arguments[name]] for name in names if arguments.get(name) in sizes}
     for name, size in addresses.items():
         yield from ({name: value} for value in (-1, 2**64, None))
@@ -372,7 +385,17 @@ def has_work(call: Call) -> bool:
 
 def main() -> None:
     compared = refused = 0
-    make: tuple[Callable[[], Call], ...] = (flat, strided, strided, strided, numbers, strata, fold, fold_many)
+    make: tuple[Callable[[], Call], ...] = (
+        flat,
+        strided,
+        strided,
+        strided,
+        numbers,
+        strata,
+        choose,
+        fold,
+        fold_many,
+    )
     for number in range(CALLS):
         native.set_isa(rng.choice(native.supported_isas()))
         call = rng.choice(make)()
@@ -388,7 +411,7 @@ def main() -> None:
         call.run()
         if after is not None:
             compared += 1
-            written = call.memory[1 if call.function in ("flat", "strided") else 0].items
+            written = call.memory[1 if "x" in call.arguments else 0].items
             if after.tobytes() != written[: len(after)].tobytes():
                 raise SystemExit(f"differs from the specification under {native.isa()}: {call}")
         key, counter = rng.randrange(2**64), rng.randrange(2**64)

@@ -395,6 +395,31 @@ void stratified_draws(Random& random) {
     compare_strata(1, 70000, 20, random);  // parts of one row, by several threads
 }
 
+// Values under given numbers, at sizes around a vector's and a thread's part.
+void choices(Random& random) {
+    for (const Dtype dtype : dtypes)
+        for (const int64_t n : {1, 7, 8, 63, 64, 65, 200, 16384, 16391, 40000})
+            for (const uint64_t T : {uint64_t{0}, uint64_t{1}, one / 2, one - 1, one}) {
+                Task all = task(dtype, {{n, 1, 1, 0, 0}}, tenth);
+                if (dtype != Dtype::mask && random.one_in(2)) all.shift = 0.5, all.fill = -2;
+                const Memory x = numbers(dtype, n, random);
+                const std::unique_ptr<int32_t[]> given(new int32_t[n]);
+                for (int64_t i = 0; i < n; ++i)
+                    given[i] = random.one_in(4) ? random.of({INT32_MIN, INT32_MIN + 1, -1, 0, INT32_MAX}) : static_cast<int32_t>(random.next());
+                Memory expected(x.count), y(x.count);
+                all.x = x.at(0), all.y = expected.at(0);
+                for (int64_t i = 0; i < n; ++i)
+                    reference::element(all, i, i, static_cast<uint64_t>(int64_t{given[i]} + (int64_t{1} << 31)) < T);
+                for (const std::string& isa : supported_isas()) {
+                    set_isa(isa);
+                    const bool in_place = dtype != Dtype::mask && random.one_in(3);
+                    std::memcpy(y.at(0), x.at(0), x.count);
+                    run(Choice{dtype, in_place ? y.at(0) : x.at(0), y.at(0), given.get(), n, T, all.scale, all.shift, all.fill});
+                    check(same(dtype, y, expected), std::to_string(n) + " chosen of " + name(dtype) + " under " + isa);
+                }
+            }
+}
+
 void folds(Random& random) {
     for (int i = 0; i < 1000; ++i) {
         const uint64_t key = random.next() >> random.of({0, 32, 63}), data = random.next() >> random.of({0, 32, 63});
@@ -518,6 +543,7 @@ int main(int count, char** arguments) {
     random_tasks(random, 600);
     numbers_of_positions(random);
     stratified_draws(random);
+    choices(random);
     folds(random);
     nothing_is_nothing();
     threads_agree(random);

@@ -298,3 +298,63 @@ for compiled, _ in triton._started.values():
     assert not specialized & {*numbers}, specialized
 """)
     assert found.split() == ["1", "0"] * 13
+
+
+def test_a_launch_by_memory_is_the_launch_by_its_arguments() -> None:
+    """A call whose like was launched before looks nothing up; calls that differ are not taken for alike."""
+    found = on_a_gpu("""
+from thinned.backends import triton
+from thinned.geometry import Geometry
+
+x = torch.empty(16, 256, dtype=torch.bfloat16, device="meta")
+half, keys = x[:, :128], torch.empty(32, dtype=torch.int64, device="meta")
+one = dict(x=x, key=7, geometry=None, T=2**31, scale=2.0, shift=0.0, fill=0.0)
+calls = [one | change for change in (
+    {}, dict(x=x.float()), dict(x=x[:8]), dict(x=x.t()), dict(x=x[::2]), dict(x=x.view(8, 2, 256)),
+    dict(key=8), dict(key=keys[:16]), dict(key=keys[::2]), dict(key=keys.view(16, 2)[:, 0]),
+    dict(geometry=Geometry((1024, 1))), dict(geometry=Geometry((1024, 1), 128)), dict(T=2**30), dict(T=2**32),
+    dict(scale=3.0), dict(shift=1.0), dict(fill=1.0), dict(fill=-0.0), dict(scale=-2.0, fill=-0.0),
+    dict(x=half), dict(x=half, out=x[:, 128:]), dict(x=half, out=half), dict(x=x[:8], out=x[8:]),
+    dict(x=x.to(torch.complex64)), dict(x=x.to(torch.complex64).conj()),
+)]
+
+def launched(call):
+    fake_gpu.launches.clear()
+    triton.masked_affine(**call)
+    (found,) = fake_gpu.launches
+    return [*found[:3], *found[12:]]  # without the pointers, which are all 0
+
+def launched_first(call):
+    triton._repeats.clear()
+    return launched(call)
+
+expected = [launched_first(call) for call in calls]
+print(json.dumps([[launched(call) for call in calls] == expected for _ in range(3)]))
+print(json.dumps(len(triton._repeats)))
+""")
+    equal, kinds = map(json.loads, found.splitlines())
+    assert equal == [True] * 3
+    # Two differ in the key's number, two pairs in their memory, and a conjugate one is resolved.
+    assert kinds == 25 - 4
+
+
+def test_triton_calls_its_hooks() -> None:
+    """A profiler's hooks get each launch; without hooks nothing is passed."""
+    found = on_a_gpu("""
+import triton.knobs
+from thinned.backends import triton as backend
+
+x, hooks = torch.empty(4096, device="meta"), triton.knobs.runtime
+def launch():
+    backend.masked_affine(x, 7, None, 2**31, 2.0, 0.0, 0.0)
+    print(json.dumps([argument is None for argument in fake_gpu.launches[-1][6:9]]))
+launch()  # compiles
+launch()
+for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook):
+    hook.add(print)
+    launch()
+    hook.remove(print)
+    launch()
+""")
+    none, all_three = [True] * 3, [False] * 3
+    assert [json.loads(line) for line in found.splitlines()][1:] == [none, all_three, none, all_three, none]

@@ -137,7 +137,10 @@ def test_every_backend_has_the_options_of_timm(
     given, key = leaf.clone(), keys.to(backend.device)
     y = DropBlock2d(0.4, 3, inplace, **options)(given, key=key)
     assert (y is given) is inplace
-    oracle.assert_same(y.detach().cpu(), expected)
+    if options.get("with_noise") and backend.device != "cpu":  # another device has an erfinv of its own
+        torch.testing.assert_close(y.detach().cpu(), expected, rtol=5e-7, atol=1e-7, equal_nan=True)
+    else:
+        oracle.assert_same(y.detach().cpu(), expected)
     upstream = torch.linspace(1, 2, x.numel(), device=backend.device).view(x.shape)
     (grad,) = torch.autograd.grad(y, leaf, upstream)
     oracle.assert_same(grad.cpu(), upstream.cpu() * slope)

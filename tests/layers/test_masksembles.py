@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import oracle
 import thinned
-from thinned import schedules
+from thinned import op, schedules
 from thinned.compare.laws import Verdict
 from thinned.compare.laws.chance import DEVIATIONS
 from thinned.compare.layers import masksembles as entry
@@ -132,9 +132,20 @@ def test_masks_depend_on_the_arguments_alone() -> None:
     assert state[0].equal(torch.get_rng_state())
     assert (state[1] == np.random.get_state()[1]).all()  # type: ignore[index]
     assert not masksembles_masks(12, 4, seed=1).equal(MASKS)
-    wide, wider = masksembles_masks(64, 4), masksembles_masks(65, 4)
-    # Under one key the first channels would be almost the same.
-    assert 64 < int((wide != wider[:, :64]).sum()) < 192
+    # With one key for all, the first mask would be the same.
+    assert int((masksembles_masks(64, 50)[0] != masksembles_masks(64, 49)[0]).sum()) > 8
+
+
+def test_equal_numbers_make_no_mask_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    uniform, calls = op.uniform, []
+
+    def equal_at_first(*args: Any) -> Tensor:
+        calls.append(args)
+        return uniform(*args) if len(calls) > 1 else torch.zeros(args[1], dtype=torch.int32)
+
+    monkeypatch.setattr(op, "uniform", equal_at_first)
+    assert masksembles_masks(12, 50).sum(1).tolist() == [6] * 50
+    assert len(calls) > 1
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]

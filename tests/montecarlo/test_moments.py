@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -383,14 +384,14 @@ def test_the_model_stays_as_it_was() -> None:
     before = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()], x.clone()
     state = torch.get_rng_state()
     keys = [set(vars(module)) for module in model.modules()]
-    trained, evaluated = moments(model, x), moments(model.eval(), x)
+    trained = moments(model, x)
+    assert [m.training for m in model.modules()] == before[1]
+    evaluated = moments(model.eval(), x)
+    assert not any(m.training for m in model.modules())
     assert trained.mean.equal(evaluated.mean)
     assert trained.variance.equal(evaluated.variance)
     assert trained.variance.min() > 0
     assert not trained.mean.requires_grad
-    model.train()
-    model[3].eval()
-    assert [m.training for m in model.modules()] == before[1]
     assert x.equal(before[2])
     assert all(value.equal(before[0][name]) for name, value in model.state_dict().items())
     assert torch.get_rng_state().equal(state)
@@ -483,6 +484,17 @@ class Listed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drops[0](x)
+
+
+class Skipping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.layerdrop = nn.Linear(6, 6), 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and random.random() < self.layerdrop:
+            return x
+        return self.layer(x)
 
 
 IMAGE = (2, 4, 6, 6)
@@ -585,6 +597,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     ),
     "overwritten": (Overwritten(lambda x: x), IMAGE, "overwrites what is used again"),
     "overwritten view": (Overwritten(lambda x: x.flatten(1)), IMAGE, "overwrites what is used again"),
+    "skipped by Python": (nn.Sequential(nn.Dropout(), Skipping()), IMAGE, "at '1'"),
     "layerdrop": (
         nn.Sequential(nn.Dropout(), thinned.LayerDrop([nn.Linear(6, 6)] * 2, 0.5)),
         IMAGE,

@@ -25,8 +25,14 @@ from backend_under_test import BackendUnderTest
 from chance import FALSE_ALARM
 from test_spec import STRATIFIED
 from thinned import Key, backends, op, spec
+from thinned.backends import reference
 from thinned.backends.strata import prime_for
+from thinned.compare.implementation import Implementation
+from thinned.compare.laws import Law, Verdict, examine
+from thinned.compare.layers import entry_of
+from thinned.compare.settings import Settings
 from thinned.geometry import Geometry, shared
+from thinned.layers._arguments import key_for
 from thinned.op.noise import logistic, normal, uniform
 
 STRATA = (1, 2, 3, 20, 64, 100, 1000, 65521)
@@ -346,6 +352,7 @@ def test_gradients_are_those_of_a_mask(name: str) -> None:
     assert torch.autograd.gradcheck(lambda x: function(x, 0.5, key=key, **options), (x,))
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_values_are_masked_to_the_bit(dtype: torch.dtype, inplace: bool) -> None:
@@ -358,6 +365,22 @@ def test_values_are_masked_to_the_bit(dtype: torch.dtype, inplace: bool) -> None
     assert y.stride() == x.stride()
     assert (y is x) == inplace
     oracle.assert_same(y.contiguous(), torch.where(keep, all_kept, torch.zeros((), dtype=dtype)))
+
+
+def test_numbers_choose(backend: BackendUnderTest) -> None:
+    """Ends of the range of numbers and of T; gaps, shared numbers and other orders in memory."""
+    ends = torch.tensor([-(2**31), -(2**31) + 1, -1, 0, 2**31 - 2, 2**31 - 1], dtype=torch.int32)
+    for T in (0, 1, 2**31, 2**31 + 1, 2**32 - 1, 2**32):
+        for x in (
+            torch.randn(5, 6),
+            torch.randn(5, 12)[:, ::2],
+            torch.randn(6, 5).t(),
+            torch.randn(1, 6).expand(5, 6),
+        ):
+            for numbers in (ends, ends.expand(5, 6).contiguous()):
+                arguments = x.to(backend.device), numbers.to(backend.device), T, 1.25, 0.5, -2.0
+                found = backend.module.choose(*arguments).cpu()
+                oracle.assert_same(found, reference.choose(x, numbers, T, 1.25, 0.5, -2.0))
 
 
 def test_in_place_with_gradients() -> None:
@@ -391,6 +414,21 @@ def test_nested_and_sparse_tensors_have_independent_draws() -> None:
     sparse = torch.ones(4, 4).to_sparse()
     y, z = (thinned.functional.dropout(sparse, 0.5, key=each).to_dense() for each in (key, independent))
     assert y.equal(z)
+
+
+class OneDraw(thinned.Dropout):
+    """Draw 3 of 20 of another set in each call."""
+
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if not self.training or self.p == 0:
+            return super().forward(input, key=key)
+        return super().forward(input, key=key_for(input, key).stratified(3, 20))
+
+
+@pytest.mark.parametrize("law", entry_of("Dropout").laws, ids=lambda law: law.name)
+def test_one_draw_keeps_the_laws_of_dropout(law: Law) -> None:
+    found = examine(law, Implementation("draw 3 of 20", OneDraw), Settings(quick=True))
+    assert found.verdict is Verdict.HOLDS, found.measured
 
 
 def test_a_key_source_may_give_such_keys() -> None:

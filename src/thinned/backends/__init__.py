@@ -33,13 +33,14 @@ def __dir__() -> list[str]:
 
 
 class Backend(Protocol):
-    """A backend is a module with these four functions, and nothing else is asked of it.
+    """A backend is a module with these five functions, and nothing else is asked of it.
 
     They take plain tensors: no subclass, no conjugate or negative bit except a conjugate ``x``, no autograd.
 
     - ``masked_affine``: the masked values.
     - ``keep_mask``: the mask.
     - ``uniform``: the random numbers behind the mask.
+    - ``choose``: the masked values under numbers that are given.
     - ``fold``: the children of keys.
     """
 
@@ -74,6 +75,12 @@ class Backend(Protocol):
 
         With a draw it is ``u' - 2**31``, the numbers of one of ``strata`` stratified draws. ``draw`` is an
         int64 tensor of the key's shape, or one number; it counts modulo ``strata``.
+        """
+
+    def choose(self, x: Tensor, numbers: Tensor, T: int, scale: float, shift: float, fill: float) -> Tensor:
+        """``number + 2**31 < T ? x * scale + shift : fill`` in a new tensor like ``x``.
+
+        ``numbers`` are int32, and broadcast to ``x``'s shape.
         """
 
     def fold(self, keys: Tensor, data: int | Tensor) -> Tensor:

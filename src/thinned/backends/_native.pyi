@@ -4,6 +4,18 @@ compiler: str
 dtypes: tuple[str, ...]
 flags: str
 
+def choose(
+    x: int,
+    y: int,
+    dtype: int,
+    n: int,
+    numbers: int,
+    T: int,
+    scale: float,
+    shift: float,
+    fill: float,
+    /,
+) -> None: ...
 def compiled_isas() -> list[str]: ...
 def flat(
     x: int,

@@ -20,7 +20,7 @@ from thinned.backends.rows import by_rows
 from thinned.backends.strata import name, once
 from thinned.geometry import Geometry, shared_cached
 
-__all__ = ["fold", "instruction_set", "keep_mask", "masked_affine", "uniform"]
+__all__ = ["choose", "fold", "instruction_set", "keep_mask", "masked_affine", "uniform"]
 
 
 def _force_isa(wanted: str) -> str:
@@ -155,6 +155,20 @@ def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: 
     out = torch.empty(shape, dtype=torch.bool, device="cpu")
     _strided(out, out, _MASK, key, geometry, T)
     return out
+
+
+def choose(x: Tensor, numbers: Tensor, T: int, scale: float, shift: float, fill: float) -> Tensor:
+    """See :meth:`thinned.backends.Backend.choose`."""
+    check_dtype(x.dtype)
+    x, target = x.resolve_conj(), torch.empty_like(x)
+    if x.stride() != target.stride():  # gaps, or elements in one place
+        x = torch.empty_like(target).copy_(x)
+    if numbers.shape != x.shape or numbers.stride() != x.stride():
+        numbers = torch.empty_like(x, dtype=torch.int32).copy_(numbers)
+    _native.choose(
+        x.data_ptr(), target.data_ptr(), _CODES[x.dtype], x.numel(), numbers.data_ptr(), T, scale, shift, fill
+    )
+    return target
 
 
 def uniform(

@@ -20,7 +20,7 @@ from thinned.backends.strata import name, once, shifted
 from thinned.geometry import Geometry, shared
 from thinned.philox import high32, join, low32, philox4x32
 
-__all__ = ["below", "fold", "keep_mask", "masked_affine", "numbers", "select", "uniform"]
+__all__ = ["below", "choose", "fold", "keep_mask", "masked_affine", "numbers", "select", "uniform"]
 
 _ONES = 0xFFFFFFFF
 
@@ -39,10 +39,21 @@ def masked_affine(
     if isinstance(key, int):
         key = torch.full((), key, dtype=torch.int64, device=x.device)
     out = checked_out(x, key, out)
-    keep, target = keep_mask(key, tuple(x.shape), geometry or shared(x.shape), T), out
+    keep = keep_mask(key, tuple(x.shape), geometry or shared(x.shape), T)
+    return _write(out, keep, x, scale, shift, fill)
+
+
+def choose(x: Tensor, numbers: Tensor, T: int, scale: float, shift: float, fill: float) -> Tensor:
+    """See :meth:`thinned.backends.Backend.choose`."""
+    keep = numbers.to(torch.int64) < T - 2**31
+    return _write(torch.empty_like(x), keep, x, scale, shift, fill)
+
+
+def _write(out: Tensor, keep: Tensor, x: Tensor, *constants: float) -> Tensor:
+    target = out
     if x.is_complex():
         x, target, keep = torch.view_as_real(x.resolve_conj()), torch.view_as_real(out), keep.unsqueeze(-1)
-    target.copy_(select(keep, x, scale, shift, fill))
+    target.copy_(select(keep, x, *constants))
     return out
 
 

@@ -17,7 +17,7 @@ from thinned import spec
 from thinned.geometry import Geometry, shared
 from thinned.philox import signed64
 
-__all__ = ["fold", "keep_mask", "masked_affine", "uniform"]
+__all__ = ["choose", "fold", "keep_mask", "masked_affine", "uniform"]
 
 
 def masked_affine(
@@ -31,13 +31,21 @@ def masked_affine(
     out: Tensor | None = None,
 ) -> Tensor:
     """``keep ? round(opmath(x) * scale + shift) : fill``; a shift of 0 is not added."""
-    kept = keep_mask(key, tuple(x.shape), geometry or shared(x.shape), T).numpy().ravel()
+    y = _masked(x, keep_mask(key, tuple(x.shape), geometry or shared(x.shape), T), scale, shift, fill)
+    return y if out is None else out.copy_(y)
+
+
+def choose(x: Tensor, numbers: Tensor, T: int, scale: float, shift: float, fill: float) -> Tensor:
+    """``number + 2**31 < T ? round(opmath(x) * scale + shift) : fill``; a shift of 0 is not added."""
+    return _masked(x, numbers.expand(x.shape).long() + 2**31 < T, scale, shift, fill)
+
+
+def _masked(x: Tensor, keep: Tensor, scale: float, shift: float, fill: float) -> Tensor:
+    kept = keep.numpy().ravel()
     if x.is_complex():
         parts = (_affine(part, kept, scale, shift, fill) for part in (x.real, x.imag))
-        y = torch.complex(*parts).reshape(x.shape)
-    else:
-        y = _affine(x, kept, scale, shift, fill).reshape(x.shape)
-    return y if out is None else out.copy_(y)
+        return torch.complex(*parts).reshape(x.shape)
+    return _affine(x, kept, scale, shift, fill).reshape(x.shape)
 
 
 def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,12 +18,13 @@ from torch import Tensor
 
 from thinned.backends import triton_kernels
 from thinned.backends.arguments import check_draw, check_key, check_mask, checked_out, is_product
+from thinned.backends.portable import choose
 from thinned.backends.strata import name, once, prime_for
 from thinned.geometry import Geometry, shared_cached
 from thinned.philox import high32, low32
 from thinned.torch_state import is_functional
 
-__all__ = ["fold", "keep_mask", "masked_affine", "uniform"]
+__all__ = ["choose", "fold", "keep_mask", "masked_affine", "uniform"]
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     raise ImportError(f"thinned needs Triton 3.6 or later, and this is {triton.__version__}")
@@ -193,10 +193,10 @@ def _run(
     reals: tuple[int, ...] = (0, 0, 0),
     numbers: bool = False,
     kinds: dict[str, Any] = _NO_NUMBERS,
-) -> None:
+) -> Repeat | None:
     shape = tuple(out.shape)
     if not out.numel():
-        return
+        return None
     key_low = key_high = 0
     pointer: Tensor | None = None
     key_strides: tuple[int, ...] = ()
@@ -225,12 +225,21 @@ def _run(
                 key if isinstance(key, int) or key.dim() <= dim else key.select(dim, i),
                 Geometry(strides, geometry.base + i * geometry.strides[dim]), T, reals, numbers, kinds,
             )  # fmt: skip
-        return
+        return None
     # Inductor passes what is below 2**31 as 32 bits.
     threshold = (T + 2**31) % 2**32 - 2**31
-    arguments = of, to, pointer, key_low, key_high, geometry.base, threshold, *reals, *found.integers
-    constants = found.constants | decision(T) | kinds
-    _start(triton_kernels.tile, out, found.grid, arguments, constants)
+    same = geometry.base, threshold, *reals, *found.integers
+    arguments = of, to, pointer, key_low, key_high, *same
+    started = _start(triton_kernels.tile, out, found.grid, arguments, found.constants | decision(T) | kinds)
+    return started and Repeat(started[0], (*found.grid, 1, 1), (*same, *started[1]))
+
+
+class Repeat(NamedTuple):
+    """A launch of a compiled kernel, with all but its first arguments: the pointers and the key's halves."""
+
+    compiled: Any
+    programs: tuple[int, int, int]
+    arguments: tuple[Any, ...]
 
 
 # Compiled kernels, and the constants among their arguments, by all that Triton compiles for on NVIDIA's GPUs.
@@ -239,35 +248,65 @@ _started: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 def _start(
     kernel: Any, out: Tensor, grid: tuple[int], arguments: tuple[Any, ...], constants: dict[str, Any]
-) -> None:
-    """Launch a kernel that writes to ``out``; for a compiler's tensor, show it the launch."""
+) -> tuple[Any, tuple[Any, ...]] | None:
+    """Launch a kernel that writes to ``out``; for a compiler's tensor, show it the launch.
+
+    Returns what ``_started`` holds.
+    """
     if is_functional(out):  # Inductor takes no enable_fp_fusion
         torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
-        return
+        return None
     pointers = (
         (arg.dtype, arg.data_ptr() % 16) if isinstance(arg, Tensor) else arg is None for arg in arguments[:5]
     )
-    key = kernel.__name__, out.device, *pointers, *constants.values()
-    with _on(out.device):
-        if key in _started:
-            # Triton's own look-up takes 40 us for these arguments.
-            compiled, values = _started[key]
-            programs = (*grid, 1, 1)
-            compiled[programs](*arguments, *values)
-            return
+    index = out.get_device()
+    key = kernel.__name__, index, *pointers, *constants.values()
+    started = _started.get(key)
+    if started:  # Triton's own look-up takes 40 us for these arguments.
+        _launch(Repeat(started[0], (*grid, 1, 1), started[1]), index, *arguments)
+        return started
+    with _on(index):
         compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=False)
-    if compiled is not None and torch.version.hip is None and out.device.type != "xpu":
-        names = kernel.arg_names[len(arguments) :]
-        _started[key] = compiled, tuple(constants[name] for name in names)
+    if compiled is None or torch.version.hip is not None or out.device.type == "xpu":
+        return None
+    names = kernel.arg_names[len(arguments) :]
+    return _started.setdefault(key, (compiled, tuple(constants[name] for name in names)))
 
 
-def _on(device: torch.device) -> Any:
-    """A context in which kernels start on ``device``."""
-    if device.type == "cpu":
+def _on(index: int) -> Any:
+    """A context in which kernels start on the device of that index, which is -1 for the CPU."""
+    if index < 0:
         return np.errstate(all="ignore")  # the interpreter computes with NumPy
-    if device.index == torch.accelerator.current_device_index():
-        return nullcontext()
-    return torch.accelerator.device_index(device.index)
+    return torch.accelerator.device_index(index)
+
+
+_hooks, _driver = triton.knobs.runtime, triton.runtime.driver
+
+
+def _launch(repeat: Repeat, index: int, *arguments: Any) -> None:
+    """The launch with its first arguments, on the device of that index.
+
+    ``compiled[programs](*arguments)`` takes 4 us more: it calls two lists of hooks even if they are empty.
+    """
+    if index != torch.accelerator.current_device_index():
+        with _on(index):
+            _launch(repeat, index, *arguments)
+        return
+    compiled, programs, others = repeat
+    try:
+        hooked = _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    except AttributeError:  # another version of Triton
+        hooked = True
+    if hooked:
+        compiled[programs](*arguments, *others)
+    else:
+        stream = _driver.active.get_current_stream(index)
+        run(*programs, stream, function, metadata, None, None, None, *arguments, *others)
+
+
+# Launches of masked_affine by all that they depend on, for pointers that are multiples of 16.
+_repeats: dict[tuple[Any, ...], Repeat] = {}
 
 
 def masked_affine(
@@ -281,6 +320,46 @@ def masked_affine(
     out: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`thinned.backends.Backend.masked_affine`."""
+    x = x.resolve_conj()
+    if _INTERPRETED or is_functional(x):
+        return _affine(x, key, geometry, T, scale, shift, fill, out)[0]
+    if isinstance(key, int):
+        kind_of_key, to_key, low, high = None, None, low32(key), high32(key)
+    else:
+        kind_of_key, to_key, low, high = _kind(key), key.data_ptr(), 0, 0
+    numbers = struct.pack("3d", scale, shift, fill)  # bytes, since a dict takes 0.0 and -0.0 for one number
+    call = _kind(x), None if out is None else _kind(out), kind_of_key, geometry, T, numbers
+    if out is None:
+        out = torch.empty_like(x)
+    to_x, to_out = x.data_ptr(), out.data_ptr()
+    aligned = not (to_x | to_out | (to_key or 0)) % 16
+    repeat = _repeats.get(call) if aligned else None
+    if repeat:
+        _launch(repeat, x.get_device(), to_x, to_out, to_key, low, high)
+        return out
+    out, repeat = _affine(x, key, geometry, T, scale, shift, fill, out)
+    if repeat and aligned:
+        if len(_repeats) == 4096:
+            _repeats.clear()
+        _repeats[call] = repeat
+    return out
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.get_device(), x.shape, x.stride()
+
+
+def _affine(
+    x: Tensor,
+    key: int | Tensor,
+    geometry: Geometry | None,
+    T: int,
+    scale: float,
+    shift: float,
+    fill: float,
+    out: Tensor | None,
+) -> tuple[Tensor, Repeat | None]:
+    """:func:`masked_affine` with all its checks, and how to launch it again."""
     out = checked_out(x, key, out)
     geometry = geometry or shared_cached(x.shape)
     check_mask(x.shape, geometry, T)
@@ -288,8 +367,7 @@ def masked_affine(
     plain = is_product(scale, shift, fill)
     # Adding -0.0 changes no number; adding 0.0 would change -0.0.
     reals = _bits(double, struct.pack("3d", scale, *((0.0, 0.0) if plain else (shift or -0.0, fill))))
-    _run(x.resolve_conj(), out, key, geometry, T, reals, kinds={"PLAIN": plain, "DOUBLE": double})
-    return out
+    return out, _run(x, out, key, geometry, T, reals, kinds={"PLAIN": plain, "DOUBLE": double})
 
 
 def keep_mask(key: int | Tensor, shape: tuple[int, ...], geometry: Geometry, T: int) -> Tensor:

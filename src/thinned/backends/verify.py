@@ -88,6 +88,9 @@ def _values(backend: Backend, device: str) -> Iterator[Tensor]:
         out = torch.zeros_like(x)
         backend.masked_affine(x, rows, geometry, T, 0.7, 0.3, -1.7, out)
         yield out
+        numbers = torch.arange(-30, 30, dtype=torch.int32) * 2**26
+        for fill in (0.0, -1.7):
+            yield backend.choose(x, numbers.to(device), T, 0.7, fill and 0.3, fill)
         x, T = x.reshape(15, 20).t(), spec.threshold(0.25)
         backend.masked_affine(x, one, Geometry((15, 1), 2**39 - 60), T, spec.scale(T), 0.0, 0.0, x)
         yield x

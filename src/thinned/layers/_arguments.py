@@ -17,7 +17,7 @@ from thinned.key_source import active
 from thinned.keys import Key, StratifiedKey, not_a_key, savable
 from thinned.op.from_key import apply_linear
 from thinned.op.noise import numbers
-from thinned.torch_state import compiling, is_eager, tracing
+from thinned.torch_state import compiling, tracing
 
 __all__ = [
     "apply",
@@ -94,27 +94,18 @@ def _stratified(
     input: Tensor, key: Key, broadcast_dims: tuple[int, ...], T: int, scale: float, shift: float, fill: float
 ) -> Tensor:
     def affine(x: Tensor, key: Key, shift: float = 0.0, fill: float = 0.0) -> Tensor:
-        y = op.masked_affine(x, 0, None, 2**32, scale, shift)
-        keep = kept(key, x.shape, broadcast_dims, T)
-        if fill or not (is_eager(y) and y.is_cpu):
-            return y.masked_fill(~keep, fill)
-        # torch's masked_fill and where are not vectorized on the CPU: 4 ns an element, and this 1.
-        parts, keep = (torch.view_as_real(y), keep.unsqueeze(-1)) if y.is_complex() else (y, keep)
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parts.itemsize]
-        parts.view(bits).bitwise_and_(keep.to(bits).neg_())
-        return y
+        return op.choose(x, numbers(key, x.shape, broadcast_dims), T, scale, shift, fill)
 
     return apply_linear(affine, input, key.to(input.device), partial(affine, shift=shift, fill=fill))
 
 
 def kept(key: Key, shape: Sequence[int], broadcast_dims: Sequence[int], T: int) -> Tensor:
     """The mask that :func:`apply` makes for a dense tensor of ``shape``, in a shape that broadcasts to it."""
-    if not isinstance(key, StratifiedKey):
-        once = dims_of(shape, broadcast_dims).difference(range(key.bits.dim()))
-        drawn = tuple(1 if dim in once else size for dim, size in enumerate(shape))
-        return op.keep_mask(key.bits, drawn, shared(shape, broadcast_dims, key.bits.dim()), T)
-    u = numbers(key, shape, broadcast_dims)
-    return u < T - 2**31 if T < 2**32 else torch.ones_like(u, dtype=torch.bool)
+    if isinstance(key, StratifiedKey):
+        return numbers(key, shape, broadcast_dims).to(torch.int64) < T - 2**31
+    once = dims_of(shape, broadcast_dims).difference(range(key.bits.dim()))
+    drawn = tuple(1 if dim in once else size for dim, size in enumerate(shape))
+    return op.keep_mask(key.bits, drawn, shared(shape, broadcast_dims, key.bits.dim()), T)
 
 
 def number(p: float, name: str = "p") -> float:

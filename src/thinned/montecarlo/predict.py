@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,14 @@ from thinned.models.address.hooks import hooks_of
 from thinned.montecarlo.accumulate import Accumulator
 from thinned.montecarlo.draws import Batch, Drawing, Outputs
 from thinned.montecarlo.dropping import Dropouts, Inject
+from thinned.montecarlo.moments import moments
 from thinned.montecarlo.prediction import Kind, Prediction, entropy
 from thinned.progress import progress_bar
 
 __all__ = ["Inputs", "Method", "Settings", "Task", "Until", "predict", "stream"]
 
 Task: TypeAlias = Literal["classification", "regression"] | Callable[[Any], Tensor]
-Method: TypeAlias = Literal["stratified", "independent"]
+Method: TypeAlias = Literal["stratified", "independent", "moments"]
 Until: TypeAlias = float | Mapping[str, float]
 Inputs: TypeAlias = Tensor | Mapping[str, Any] | tuple[Any, ...] | DataLoader[Any]
 HINT = "; give a function of the output as task"
@@ -87,7 +88,8 @@ def predict(
         method: ``"stratified"`` draws repel each other: the mean of as many has a smaller error. Layers other
             than dropout of elements, channels, paths and attention weights draw independently all the same.
             ``"independent"``: draw ``t`` has the masks of ``thinned.address(model, seed=seed, step=t,
-            samples=ids)``.
+            samples=ids)``. ``"moments"``: no draws; :func:`~thinned.montecarlo.moments.moments` propagates
+            mean and variance through a model of a few kinds of layers, for ``task="regression"``.
         strata: the number of draws of a stratified set. Sets are independent of each other, which gives the
             standard error.
         consistent: let all examples share a draw's masks, those of example 0: a draw is one thinned network.
@@ -165,8 +167,10 @@ class Settings:
                 f"task must be 'classification', 'regression' or a function of the model's output, "
                 f"{got(self.task)}"
             )
-        if self.method not in ("stratified", "independent"):
-            raise ValueError(f"method must be 'stratified' or 'independent', got {self.method!r}")
+        if self.method not in get_args(Method):
+            raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
+        if self.method == "moments":
+            self._check_moments()
         for name, bound in self.bounds.items():
             if name not in STATISTICS or (name != "mean" and self.kind != "classification"):
                 raise ValueError(f"until knows no statistic {name!r}; accepted: {', '.join(STATISTICS)}")
@@ -177,6 +181,17 @@ class Settings:
         for q in self.quantiles:
             if not 0 <= q <= 1:
                 raise ValueError(f"quantiles must be in [0, 1], got {q}")
+
+    def _check_moments(self) -> None:
+        """Raise ValueError for what an analytic mean and variance do not give."""
+        if self.task != "regression":
+            raise ValueError(
+                f"method='moments' is for task='regression', got {self.task!r}; for logits, "
+                "thinned.montecarlo.moments.expected_softmax approximates the mean probabilities"
+            )
+        needs = ("consistent", "inject", "until", "quantiles", "keep_draws")
+        if given := [name for name in needs if getattr(self, name)]:
+            raise ValueError(f"method='moments' makes no draws, so it takes no {', '.join(given)}")
 
     @property
     def kind(self) -> Kind:
@@ -217,7 +232,10 @@ def _stream(model: nn.Module, inputs: Inputs, settings: Settings, dropouts: Drop
                 batch, targets = item
                 if settings.consistent:
                     batch = Batch(batch.args, batch.kwargs, torch.zeros_like(batch.ids))
-                result = _predict(batch, drawing, settings)
+                if settings.method == "moments":
+                    result = _moments(model, batch)
+                else:
+                    result = _predict(batch, drawing, settings)
             tick("")
             yield replace(result, ids=item[0].ids, targets=targets, sites=dropouts.paths)
 
@@ -269,6 +287,16 @@ def _predict(batch: Batch, drawing: Drawing, settings: Settings) -> Prediction:
             left = ~finished
             remaining, tally, batch = remaining[left], tally.select(left), batch.map(itemgetter(left))
     return Prediction.cat(parts).select(torch.cat(order).argsort())
+
+
+def _moments(model: nn.Module, batch: Batch) -> Prediction:
+    if batch.kwargs or len(batch.args) != 1:
+        raise ValueError("method='moments' needs a model of one tensor, and inputs that are one tensor")
+    mean, variance = moments(model, batch.args[0])
+    nothing = torch.zeros_like(batch.ids)
+    return Prediction(
+        "regression", mean, variance, torch.zeros_like(mean), nothing, batch.ids, route="moments"
+    )
 
 
 def _next(batch: Batch, done: int, drawing: Drawing, settings: Settings) -> int:

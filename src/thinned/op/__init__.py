@@ -1,10 +1,10 @@
 """The operations that every layer is made of: eager, compiled, differentiated and under vmap.
 
 ``masked_affine`` is ``y_i = keep(m(i)) ? x_i * scale + shift : fill``. ``keep_mask`` is the mask itself, and
-``uniform`` the random numbers behind it. ``m`` is a :class:`~thinned.geometry.Geometry`; ``keep(m)`` holds if
-the 32-bit number of mask index ``m`` under the key is below ``T``. A key is an int64 tensor whose shape is
-that of ``x``'s leading dimensions: ``()`` for one key, ``(n,)`` for a key per row. One key may be an ``int``
-or on another device.
+``uniform`` the random numbers behind it, by which ``choose`` masks. ``m`` is a
+:class:`~thinned.geometry.Geometry`; ``keep(m)`` holds if the 32-bit number of mask index ``m`` under the key
+is below ``T``. A key is an int64 tensor whose shape is that of ``x``'s leading dimensions: ``()`` for one
+key, ``(n,)`` for a key per row. One key may be an ``int`` or on another device.
 
 A call of ``masked_affine`` takes the first code path that applies. A plain tensor goes straight to the
 backend, since the dispatcher costs more from Python than the work on a small tensor.
@@ -25,7 +25,7 @@ functionalize                  ``functionalizing``      ``torch.ops.thinned``   
 Jagged tensors come here as their values, from :mod:`thinned.nested`.
 """
 
-from thinned.op.affine import masked_affine, masked_affine_, refuse_layout
+from thinned.op.affine import choose, masked_affine, masked_affine_, refuse_layout
 from thinned.op.registered import keep_mask, key_tensor, uniform
 
-__all__ = ["keep_mask", "key_tensor", "masked_affine", "masked_affine_", "refuse_layout", "uniform"]
+__all__ = ["choose", "keep_mask", "key_tensor", "masked_affine", "masked_affine_", "refuse_layout", "uniform"]

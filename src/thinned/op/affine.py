@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinned import cuda_draws
+from thinned import backends, cuda_draws
 from thinned.backends import portable
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.key_source import active
@@ -29,7 +29,7 @@ from thinned.torch_state import (
     transforming,
 )
 
-__all__ = ["masked_affine", "masked_affine_", "refuse_layout"]
+__all__ = ["choose", "masked_affine", "masked_affine_", "refuse_layout"]
 
 
 def masked_affine(
@@ -120,6 +120,18 @@ def masked_affine_(
     data = x.detach()
     call_backend(data, key, geometry, T, scale, shift, fill, data)
     return x
+
+
+def choose(x: Tensor, numbers: Tensor, T: int, scale: float, shift: float = 0.0, fill: float = 0.0) -> Tensor:
+    """``number + 2**31 < T ? x * scale + shift : fill`` under int32 numbers that broadcast to ``x``'s shape.
+
+    Not differentiable in a plain tensor: :func:`thinned.op.from_key.apply_linear` is for that.
+    """
+    if is_eager(x):
+        backend = backends.for_device_type(x.device.type)
+        return backend.choose(x.detach().resolve_neg(), numbers, T, scale, shift, fill)
+    dropped = numbers.to(torch.int64) >= T - 2**31
+    return masked_affine(x, 0, None, 2**32, scale, shift).masked_fill(dropped, fill)
 
 
 def refuse_layout(x: Tensor) -> None:

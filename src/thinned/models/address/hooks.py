@@ -15,7 +15,7 @@ from thinned.keys import Key
 from thinned.models.walk import PARALLEL_WRAPPERS
 from thinned.torch_state import COMPILED, WRAPPERS, compiling, graph_task_is_running, is_replica, pre_hooks_of
 
-__all__ = ["ModuleHooks", "hooks_of", "module_at"]
+__all__ = ["ModuleHooks", "hooks_of", "is_of_address", "module_at"]
 
 
 class Joinable(Protocol):
@@ -64,6 +64,11 @@ class _Hook:
             "torch.jit.script compiles the forward hooks of a model, and cannot compile those of "
             "thinned.address; script the model before its first address, or a new one with its state_dict"
         )
+
+
+def is_of_address(hook: Any) -> bool:
+    """Whether a forward hook is one of those that an address gives a model, which change no result."""
+    return isinstance(hook, _Hook)
 
 
 class _OnEnter(_Hook):
