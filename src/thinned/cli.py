@@ -290,7 +290,11 @@ def uncertainty(
     samples: Annotated[int, typer.Option(min=2, help="Draws of each example.")] = 100,
     seed: Annotated[int, typer.Option(help="All masks follow from it.")] = 0,
     method: Annotated[
-        str, typer.Option(help="stratified or independent draws; the mean of the first has a smaller error.")
+        str,
+        typer.Option(
+            help="stratified or independent draws, of which the first have a mean of a smaller error; or "
+            "moments: a regression's mean and variance without draws."
+        ),
     ] = "stratified",
     batch_size: Annotated[
         int, typer.Option(min=1, help="Examples at a time; the results do not depend on it.")

@@ -194,7 +194,7 @@ def test_outputs_that_the_task_does_not_read(
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"memory": 0}, ValueError, "memory"),
         ({"task": "clasification"}, ValueError, "task must be 'classification', 'regression' or a function"),
-        ({"method": "antithetic"}, ValueError, "method must be 'stratified' or 'independent'"),
+        ({"method": "antithetic"}, ValueError, "method must be one of stratified, independent, moments, got"),
         ({"until": -1.0}, ValueError, "until must be above 0, got -1.0 for mean"),
         ({"until": float("nan")}, ValueError, "until must be above 0"),
         ({"until": "fast"}, TypeError, "until"),

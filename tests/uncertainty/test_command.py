@@ -461,6 +461,18 @@ def test_page(arguments: list[str], said: list[str], pictures: int) -> None:
 
 
 @pytest.mark.usefixtures("folder")
+def test_without_draws() -> None:
+    options = "--task", "regression", "--method", "moments", "--html", "page.html"
+    result = command("models.py:regressor", "only_x.npz", *options)
+    assert result.stdout.startswith("20 examples of only_x.npz, computed without draws\n")
+    close(rows()["std"], predicted("regressor", "only_x.npz", task="regression", method="moments").std[:, 0])
+    text = words(Path("page.html").read_text())
+    assert "without draws" in text
+    assert "The draws were" not in text
+    assert "0 times" not in text
+
+
+@pytest.mark.usefixtures("folder")
 def test_wrong_labels_are_marked() -> None:
     command("models.py:classifier", "data.npz", "--html", "page.html")
     found, shown = rows(), Path("page.html").read_text()

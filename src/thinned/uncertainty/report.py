@@ -103,6 +103,11 @@ class Report:
         return "predictive entropy, nats" if self.is_classification else "deviation"
 
     @property
+    def has_draws(self) -> bool:
+        """Else mean and variance were propagated."""
+        return self.prediction.route != "moments"
+
+    @property
     def draws(self) -> str:
         """The number of draws of an example, or the range of these numbers."""
         least, most = (int(each) for each in self.prediction.draws.aminmax())
@@ -125,8 +130,13 @@ class Report:
         p = self.prediction
         n = len(p)
         where = ", ".join(f"{site.path} (p = {site.p})" if site.p else site.path for site in self.sites)
+        how = (
+            f"{self.draws} draws each, computed by {p.route!r}"
+            if self.has_draws
+            else "computed without draws"
+        )
         said = [
-            f"{n:,} example{'s' * (n != 1)} of {self.data}, {self.draws} draws each, computed by {p.route!r}",
+            f"{n:,} example{'s' * (n != 1)} of {self.data}, {how}",
             f"dropout at {where}",
             *p.notes,
         ]
