@@ -152,7 +152,7 @@ def test_nan_names_its_draw_and_example() -> None:
             return torch.where((x[:, :3] == 0).all(1, keepdim=True), torch.nan, x)
 
     model = nn.Sequential(nn.Dropout(), Nan())
-    options: dict[str, Any] = {"task": as_it_is, "method": "independent", "samples": 20}
+    options: dict[str, Any] = {"task": as_it_is, "method": "independent", "samples": 20, "memory": 2000}
     with pytest.raises(ValueError, match=r"draw \d+ of example \d+ is not finite") as caught:
         predict(model, torch.ones(40, 6), batch_size=8, ids=range(100, 140), **options)
     _, draw, _, _, example, *_ = str(caught.value).split()
@@ -203,7 +203,7 @@ class Functional(nn.Module):
         self.register_buffer("mean", torch.zeros(4))
         self.register_buffer("var", torch.ones(4))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
-        self.register_buffer("average", torch.zeros(4))
+        self.register_buffer("average", torch.ones(4))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(x, 0.3, self.training)

@@ -76,8 +76,9 @@ def launch(code: str, folder: Path, processes: int) -> subprocess.CompletedProce
     """
     script.write_text(textwrap.dedent(start) + textwrap.dedent(code))
     path = os.pathsep.join(entry for entry in sys.path if entry)
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone"
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script],
+        [*torchrun, f"--nproc-per-node={processes}", script],
         capture_output=True, text=True, timeout=PATIENCE, check=False,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
