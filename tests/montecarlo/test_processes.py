@@ -109,7 +109,7 @@ def error(shard: str) -> str:
     """That of a call in which one process raises."""
     model = nn.Sequential(*mlp(), Fails()).train()
     try:
-        for _ in stream(model, x, 20, batch_size=2, shard=shard, memory=1):
+        for _ in stream(model, x, 20, batch_size=2, method="independent", shard=shard, memory=1):
             pass
     except Exception as caught:
         assert all(module.training for module in model.modules())
