@@ -212,7 +212,7 @@ def test_torchscript_is_refused_by_name() -> None:
 def test_a_layer_that_all_examples_skip_or_none(method: Any) -> None:
     """Its mask has one element, so draws are computed one by one."""
     model = zoo.bart().eval()
-    found = predict(model, zoo.inputs(model), 10, task=lambda output: output.logits, method=method)
+    found = predict(model, zoo.inputs(model), 10, task=lambda output: output.last_hidden_state, method=method)
     assert found.route == "one by one"
     assert (found.variance.flatten(1).amax(1) > 0).all()
     assert "share a mask" in found.notes[1] or "do not fit" in found.notes[1]
