@@ -76,8 +76,9 @@ def launch(code: str, folder: Path, processes: int) -> subprocess.CompletedProce
     """
     script.write_text(textwrap.dedent(start) + textwrap.dedent(code))
     path = os.pathsep.join(entry for entry in sys.path if entry)
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone"
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script],
+        [*torchrun, f"--nproc-per-node={processes}", script],
         capture_output=True, text=True, timeout=PATIENCE, check=False,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -108,7 +109,7 @@ def error(shard: str) -> str:
     """That of a call in which one process raises."""
     model = nn.Sequential(*mlp(), Fails()).train()
     try:
-        for _ in stream(model, x, 20, batch_size=2, shard=shard, memory=1):
+        for _ in stream(model, x, 20, batch_size=2, method="independent", shard=shard, memory=1):
             pass
     except Exception as caught:
         assert all(module.training for module in model.modules())

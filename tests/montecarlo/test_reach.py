@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import thinned
 from models import zoo
-from montecarlo.common import METHODS, as_it_is, mlp, ulps
+from montecarlo.common import METHODS, as_it_is, both_methods, mlp, ulps
 from thinned.models.intercept import intercept
 from thinned.montecarlo import predict
 
@@ -206,6 +206,16 @@ def test_torchscript_is_refused_by_name() -> None:
         found = predict(model, vectors, 10)
     assert found.sites == ("0",)
     assert scripted.training
+
+
+@both_methods
+def test_a_layer_that_all_examples_skip_or_none(method: Any) -> None:
+    """Its mask has one element, so draws are computed one by one."""
+    model = zoo.bart().eval()
+    found = predict(model, zoo.inputs(model), 10, task=lambda output: output.last_hidden_state, method=method)
+    assert found.route == "one by one"
+    assert (found.variance.flatten(1).amax(1) > 0).all()
+    assert "share a mask" in found.notes[1] or "do not fit" in found.notes[1]
 
 
 class Noisy(nn.Module):

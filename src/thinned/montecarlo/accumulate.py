@@ -92,7 +92,7 @@ class Accumulator:
         return part
 
     def merged(self, other: Accumulator) -> Accumulator:
-        """These draws and the ``other``'s, of which either has whole sets only.
+        """These draws and those of ``other``. At most one of the two ends within a set.
 
         >>> one, two = Accumulator(2), Accumulator(2)
         >>> one.add(torch.arange(4.0)[:, None]), two.add(torch.arange(4.0, 9.0)[:, None])

@@ -107,6 +107,8 @@ class Draw(OneRow):
         if isinstance(stratum, Tensor):
             stratum = stratum.to(key.bits.device)
             if stratum.dim():
+                if not key.shape:
+                    raise RuntimeError("the draws of a batch cannot share a mask that all its examples share")
                 stratum = stratum.repeat_interleave(len(key.bits) // len(stratum))
         return key.stratified(stratum, self._strata)
 
