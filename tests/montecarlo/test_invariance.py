@@ -76,7 +76,7 @@ def test_results_are_equal_but_for_rounding(
         for more in ({"batch_size": 1}, {"batch_size": 7}, {"batch_size": 64}, {"memory": 30_000}):
             count = 9 if more == {"batch_size": 1} else N
             found = predict(model, x[:count], **options, **more)
-            assert found.route == ["vmap", "batch", "one by one"][len(refused)]
+            assert found.route not in refused
             assert found.ids.equal(expected.ids[:count])
             for name in ("outputs", "mean", "variance", "standard_error", "expected_entropy"):
                 assert ulps(getattr(found, name), getattr(expected, name)[:count]) <= ULPS, (more, name)

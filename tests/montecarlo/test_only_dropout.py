@@ -260,7 +260,7 @@ def test_inputs_stay_as_they_are() -> None:
     for method in ("independent", "stratified"):
         one, two = (predict(each, rows, 20, method=method) for each in (model, other))
         torch.testing.assert_close(one.mean, two.mean)
-    assert found.route == "batch"
+    assert found.route == "vmap"
 
 
 def test_outer_contexts_stay() -> None:

@@ -170,7 +170,7 @@ def test_transformers(name: str, attention: str) -> None:
     read = {"bert": "classification", "gpt2": lambda output: output.logits[:, -1]}[name]
     found = predict(model, inputs, 20, task=read, method="independent", keep_draws=True)
     assert found.outputs is not None
-    assert found.route == "vmap"
+    assert found.route == "batch"  # little precedes the first dropout
     assert not any(module.training for module in model.modules())
     assert any("attention" in site or "attn" in site for site in found.sites)
     model.train()

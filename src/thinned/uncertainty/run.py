@@ -86,7 +86,8 @@ def prepare(
         put_in = {} if options["inject"] is None else injected(model, options["inject"])
 
     def predict(output: Path) -> Report:
-        with closing(parts):  # type: ignore[type-var]  # a generator
+        with closing(parts), warnings.catch_warnings(record=True) as later:  # type: ignore[type-var]
+            warnings.simplefilter("always")
             prediction = Prediction.cat(list(write(output, _checked(parts, examples.y), examples.y)))
         return Report(
             command,
@@ -97,7 +98,7 @@ def prepare(
             examples.y,
             sites_of(model, prediction.sites, put_in),
             options,
-            [str(each.message) for each in caught],
+            [str(each.message) for each in (*caught, *later)],
         )
 
     return predict
