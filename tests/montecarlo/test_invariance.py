@@ -17,7 +17,7 @@ from thinned.montecarlo.draws import Route
 N, SAMPLES = 70, 12
 # Matrix products of other sizes add in another order: measured at most 4 units of the largest result.
 ULPS = 16
-ROUTES: list[tuple[Route, ...]] = [(), ("vmap",), ("vmap", "batch")]
+ROUTES: list[tuple[Route, ...]] = [(), ("thinned", "vmap"), ("thinned", "vmap", "batch")]
 ones = torch.ones(N, 9)
 
 
