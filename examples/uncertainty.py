@@ -6,7 +6,8 @@ python examples/uncertainty.py docs/pictures
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -27,6 +28,7 @@ from thinned.montecarlo.prediction import entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Figures = Iterator[tuple[str, Figure]]
+Rows = dict[str, list[list[float]]]
 console = Console(width=140)
 cross_entropy, mse = nn.functional.cross_entropy, nn.functional.mse_loss
 
@@ -108,47 +110,27 @@ def digits(effort: Effort) -> Figures:
     (x, test), (y, truth) = (part[known][: 3 * count].tensor_split([count]) for part in (images, labels))
     strangers = {"8 and 9": images[~known][: count // 2], "photographs": photographs(count // 2)}
 
-    def trained(model: nn.Module, epochs: int = 20, seed: int = 0) -> nn.Module:
-        return train(model, x, y, cross_entropy, epochs * effort.epochs, seed)
+    def trained(model: nn.Module, seed: int = 0) -> nn.Module:
+        return train(model, x, y, cross_entropy, 20 * effort.epochs, seed)
 
-    mean = f"mean of {effort.draws} draws"
-    rows: dict[str, list[list[float]]] = {}
+    rows: Rows = defaultdict(list)
     for seed in range(effort.networks):
         torch.manual_seed(seed)
-        plain = trained(mlp(784, 800, 800, 8, p=0), seed=seed)
-        model = trained(mlp(784, 800, 800, 8, p=0.5, p_input=0.2), seed=seed)
-        inside = predict(model, test, effort.draws, seed=seed)
-        outside = {name: predict(model, each, effort.draws, seed=seed) for name, each in strangers.items()}
-        found = {
-            name: (once(net, test).softmax(1), [once(net, each).softmax(1) for each in strangers.values()])
-            for name, net in {"trained without dropout": plain, "weight scaling": model}.items()
+        plain = trained(mlp(784, 800, 800, 8, p=0), seed)
+        model = trained(mlp(784, 800, 800, 8, p=0.5, p_input=0.2), seed)
+        each = [predict(model, x, effort.draws, seed=seed) for x in (test, *strangers.values())]
+        probabilities = {
+            name: [once(network, x).softmax(1) for x in (test, *strangers.values())]
+            for name, network in {"trained without dropout": plain, "weight scaling": model}.items()
         }
-        found[mean] = inside.mean, [each.mean for each in outside.values()]
-        for name, (p, others) in found.items():
-            auroc = [calibration.auroc(entropy(p), entropy(other)) for other in others]
-            rows.setdefault(name, []).append([*scores(p, truth), *auroc])
-        information = [each.mutual_information for each in outside.values()]
-        auroc = [calibration.auroc(inside.mutual_information, each) for each in information]
-        rows.setdefault("the same, mutual information", []).append([math.nan] * 4 + auroc)
+        probabilities[f"mean of {effort.draws} draws"] = [part.mean for part in each]
+        for name, parts in probabilities.items():
+            rows[name].append([*scores(parts[0], truth), *apart(map(entropy, parts))])
+        information = apart(part.mutual_information for part in each)
+        rows["the same, mutual information"].append([math.nan] * 4 + information)
     heads = ("error %", "NLL", "ECE %", "Brier", *(f"AUROC {name}" for name in strangers))
     console.print(table("Digits", heads, rows))
-
-    draws = predict(model, test, effort.draws, seed=1, method="independent", keep_draws=True).outputs
-    assert draws is not None
-    rows = {"weight scaling": [scores(once(model, test).softmax(1), truth)[:2]]}
-    for k in (1, 2, 5, 10, 20, 50, 100):
-        whole = (
-            draws[:, : len(draws[0]) // k * k].unflatten(1, (-1, k)).mean(2).unbind(1)
-            if k <= len(draws[0])
-            else ()
-        )
-        rows[f"mean of {k}"] = [scores(p, truth)[:2] for p in whole]
-    console.print(table("Means of k draws (Srivastava et al. 2014, 7.5)", ("error %", "NLL"), rows))
-
-    few = test[: 2 * effort.draws]
-    gain = Table(
-        "network", "mean", "expected entropy", title="Variance with independent / stratified draws, 20 draws"
-    )
+    console.print(means_of_draws(model, test, truth, effort.draws))
     networks = {
         "MLP 800-800, p = 0.5, input 0.2": model,
         "MLP 800-800, p = 0.2": trained(mlp(784, 800, 800, 8, p=0.2)),
@@ -157,27 +139,19 @@ def digits(effort: Effort) -> Figures:
         "MLP of 6 x 200, p = 0.5": trained(mlp(784, *[200] * 6, 8, p=0.5)),
         "CNN, DropBlock2d(0.2)": trained(cnn(8, thinned.DropBlock2d(0.2, 5), nn.Identity())),
     }
-    for name, network in networks.items():
-        gain.add_row(name, *ratios(network, few, effort.repeats, "classification"))
-    x, y = (torch.as_tensor(part, dtype=torch.float32) for part in load_diabetes(return_X_y=True))
-    x, y = x / x.std(0), ((y - y.mean()) / y.std())[:, None]
-    network = train(mlp(10, 100, 100, 1, p=0.1), x[:400], y[:400], mse, 100 * effort.epochs, 0)
-    gain.add_row("MLP 100-100, p = 0.1, regression", *ratios(network, x, effort.repeats, "regression"))
-    console.print(gain)
+    console.print(gains(networks, test[: 2 * effort.draws], effort))
 
-    figure = Figure(figsize=(14, 4.8), layout="constrained")
-    for (name, (p, _)), axes in zip(found.items(), figure.subplots(1, 3), strict=True):
+    figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+    pairs = zip(list(probabilities.items())[1:], figure.subplots(1, 2), strict=True)
+    for (name, (p, *_)), axes in pairs:
         plots.reliability_diagram(p, truth, axes=axes)
         axes.set_title(name)
     yield "reliability", figure
-    yield "entropy", plots.entropy_histogram(inside.predictive_entropy, outside["8 and 9"].predictive_entropy)
-    wrong = (inside.label != truth).double()
+    inside, outside, _ = each
+    yield "entropy", plots.entropy_histogram(inside.predictive_entropy, outside.predictive_entropy)
     names = ("predictive_entropy", "mutual_information", "variation_ratio")
     by = {name.replace("_", " "): getattr(inside, name) for name in names}
-    yield (
-        "risk-coverage",
-        plots.risk_coverage(wrong, {**by, "entropy, weight scaling": entropy(found["weight scaling"][0])}),
-    )
+    yield "risk-coverage", plots.risk_coverage(inside.label != truth, by)
 
 
 def scores(p: Tensor, labels: Tensor) -> list[float]:
@@ -190,23 +164,50 @@ def scores(p: Tensor, labels: Tensor) -> list[float]:
     ]
 
 
-def table(title: str, heads: tuple[str, ...], rows: dict[str, list[list[float]]]) -> Table:
+def table(title: str, heads: tuple[str, ...], rows: Rows) -> Table:
     """Means of rows, with standard errors where there are several."""
     made = Table("", *heads, title=title)
     for name, values in rows.items():
         each = np.array(values)
-        cells = [f"{value:.3f}" for value in each.mean(0)] if len(each) else []
+        cells = [f"{value:.3f}" for value in each.mean(0)]
         if len(each) > 1:
-            cells = [
-                f"{cell} ± {e:.3f}"
-                for cell, e in zip(cells, each.std(0, ddof=1) / len(each) ** 0.5, strict=True)
-            ]
+            errors = each.std(0, ddof=1) / len(each) ** 0.5
+            cells = [f"{cell} ± {error:.3f}" for cell, error in zip(cells, errors, strict=True)]
         made.add_row(name, *("" if "nan" in cell else cell for cell in cells))
     return made
 
 
+def apart(uncertainty: Iterable[Tensor]) -> list[float]:
+    """How well an uncertainty tells the first inputs from each of the others: AUROC."""
+    inside, *others = uncertainty
+    return [calibration.auroc(inside, outside) for outside in others]
+
+
+def means_of_draws(model: nn.Module, x: Tensor, labels: Tensor, count: int) -> Table:
+    """The error of weight scaling, and that of means of k draws."""
+    draws = predict(model, x, count, seed=1, method="independent", keep_draws=True).outputs
+    assert draws is not None
+    rows = {"weight scaling": [scores(once(model, x).softmax(1), labels)[:2]]}
+    for k in (k for k in (1, 2, 5, 10, 20, 50, 100) if k <= count):
+        means = draws[:, : count // k * k].unflatten(1, (-1, k)).mean(2).unbind(1)
+        rows[f"mean of {k}"] = [scores(p, labels)[:2] for p in means]
+    return table("Means of k draws (Srivastava et al. 2014, 7.5)", ("error %", "NLL"), rows)
+
+
+def gains(networks: dict[str, nn.Module], x: Tensor, effort: Effort) -> Table:
+    """How many times smaller the variance of the mean of 20 draws is if they are stratified."""
+    made = Table("network", "mean", "expected entropy", title="Variance, independent / stratified, 20 draws")
+    for name, network in networks.items():
+        made.add_row(name, *ratios(network, x, effort.repeats, "classification"))
+    x, y = (torch.as_tensor(part, dtype=torch.float32) for part in load_diabetes(return_X_y=True))
+    x, y = x / x.std(0), ((y - y.mean()) / y.std())[:, None]
+    network = train(mlp(10, 100, 100, 1, p=0.1), x, y, mse, 20 * effort.epochs, 0)
+    made.add_row("MLP 100-100, p = 0.1, diabetes", *ratios(network, x, effort.repeats, "regression"))
+    return made
+
+
 def ratios(model: nn.Module, x: Tensor, repeats: int, task: Any) -> Iterator[str]:
-    """How many times smaller the variance of means of 20 draws is, and its error over the examples."""
+    """The ratio of the variances over seeds, and its standard error over the examples."""
     runs = [
         [predict(model, x, 20, seed=seed, task=task, method=method) for seed in range(repeats)]
         for method in ("independent", "stratified")
@@ -236,7 +237,7 @@ def regressions(effort: Effort) -> Figures:
     data = {"diabetes": load_diabetes(return_X_y=True), "Auto MPG": (cars[:, :7], miles)}  # without the names
     for name, (x, y) in data.items():
         epochs = {"diabetes": 20, "Auto MPG": 100}[name] * effort.epochs
-        rows: dict[str, list[list[float]]] = {}
+        rows: Rows = defaultdict(list)
         tests = [split(x, y, number, epochs, effort.draws, rows) for number in range(effort.splits)]
         first, *_, last = (np.array(each) for each in rows.values())
         rows["last minus first, split by split"] = (last - first).tolist()
@@ -248,7 +249,7 @@ def regressions(effort: Effort) -> Figures:
 
 
 def split(
-    x: np.ndarray, y: np.ndarray, number: int, epochs: float, draws: int, rows: dict[str, list[list[float]]]
+    x: np.ndarray, y: np.ndarray, number: int, epochs: float, draws: int, rows: Rows
 ) -> tuple[Tensor, Tensor, Tensor]:
     """80 % to train, 10 % for the noise, 10 % to test; the mean, variance and targets of the test."""
     tenth = len(x) // 10
@@ -275,7 +276,7 @@ def split(
             ),
         )
         variance = spread[test] + noise
-        rows.setdefault(name, []).append(
+        rows[name].append(
             [
                 calibration.root_mean_squared_error(mean[test], targets[test]) * unit,
                 -calibration.gaussian_negative_log_likelihood(mean[test], variance, targets[test])
@@ -293,7 +294,7 @@ def gap(effort: Effort) -> Figures:
     x = x[(x[:, 0] < -0.3) | (x[:, 0] > 0.7)]
     y = x**3 / 3 + 0.2 * torch.randn(len(x), 1)
     model = train(mlp(1, 100, 100, 1, p=0.1), x, y, mse, 500 * effort.epochs, 0, weight_decay=1e-5)
-    at = torch.linspace(-3.5, 3.5, 300)
+    at = torch.linspace(-3, 3, 300)
     drawn = predict(model, at[:, None], effort.draws, task="regression")
     curves = {"x_train": x[:, 0], "y_train": y[:, 0], "truth": at**3 / 3}
     yield "error-bars", plots.error_bars(at, drawn.mean[:, 0], drawn.variance[:, 0], **curves)
