@@ -16,16 +16,18 @@ ADDED = """
     import thinned, thinned.models.callbacks
     print(*sorted(set(sys.modules) - before))
     print("torch._dynamo" in sys.modules)
+    print("thinned.montecarlo" in sys.modules, thinned.montecarlo.predict.__name__)
 """
 
 
 def test_import_brings_no_other_package_and_not_the_compiler() -> None:
     """Nor either framework of the callbacks. `make bench` measures the seconds that are left."""
-    modules, compiler = output(ADDED).splitlines()
+    modules, compiler, montecarlo = output(ADDED).splitlines()
     added = {name.partition(".")[0] for name in modules.split()}
     assert "thinned" in added
     assert added <= {"thinned", "numpy", *sys.stdlib_module_names}
     assert compiler == "False"
+    assert montecarlo == "False predict"  # imported at its first use
 
 
 PATCHED = """

@@ -15,11 +15,15 @@ from types import ModuleType
 from torch import nn
 
 import thinned
+from thinned.montecarlo import calibration, plots
 
 LIST = Path(__file__).parent / "data" / "public.txt"
 MODULES = {
     "thinned": thinned,
     "thinned.functional": thinned.functional,
+    "thinned.montecarlo": thinned.montecarlo,
+    "thinned.montecarlo.calibration": calibration,
+    "thinned.montecarlo.plots": plots,
     "thinned.schedules": thinned.schedules,
     "thinned.spec": thinned.spec,
 }

@@ -89,8 +89,8 @@ def predict(
             data's noise; or a function of the model's output that returns a tensor with an example in each
             row. An output with an attribute ``logits``, as of transformers, stands for that.
         batch_size: the number of examples at a time, by default 256. A data loader has its own.
-        method: ``"stratified"`` draws repel each other: the mean of as many has a smaller error. Layers other
-            than dropout of elements, channels, paths and attention weights draw independently all the same.
+        method: ``"stratified"`` draws repel each other: the mean of as many has a smaller error. Dropouts of
+            blocks, weights, edges and targets draw independently all the same.
             ``"independent"``: draw ``t`` has the masks of ``thinned.address(model, seed=seed, step=t,
             samples=ids)``. ``"moments"``: no draws; :func:`~thinned.montecarlo.moments.moments` propagates
             mean and variance through a model of a few kinds of layers, for ``task="regression"``.
