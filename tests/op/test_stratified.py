@@ -121,10 +121,34 @@ def test_threads_share_the_work(restore_threads: None) -> None:
     assert op.uniform(keys, (30, 5000), Geometry((0, 1)), draws, 20).equal(expected)
 
 
+NUMBERS = torch.randint(-(2**31), 2**31, (3, 4, 5), dtype=torch.int32)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, 2), (None, 0), (0, None)])
+@pytest.mark.parametrize("numbers", [NUMBERS, NUMBERS[:, :, :1]], ids=["each", "shared by rows"])
+@torch.no_grad()
+def test_numbers_choose_under_vmap(in_dims: tuple[int | None, int | None], numbers: Tensor) -> None:
+    def of_call(part: Tensor, dim: int | None, i: int) -> Tensor:
+        return part[0] if dim is None else part[i]
+
+    def call(x: Tensor, numbers: Tensor) -> Tensor:
+        return op.choose(x, numbers, 2**31, 2.0, 0.5, 7.0)
+
+    x = torch.randn(3, 4, 5)
+    parts = [
+        part[0] if dim is None else part.movedim(0, dim)
+        for part, dim in zip((x, numbers), in_dims, strict=True)
+    ]
+    each = [call(of_call(x, in_dims[0], i), of_call(numbers, in_dims[1], i)) for i in range(3)]
+    assert torch.vmap(call, in_dims)(*parts).equal(torch.stack(each))
+
+
 @pytest.mark.parametrize("keys", [torch.tensor(7), torch.tensor([7, -8, 9])], ids=["one key", "a key a row"])
 def test_opcheck(keys: Tensor) -> None:
     for draw in (torch.tensor(3), torch.arange(keys.numel()).reshape(keys.shape)):
         torch.library.opcheck(torch.ops.thinned.uniform.default, (keys, [3, 50], [50, 1], 9, draw, 20))
+    constants = 2**31, 2.0, 0.5, 7.0
+    torch.library.opcheck(torch.ops.thinned.choose.default, (torch.randn(3, 4, 5), NUMBERS, *constants))
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinned import backends, cuda_draws
+from thinned import cuda_draws
 from thinned.backends import portable
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.key_source import active
 from thinned.keys import draw_int
 from thinned.op.inplace import count_write, refuse_leaf, refuse_overlap
-from thinned.op.registered import call_backend, keep_mask, key_tensor, library, stack_keys
+from thinned.op.registered import call_backend, choose_on_backend, keep_mask, key_tensor, library, stack_keys
 from thinned.torch_state import (
     SingleLevelFunction,
     below_autograd,
@@ -128,8 +128,9 @@ def choose(x: Tensor, numbers: Tensor, T: int, scale: float, shift: float = 0.0,
     Not differentiable in a plain tensor: :func:`thinned.op.from_key.apply_linear` is for that.
     """
     if is_eager(x):
-        backend = backends.for_device_type(x.device.type)
-        return backend.choose(x.detach().resolve_neg(), numbers, T, scale, shift, fill)
+        return choose_on_backend(x.detach(), numbers, T, scale, shift, fill)
+    if transforming() and not (compiling() or forward_mode() or torch.is_grad_enabled()):  # vmap alone
+        return torch.ops.thinned.choose(x, numbers, T, scale, shift, fill)  # type: ignore[no-any-return]
     dropped = numbers.to(torch.int64) >= T - 2**31
     return masked_affine(x, 0, None, 2**32, scale, shift).masked_fill(dropped, fill)
 

@@ -17,7 +17,7 @@ from thinned.op.partitioner import repeat_draws
 from thinned.op.vmap_keys import key_per_call
 from thinned.torch_state import compiling, is_eager, tracing, transforming, without_transforms
 
-__all__ = ["call_backend", "keep_mask", "key_tensor", "library", "stack_keys", "uniform"]
+__all__ = ["call_backend", "choose_on_backend", "keep_mask", "key_tensor", "library", "stack_keys", "uniform"]
 
 library = torch.library.Library("thinned", "FRAGMENT")
 for _schema, *_tags in (
@@ -30,6 +30,7 @@ for _schema, *_tags in (
         "uniform(Tensor key, SymInt[] shape, SymInt[] strides, SymInt base, Tensor? draw=None, "
         "int strata=1) -> Tensor",
     ),
+    ("choose(Tensor x, Tensor numbers, int T, float scale, float shift, float fill) -> Tensor",),
     ("draw_key(Tensor place) -> Tensor", torch.Tag.nondeterministic_seeded),
 ):
     # Conservative: else TorchScript would fold a draw, whose input is constant, into a constant key.
@@ -115,6 +116,11 @@ def _uniform(
     return backend.uniform(key, tuple(shape), Geometry(tuple(strides), base), draw, strata)
 
 
+def choose_on_backend(x: Tensor, numbers: Tensor, *constants: Any) -> Tensor:
+    """:meth:`thinned.backends.Backend.choose` of the backend for ``x``'s device."""
+    return backends.for_device_type(x.device.type).choose(x.resolve_neg(), numbers, *constants)
+
+
 def _rounds_once(x: Tensor, *arguments: Any) -> bool:
     return x.is_floating_point() and is_product(*arguments[-3:])
 
@@ -123,6 +129,7 @@ for _name, _kernel, _fake in (
     ("masked_affine", _masked_affine, lambda x, *_: torch.empty_like(x)),
     ("keep_mask", _keep_mask, lambda key, shape, *_: key.new_empty(shape, dtype=torch.bool)),
     ("uniform", _uniform, lambda key, shape, *_: key.new_empty(shape, dtype=torch.int32)),
+    ("choose", choose_on_backend, lambda x, *_: torch.empty_like(x)),
     ("draw_key", lambda place: draw(place.device), lambda place: place.new_empty(())),
 ):
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -164,5 +171,17 @@ def _vmap_uniform(
     return torch.ops.thinned.uniform(keys, (size, *shape), (0, *strides), base, draw, strata), 0
 
 
+def _vmap_choose(
+    info: Any, in_dims: tuple[Any, ...], x: Tensor, numbers: Tensor, *constants: Any
+) -> tuple[Tensor, int]:
+    x_dim, numbers_dim, *_ = in_dims
+    x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+    if numbers_dim is not None:
+        numbers = numbers.movedim(numbers_dim, 0)
+        numbers = numbers.reshape(len(numbers), *(1,) * (x.dim() - numbers.dim()), *numbers.shape[1:])
+    return torch.ops.thinned.choose(x, numbers, *constants), 0
+
+
+torch.library.register_vmap("thinned::choose", _vmap_choose, lib=library)
 torch.library.register_vmap("thinned::keep_mask", _vmap_keep_mask, lib=library)
 torch.library.register_vmap("thinned::uniform", _vmap_uniform, lib=library)
