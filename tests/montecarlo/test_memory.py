@@ -1,0 +1,32 @@
+"""Draws in chunks: the memory at the peak does not grow with their number."""
+
+from __future__ import annotations
+
+import pytest
+from process import output
+
+SCRIPT = """
+import os, resource
+import torch
+from torch import nn
+from thinned.montecarlo import predict
+
+torch.set_num_threads(1)
+hidden = nn.Linear(784, 800), nn.ReLU(), nn.Dropout(), nn.Linear(800, 800), nn.ReLU(), nn.Dropout()
+model, x = nn.Sequential(*hidden, nn.Linear(800, 10)), torch.rand(256, 784)
+predict(model, x[:1], 2)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+predict(model, x, int(os.environ["DRAWS"]))
+print(peak() - before)
+"""
+
+
+# Else glibc keeps a chunk's freed memory for itself, and gives later chunks other pieces.
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_draws() -> None:
+    one_chunk, many = (int(output(SCRIPT, DRAWS=draws, **GIVEN_BACK)) for draws in ("26", "260"))
+    assert many < 1.5 * one_chunk
