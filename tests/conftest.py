@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # Tests with so many tiles that Triton's interpreter takes more than 5 s.
 LONG_INTERPRETED = re.compile(
     r"layers/(?!.*test_backends_agree)|test_chunks_are_parts|test_more_blocks|test_memory_layout"
-    r"|test_layouts(?!.*\(2, 3, 4, 5\))"
+    r"|test_layouts(?!.*\(2, 3, 4, 5\))|test_stratified.py::test_(any_geometry|a_draw_for|values_are|rows_of)"
 )
 
 
