@@ -57,6 +57,18 @@ def test_tensors_dictionaries_tuples_and_loaders_agree(method: Any) -> None:
     assert found.targets["label"].equal(y)
 
 
+@pytest.mark.parametrize("chosen", [torch.tensor([20, 3]), torch.arange(23) % 7 == 3])
+def test_targets_of_some_examples(chosen: Tensor) -> None:
+    rows = [
+        (row, label, {"label": label}, f"name {i}") for i, (row, label) in enumerate(zip(x, y, strict=True))
+    ]
+    found = predict(mlp(), DataLoader(rows, batch_size=5), 4).select(chosen)  # type: ignore[arg-type]
+    labels, named, names = found.targets
+    assert labels.equal(y[chosen])
+    assert named["label"].equal(y[chosen])
+    assert names == [f"name {i}" for i in found.ids]
+
+
 def test_several_arguments() -> None:
     torch.manual_seed(0)
     model, scale = TwoInputs(), torch.rand(23, 1)
