@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,13 +21,16 @@ from thinned.models.inspect import Site, inspect
 from thinned.models.walk import check_model, modules_in_containers, modules_with_paths
 from thinned.torch_state import compiler_is_imported
 
-__all__ = ["HEAD_P", "Dropouts", "Inject", "injected"]
+__all__ = ["HEAD_P", "Dropouts", "Inject", "injected", "one_thread"]
 
 Inject = Mapping[str, float] | str
 HEAD_P = 0.1
 # What inspect finds but no key reaches; such a place stays off.
 UNREACHED = ("register", "perhaps", "beyond")
 
+
+# The flags of modules and torch's generators are shared by all threads, so one predicts at a time.
+one_thread = threading.RLock()
 
 # The place of the running mean among the arguments; and, at place 5, the flag that says to update it.
 NORMS: dict[Any, tuple[int, str]] = {
@@ -93,8 +97,14 @@ class Dropouts:
         At the end, also after an exception, every module's ``training`` flag, the buffers of modules that
         drop and torch's generators are what they were. Batch normalization uses its running statistics and
         does not change them. Code of :func:`torch.compile` runs without the compiler. The generator of the
-        CPU goes on where the last such context left it, for a data loader that draws from it.
+        CPU goes on where the last such context left it, for a data loader that draws from it. Other threads
+        wait to enter.
         """
+        with one_thread, self._on():
+            yield
+
+    @contextmanager
+    def _on(self) -> Iterator[None]:
         flags = [(module, module.training) for module in self._modules.values()]
         buffers = [
             (self._modules[path], name, buffer, buffer.clone())
