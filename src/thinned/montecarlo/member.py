@@ -71,7 +71,8 @@ class Member(Named):
         """The model's own output."""
         ids = torch.zeros(rows_of(arguments_of(args, kwargs)), dtype=torch.int64)
         draw = draw_of(self.module, self.settings.seed, self.draw, ids, self.settings.set_size)
-        with self._dropouts.on(), intercept(), draw:
+        draw.recomputing = self._dropouts.on  # type: ignore[method-assign]
+        with draw.recomputing(), intercept(), draw:
             return self.module(*args, **kwargs)
 
     def extra_repr(self) -> str:
