@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -116,6 +117,20 @@ def test_a_loader_that_draws_goes_on_from_batch_to_batch() -> None:
     torch.manual_seed(5)
     predict(model, DataLoader(Numbers(), 1), 2)
     assert sorted(set(seen)) == sorted(set(expected))
+
+
+def test_inputs_that_are_made_with_the_model() -> None:
+    """Such as adversarial examples: in evaluation, and with gradients."""
+    model = mlp().eval()
+
+    def perturbed() -> Iterator[Tensor]:
+        for rows in x.split(10):
+            leaf = rows.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(model(leaf).square().sum(), leaf)
+            yield rows + gradient
+
+    expected = predict(model, torch.cat(list(perturbed())), 10)
+    assert_equal(predict(model, perturbed(), 10), expected)  # type: ignore[arg-type]
 
 
 def test_memory_does_not_grow_with_samples() -> None:

@@ -96,12 +96,25 @@ class Dropouts:
 
         At the end, also after an exception, every module's ``training`` flag, the buffers of modules that
         drop and torch's generators are what they were. Batch normalization uses its running statistics and
-        does not change them. Code of :func:`torch.compile` runs without the compiler. The generator of the
-        CPU goes on where the last such context left it, for a data loader that draws from it. Other threads
-        wait to enter.
+        does not change them. Code of :func:`torch.compile` runs without the compiler. Other threads wait to
+        enter.
         """
-        with one_thread, self._on():
+        with one_thread, self.generators(), self._on():
             yield
+
+    @contextmanager
+    def generators(self) -> Iterator[None]:
+        """Leave torch's generators as they were; that of the CPU goes on where the last context left it."""
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        devices = {each.device for each in tensors if each.device.type not in ("cpu", "meta")}
+        kind = next((device.type for device in devices), "cuda")
+        with torch.random.fork_rng([device.index for device in devices], device_type=kind):
+            if self._state is not None:
+                torch.set_rng_state(self._state)
+            try:
+                yield
+            finally:
+                self._state = torch.get_rng_state()
 
     @contextmanager
     def _on(self) -> Iterator[None]:
@@ -112,31 +125,24 @@ class Dropouts:
             for name, buffer in self._modules[path].named_buffers(recurse=False)
         ]
         hooks: list[RemovableHandle] = []
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        devices = {each.device for each in tensors if each.device.type not in ("cpu", "meta")}
-        kind = next((device.type for device in devices), "cuda")
-        with torch.random.fork_rng([device.index for device in devices], device_type=kind):
-            if self._state is not None:
-                torch.set_rng_state(self._state)
-            try:
-                for path, module in self._modules.items():
-                    module.training = path in self._drop
-                for path, p in self._chosen.items():
-                    hooks.append(self._modules[path].register_forward_pre_hook(_Drop(p)))
-                eager = torch.compiler.set_stance("force_eager") if compiler_is_imported() else nullcontext()
-                with eager, _Evaluation():
-                    yield
-            finally:
-                for module, training in flags:
-                    module.training = training
-                for module, name, buffer, before in buffers:
-                    setattr(module, name, buffer)
-                    if not buffer.equal(before):
-                        with torch.no_grad():
-                            buffer.copy_(before)
-                for hook in hooks:
-                    hook.remove()
-                self._state = torch.get_rng_state()
+        try:
+            for path, module in self._modules.items():
+                module.training = path in self._drop
+            for path, p in self._chosen.items():
+                hooks.append(self._modules[path].register_forward_pre_hook(_Drop(p)))
+            eager = torch.compiler.set_stance("force_eager") if compiler_is_imported() else nullcontext()
+            with eager, _Evaluation():
+                yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            for module, name, buffer, before in buffers:
+                setattr(module, name, buffer)
+                if not buffer.equal(before):
+                    with torch.no_grad():
+                        buffer.copy_(before)
+            for hook in hooks:
+                hook.remove()
 
 
 def _nothing(model: nn.Module, sites: Sequence[Site]) -> str:

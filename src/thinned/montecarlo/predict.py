@@ -253,31 +253,36 @@ def _stream(model: nn.Module, inputs: Inputs, settings: Settings, dropouts: Drop
     items: list[tuple[Batch, Any]] = []
 
     def take() -> Batch | None:
-        items[:] = islice(batches, at_once)
+        with dropouts.generators():  # outside dropouts.on: the inputs may be made with the model
+            items[:] = islice(batches, at_once)
         return items[mine][0].to(device) if mine < len(items) else None
 
     def prediction() -> Prediction | None:
         batch = take()
         if batch is None:
             return None
-        found = _moments(model, batch) if settings.method == "moments" else _predict(batch, drawing, settings)
+        with dropouts.on(), torch.no_grad():
+            if settings.method == "moments":
+                found = _moments(model, batch)
+            else:
+                found = _predict(batch, drawing, settings)
         return found.to(ranks.device or device)
 
     def tally() -> _Tally | None:
         batch = take()
-        return None if batch is None else _tally(batch, drawing, settings, ranks).to(ranks.device or device)
+        if batch is None:
+            return None
+        with dropouts.on(), torch.no_grad():
+            return _tally(batch, drawing, settings, ranks).to(ranks.device or device)
 
     total = _count(inputs, settings.batch_size, at_once)
     with progress_bar("batches", total) if settings.progress else nullcontext(str) as tick:
         while True:
-            with dropouts.on(), torch.no_grad():
-                if by_draws:
-                    tallies = [part for part in ranks.gather(tally) if part is not None]
-                    found = (
-                        [reduce(_Tally.merged, tallies).result(items[0][0].ids, drawing)] if tallies else []
-                    )
-                else:
-                    found = [part for part in ranks.gather(prediction) if part is not None]
+            if by_draws:
+                tallies = [part for part in ranks.gather(tally) if part is not None]
+                found = [reduce(_Tally.merged, tallies).result(items[0][0].ids, drawing)] if tallies else []
+            else:
+                found = [part for part in ranks.gather(prediction) if part is not None]
             if not found:
                 return
             for part, (_, targets) in zip(found, items, strict=True):
