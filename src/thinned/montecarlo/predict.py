@@ -26,6 +26,7 @@ from thinned.montecarlo.moments import moments
 from thinned.montecarlo.prediction import Kind, Prediction, entropy
 from thinned.montecarlo.sharing import Ranks, Shard
 from thinned.progress import progress_bar
+from thinned.torch_state import outside_graphs
 
 __all__ = ["Inputs", "Method", "Settings", "Task", "Until", "predict", "rows_of", "stream"]
 
@@ -41,6 +42,7 @@ BUDGET_ELSEWHERE = 2**29
 LEAST_DRAWS = 10  # before a standard error can end the draws of an example
 
 
+@outside_graphs
 def predict(
     model: nn.Module,
     inputs: Inputs,
