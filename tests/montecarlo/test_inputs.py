@@ -200,6 +200,7 @@ class Returns(nn.Module):
         (lambda h: h.long(), "classification", TypeError, "floating-point numbers, got torch.int64"),
         (lambda h: (h, h), "classification", TypeError, "must return a tensor, got .* of type tuple"),
         (lambda h: (h, h, h), "regression", TypeError, "got 3 values; give a function of the output as task"),
+        (lambda h: (h, -h.abs()), "regression", ValueError, "variance of draw 0 of example 0 is negative"),
         (lambda h: {"out": h}, "classification", TypeError, "must return a tensor, got .* of type dict"),
         (lambda h: None, "regression", TypeError, "must return a tensor, got None"),  # noqa: ARG005
         (lambda h: h, lambda h: h.tolist(), TypeError, "task must return a tensor, got .* of type list"),

@@ -120,8 +120,8 @@ def predict(
         progress: show a bar of the batches on standard error, if it is a terminal or a notebook; needs rich.
 
     Raises:
-        ValueError: the model drops nowhere; the inputs have no example; a draw is not finite; or an argument
-            is none of those accepted.
+        ValueError: the model drops nowhere; the inputs have no example; a draw is not finite; a variance is
+            negative; or an argument is none of those accepted.
         TypeError: the model returns what the task does not read.
         RuntimeError: ``shard`` without a process group; an error in another process.
 
@@ -357,7 +357,7 @@ def _tally(batch: Batch, drawing: Drawing, settings: Settings, ranks: Ranks) -> 
 
 
 def _check(outputs: Outputs, batch: Batch, first: int) -> None:
-    """Raise for an output without a row for each example, and for one that is not finite."""
+    """Raise for an output without a row for each example, one that is not finite, a variance below 0."""
     for output in outputs:
         if output.dim() < 2 or output.shape[1] != len(batch):
             raise ValueError(
@@ -368,6 +368,13 @@ def _check(outputs: Outputs, batch: Batch, first: int) -> None:
             draw, row = (~finite).nonzero()[0].tolist()
             raise ValueError(
                 f"draw {first + draw} of example {int(batch.ids[row])} is not finite, so it has no mean"
+            )
+    for variance in outputs[1:]:
+        if (negative := (variance < 0).unsqueeze(-1).flatten(2).any(2)).any():
+            draw, row = negative.nonzero()[0].tolist()
+            raise ValueError(
+                f"the variance of draw {first + draw} of example {int(batch.ids[row])} is negative; for a "
+                "model of its logarithm, let a module around it return the exponential"
             )
 
 
