@@ -220,7 +220,7 @@ class Settings:
 
     @property
     def kind(self) -> Kind:
-        """What the task is, whether torch's or a function."""
+        """The name of the task; ``"other"`` for a function."""
         return self.task if self.task == "classification" or self.task == "regression" else "other"
 
     @property
@@ -293,7 +293,7 @@ def _stream(model: nn.Module, inputs: Inputs, settings: Settings, dropouts: Drop
 
 
 def _read(task: Task, output: Any) -> Outputs:
-    """What the statistics are of, from a model's output."""
+    """The tensors of a model's output whose statistics are computed."""
     if callable(task):
         return (_real(task(output), "task"),)
     output = getattr(output, "logits", output)
@@ -523,7 +523,7 @@ def _count(inputs: Inputs, batch_size: int | None, at_once: int) -> int | None:
 
 
 def _step(size: int, batch_size: int | None, at_once: int) -> int:
-    """The examples of a batch, of which there are ``at_once`` or more."""
+    """The number of examples in a batch, so that there are ``at_once`` batches or more."""
     return min(batch_size or BATCH_SIZE, max(1, math.ceil(size / at_once)))
 
 

@@ -1,4 +1,4 @@
-"""What Monte-Carlo dropout predicts: means, errors and uncertainties, an example in each row."""
+"""Predictions of Monte-Carlo dropout: means, errors and uncertainties, an example in each row."""
 
 from __future__ import annotations
 
