@@ -57,6 +57,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import wraps
 from importlib import metadata
 from operator import attrgetter
 from types import MethodType
@@ -265,6 +266,18 @@ def never_inlined(function: _Function) -> _Function:
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
+
+
+def outside_graphs(function: _Function) -> _Function:
+    """Let Dynamo break its graph at a function, and call it and what it calls without the compiler."""
+
+    @never_inlined
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        run = torch.compiler.disable(function) if compiler_is_imported() else function
+        return run(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def traced_lines() -> list[tuple[str, int, str]]:

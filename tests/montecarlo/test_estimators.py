@@ -72,6 +72,12 @@ def test_the_mean_and_the_deviation_are_those_of_predict() -> None:
     np.testing.assert_array_equal(found.std[:, 0], std)
 
 
+def test_rows_in_reverse() -> None:
+    """An array with negative strides."""
+    fitted = regressor().fit(X, Y)
+    np.testing.assert_allclose(fitted.predict(X[::-1]), fitted.predict(X)[::-1], rtol=1e-9)
+
+
 def test_several_targets() -> None:
     several = np.c_[Y, -Y, X[:, 0]]
     mean, std = regressor(max_iter=30).fit(X, several).predict(X, return_std=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -57,6 +58,18 @@ def test_tensors_dictionaries_tuples_and_loaders_agree(method: Any) -> None:
     assert found.targets["label"].equal(y)
 
 
+@pytest.mark.parametrize("chosen", [torch.tensor([20, 3]), torch.arange(23) % 7 == 3])
+def test_targets_of_some_examples(chosen: Tensor) -> None:
+    rows = [
+        (row, label, {"label": label}, f"name {i}") for i, (row, label) in enumerate(zip(x, y, strict=True))
+    ]
+    found = predict(mlp(), DataLoader(rows, batch_size=5), 4).select(chosen)  # type: ignore[arg-type]
+    labels, named, names = found.targets
+    assert labels.equal(y[chosen])
+    assert named["label"].equal(y[chosen])
+    assert names == [f"name {i}" for i in found.ids]
+
+
 def test_several_arguments() -> None:
     torch.manual_seed(0)
     model, scale = TwoInputs(), torch.rand(23, 1)
@@ -104,6 +117,20 @@ def test_a_loader_that_draws_goes_on_from_batch_to_batch() -> None:
     torch.manual_seed(5)
     predict(model, DataLoader(Numbers(), 1), 2)
     assert sorted(set(seen)) == sorted(set(expected))
+
+
+def test_inputs_that_are_made_with_the_model() -> None:
+    """Such as adversarial examples: in evaluation, and with gradients."""
+    model = mlp().eval()
+
+    def perturbed() -> Iterator[Tensor]:
+        for rows in x.split(10):
+            leaf = rows.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(model(leaf).square().sum(), leaf)
+            yield rows + gradient
+
+    expected = predict(model, torch.cat(list(perturbed())), 10)
+    assert_equal(predict(model, perturbed(), 10), expected)  # type: ignore[arg-type]
 
 
 def test_memory_does_not_grow_with_samples() -> None:
@@ -173,6 +200,7 @@ class Returns(nn.Module):
         (lambda h: h.long(), "classification", TypeError, "floating-point numbers, got torch.int64"),
         (lambda h: (h, h), "classification", TypeError, "must return a tensor, got .* of type tuple"),
         (lambda h: (h, h, h), "regression", TypeError, "got 3 values; give a function of the output as task"),
+        (lambda h: (h, -h.abs()), "regression", ValueError, "variance of draw 0 of example 0 is negative"),
         (lambda h: {"out": h}, "classification", TypeError, "must return a tensor, got .* of type dict"),
         (lambda h: None, "regression", TypeError, "must return a tensor, got None"),  # noqa: ARG005
         (lambda h: h, lambda h: h.tolist(), TypeError, "task must return a tensor, got .* of type list"),

@@ -8,6 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import thinned
 from thinned.montecarlo import member, predict
@@ -112,6 +113,34 @@ def test_gradients_flow_to_what_it_keeps() -> None:
     one(torch.randn(7, 6)).square().sum().backward()
     dropped = (one.module[4].weight.grad == 0).all(0)
     assert 0 < int(dropped.sum()) < 20
+
+
+class Recomputed(nn.Module):
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.before, self.inner, self.use_reentrant = nn.Linear(6, 20), network()[1:], use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        return (
+            self.inner(h)
+            if self.use_reentrant is None
+            else checkpoint(self.inner, h, use_reentrant=self.use_reentrant)
+        )
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_with_checkpoints(use_reentrant: bool, training: bool) -> None:
+    x, gradients = torch.randn(7, 6), []
+    for reentrant in (None, use_reentrant):
+        torch.manual_seed(0)
+        model = Recomputed(reentrant).train(training)
+        member(model, 3)(x).square().sum().backward()
+        gradients.append(model.before.weight.grad)
+        assert all(module.training == training for module in model.modules())
+    torch.testing.assert_close(*gradients)
+    assert not model.inner[0].running_mean.any()
 
 
 def test_arguments_by_name_and_injected_dropout() -> None:

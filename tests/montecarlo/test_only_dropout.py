@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from montecarlo.common import as_it_is, mlp
 from thinned.models.intercept import intercept
-from thinned.montecarlo import predict, stream
+from thinned.montecarlo import dropping, predict, stream
 
 F = nn.functional
 
@@ -276,3 +277,18 @@ def test_outer_contexts_stay() -> None:
     assert found.mean.equal(expected.mean)
     with intercept(), thinned.address(model, seed=1, step=2), torch.inference_mode():
         assert model(rows).equal(inside)
+
+
+def test_another_thread_waits_and_a_prediction_within_does_not() -> None:
+    model, x = nn.Sequential(nn.Dropout(), nn.Linear(8, 3)).eval(), torch.randn(4, 8)
+    entered: list[bool] = []
+
+    def task(output: Tensor) -> Tensor:
+        entered.append(pool.submit(dropping.one_thread.acquire, blocking=False).result())
+        assert len(predict(model, x, 2)) == 4
+        return as_it_is(output)
+
+    with unchanged(model), ThreadPoolExecutor(1) as pool:
+        predict(model, x, 2, task=task)
+    assert entered
+    assert not any(entered)

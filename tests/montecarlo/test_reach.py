@@ -13,7 +13,7 @@ import thinned
 from models import zoo
 from montecarlo.common import METHODS, as_it_is, both_methods, mlp, ulps
 from thinned.models.intercept import intercept
-from thinned.montecarlo import predict
+from thinned.montecarlo import MonteCarlo, member, predict
 
 F = nn.functional
 ULPS = 64  # measured at most 12: several layers, and products of other sizes
@@ -179,6 +179,18 @@ def test_transformers(name: str, attention: str) -> None:
     alone = logits.softmax(1) if name == "bert" else logits[:, -1]
     assert ulps(found.outputs[3, 17], alone[0]) <= ULPS
     assert (found.variance > 0).all()
+
+
+@torch.no_grad()
+def test_predictions_within_compiled_code() -> None:
+    model, x = mlp(), torch.randn(4, 8)
+    wrapper, one = MonteCarlo(model, 5).eval(), member(model, 3)
+    expected, of_one = wrapper(x).mean, one(x)
+    compiled: Any = torch.compile(lambda x: (wrapper(x).mean * 2, one(x) * 2), backend="eager")
+    assert compiled(x)[0].equal(expected * 2)
+    assert compiled(x)[1].equal(of_one * 2)
+    whole: Any = torch.compile(one, backend="eager")
+    assert whole(x).equal(of_one)
 
 
 def test_compiled_code_runs_without_the_compiler() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -41,3 +42,23 @@ def test_a_model_that_drops_early_runs_in_batches() -> None:
     assert prediction.outputs is not None
     assert chunks.outputs is not None
     torch.testing.assert_close(prediction.outputs, chunks.outputs)
+
+
+class PlaceInBatch(nn.Module):
+    """Its result for an example depends on the number of rows before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.arange(len(x))[:, None]
+
+
+@pytest.mark.parametrize("examples", [1, 4])
+def test_a_model_that_counts_rows_runs_in_no_batch_of_draws(examples: int) -> None:
+    model = nn.Sequential(nn.Dropout(0.1), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3), PlaceInBatch())
+    x = torch.randn(examples, 8)
+    found = predict(model, x, 20, task=outputs, method="independent", keep_draws=True)
+    alone = predict(model, x, 20, task=outputs, method="independent", keep_draws=True, memory=1)
+    assert found.outputs is not None
+    assert alone.outputs is not None
+    torch.testing.assert_close(found.outputs, alone.outputs)
+    assert found.route == "vmap"
+    assert found.notes == ("batch: its first draw differs from that draw alone",)

@@ -240,9 +240,10 @@ class Drawing:
 
     def _in_batch(self, batch: Batch, first: int, count: int) -> Outputs:
         rows = batch.map(lambda tensor: tensor.repeat(count, *(1,) * (tensor.dim() - 1)))
-        draws = torch.arange(first, first + count, device=batch.ids.device).repeat_interleave(len(batch))
-        outputs = self._call(rows, self._draw(rows, draws))
-        return tuple(output.unflatten(0, (count, len(batch))) for output in outputs)
+        # The first draw comes last: alone its rows are at other places, so a model that counts rows differs.
+        draws = torch.arange(first + count - 1, first - 1, -1, device=batch.ids.device)
+        outputs = self._call(rows, self._draw(rows, draws.repeat_interleave(len(batch))))
+        return tuple(output.unflatten(0, (count, len(batch))).flip(0) for output in outputs)
 
     def _one_by_one(self, batch: Batch, first: int, count: int) -> Outputs:
         each = [self._call(batch, self._draw(batch, number)) for number in range(first, first + count)]

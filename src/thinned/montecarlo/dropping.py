@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,13 +21,16 @@ from thinned.models.inspect import Site, inspect
 from thinned.models.walk import check_model, modules_in_containers, modules_with_paths
 from thinned.torch_state import compiler_is_imported
 
-__all__ = ["HEAD_P", "Dropouts", "Inject", "injected"]
+__all__ = ["HEAD_P", "Dropouts", "Inject", "injected", "one_thread"]
 
 Inject = Mapping[str, float] | str
 HEAD_P = 0.1
 # What inspect finds but no key reaches; such a place stays off.
 UNREACHED = ("register", "perhaps", "beyond")
 
+
+# The flags of modules and torch's generators are shared by all threads, so one predicts at a time.
+one_thread = threading.RLock()
 
 # The place of the running mean among the arguments; and, at place 5, the flag that says to update it.
 NORMS: dict[Any, tuple[int, str]] = {
@@ -92,16 +96,15 @@ class Dropouts:
 
         At the end, also after an exception, every module's ``training`` flag, the buffers of modules that
         drop and torch's generators are what they were. Batch normalization uses its running statistics and
-        does not change them. Code of :func:`torch.compile` runs without the compiler. The generator of the
-        CPU goes on where the last such context left it, for a data loader that draws from it.
+        does not change them. Code of :func:`torch.compile` runs without the compiler. Other threads wait to
+        enter.
         """
-        flags = [(module, module.training) for module in self._modules.values()]
-        buffers = [
-            (self._modules[path], name, buffer, buffer.clone())
-            for path in self._drop
-            for name, buffer in self._modules[path].named_buffers(recurse=False)
-        ]
-        hooks: list[RemovableHandle] = []
+        with one_thread, self.generators(), self._on():
+            yield
+
+    @contextmanager
+    def generators(self) -> Iterator[None]:
+        """Leave torch's generators as they were; that of the CPU goes on where the last context left it."""
         tensors = [*self._model.parameters(), *self._model.buffers()]
         devices = {each.device for each in tensors if each.device.type not in ("cpu", "meta")}
         kind = next((device.type for device in devices), "cuda")
@@ -109,24 +112,37 @@ class Dropouts:
             if self._state is not None:
                 torch.set_rng_state(self._state)
             try:
-                for path, module in self._modules.items():
-                    module.training = path in self._drop
-                for path, p in self._chosen.items():
-                    hooks.append(self._modules[path].register_forward_pre_hook(_Drop(p)))
-                eager = torch.compiler.set_stance("force_eager") if compiler_is_imported() else nullcontext()
-                with eager, _Evaluation():
-                    yield
+                yield
             finally:
-                for module, training in flags:
-                    module.training = training
-                for module, name, buffer, before in buffers:
-                    setattr(module, name, buffer)
-                    if not buffer.equal(before):
-                        with torch.no_grad():
-                            buffer.copy_(before)
-                for hook in hooks:
-                    hook.remove()
                 self._state = torch.get_rng_state()
+
+    @contextmanager
+    def _on(self) -> Iterator[None]:
+        flags = [(module, module.training) for module in self._modules.values()]
+        buffers = [
+            (self._modules[path], name, buffer, buffer.clone())
+            for path in self._drop
+            for name, buffer in self._modules[path].named_buffers(recurse=False)
+        ]
+        hooks: list[RemovableHandle] = []
+        try:
+            for path, module in self._modules.items():
+                module.training = path in self._drop
+            for path, p in self._chosen.items():
+                hooks.append(self._modules[path].register_forward_pre_hook(_Drop(p)))
+            eager = torch.compiler.set_stance("force_eager") if compiler_is_imported() else nullcontext()
+            with eager, _Evaluation():
+                yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            for module, name, buffer, before in buffers:
+                setattr(module, name, buffer)
+                if not buffer.equal(before):
+                    with torch.no_grad():
+                        buffer.copy_(before)
+            for hook in hooks:
+                hook.remove()
 
 
 def _nothing(model: nn.Module, sites: Sequence[Site]) -> str:

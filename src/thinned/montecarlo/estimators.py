@@ -62,7 +62,7 @@ class _MCDropout(BaseEstimator):
     def predict_distribution(self, X: Any) -> Prediction:
         """All statistics of the predictive distribution, in the units of ``y``."""
         check_is_fitted(self)
-        x = torch.tensor(validate_data(self, X, reset=False, dtype=np.float64))
+        x = torch.tensor(validate_data(self, X, reset=False, dtype=np.float64, order="C"))
         # With masks of its own, the prediction of an example would depend on its place in X.
         return predict(
             self.module_,

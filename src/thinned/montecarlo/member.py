@@ -14,6 +14,7 @@ from thinned.montecarlo.draws import arguments_of, draw_of
 from thinned.montecarlo.dropping import Dropouts, Inject
 from thinned.montecarlo.predict import Method, Settings, rows_of
 from thinned.named import Named
+from thinned.torch_state import outside_graphs
 
 __all__ = ["Member", "member"]
 
@@ -67,11 +68,13 @@ class Member(Named):
         self.draw = draw
         self.settings = settings
 
+    @outside_graphs
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output."""
         ids = torch.zeros(rows_of(arguments_of(args, kwargs)), dtype=torch.int64)
         draw = draw_of(self.module, self.settings.seed, self.draw, ids, self.settings.set_size)
-        with self._dropouts.on(), intercept(), draw:
+        draw.recomputing = self._dropouts.on  # type: ignore[method-assign]
+        with draw.recomputing(), intercept(), draw:
             return self.module(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -26,6 +26,7 @@ from thinned.montecarlo.moments import moments
 from thinned.montecarlo.prediction import Kind, Prediction, entropy
 from thinned.montecarlo.sharing import Ranks, Shard
 from thinned.progress import progress_bar
+from thinned.torch_state import outside_graphs
 
 __all__ = ["Inputs", "Method", "Settings", "Task", "Until", "predict", "rows_of", "stream"]
 
@@ -41,6 +42,7 @@ BUDGET_ELSEWHERE = 2**29
 LEAST_DRAWS = 10  # before a standard error can end the draws of an example
 
 
+@outside_graphs
 def predict(
     model: nn.Module,
     inputs: Inputs,
@@ -118,8 +120,8 @@ def predict(
         progress: show a bar of the batches on standard error, if it is a terminal or a notebook; needs rich.
 
     Raises:
-        ValueError: the model drops nowhere; the inputs have no example; a draw is not finite; or an argument
-            is none of those accepted.
+        ValueError: the model drops nowhere; the inputs have no example; a draw is not finite; a variance is
+            negative; or an argument is none of those accepted.
         TypeError: the model returns what the task does not read.
         RuntimeError: ``shard`` without a process group; an error in another process.
 
@@ -218,7 +220,7 @@ class Settings:
 
     @property
     def kind(self) -> Kind:
-        """What the task is, whether torch's or a function."""
+        """The name of the task; ``"other"`` for a function."""
         return self.task if self.task == "classification" or self.task == "regression" else "other"
 
     @property
@@ -253,31 +255,36 @@ def _stream(model: nn.Module, inputs: Inputs, settings: Settings, dropouts: Drop
     items: list[tuple[Batch, Any]] = []
 
     def take() -> Batch | None:
-        items[:] = islice(batches, at_once)
+        with dropouts.generators():  # outside dropouts.on: the inputs may be made with the model
+            items[:] = islice(batches, at_once)
         return items[mine][0].to(device) if mine < len(items) else None
 
     def prediction() -> Prediction | None:
         batch = take()
         if batch is None:
             return None
-        found = _moments(model, batch) if settings.method == "moments" else _predict(batch, drawing, settings)
+        with dropouts.on(), torch.no_grad():
+            if settings.method == "moments":
+                found = _moments(model, batch)
+            else:
+                found = _predict(batch, drawing, settings)
         return found.to(ranks.device or device)
 
     def tally() -> _Tally | None:
         batch = take()
-        return None if batch is None else _tally(batch, drawing, settings, ranks).to(ranks.device or device)
+        if batch is None:
+            return None
+        with dropouts.on(), torch.no_grad():
+            return _tally(batch, drawing, settings, ranks).to(ranks.device or device)
 
     total = _count(inputs, settings.batch_size, at_once)
     with progress_bar("batches", total) if settings.progress else nullcontext(str) as tick:
         while True:
-            with dropouts.on(), torch.no_grad():
-                if by_draws:
-                    tallies = [part for part in ranks.gather(tally) if part is not None]
-                    found = (
-                        [reduce(_Tally.merged, tallies).result(items[0][0].ids, drawing)] if tallies else []
-                    )
-                else:
-                    found = [part for part in ranks.gather(prediction) if part is not None]
+            if by_draws:
+                tallies = [part for part in ranks.gather(tally) if part is not None]
+                found = [reduce(_Tally.merged, tallies).result(items[0][0].ids, drawing)] if tallies else []
+            else:
+                found = [part for part in ranks.gather(prediction) if part is not None]
             if not found:
                 return
             for part, (_, targets) in zip(found, items, strict=True):
@@ -286,7 +293,7 @@ def _stream(model: nn.Module, inputs: Inputs, settings: Settings, dropouts: Drop
 
 
 def _read(task: Task, output: Any) -> Outputs:
-    """What the statistics are of, from a model's output."""
+    """The tensors of a model's output whose statistics are computed."""
     if callable(task):
         return (_real(task(output), "task"),)
     output = getattr(output, "logits", output)
@@ -350,7 +357,7 @@ def _tally(batch: Batch, drawing: Drawing, settings: Settings, ranks: Ranks) -> 
 
 
 def _check(outputs: Outputs, batch: Batch, first: int) -> None:
-    """Raise for an output without a row for each example, and for one that is not finite."""
+    """Raise for an output without a row for each example, one that is not finite, a variance below 0."""
     for output in outputs:
         if output.dim() < 2 or output.shape[1] != len(batch):
             raise ValueError(
@@ -361,6 +368,13 @@ def _check(outputs: Outputs, batch: Batch, first: int) -> None:
             draw, row = (~finite).nonzero()[0].tolist()
             raise ValueError(
                 f"draw {first + draw} of example {int(batch.ids[row])} is not finite, so it has no mean"
+            )
+    for variance in outputs[1:]:
+        if (negative := (variance < 0).unsqueeze(-1).flatten(2).any(2)).any():
+            draw, row = negative.nonzero()[0].tolist()
+            raise ValueError(
+                f"the variance of draw {first + draw} of example {int(batch.ids[row])} is negative; for a "
+                "model of its logarithm, let a module around it return the exponential"
             )
 
 
@@ -509,7 +523,7 @@ def _count(inputs: Inputs, batch_size: int | None, at_once: int) -> int | None:
 
 
 def _step(size: int, batch_size: int | None, at_once: int) -> int:
-    """The examples of a batch, of which there are ``at_once`` or more."""
+    """The number of examples in a batch, so that there are ``at_once`` batches or more."""
     return min(batch_size or BATCH_SIZE, max(1, math.ceil(size / at_once)))
 
 

@@ -1,4 +1,4 @@
-"""What Monte-Carlo dropout predicts: means, errors and uncertainties, an example in each row."""
+"""Predictions of Monte-Carlo dropout: means, errors and uncertainties, an example in each row."""
 
 from __future__ import annotations
 
@@ -111,21 +111,30 @@ class Prediction:
         return self.mean
 
     def select(self, chosen: Tensor) -> Prediction:
-        """Some of the examples."""
-        return self._map(lambda tensor: tensor[chosen])
+        """Some of the examples, by their numbers or by a bool for each."""
+
+        def rows(value: Tensor | list[Any]) -> Any:
+            if isinstance(value, Tensor):
+                return value[chosen.to(value.device)]
+            return [value[number] for number in torch.arange(len(value))[chosen.cpu()].tolist()]
+
+        return self._map(rows)
 
     def to(self, device: torch.device | str) -> Prediction:
         """The same on a device."""
-        return self._map(lambda tensor: tensor.to(device))
+        return self._map(lambda value: value.to(device) if isinstance(value, Tensor) else value)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Prediction:
+    def _map(self, function: Callable[[Tensor | list[Any]], Any]) -> Prediction:
+        """``function`` of all that has an example in each row."""
+
         def each(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(map(each, value))
-            return function(value) if isinstance(value, Tensor) else value
+            if isinstance(value, Mapping):
+                return {name: each(part) for name, part in value.items()}
+            return function(value) if isinstance(value, Tensor | list) else value
 
-        rows = {field.name: each(getattr(self, field.name)) for field in fields(self)}
-        return replace(self, **rows | {"quantiles": {q: each(value) for q, value in self.quantiles.items()}})
+        return replace(self, **{field.name: each(getattr(self, field.name)) for field in fields(self)})
 
     @classmethod
     def cat(cls, parts: Sequence[Prediction]) -> Prediction:

@@ -42,7 +42,7 @@ class OneRow(Address):
         return root, samples[:1] if self.one_row and samples is not None else samples
 
     def keep(self, dropout: nn.Module, features: int, device: torch.device) -> Tensor:
-        """What a dropout keeps of a row of features; it counts as the dropout's call."""
+        """The mask of a dropout for a row of features; it counts as the dropout's call."""
         self.one_row = self.gave_row = True
         try:
             dropped: Tensor = dropout(torch.ones(1, features, device=device, dtype=torch.float32))

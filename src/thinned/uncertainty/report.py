@@ -1,4 +1,4 @@
-"""What is known of all predictions: scores, the most and the least certain examples, what dropped."""
+"""A summary of all predictions: scores, the most and the least certain examples, what dropped."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Report:
 
     @property
     def uncertainty_name(self) -> str:
-        """Of :attr:`uncertainty`."""
+        """The name of :attr:`uncertainty`, with its unit."""
         return "predictive entropy, nats" if self.is_classification else "deviation"
 
     @property

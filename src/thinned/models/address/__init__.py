@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from fnmatch import fnmatchcase
 from types import TracebackType
@@ -158,6 +158,10 @@ class Address:
         """The key that a call gets in place of ``key``, for subclasses."""
         return key
 
+    def recomputing(self) -> AbstractContextManager[Any]:
+        """A context for recomputations of what this address was active in, for subclasses."""
+        return nullcontext()
+
     def parts(self, device: torch.device) -> tuple[Key, Tensor | None]:
         """The step's key and the samples, for an input on ``device``.
 
@@ -255,7 +259,8 @@ class _Running(Counting):
     def resumed(
         self, calls: Mapping[str, int], stack: Sequence[str], region: Any = None
     ) -> AbstractContextManager[Any]:
-        return _within(_Running(self.address, calls=calls, stack=stack, region=region, recomputes=True))
+        running = _Running(self.address, calls=calls, stack=stack, region=region, recomputes=True)
+        return _within(running, self.address.recomputing())
 
     def sample_dim(self, input: Tensor) -> int:
         """See :class:`thinned.key_source.KeySource`."""
@@ -352,12 +357,13 @@ def _dims(
 
 
 @contextmanager
-def _within(running: _Running) -> Iterator[None]:
-    running.begin()
-    try:
-        yield
-    finally:
-        running.end()
+def _within(running: _Running, around: AbstractContextManager[Any] | None = None) -> Iterator[None]:
+    with around or nullcontext():
+        running.begin()
+        try:
+            yield
+        finally:
+            running.end()
 
 
 def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path: str) -> Key:

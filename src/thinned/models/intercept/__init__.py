@@ -22,7 +22,7 @@ from thinned.models.intercept.draws import DRAW_HANDLERS, running_in_training
 from thinned.models.intercept.fast_path import FastPath, is_innermost, remove_mode
 from thinned.models.intercept.recurrent import Packed, Padded, run
 from thinned.named import Named
-from thinned.torch_state import compiler_is_imported, compiling, modes_of_thread, never_inlined
+from thinned.torch_state import compiling, modes_of_thread, outside_graphs
 
 __all__ = ["Intercept", "Intercepted", "intercept", "is_intercepted"]
 
@@ -322,10 +322,8 @@ def _recurrent(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...] |
     return handler
 
 
-@never_inlined
-def _outside_graphs(*args: Any) -> tuple[Tensor, ...]:
-    """Break the graph, as Dynamo does itself for recurrent networks, whose kernels it cannot train."""
-    return (torch.compiler.disable(run) if compiler_is_imported() else run)(*args)
+# As Dynamo does itself for recurrent networks, whose kernels it cannot train.
+_outside_graphs = outside_graphs(run)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
