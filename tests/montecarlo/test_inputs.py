@@ -234,6 +234,7 @@ def test_outputs_that_the_task_does_not_read(
         ),
         ({"until": 0.1, "keep_draws": True}, ValueError, "keep_draws"),
         ({"quantiles": [0.5, 1.1]}, ValueError, r"quantiles must be in \[0, 1\], got 1.1"),
+        ({"quantiles": 0.5}, TypeError, r"quantiles must be a sequence such as \(0.05, 0.95\), got 0.5"),
         ({"ids": [1, 2]}, ValueError, "ids must be one for each of the 23 examples, got 2"),
         ({"ids": torch.zeros(23)}, TypeError, "int64"),
         ({"seed": thinned.Key(1).fold(torch.arange(3))}, ValueError, "seed must be one key"),

@@ -62,3 +62,23 @@ def test_a_model_that_counts_rows_runs_in_no_batch_of_draws(examples: int) -> No
     torch.testing.assert_close(found.outputs, alone.outputs)
     assert found.route == "vmap"
     assert found.notes == ("batch: its first draw differs from that draw alone",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_half_precision_is_no_difference(dtype: torch.dtype) -> None:
+    hidden = nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Dropout()
+    model = nn.Sequential(*hidden, nn.Linear(256, 10)).to(dtype)
+    assert predict(model, torch.randn(32, 64, dtype=dtype), 40).route == "vmap"
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert predict(model, torch.randn(32, 64), 40).route == "vmap"
+
+
+def test_a_tensor_that_the_model_writes_to_stays_as_it_is() -> None:
+    class Adding(nn.Module):
+        def forward(self, x: Tensor, total: Tensor) -> Tensor:
+            return nn.functional.dropout(x, 0.5) + total.add_(1).sum()
+
+    total = torch.zeros(3)
+    predict(Adding(), (torch.randn(4, 8), total), 10, task=outputs)
+    assert not total.any()

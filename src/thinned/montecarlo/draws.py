@@ -58,8 +58,8 @@ class Batch:
         return Batch(args, self.ids.to(device), self.rows)
 
     def call(self, model: nn.Module) -> Any:
-        """The model's output for copies of the rows, since a dropout may write to its input."""
-        args = {name: arg.clone() if name in self.rows else arg for name, arg in self.args.items()}
+        """The model's output for copies of the tensors, since a dropout may write to its input."""
+        args = {name: arg.clone() if isinstance(arg, Tensor) else arg for name, arg in self.args.items()}
         positional = [args.pop(name) for name in self.args if isinstance(name, int)]
         return model(*positional, **{str(name): arg for name, arg in args.items()})
 
@@ -166,6 +166,7 @@ class Drawing:
         self.why: list[str] = []
         self._consistent, self._sample_dim, self._budget = consistent, sample_dim, budget
         self._alone: Outputs | None = None
+        self._eps = 0.0
         self._row_bytes: dict[Route, float] = {}
         self._thinned: Thinned | None = None
         self._leaves_out = False
@@ -181,6 +182,7 @@ class Drawing:
             draw = self._draw(batch, first)
             with _Largest(draw) as largest:
                 self._alone = self._call(batch, draw)
+            self._eps = largest.eps
             # An operation reads one such result and writes another; a third waits for a residual connection.
             row = 3 / len(batch)
             self._row_bytes = {"vmap": row * largest.after, "batch": row * largest.bytes}
@@ -201,7 +203,7 @@ class Drawing:
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             else:
-                if _close([draw[0] for draw in draws], alone):
+                if _close([draw[0] for draw in draws], alone, self._eps):
                     if self.route == "thinned" and not self._leaves_out:
                         self.routes = ["vmap", *self.routes[1:]]
                     return draws
@@ -209,7 +211,7 @@ class Drawing:
             self.why.append(f"{self.route}: {reason}")
             self.routes = self.routes[1:]
         draws = ROUTES[self.route](self, batch, first, count)
-        if alone is not None and not _close([draw[0] for draw in draws], alone):
+        if alone is not None and not _close([draw[0] for draw in draws], alone, self._eps):
             warnings.warn(
                 f"this {type(self.model).__name__} gives two results for one draw: it has random numbers "
                 "or a state that no key gives, so its predictions depend on more than the seed",
@@ -258,13 +260,16 @@ ROUTES: dict[Route, Callable[[Drawing, Batch, int, int], Outputs]] = {
 }
 
 
-def _close(draws: Sequence[Tensor], alone: Sequence[Tensor]) -> bool:
-    """Whether they are equal but for rounding, relative to the largest number."""
+def _close(draws: Sequence[Tensor], alone: Sequence[Tensor], eps: float) -> bool:
+    """Whether they are equal but for rounding, relative to the largest number.
+
+    ``eps`` is that of the coarsest dtype that the model computes in.
+    """
     for draw, one in zip(draws, alone, strict=True):
         if draw.shape != one.shape:
             return False
         largest = one.nan_to_num(0.0, 0.0, 0.0).abs().amax() if one.numel() else 0.0
-        room = 64 * torch.finfo(one.dtype).eps * float(largest)
+        room = max(64 * torch.finfo(one.dtype).eps, 4 * eps) * float(largest)
         if not torch.allclose(draw, one, rtol=0, atol=room, equal_nan=True):
             return False
     return True
@@ -293,12 +298,14 @@ class _Largest(TorchFunctionMode):
         after: the largest of those after the first dropout.
         before: the sum of those before it.
         total: the sum of all.
+        eps: that of the coarsest dtype.
     """
 
     def __init__(self, draw: Draw) -> None:
         super().__init__()
         self.draw = draw
         self.bytes = self.after = self.before = self.total = 0
+        self.eps = 0.0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -309,6 +316,8 @@ class _Largest(TorchFunctionMode):
                 size = each.numel() * each.element_size()
                 self.bytes = max(self.bytes, size)
                 self.total += size
+                if each.is_floating_point():
+                    self.eps = max(self.eps, torch.finfo(each.dtype).eps)
                 if self.draw.has_dropped:
                     self.after = max(self.after, size)
                 else:

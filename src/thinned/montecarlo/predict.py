@@ -201,6 +201,8 @@ class Settings:
                 raise ValueError(f"until must be above 0, got {bound} for {name}")
         if self.keep_draws and self.bounds:
             raise ValueError("keep_draws needs as many draws of each example, so until has to be None")
+        if not isinstance(self.quantiles, Sequence):
+            raise TypeError(f"quantiles must be a sequence such as (0.05, 0.95), {got(self.quantiles)}")
         for q in self.quantiles:
             if not 0 <= q <= 1:
                 raise ValueError(f"quantiles must be in [0, 1], got {q}")
@@ -244,7 +246,9 @@ class Settings:
 def _stream(model: nn.Module, inputs: Inputs, settings: Settings, dropouts: Dropouts) -> Iterator[Prediction]:
     ranks = Ranks(settings.shard)
     hooks_of(model)  # vmap cannot give them
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    # A model without parameters runs where its inputs are.
+    tensors = (*model.parameters(), *model.buffers(), *_tensors(inputs), torch.empty(0, device="cpu"))
+    device = tensors[0].device
     budget = settings.memory or BUDGET.get(device.type, BUDGET_ELSEWHERE)
     read = partial(_read, settings.task)
     consistent, sample_dim = settings.consistent, settings.sample_dim
@@ -525,6 +529,12 @@ def _count(inputs: Inputs, batch_size: int | None, at_once: int) -> int | None:
 def _step(size: int, batch_size: int | None, at_once: int) -> int:
     """The number of examples in a batch, so that there are ``at_once`` batches or more."""
     return min(batch_size or BATCH_SIZE, max(1, math.ceil(size / at_once)))
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    if not isinstance(inputs, Tensor | Mapping | tuple):
+        return []
+    return [each for each in _arguments(inputs).values() if isinstance(each, Tensor)]
 
 
 def rows_of(args: Mapping[int | str, Any]) -> int:
