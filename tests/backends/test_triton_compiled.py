@@ -193,3 +193,20 @@ def perhaps(target: int) -> Instruction:
 )
 def test_executed(code: list[Instruction], executed_at_3: float) -> None:
     assert executed(code, 3) == executed_at_3
+
+
+def test_the_shift_of_stratified_draws_compiles(tmp_path: Path) -> None:
+    code = """
+        import triton
+        from triton.compiler import ASTSource
+        from benchmarks.machine_code import TARGETS
+        from thinned.backends.triton_kernels import shift
+
+        types = dict.fromkeys(shift.arg_names, "i64") | dict.fromkeys(("out_ptr", "u_ptr", "v_ptr"), "*i32")
+        source = ASTSource(shift, types | {"draw_ptr": "*i64", "SIZE": "constexpr"}, {"SIZE": 1024})
+        for name, target in TARGETS.items():
+            binary = triton.compile(source, target=target).asm
+            print(name, len(binary["cubin" if "cubin" in binary else "hsaco"]) > 0)
+    """
+    lines = output(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    assert lines == [f"{target} True" for target in TARGETS]

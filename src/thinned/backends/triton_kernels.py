@@ -302,7 +302,9 @@ def shift(
     S, P = tl.full([], strata, tl.int64).to(tl.uint32), tl.full([], prime, tl.int64).to(tl.uint32)
     a, b = 1 + ((v >> 16) * (P - 1) >> 16), (v & 0xFFFF) * P >> 16
     x = (a * tl.where(draw < 0, draw + strata, draw).to(tl.uint32) + b) % P
-    for _ in range(prime - strata):
+    left = tl.full([], prime, tl.int64) - strata
+    while left > 0:  # not range(): Triton 3.6 interprets that by an int() that recent NumPy refuses
         x = tl.where(x >= S, (a * x + b) % P, x)
+        left -= 1
     width = ((1 << 32) // tl.full([], strata, tl.int64)).to(tl.uint32)
     tl.store(out_ptr + at, u + (x * width).to(tl.int32, bitcast=True), mask=inside)
