@@ -37,7 +37,7 @@ ran: set[str] = set()
 def pytest_configure(config: pytest.Config) -> None:
     # torch warns of itself: it scripts its own derivatives when the first forward-mode one is asked for.
     for category in ("DeprecationWarning", "FutureWarning"):  # the latter from torch 2.15 on
-        config.addinivalue_line("filterwarnings", f"ignore:.torch.jit.script:{category}")
+        config.addinivalue_line("filterwarnings", f"ignore:.torch.jit.(script|freeze):{category}")
     # And Dynamo of itself: it makes an instance of a Function's context to trace with.
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
     # In 2.11 the first sparse tensor of a process warns, even one with check_invariants=False.
