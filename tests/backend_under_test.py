@@ -59,6 +59,9 @@ class Moved:
         draw = None if draw is None else self.moved(draw)
         return self.module.uniform(self.moved(key), shape, geometry, draw, strata).cpu()
 
+    def choose(self, x: Tensor, numbers: Tensor, *constants: Any) -> Tensor:
+        return self.module.choose(self.moved(x), self.moved(numbers), *constants).cpu()
+
     def fold(self, keys: Tensor, data: int | Tensor) -> Tensor:
         return self.module.fold(self.moved(keys), self.moved_key(data)).cpu()
 
