@@ -480,7 +480,7 @@ def pre_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
     return module._forward_pre_hooks
 
 
-def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+def forward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run before and after ``module.forward``."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 

@@ -62,15 +62,13 @@ class Accumulator:
     def add(self, draws: Tensor) -> None:
         """Take draws along dimension 0, the next of their sets."""
         draws = draws.to(torch.float64 if draws.device.type != "mps" else torch.float32)
-        moments = Moments.of(draws)
-        self.all = moments if self.all is None else self.all.merged(moments)
-        if self.size == 1:
-            return
-        first = 0
-        while first < len(draws):
+        while len(draws):
             begun = 0 if self._set is None else self._set.count
-            part = Moments.of(draws[first : first + self.size - begun])
-            first += part.count
+            count = len(draws) if self.size == 1 else self.size - begun
+            part, draws = Moments.of(draws[:count]), draws[count:]
+            self.all = part if self.all is None else self.all.merged(part)
+            if self.size == 1:
+                continue
             self._set = part if self._set is None else self._set.merged(part)
             if self._set.count == self.size:
                 self._within = self._within + self._set.squares

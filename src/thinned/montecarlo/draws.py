@@ -93,7 +93,7 @@ class Draw(OneRow):
         rows = isinstance(root, Tensor) and root.dim() > 0
         super().__init__(model, seed, 0 if rows else root, ids, sample_dim)
         if rows:
-            self._root = (seed if isinstance(seed, Key) else Key(seed)).fold(root)
+            self._root = self._seed.fold(root)
             self._on_device = self._root, self._on_device[1]
         self._stratum, self._strata = stratum, strata
         self.has_dropped = False

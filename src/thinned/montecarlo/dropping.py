@@ -28,7 +28,6 @@ HEAD_P = 0.1
 # What inspect finds but no key reaches; such a place stays off.
 UNREACHED = ("register", "perhaps", "beyond")
 
-
 # The flags of modules and torch's generators are shared by all threads, so one predicts at a time.
 one_thread = threading.RLock()
 
@@ -51,8 +50,10 @@ class _Evaluation(TorchFunctionMode):
         if func in NORMS:
             place, flag = NORMS[func]
             if (args[place] if len(args) > place else kwargs.get("running_mean")) is not None:
-                kwargs = kwargs if len(args) > 5 else {**kwargs, flag: False}
-                args = (*args[:5], False, *args[6:]) if len(args) > 5 else args
+                if len(args) > 5:
+                    args = (*args[:5], False, *args[6:])
+                else:
+                    kwargs = {**kwargs, flag: False}
         return func(*args, **kwargs)
 
 

@@ -169,15 +169,13 @@ class MCDropoutClassifier(ClassifierMixin, _MCDropout):
 
     def predict(self, X: Any) -> NDArray[Any]:
         """The classes of the highest mean probabilities, of shape ``(n,)``."""
-        return self._labels(self.predict_distribution(X).label)
+        numbers = self.predict_distribution(X).label.numpy()  # first: it raises if there are no classes_ yet
+        labels: NDArray[Any] = self.classes_[numbers]
+        return labels
 
     def predict_proba(self, X: Any) -> NDArray[Any]:
         """The mean probabilities of ``classes_``, of shape ``(n, classes)``."""
         return self.predict_distribution(X).mean.numpy()
-
-    def _labels(self, numbers: Tensor) -> NDArray[Any]:
-        labels: NDArray[Any] = self.classes_[numbers.numpy()]
-        return labels
 
     def _loss(self, output: Any, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output, targets)
@@ -192,26 +190,16 @@ class MCDropoutRegressor(RegressorMixin, _MCDropout):
     Features and targets are standardized within. It is trained in float64 by Adam on the squared error. Each
     draw is one thinned network for all examples, so a prediction depends on the example alone.
 
+    Arguments and attributes are those of :class:`MCDropoutClassifier`, but for ``classes_`` and these:
+
     Args:
-        hidden_layer_sizes: the widths of the hidden layers, of a linear layer, ReLU and dropout each.
-        p: the probability of dropping.
         module: makes another network, of the number of features and of targets; it takes ``(n, features)`` to
             ``(n, targets)``, or to a tuple of such a mean and the variance of the noise, both of standardized
             targets. It is then trained on the likelihood, and ``std`` has both parts. With ``module``,
             ``hidden_layer_sizes`` and ``p`` have no meaning.
-        max_iter: the number of epochs.
-        batch_size: the most examples of a step.
-        learning_rate: of Adam.
-        weight_decay: of Adam.
-        samples: the number of draws of a prediction.
-        method: of the draws, ``"stratified"`` or ``"independent"``; see :func:`thinned.montecarlo.predict`.
-        random_state: an integer, a NumPy ``RandomState``, or None for NumPy's own. First weights, order of
-            examples and masks follow from it. torch's generators are what they were afterwards.
 
     Attributes:
         module_: the trained network, which takes features and gives targets as they are.
-        seed_: of the masks.
-        n_iter_, n_features_in_, feature_names_in_: as scikit-learn defines them.
 
     Raises:
         ValueError: in ``fit``, for a network that drops nowhere.

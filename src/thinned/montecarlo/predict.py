@@ -246,8 +246,10 @@ class Settings:
 def _stream(model: nn.Module, inputs: Inputs, settings: Settings, dropouts: Dropouts) -> Iterator[Prediction]:
     ranks = Ranks(settings.shard)
     hooks_of(model)  # vmap cannot give them
+    whole = _whole(inputs, settings.ids)
     # A model without parameters runs where its inputs are.
-    tensors = (*model.parameters(), *model.buffers(), *_tensors(inputs), torch.empty(0, device="cpu"))
+    given = () if whole is None else (arg for arg in whole.args.values() if isinstance(arg, Tensor))
+    tensors = (*model.parameters(), *model.buffers(), *given, torch.empty(0, device="cpu"))
     device = tensors[0].device
     budget = settings.memory or BUDGET.get(device.type, BUDGET_ELSEWHERE)
     read = partial(_read, settings.task)
@@ -255,42 +257,33 @@ def _stream(model: nn.Module, inputs: Inputs, settings: Settings, dropouts: Drop
     drawing = Drawing(model, read, settings.seed, settings.set_size, consistent, sample_dim, budget)
     by_draws = settings.shard == "draws"
     at_once, mine = (1, 0) if by_draws else (ranks.size, ranks.rank)
-    batches = _batches(inputs, settings.batch_size, settings.ids, at_once)
+    batches, total = _batches(inputs, whole, settings, at_once)
     items: list[tuple[Batch, Any]] = []
 
-    def take() -> Batch | None:
+    def compute() -> Any:
+        """The part of the next batches for this process: a prediction, or a tally with ``by_draws``."""
         with dropouts.generators():  # outside dropouts.on: the inputs may be made with the model
             items[:] = islice(batches, at_once)
-        return items[mine][0].to(device) if mine < len(items) else None
-
-    def prediction() -> Prediction | None:
-        batch = take()
-        if batch is None:
+        if mine >= len(items):
             return None
+        batch = items[mine][0].to(device)
+        part: Prediction | _Tally
         with dropouts.on(), torch.no_grad():
             if settings.method == "moments":
-                found = _moments(model, batch)
+                part = _moments(model, batch)
+            elif by_draws:
+                part = _tally(batch, drawing, settings, ranks)
             else:
-                found = _predict(batch, drawing, settings)
-        return found.to(ranks.device or device)
+                part = _predict(batch, drawing, settings)
+        return part.to(ranks.device or device)
 
-    def tally() -> _Tally | None:
-        batch = take()
-        if batch is None:
-            return None
-        with dropouts.on(), torch.no_grad():
-            return _tally(batch, drawing, settings, ranks).to(ranks.device or device)
-
-    total = _count(inputs, settings.batch_size, at_once)
     with progress_bar("batches", total) if settings.progress else nullcontext(str) as tick:
         while True:
-            if by_draws:
-                tallies = [part for part in ranks.gather(tally) if part is not None]
-                found = [reduce(_Tally.merged, tallies).result(items[0][0].ids, drawing)] if tallies else []
-            else:
-                found = [part for part in ranks.gather(prediction) if part is not None]
+            found = [part for part in ranks.gather(compute) if part is not None]
             if not found:
                 return
+            if by_draws:
+                found = [reduce(_Tally.merged, found).result(items[0][0].ids, drawing)]
             for part, (_, targets) in zip(found, items, strict=True):
                 tick("")
                 yield replace(part.to(device), targets=targets, sites=dropouts.paths)
@@ -470,20 +463,28 @@ class _Tally:
         )
 
 
+def _whole(inputs: Inputs, ids: Tensor | Sequence[int] | None) -> Batch | None:
+    """All examples of inputs that are no data loader."""
+    if not isinstance(inputs, Tensor | Mapping | tuple):
+        return None
+    args = _arguments(inputs)
+    size = rows_of(args)
+    whole = Batch.of(args, torch.arange(size) if ids is None else ids_of(ids))
+    if len(whole) != size:
+        raise ValueError(f"ids must be one for each of the {size} examples, got {len(whole)}")
+    return whole
+
+
 def _batches(
-    inputs: Inputs, batch_size: int | None, ids: Tensor | Sequence[int] | None, at_once: int
-) -> Iterator[tuple[Batch, Any]]:
-    """Batches, and what the loader gave beside the inputs; of a tensor, ``at_once`` or more."""
-    if isinstance(inputs, Tensor | Mapping | tuple):
-        args = _arguments(inputs)
-        size = rows_of(args)
-        whole = Batch.of(args, torch.arange(size) if ids is None else ids_of(ids))
-        if len(whole) != size:
-            raise ValueError(f"ids must be one for each of the {size} examples, got {len(whole)}")
-        step = _step(size, batch_size, at_once)
-        for first in range(0, size, step):
-            yield whole.map(itemgetter(slice(first, first + step))), None
-        return
+    inputs: Inputs, whole: Batch | None, settings: Settings, at_once: int
+) -> tuple[Iterator[tuple[Batch, Any]], int | None]:
+    """Batches, with what a loader gave beside the inputs, and how many there are as far as it is known."""
+    if whole is not None:
+        size = len(whole)
+        # No process is left without a batch if there are enough examples.
+        step = min(settings.batch_size or BATCH_SIZE, max(1, math.ceil(size / at_once)))
+        starts = range(0, size, step)
+        return ((whole.map(itemgetter(slice(first, first + step))), None) for first in starts), len(starts)
     if not isinstance(inputs, Iterable):
         raise TypeError(
             f"inputs must be a tensor, a dict or tuple of tensors, or a DataLoader, {got(inputs)}"
@@ -492,12 +493,19 @@ def _batches(
         raise ValueError(
             "shard='examples' shares out what the data loader gives; give it no DistributedSampler"
         )
-    if batch_size is not None or ids is not None:
+    if settings.batch_size is not None or settings.ids is not None:
         raise ValueError(
             "a DataLoader has its own batches, and numbers its examples from 0; leave out batch_size and ids"
         )
+    total = None
+    with suppress(TypeError):  # a loader of an iterable dataset
+        total = len(inputs)
+    return _loaded(inputs), total
+
+
+def _loaded(loader: Iterable[Any]) -> Iterator[tuple[Batch, Any]]:
     first = 0
-    for item in inputs:
+    for item in loader:
         targets: Any = None
         if isinstance(item, tuple | list):
             item, *others = item
@@ -514,27 +522,6 @@ def _arguments(inputs: Any) -> Mapping[int | str, Any]:
     if isinstance(inputs, Mapping):
         return dict(inputs)
     return dict(enumerate(inputs if isinstance(inputs, tuple | list) else (inputs,)))
-
-
-def _count(inputs: Inputs, batch_size: int | None, at_once: int) -> int | None:
-    """The number of batches, as far as it is known."""
-    if isinstance(inputs, Tensor | Mapping | tuple):
-        size = rows_of(_arguments(inputs))
-        return math.ceil(size / _step(size, batch_size, at_once))
-    with suppress(TypeError):  # a loader of an iterable dataset
-        return len(inputs)
-    return None
-
-
-def _step(size: int, batch_size: int | None, at_once: int) -> int:
-    """The number of examples in a batch, so that there are ``at_once`` batches or more."""
-    return min(batch_size or BATCH_SIZE, max(1, math.ceil(size / at_once)))
-
-
-def _tensors(inputs: Inputs) -> list[Tensor]:
-    if not isinstance(inputs, Tensor | Mapping | tuple):
-        return []
-    return [each for each in _arguments(inputs).values() if isinstance(each, Tensor)]
 
 
 def rows_of(args: Mapping[int | str, Any]) -> int:

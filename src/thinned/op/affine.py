@@ -14,7 +14,7 @@ from thinned.geometry import Geometry, shared, shared_cached
 from thinned.key_source import active
 from thinned.keys import draw_int
 from thinned.op.inplace import count_write, refuse_leaf, refuse_overlap
-from thinned.op.registered import call_backend, choose_on_backend, keep_mask, key_tensor, library, stack_keys
+from thinned.op.registered import call_backend, choose_on_backend, keep_mask, key_tensor, library, stacked
 from thinned.torch_state import (
     SingleLevelFunction,
     below_autograd,
@@ -281,9 +281,9 @@ class _BothModes(torch.autograd.Function):
         *constants: Any,
     ) -> tuple[Tensor, int]:
         x_dim, key_dim, *_ = in_dims
-        x = x.movedim(x_dim, 0) if x_dim is not None else x.expand(info.batch_size, *x.shape)
+        x = stacked(x, x_dim, info.batch_size)
         if key_dim is not None or key.dim():
-            key = stack_keys(key, key_dim, info.batch_size)
+            key = stacked(key, key_dim, info.batch_size)
         return masked_affine(x, key, Geometry((0, *strides), base), *constants), 0
 
 

@@ -17,7 +17,7 @@ from thinned.op.partitioner import repeat_draws
 from thinned.op.vmap_keys import key_per_call
 from thinned.torch_state import compiling, is_eager, tracing, transforming, without_transforms
 
-__all__ = ["call_backend", "choose_on_backend", "keep_mask", "key_tensor", "library", "stack_keys", "uniform"]
+__all__ = ["call_backend", "choose_on_backend", "keep_mask", "key_tensor", "library", "stacked", "uniform"]
 
 library = torch.library.Library("thinned", "FRAGMENT")
 for _schema, *_tags in (
@@ -140,16 +140,16 @@ show_kernel(library, "keep_mask", _keep_mask)
 show_kernel(library, "uniform", _uniform, lambda *arguments: len(arguments) < 5 or arguments[4] is None)
 
 
-def stack_keys(key: Tensor, dim: int | None, size: int) -> Tensor:
-    """The keys of ``size`` calls under vmap, along dimension 0."""
-    return key.expand(size, *key.shape) if dim is None else key.movedim(dim, 0)
+def stacked(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """The tensors of ``size`` calls under vmap, along dimension 0; they share one if ``dim`` is None."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def _vmap_keep_mask(
     info: Any, in_dims: tuple[Any, ...], key: Tensor, shape: list[int], strides: list[int], *rest: int
 ) -> tuple[Tensor, int]:
     size = info.batch_size
-    keys = stack_keys(key, in_dims[0], size)
+    keys = stacked(key, in_dims[0], size)
     return torch.ops.thinned.keep_mask(keys, (size, *shape), (0, *strides), *rest), 0
 
 
@@ -164,9 +164,9 @@ def _vmap_uniform(
     strata: int = 1,
 ) -> tuple[Tensor, int]:
     size = info.batch_size
-    keys = stack_keys(key, in_dims[0], size)
+    keys = stacked(key, in_dims[0], size)
     if draw is not None:
-        draw = stack_keys(draw, in_dims[4], size)
+        draw = stacked(draw, in_dims[4], size)
         draw = draw.reshape(size, *(1,) * (keys.dim() - draw.dim()), *draw.shape[1:]).expand(keys.shape)
     return torch.ops.thinned.uniform(keys, (size, *shape), (0, *strides), base, draw, strata), 0
 
@@ -175,7 +175,7 @@ def _vmap_choose(
     info: Any, in_dims: tuple[Any, ...], x: Tensor, numbers: Tensor, *constants: Any
 ) -> tuple[Tensor, int]:
     x_dim, numbers_dim, *_ = in_dims
-    x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+    x = stacked(x, x_dim, info.batch_size)
     if numbers_dim is not None:
         numbers = numbers.movedim(numbers_dim, 0)
         numbers = numbers.reshape(len(numbers), *(1,) * (x.dim() - numbers.dim()), *numbers.shape[1:])

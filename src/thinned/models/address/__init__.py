@@ -116,7 +116,8 @@ class Address:
         check_model("address", model)
         self.hooks = hooks_of(model)
         self._model = model
-        self._root = _seed(seed).fold(_step(step))
+        self._seed = _seed(seed)
+        self._root = self._seed.fold(_step(step))
         self.samples = None if samples is None else ids_of(samples)
         self.sample_dim, self.sample_dims = _dims(sample_dim, self.hooks)
         self._device = next((parameter.device for parameter in model.parameters()), None)

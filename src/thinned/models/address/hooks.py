@@ -13,8 +13,15 @@ from thinned.checks import got
 from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.models.walk import PARALLEL_WRAPPERS
-from thinned.torch_state import COMPILED, WRAPPERS, compiling, graph_task_is_running, is_replica, pre_hooks_of
-from thinned.torch_state import hooks_of as all_hooks_of
+from thinned.torch_state import (
+    COMPILED,
+    WRAPPERS,
+    compiling,
+    forward_hooks_of,
+    graph_task_is_running,
+    is_replica,
+    pre_hooks_of,
+)
 
 __all__ = ["ModuleHooks", "has_other_hooks", "hooks_of", "module_at"]
 
@@ -214,4 +221,4 @@ def hooks_of(model: nn.Module) -> ModuleHooks:
 
 def has_other_hooks(module: nn.Module) -> bool:
     """Whether ``module`` has forward hooks that are none of an address."""
-    return not all(isinstance(hook, _Hook) for hook in all_hooks_of(module))
+    return not all(isinstance(hook, _Hook) for hook in forward_hooks_of(module))
