@@ -81,7 +81,7 @@ def _beside_peers(make: Callable[[], nn.Module], x: Tensor) -> Work:
 
 
 def _loop(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What many write: everything but batch normalization in training, a call for each draw."""
+    """The loop that many write: everything but batch normalization in training, a call for each draw."""
     for module in model.train().modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

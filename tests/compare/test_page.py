@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from html import unescape
 
 import pytest
 import torch
 
 from compare.test_effect import run
+from pages import words
 from thinned.compare import effect, plots
 from thinned.compare.laws import LAWS, Finding, Law, Level, Verdict
 from thinned.compare.page import to_html
@@ -41,12 +41,6 @@ def report_of(*breaches: Law, verdict: Verdict = Verdict.BROKEN, training: list[
     report.tutorial = dict.fromkeys(report.names, Sample(1.0, 1.0))
     report.masks = {"theirs": torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < 0.5}
     return report
-
-
-def words(page: str) -> str:
-    """What a reader sees: no tags, one space between words."""
-    body = re.sub(r"<(style|svg)\b.*?</\1>", "", page, flags=re.DOTALL)
-    return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
 def test_effect_comes_first_and_from_the_runs() -> None:

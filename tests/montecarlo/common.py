@@ -1,4 +1,4 @@
-"""What tests of Monte-Carlo dropout share."""
+"""Models and helpers of the tests of Monte-Carlo dropout."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def repelling(repeats: int, draws: int, size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("draws", "size"), [(12, 1), (12, 4), (40, 10), (2, 1)])
 def test_variance_and_error_are_unbiased(draws: int, size: int) -> None:
-    """Of draws that repel within a set, too: their mean has less variance, and the error says so."""
+    """The error is right for draws that repel within a set, too: their mean has less variance."""
     sums = Accumulator(size)
     sums.add(repelling(20_000, draws, size))
     assert_unbiased(sums.mean[:, None], 0.5)

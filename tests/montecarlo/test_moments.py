@@ -363,7 +363,7 @@ def test_dtypes(build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     expected = moments(copy.deepcopy(model).double(), x.double())
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert found.mean.dtype == found.variance.dtype == wide
-    # What comes before the first dropout has the rounding of its dtype; the perceptron has nothing before it.
+    # Layers before the first dropout have the rounding of their dtype; the perceptron has nothing before it.
     relative = 1e-4 if wide == dtype or build is perceptron else 0.05
     for each, wanted in zip(found, expected, strict=True):
         assert (each - wanted).abs().max() < relative * wanted.abs().max()

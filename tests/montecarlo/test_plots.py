@@ -80,7 +80,7 @@ def test_reliability_diagram() -> None:
 
 
 def test_bars_of_a_reliability_diagram_are_two_deviations() -> None:
-    """Of 400 examples at a confidence of 0.8, half are right: 0.5 +- 2 * sqrt(0.8 * 0.2 / 400)."""
+    """Half of 400 examples at a confidence of 0.8 are right: 0.5 +- 2 * sqrt(0.8 * 0.2 / 400)."""
     figure = plots.reliability_diagram(
         torch.tensor([[0.8, 0.2]]).double().repeat(400, 1), torch.arange(400) % 2
     )

@@ -43,7 +43,7 @@ def loader() -> DataLoader[Any]:
 
 
 def predictions(sharing: bool) -> dict[str, Any]:
-    """What each process computes; ``sharing`` between them, or by itself."""
+    """The predictions of each process; ``sharing`` between them, or by itself."""
     found: dict[str, Any] = {}
     for shard in ("examples", "draws"):
         with_shard = {"shard": shard} if sharing else {}
@@ -118,7 +118,7 @@ def error(shard: str) -> str:
 
 
 def run(folder: Path, processes: int) -> list[dict[str, Any]]:
-    """What :func:`predictions`, :func:`work` and :func:`error` return in each process."""
+    """The results of :func:`predictions`, :func:`work` and :func:`error` in each process."""
     done = launch(
         f"""
         shards = ("examples", "draws")

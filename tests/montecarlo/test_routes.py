@@ -1,4 +1,4 @@
-"""Which route a model takes, and how often that runs what precedes the first dropout."""
+"""The route that a model takes, and how often it runs the layers before the first dropout."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
+from pages import words
 from process import PATIENCE
 from thinned.cli import app
 from thinned.compare.loading import model_of
@@ -121,12 +121,6 @@ def rows(path: str = "predictions.csv") -> dict[str, torch.Tensor]:
 def predicted(model: str, data: str, name: str = "x", **options: Any) -> Prediction:
     x = torch.from_numpy(np.load(data)[name])
     return predict(model_of(f"models.py:{model}"), x, 20, **options)
-
-
-def words(page: str) -> str:
-    """What a reader sees: no tags, one space between words."""
-    body = re.sub(r"<(style|svg)\b.*?</\1>", "", page, flags=re.DOTALL)
-    return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ _NAME = -0x3B8A7455C7A31684
 
 
 def name(key: Tensor) -> Tensor:
-    """What is folded into a set's keys for the keys of its permutations: the string ``"strata"``."""
+    """The datum that turns a set's keys into the keys of its permutations: the string ``"strata"``."""
     return torch.full((), _NAME, dtype=torch.int64, device=key.device)
 
 

@@ -25,7 +25,7 @@ __all__ = ["HEAD_P", "Dropouts", "Inject", "injected", "one_thread"]
 
 Inject = Mapping[str, float] | str
 HEAD_P = 0.1
-# What inspect finds but no key reaches; such a place stays off.
+# The status of places that inspect finds and no key reaches; such a place stays off.
 UNREACHED = ("register", "perhaps", "beyond")
 
 # The flags of modules and torch's generators are shared by all threads, so one predicts at a time.

@@ -59,7 +59,7 @@ def member(
 
 
 class Member(Named):
-    """What :func:`member` returns."""
+    """The result of :func:`member`."""
 
     def __init__(self, module: nn.Module, draw: int, settings: Settings) -> None:
         super().__init__()

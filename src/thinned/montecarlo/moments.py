@@ -52,8 +52,8 @@ def moments(model: nn.Module, input: Tensor) -> Moments:
     batch normalization is in evaluation. The model is not changed.
 
     **Exact**, up to rounding, if no ReLU has a random input. Linear layers in a row, with any number of
-    dropouts between them, keep the covariances of their units. What comes before the first dropout runs as it
-    is, and may have any modules and functions.
+    dropouts between them, keep the covariances of their units. The layers before the first dropout run as
+    they are, and may have any modules and functions.
 
     **Approximate** from the first ReLU with a random input, which counts as normal. The part of its output
     that is proportional to the input's noise, with the slope :math:`\Phi(t)`, keeps its covariances; the rest

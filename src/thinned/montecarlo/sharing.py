@@ -39,7 +39,7 @@ class Ranks:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def gather(self, compute: Callable[[], Part]) -> list[Part]:
-        """What ``compute`` returns on each process, in the order of ranks. All have to call this.
+        """The results of ``compute`` on each process, in the order of ranks. All have to call this.
 
         Raises:
             RuntimeError: it raised in another process; this names the process and its error.

@@ -126,7 +126,7 @@ class Report:
         return not column.startswith(("probability_", "expected_"))
 
     def sentences(self) -> list[str]:
-        """What the command prints."""
+        """The lines that the command prints."""
         p = self.prediction
         n = len(p)
         where = ", ".join(f"{site.path} (p = {site.p})" if site.p else site.path for site in self.sites)
