@@ -8,7 +8,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import thinned
 from benchmarks.case import MULTIPLY, Bound, Case, Work
@@ -32,7 +33,8 @@ def dtensor_cases() -> Iterator[Case]:
 
 def _beside_multiply(differentiated: bool) -> Work:
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     plain = torch.randn(16, 16)
     sharded = distribute_tensor(plain, DeviceMesh("cpu", [0]), [Shard(0)])
     functions: dict[str, Callable[[Tensor], Tensor]] = {
