@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
-import os
 import pickle
 import signal
 import tempfile
@@ -43,8 +42,8 @@ class World:
         The function is pickled by its name. It starts from torch's seed 0, without a key source.
 
         Raises:
-            RuntimeError: a rank raised, died or hangs. The message has each such rank's number and traceback.
-                All ranks are killed, and the next run starts others.
+            RuntimeError: a rank raised, died or hangs. The message has each such rank's number and traceback,
+                the first to fail first. All ranks are killed, and the next run starts others.
         """
         if not self.ranks:
             self._start()
@@ -88,9 +87,9 @@ class World:
         self.ranks, self.pipes = [], []
 
     def _stack(self, rank: int) -> str:
-        """Where a rank is."""
-        os.kill(self.ranks[rank].pid, signal.SIGUSR1)
-        time.sleep(0.5)
+        """Where a rank was when it was terminated."""
+        self.ranks[rank].terminate()
+        self.ranks[rank].join(self.grace)
         return Path(self.folder.name, str(rank)).read_text()
 
     def _start(self) -> None:
@@ -113,7 +112,7 @@ def _serve(pipe: connection.Connection, rank: int, size: int, folder: str) -> No
     """Run what comes through the pipe until it closes."""
     torch.set_num_threads(1)
     stack = Path(folder, str(rank)).open("w")  # noqa: SIM115 (open as long as the process)
-    faulthandler.register(signal.SIGUSR1, stack)
+    faulthandler.register(signal.SIGTERM, stack, chain=True)
     store = Path(folder, "store").as_uri()
     patience = timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=patience)
