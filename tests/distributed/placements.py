@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,37 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_mod
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from distributed.world import World
 from montecarlo.common import ulps
 from thinned.compare.implementation import first
 
-Call = tuple[Any, list[Tensor], dict[str, Any]]  # a module or a function, its inputs, its options
-ULPS = 16  # between sums in different orders
+ULPS = 16  # of the largest number, between sums in different orders
+Place = tuple[DeviceMesh, tuple[Placement, ...]]
+
+
+class Call(NamedTuple):
+    """A module or a function, its inputs and its options."""
+
+    function: Any
+    inputs: Sequence[Tensor]
+    options: Mapping[str, Any] = {}
+
+
+class Results(NamedTuple):
+    """The output of a call, the gradients of its inputs and those of the function's parameters."""
+
+    output: Any
+    grads: list[Any]
+    of_parameters: list[Any]
+
+
+class Case(NamedTuple):
+    """One placement of one call; ``problems`` are empty if it equals one process's."""
+
+    mesh: str
+    name: str
+    sharded: set[int]
+    problems: list[str]
 
 
 @cache
@@ -27,7 +53,12 @@ def mesh(*shape: int) -> DeviceMesh:
     return init_device_mesh("cpu", shape)
 
 
-def placements(dims: int) -> Iterator[tuple[DeviceMesh, tuple[Placement, ...]]]:
+@cache
+def mesh_of(*ranks: int) -> DeviceMesh:
+    return DeviceMesh("cpu", ranks)
+
+
+def every_placement(dims: int) -> Iterator[Place]:
     """Each mesh of this world, with each placement of a tensor of so many dimensions."""
     size = dist.get_world_size()
     each = [Replicate(), *map(Shard, range(dims))]
@@ -37,8 +68,17 @@ def placements(dims: int) -> Iterator[tuple[DeviceMesh, tuple[Placement, ...]]]:
         for pair in product(each, repeat=2):
             yield mesh(2, 2), pair
         for dim in range(dims):
-            # As FSDP2 shards what tensor parallelism has sharded.
+            # As FSDP2 shards a parameter that tensor parallelism has sharded.
             yield mesh(2, 2), (_StridedShard(dim, split_factor=2), Shard(dim))
+
+
+def some_placements(dims: int) -> Iterator[Place]:
+    """Shards along each dimension, alone and beside shards along dimension 0."""
+    size = dist.get_world_size()
+    for dim in range(dims):
+        yield mesh(size), (Shard(dim),)
+    if size == 4:
+        yield mesh(2, 2), (Shard(0), Shard(dims - 1))
 
 
 def place(x: Tensor, mesh: DeviceMesh, placement: Sequence[Placement]) -> Any:
@@ -47,82 +87,101 @@ def place(x: Tensor, mesh: DeviceMesh, placement: Sequence[Placement]) -> Any:
     return distribute_tensor(x, mesh, fitting, src_data_rank=None)
 
 
-def called(
-    call: Call, inputs: list[Any], cotangent: Callable[[Any], Any]
-) -> tuple[Any, list[Any], list[Any]]:
-    """Output, and gradients of inputs and parameters."""
-    function, _, options = call
+def results(call: Call) -> Results:
+    function, inputs, options = call
     inputs = [x.requires_grad_(x.is_floating_point()) for x in inputs]
     y = first(function(*inputs, **options))
     if not y.requires_grad:
-        return y, [], []
-    y.backward(cotangent(y))  # CommDebugMode does not count in torch.autograd.grad
+        return Results(y, [], [])
+    cotangent: Any = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+    if hasattr(y, "device_mesh"):
+        cotangent = place(cotangent, y.device_mesh, y.placements)
+    y.backward(cotangent)  # not torch.autograd.grad, in which CommDebugMode fails
     parameters = function.parameters() if isinstance(function, nn.Module) else ()
-    return y.detach(), [x.grad for x in inputs], [each.grad for each in parameters]
+    return Results(y.detach(), [x.grad for x in inputs], [each.grad for each in parameters])
 
 
-def cotangent_of(y: Any) -> Tensor:
-    return torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
-
-
-def problem(expected: Any, found: Any, tolerance: float = 0) -> str:
-    """What is wrong with this process's shard of a result; empty if nothing is."""
+def problem(expected: Any, found: Any, tolerance: float) -> str:
+    """The difference in this process's shard; empty if there is none."""
     if expected is None or found is None:
         return "" if found is expected else f"{found} instead of {expected}"
     if found.shape != expected.shape:
-        return f"of shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+        return f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
     if any(each.is_partial() for each in found.placements):
-        found, local = found.full_tensor(), expected
+        local, found = expected, found.full_tensor()
     else:
-        local = distribute_tensor(
-            expected, found.device_mesh, found.placements, src_data_rank=None
-        ).to_local()
+        local = place(expected, found.device_mesh, found.placements).to_local()
         found = found.to_local()
     if found.shape != local.shape:
         return f"a shard of shape {tuple(found.shape)} instead of {tuple(local.shape)}"
-    if not found.equal(local) and (not tolerance or ulps(found, local) > tolerance):
-        return f"differs in {int((found != local).sum())} of {local.numel()} elements"
-    return ""
+    if found.equal(local) or (tolerance and ulps(found, local) <= tolerance):
+        return ""
+    return f"{int((found != local).sum())} of {local.numel()} elements differ"
 
 
-def problems(
-    make: Callable[[], Call],
-    mesh: DeviceMesh,
-    placement: tuple[Placement, ...],
-    expected: tuple[Any, list[Any], list[Any]],
-    sums: bool = False,
-) -> list[str]:
+def problems(call: Call, expected: Results, mesh: DeviceMesh, placement: Any, sums: bool) -> list[str]:
     """How a call with DTensors differs from one process's."""
-    call = make()
-    if isinstance(call[0], nn.Module):
-        distribute_module(call[0], mesh)
-    inputs = [place(x, mesh, placement) for x in call[1]]
+    if isinstance(call.function, nn.Module):
+        distribute_module(call.function, mesh)
+    inputs = [place(x, mesh, placement) for x in call.inputs]
     try:
         with CommDebugMode() as counted:
-            y, grads, of_parameters = called(
-                call, inputs, lambda y: place(cotangent_of(y), y.device_mesh, y.placements)
-            )
+            found = results(call._replace(inputs=inputs))
     except Exception as error:
-        return [f"raised {type(error).__name__}: {str(error).splitlines()[0]}"]
-    found = [f"output: {problem(expected[0], y, ULPS * sums)}"]
-    found += [f"gradient: {problem(*pair, ULPS * sums)}" for pair in zip(expected[1], grads, strict=True)]
-    found += [
-        f"parameter's gradient: {problem(*pair, ULPS)}"
-        for pair in zip(expected[2], of_parameters, strict=True)
+        return [f"raised {type(error).__name__}: {error}"]
+    tolerance = ULPS * sums
+    said = [
+        f"output: {problem(expected.output, found.output, tolerance)}",
+        *(f"gradient: {problem(*pair, tolerance)}" for pair in zip(expected.grads, found.grads, strict=True)),
+        *(
+            f"parameter's gradient: {problem(*pair, ULPS)}"
+            for pair in zip(expected.of_parameters, found.of_parameters, strict=True)
+        ),
     ]
     if counted.get_total_counts():
-        found.append(f"communicated: {dict(counted.get_comm_counts())}")
-    return [each for each in found if not each.endswith(": ")]
+        said.append(f"communicated: {', '.join(map(str, counted.get_comm_counts()))}")
+    if found.output.shape == inputs[0].shape and found.output.placements != inputs[0].placements:
+        said.append(f"output: placed as {found.output.placements}")
+    return [each for each in said if not each.endswith(": ")]
 
 
-def compare(calls: dict[str, Callable[[], Call]], sums: bool = False) -> list[tuple[str, str, list[str]]]:
-    """For each call and placement: mesh, the case's name and problems."""
-    results = []
-    for name, make in calls.items():
-        call = make()
-        expected = called(call, call[1], cotangent_of)
-        for mesh, placement in placements(call[1][0].dim()):
-            shape = "x".join(map(str, mesh.shape))
-            shown = ", ".join(map(str, placement))
-            results.append((shape, f"{name}; {shown}", problems(make, mesh, placement, expected, sums)))
-    return results
+def compare(
+    make: Callable[..., Call],
+    calls: Iterable[tuple[Any, ...]],
+    expected: Iterable[Results],
+    placements: Callable[[int], Iterable[Place]],
+    sums: bool,
+) -> list[Case]:
+    """In a rank: each placement of each call ``make(*arguments)``."""
+    cases = []
+    for arguments, of_one in zip(calls, expected, strict=True):
+        for mesh, placement in placements(make(*arguments).inputs[0].dim()):
+            call = make(*arguments)
+            cases.append(
+                Case(
+                    "x".join(map(str, mesh.shape)),
+                    f"{arguments} as {', '.join(map(str, placement))}",
+                    {each.dim for each in placement if not each.is_replicate()},
+                    problems(call, of_one, mesh, placement, sums),
+                )
+            )
+    return cases
+
+
+def cases_of(
+    world: World,
+    make: Callable[..., Call],
+    calls: Sequence[tuple[Any, ...]],
+    placements: Callable[[int], Iterable[Place]] = every_placement,
+    sums: bool = False,
+) -> list[Case]:
+    """Each placement of each call ``make(*arguments)`` on a world, compared with a call in this process.
+
+    The outputs differ by no bit, or by 16 ulps of the largest number if they are ``sums``.
+    """
+    expected = [results(make(*arguments)) for arguments in calls]
+    return [
+        case._replace(name=f"rank {rank} of {case.mesh}: {case.name}")
+        for rank, cases in enumerate(world.run(compare, make, calls, expected, placements, sums))
+        for case in cases
+    ]
