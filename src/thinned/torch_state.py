@@ -265,6 +265,11 @@ def with_local(x: Any, local: Tensor) -> Any:
     return kind.from_local(local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=strides)
 
 
+def real_object(x: Any) -> Any:
+    """``x``, such as a mesh, without the FakeScriptObject that Dynamo wraps it in from PyTorch 2.13 on."""
+    return getattr(x, "real_obj", x)
+
+
 # Compiled code.
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from thinned.torch_state import constant_when_compiled
+from thinned.torch_state import constant_when_compiled, real_object
 
 __all__ = ["check_generators"]
 
@@ -22,6 +22,7 @@ def check_generators(mesh: Any) -> None:
     All processes of the mesh have to call this. Later calls return at once: a collective for each key would
     take longer than its mask.
     """
+    mesh = real_object(mesh)
     if mesh in _checked:
         return
     cpu = mesh.device_type == "cpu"
