@@ -14,8 +14,15 @@ from torch import Tensor
 from thinned.distributed.generators import check_generators
 from thinned.distributed.shards import Part, Runs, is_dtensor, parts_of, runs_of
 from thinned.geometry import Geometry, shared
-from thinned.op.registered import library
-from thinned.torch_state import compiling, constant_when_compiled, graph_task_is_running, local_of, with_local
+from thinned.op.registered import call_backend, library
+from thinned.torch_state import (
+    compiling,
+    constant_when_compiled,
+    graph_task_is_running,
+    is_eager,
+    local_of,
+    with_local,
+)
 
 __all__ = ["accept", "locally", "shard_like", "uniform_for", "unsharded", "whole"]
 
@@ -84,7 +91,10 @@ def _masked_affine(operation: Any, x: Any, key: Tensor, strides: Sequence[int], 
     local, geometry = local_of(x), Geometry(tuple(strides), base)
 
     def of_part(part: Part, x: Tensor) -> Tensor:
-        return operation(x, _rows(key, part), *geometry.shard(part.offsets), *rest)  # type: ignore[no-any-return]
+        rows, of_shard = _rows(key, part), geometry.shard(part.offsets)
+        if is_eager(x):
+            return call_backend(x, rows, of_shard, *rest)
+        return operation(x, rows, *of_shard, *rest)  # type: ignore[no-any-return]
 
     parts = list(parts_of(runs))
     if len(parts) == 1:
