@@ -95,7 +95,9 @@ class World:
     def _start(self) -> None:
         # A server imports what takes long once, and is forked for each rank: 0.1 s instead of 2.
         processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["torch.distributed.tensor.debug", "thinned.compare.layers", "hypothesis"])
+        processes.set_forkserver_preload(
+            ["torch.distributed.tensor.debug", "thinned.compare.layers", "hypothesis"]
+        )
         self.folder = tempfile.TemporaryDirectory()
         for rank in range(self.size):
             mine, theirs = processes.Pipe()
