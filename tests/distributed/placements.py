@@ -42,9 +42,9 @@ class Results(NamedTuple):
 class Case(NamedTuple):
     """One placement of one call; ``problems`` are empty if it equals one process's."""
 
-    mesh: str
     name: str
-    sharded: set[int]
+    mesh: str
+    placement: str
     problems: list[str]
 
 
@@ -159,9 +159,9 @@ def compare(
             call = make(*arguments)
             cases.append(
                 Case(
+                    ", ".join(map(str, arguments)),
                     "x".join(map(str, mesh.shape)),
-                    f"{arguments} as {', '.join(map(str, placement))}",
-                    {each.dim for each in placement if not each.is_replicate()},
+                    ", ".join(map(str, placement)),
                     problems(call, of_one, mesh, placement, sums),
                 )
             )
@@ -181,7 +181,7 @@ def cases_of(
     """
     expected = [results(make(*arguments)) for arguments in calls]
     return [
-        case._replace(name=f"rank {rank} of {case.mesh}: {case.name}")
+        case._replace(name=f"rank {rank} of {case.mesh}, {case.name}, {case.placement}")
         for rank, cases in enumerate(world.run(compare, make, calls, expected, placements, sums))
         for case in cases
     ]
