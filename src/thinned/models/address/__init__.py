@@ -8,13 +8,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from thinned.checks import check_integer, got, integers
 from thinned.devices import to_device
+from thinned.distributed.agreement import check_agreement
+from thinned.distributed.ranks import DataParallel, distributed_tensor, replica_of
 from thinned.functional import keep_mask
 from thinned.key_source import active
 from thinned.keys import Key
@@ -26,6 +28,9 @@ from thinned.op.vmap_keys import key_per_call
 from thinned.philox import signed64
 from thinned.torch_state import compiling
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["Address", "address", "ids_of"]
 
 
@@ -36,6 +41,7 @@ def address(
     step: int | Tensor,
     samples: Tensor | Sequence[int] | None = None,
     sample_dim: int | Mapping[str, int] | None = None,
+    data_parallel: DataParallel = "auto",
 ) -> Address:
     r"""A context in which each mask is a function of seed, step, site, sample and position alone.
 
@@ -93,7 +99,7 @@ def address(
     >>> thinned.address(model, seed=7, step=100).mask_of("1", (2, 8), p=0.5).equal(y != 0)
     True
     """
-    return Address(model, seed, step, samples, sample_dim)
+    return Address(model, seed, step, samples, sample_dim, data_parallel)
 
 
 class Address:
@@ -112,6 +118,7 @@ class Address:
         step: int | Tensor,
         samples: Tensor | Sequence[int] | None,
         sample_dim: int | Mapping[str, int] | None = None,
+        data_parallel: DataParallel = None,
     ) -> None:
         check_model("address", model)
         self.hooks = hooks_of(model)
@@ -125,6 +132,18 @@ class Address:
         if self._device is not None and self._device.type != "cpu":
             there = None if self.samples is None else to_device(self.samples, self._device)
             self._on_device = self._root.to(self._device), there
+        self._step, self._data_parallel = step, data_parallel
+        self.replica = None
+        if samples is None and data_parallel is not None:
+            if not compiling():
+                self.hooks.replica = replica_of(model, data_parallel)
+            self.replica = self.hooks.replica
+        if self.replica is not None:
+            self._of_replica = {self.replica.number: self._fold_replica(self.replica.number)}
+
+    def _fold_replica(self, number: int) -> tuple[Key, Key]:
+        root, there = (key.fold("#data parallel").fold(number) for key in (self._root, self._on_device[0]))
+        return root, there
 
     def __enter__(self) -> Address:
         _Running(self).begin()
@@ -174,8 +193,42 @@ class Address:
         root, samples = self._on_device
         return root if compiling() else self._root, samples
 
+    def root_for(self, input: Tensor, root: Key) -> Key:
+        """``root`` of :meth:`parts`, with the data-parallel replica folded in that computes ``input``."""
+        if self.replica is None:
+            return root
+        number = self.replica.number if type(input) is Tensor else self.replica.number_for(input)
+        if number is None:
+            return root
+        if number not in self._of_replica:
+            self._of_replica[number] = self._fold_replica(number)
+        return self._of_replica[number][root is not self._root]
+
+    def check_agreement(self, group: ProcessGroup | None = None) -> None:
+        """Raise in every process of a group if this address differs between them.
+
+        The processes must have the same seed and step, and the same samples within a data-parallel replica.
+        No two replicas may have the same sample. (A ``DistributedSampler`` repeats samples at the end of an
+        epoch unless ``drop_last=True``.) The check is one :func:`torch.distributed.all_gather_object`, which
+        every process of the group has to call. The context itself communicates nothing.
+
+        Args:
+            group: the process group; by default all processes.
+
+        Raises:
+            RuntimeError: the processes disagree; the message names two ranks and what each has.
+        """
+        replica = self.replica or replica_of(self._model, self._data_parallel)
+        samples = None if self.samples is None else self.samples.tolist()
+        check_agreement(
+            {"seed": self._seed, "step": int(self._step)}, samples, replica and replica.number, group
+        )
+
     def key_of(self, path: str, call: int = 0) -> Key:
         """The key of a site, or one for each of the samples.
+
+        At sites that all samples share, such as those of :class:`thinned.WeightDrop`, the key is instead that
+        of the address without ``samples`` and with ``data_parallel=None``.
 
         Args:
             path: any path that leads to the module, as in ``model.named_modules()``.
@@ -186,7 +239,8 @@ class Address:
         """
         path, _ = module_at(self._model, path)
         check_integer("call", call, least=0)
-        key = self._root.fold(_site(path, call))
+        root = self._root if self.replica is None else self._of_replica[self.replica.number][0]
+        key = root.fold(_site(path, call))
         return key if self.samples is None else key.fold(self.samples)
 
     def mask_of(
@@ -298,6 +352,8 @@ class _Running(Counting):
                 return None if source is None else source.key_for(input, sample_dim)
         path = self.stack[-1] if self.stack else ""
         root, samples = self.address.parts(input.device)
+        if sample_dim is not None and self.address.replica is not None:
+            root = self.address.root_for(input, root)
         key = root.fold(_site(path, self.number(path)))
         if samples is not None and sample_dim is not None and input.dim():
             key = _of_samples(key, samples, input, sample_dim, path)
@@ -373,6 +429,8 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
     if size == 1 != count:
         return key
     rows_each = size // max(count, 1)  # an empty batch has no samples
+    if rows_each * count != size or rows_each > 1:
+        _check_all_rows(count, input, sample_dim, path)
     if rows_each * count != size:
         raise RuntimeError(
             f"the site {path!r} was given a tensor of shape {shape_of(input)}, whose dimension {sample_dim} "
@@ -385,12 +443,33 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
     return Key.from_bits(keys.bits.repeat_interleave(rows_each)).fold(rows)
 
 
+def _check_all_rows(count: int, input: Tensor, sample_dim: int, path: str) -> None:
+    """Raise if ``input`` is a DTensor that is sharded along ``sample_dim``, where each row needs an id."""
+    if not isinstance(input, distributed_tensor()):
+        return
+    local: int = input.to_local().size(sample_dim)  # type: ignore[attr-defined]
+    if local != input.size(sample_dim):
+        raise RuntimeError(
+            f"the site {path!r} was given a DTensor of shape {tuple(input.shape)}, sharded along dimension "
+            f"{sample_dim} (sample_dim), with {input.size(sample_dim)} rows in all processes and {local} in this "
+            f"one, but there are {count} samples; samples= has to be an id for each row of all processes"
+        )
+
+
 def ids_of(samples: Tensor | Iterable[int]) -> Tensor:
     """The ids in an int64 tensor of one dimension; TypeError and ValueError for others."""
     if isinstance(samples, Tensor):
         if samples.dtype != torch.int64 or samples.dim() != 1:
             got = f"{samples.dtype} of shape {tuple(samples.shape)}"
             raise TypeError(f"samples must be int64 ids in one dimension, got {got}")
+        if isinstance(samples, distributed_tensor()):
+            placements: Any = samples.placements  # type: ignore[attr-defined]
+            if not all(placement.is_replicate() for placement in placements):
+                raise TypeError(
+                    "samples must be the ids of the whole batch in each process, got a DTensor of "
+                    f"{samples.size(0)} ids with placements {placements}; pass samples.full_tensor(), which gathers"
+                )
+            return samples.to_local()  # type: ignore[attr-defined, no-any-return]
         return samples
     try:
         ids = [operator.index(sample) for sample in samples]
