@@ -308,7 +308,11 @@ def ids_of_dtensors() -> tuple[list[bool], list[str]]:
     features = distribute_tensor(torch.ones(14, 4), grid, [Shard(1)])
     right.append(len(keys(torch.arange(7), features)) == 14)
     even = DTensor.from_local(torch.ones(4, 4), grid, [Shard(0)])
-    for samples, input in ((shard_ids(7), x), (torch.arange(4), even), (ids.redistribute(grid, [Shard(0)]), x)):
+    for samples, input in (
+        (shard_ids(7), x),
+        (torch.arange(4), even),
+        (ids.redistribute(grid, [Shard(0)]), x),
+    ):
         with pytest.raises((TypeError, RuntimeError)) as error:
             keys(samples, input)
         errors.append(str(error.value).replace(f"{4 - rank} in this one", "N in this one"))
@@ -330,7 +334,10 @@ def shards() -> list[tuple[list[int], list[int]]]:
     mesh = mesh_of(dp=size)
     wholes = [torch.arange(total) for total in range(2 * size + 2)]
     return [
-        (distribute_tensor(whole, mesh, [Shard(0)]).to_local().tolist(), shard_ids(len(whole), data_parallel).tolist())
+        (
+            distribute_tensor(whole, mesh, [Shard(0)]).to_local().tolist(),
+            shard_ids(len(whole), data_parallel).tolist(),
+        )
         for whole in wholes
         for data_parallel in ("auto", mesh, mesh.get_group())
     ]

@@ -45,8 +45,10 @@ def address(
 ) -> Address:
     r"""A context in which each mask is a function of seed, step, site, sample and position alone.
 
-    .. math:: \text{key} = \text{Key}(seed).\text{fold}(step).\text{fold}(site)
-        \;[.\text{fold}(sample) \text{ for each row}]
+    .. math:: \text{key} = \text{Key}(seed).\text{fold}(step)\;[.\text{fold}(\text{"\#data parallel"})
+        .\text{fold}(replica)].\text{fold}(site)\;[.\text{fold}(sample) \text{ for each row}]
+
+    The replica is in the key only without ``samples``, and only on several processes; see ``data_parallel``.
 
     A site is the path of a module in ``model``, the first path if several lead to it. The path's second call
     within the context is the site ``path#1``, its third ``path#2``. (A ``"#"`` in a path is doubled.) A run
@@ -67,6 +69,15 @@ def address(
     its rows from 0. Under :func:`torch.vmap` all mapped calls share a mask, since nothing is drawn. Only with
     ``randomness="different"`` does call ``i`` have a mask of its own, that of ``key.fold(i)``.
 
+    On several processes, ids decide where there are ``samples``: an example has the same masks in any process
+    and on any number of them; :func:`thinned.distributed.shard_ids` makes ids for the shards of a batch.
+    Without ``samples``, processes with one seed have other masks in each data-parallel replica, and the same
+    within one, as its tensor-parallel processes need. A DTensor that all replicas compute together has one
+    mask. Decisions that all samples share are the same in all processes: the layers of
+    :class:`~thinned.LayerDrop`, the weights of :class:`~thinned.WeightDrop` and its kin, and the edges of a
+    graph. The context communicates nothing, and processes that disagree on seed, step or samples go unnoticed
+    unless all of them call :meth:`Address.check_agreement`.
+
     Under :func:`torch.compile`, enter it outside the compiled code: other steps and samples then cause no
     recompilation. Compiled code may enter it too if an earlier address gave ``model`` its hooks; an integer
     ``step`` then recompiles once.
@@ -76,20 +87,30 @@ def address(
             module that is added later counts as a part of its parent.
         seed: of the run: an integer, or a :class:`~thinned.Key`.
         step: of the run: an integer, or an int64 tensor of one element.
-        samples: an id for each sample of the batch. A sample's mask then does not depend on its place in the
-            batch, on the batch's size or on gradient accumulation. Where a sample has ``k`` rows, their keys
-            are ``key.fold(sample).fold(0 .. k-1)``. A tensor of one row has one mask for all samples.
+        samples: an id for each sample of the batch, which for DTensors is that of all processes. A sample's
+            mask then does not depend on its place in the batch, on the batch's size or on gradient
+            accumulation. Where a sample has ``k`` rows, their keys are ``key.fold(sample).fold(0 .. k-1)``. A
+            tensor of one row has one mask for all samples.
         sample_dim: the dimension of the samples in the inputs of element-wise layers: an integer, such as 1
             for sequences of shape ``(L, N, *)``, or integers by patterns of paths (:mod:`fnmatch`), of which
             the first match holds. By default, inputs of three dimensions or more follow ``batch_first`` of
             the module or of one that contains it; otherwise the dimension is 0.
+        data_parallel: says which data-parallel replica this process computes. ``"auto"`` finds it by the
+            model's ``DistributedDataParallel``, ``fully_shard`` or DTensors, else takes this process's rank
+            among all; :func:`thinned.distributed.ranks.replica_of` has the table. Tensor and pipeline
+            parallelism on plain tensors, as in Megatron, cannot be seen: pass the mesh of the data-parallel
+            dimensions, in which processes count row by row, their process group, or the replica's number.
+            ``None`` gives all processes the same masks. With ``samples`` it only matters to
+            :meth:`Address.check_agreement`.
 
     Raises:
-        TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large.
+        TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large;
+            ``data_parallel`` is none of the above, or a group without this process.
         IndexError: at a site whose input has no dimension ``sample_dim``.
-        RuntimeError: at a site if the samples' dimension is no multiple of their number, or if only dimension
-            1 has that size and nothing says that it is meant; at a site that a backward pass or another
-            asyncio task calls; at the end, if a later address is still active.
+        RuntimeError: at a site if the samples' dimension is no multiple of their number, or, in a DTensor
+            that is sharded along it, is not their number; or if only dimension 1 has that size and nothing
+            says that it is meant; at a site that a backward pass or another asyncio task calls; at the end,
+            if a later address is still active; and where ``"auto"`` cannot tell the replica.
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), thinned.Dropout(0.5))
