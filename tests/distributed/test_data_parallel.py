@@ -305,6 +305,10 @@ def ids_of_dtensors() -> tuple[list[bool], list[str]]:
     right.append(keys(torch.arange(7)).equal(expected))
     ids = distribute_tensor(torch.arange(7), grid, [Replicate()])
     right.append(keys(ids).equal(expected))
+    with thinned.address(net(), seed=7, step=3, samples=ids):
+        y = thinned.functional.dropout(x)
+    whole = thinned.functional.dropout(torch.ones(7, 4), key=Key.from_bits(expected))
+    right.append(y.full_tensor().equal(whole))
     features = distribute_tensor(torch.ones(14, 4), grid, [Shard(1)])
     right.append(len(keys(torch.arange(7), features)) == 14)
     even = DTensor.from_local(torch.ones(4, 4), grid, [Shard(0)])
@@ -322,11 +326,14 @@ def ids_of_dtensors() -> tuple[list[bool], list[str]]:
 @two
 def test_ids_of_a_dtensor_are_those_of_all_processes(world: World) -> None:
     for rank, (right, errors) in enumerate(world.run(ids_of_dtensors)):
-        assert right == [True] * 3
+        assert right == [True] * 4
         uneven, even, placed = errors
         assert f"7 rows in all processes and N in this one, but there are {4 - rank} samples" in uneven
         assert "8 rows in all processes and 4 in this one, but there are 4 samples" in even.replace("N", "4")
-        assert "got a DTensor of 7 ids with placements (Shard(dim=0),); pass samples.full_tensor()" in placed
+        assert (
+            "got a DTensor of 7 ids with placements (Shard(dim=0),); pass samples.full_tensor(), which"
+            in placed
+        )
 
 
 def shards() -> list[tuple[list[int], list[int]]]:
@@ -365,7 +372,7 @@ def test_contiguous_shards_have_the_mask_of_the_whole(world: World) -> None:
     assert [row for rows in world.run(mask_of_shard) for row in rows] == whole
 
 
-def check(arguments: list[dict[str, Any]], groups: list[int] | None = None) -> str:
+def check(arguments: list[dict[str, Any]]) -> str:
     """The error of the check in this rank, of which argument ``rank`` is."""
     options = {"seed": 7, "step": 3} | arguments[dist.get_rank()]
     try:
@@ -384,8 +391,8 @@ DISAGREEMENTS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no ids": ([{"samples": [4, 5]}, {}], "ranks 0 and 1 disagree on samples: 2 ids and none"),
     "the same ids": (
         [{"samples": [4, 5]}, {"samples": [6, 5]}],
-        "ranks 0 and 1 both have the sample 5, so its masks would be the same in two data-parallel replicas; give "
-        "each example of all processes an id of its own",
+        "ranks 0 and 1 both have the sample 5, so its masks would be the same in two data-parallel replicas; "
+        "give each example of all processes an id of its own",
     ),
     "counts": (
         [{"samples": [4, 5], "data_parallel": None}, {"samples": [4], "data_parallel": None}],
@@ -425,11 +432,10 @@ def refused() -> list[str]:
 def test_what_data_parallel_may_not_be(world: World) -> None:
     rank = r"data_parallel is a group of the ranks [0], without this process, which is rank 1"
     *groups, word, real, truth, negative = world.run(refused)[1]
-    print(groups)
     assert groups[-1] == rank
     accepted = (
-        "data_parallel must be 'auto', a DeviceMesh of the data-parallel dimensions, a ProcessGroup, the number "
-        "of a replica, or None, got "
+        "data_parallel must be 'auto', a DeviceMesh of the data-parallel dimensions, a ProcessGroup, the "
+        "number of a replica, or None, got "
     )
     assert (word, real, truth) == tuple(
         accepted + got for got in ("'everyone' of type str", "1.5 of type float", "True of type bool")

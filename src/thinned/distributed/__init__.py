@@ -1,4 +1,4 @@
-"""Masks on several processes: the data-parallel replicas of a model, and whether its processes agree."""
+"""Masks on many devices: shards of a :class:`~torch.distributed.tensor.DTensor`, and groups of processes."""
 
 from thinned.distributed.ranks import shard_ids
 

@@ -41,8 +41,8 @@ def check_agreement(
         for sample in their_ids or ():
             if (owned_by := owner.setdefault(sample, other)) != other:
                 raise RuntimeError(
-                    f"ranks {owned_by} and {other} both have the sample {sample}, so its masks would be the same "
-                    "in two data-parallel replicas; give each example of all processes an id of its own"
+                    f"ranks {owned_by} and {other} both have the sample {sample}, so its masks would be the "
+                    "same in two data-parallel replicas; give each example of all processes an id of its own"
                 )
 
 

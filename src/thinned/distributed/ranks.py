@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from thinned.checks import check_integer, got
+from thinned.distributed.shards import is_dtensor
 from thinned.torch_state import constant_when_compiled, fully_sharded_mesh, localized_mesh
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["DataParallel", "Replica", "distributed_tensor", "replica_number", "replica_of", "shard_ids"]
+__all__ = ["DataParallel", "Replica", "replica_number", "replica_of", "shard_ids"]
 
 DataParallel: TypeAlias = "Literal['auto'] | DeviceMesh | dist.ProcessGroup | int | None"
 
@@ -38,16 +39,17 @@ class Replica:
 
     def number_for(self, input: Tensor) -> int | None:
         """The number for a tensor, which is None for a DTensor that all replicas compute together."""
-        if self.ranks and isinstance(input, distributed_tensor()):
+        if self.ranks and is_dtensor(input):
             mesh: Any = input.device_mesh  # type: ignore[attr-defined]
             return _number_on(self.ranks, mesh)
         return self.number
 
 
 def replica_number(replicas: Sequence[int], ranks: Collection[int]) -> int | None:
-    """The number of the replica that the processes ``ranks`` compute: the first position of one in ``replicas``.
+    """The number of the replica that the processes ``ranks`` compute together.
 
-    None if they compute all replicas. The mask of a DTensor on their mesh then has one global index.
+    It is the first position of one of them in ``replicas``, which has a rank of each replica. None if they
+    compute all replicas: the mask of a DTensor on their mesh then has one global index.
 
     >>> replica_number((0, 2), {2, 3})  # two replicas, each on two tensor-parallel processes
     1
@@ -99,10 +101,10 @@ def shard_ids(total: int, data_parallel: DataParallel = "auto") -> Tensor:
 
     .. math:: \text{arange}(total).\text{chunk}(n)[rank]
 
-    ``thinned.address(..., samples=shard_ids(total))`` on ``n`` processes has the masks that ``samples=
-    torch.arange(total)`` has on one. Shards are those of :func:`torch.chunk`, as in DTensor's ``Shard`` and in
-    ``nn.DataParallel``: the first have ``ceil(total / n)`` rows, the last fewer or none. For the shards of
-    :func:`torch.tensor_split`, write ``torch.arange(total).tensor_split(n)[rank]``.
+    On ``n`` processes, ``thinned.address(..., samples=shard_ids(total))`` has the masks that
+    ``samples=torch.arange(total)`` has on one. Shards are those of :func:`torch.chunk`, as in DTensor's
+    ``Shard`` and in ``nn.DataParallel``: the first have ``ceil(total / n)`` rows, the last fewer or none. For
+    the shards of :func:`torch.tensor_split`, write ``torch.arange(total).tensor_split(n)[rank]``.
 
     These ids are places in a batch: an example has another mask at another place. Where the data set has
     indices, they are better ids. A ``DataLoader`` gives them for each batch if the data set returns them::
@@ -141,11 +143,6 @@ def shard_ids(total: int, data_parallel: DataParallel = "auto") -> Tensor:
     each = -(-total // len(ranks))
     start = each * ranks.index(dist.get_rank())
     return ids[start : start + each]
-
-
-def distributed_tensor() -> Any:
-    """The class DTensor, or no class if this process cannot have one."""
-    return _class("torch.distributed.tensor", "DTensor")
 
 
 def _class(module: str, name: str) -> Any:
@@ -188,21 +185,21 @@ def _of_model(model: nn.Module) -> Found:
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return _of_group(module.process_group)
-        if (mesh := fully_sharded_mesh(module)) is not None:
-            return _of_group(mesh)
+        if (given := fully_sharded_mesh(module)) is not None:
+            return _of_group(given)
     everyone, alone = _of_world()
-    kind = distributed_tensor()
-    found = {}
+    found: dict[frozenset[int], str] = {}
+    parameter: Any
     for name, parameter in model.named_parameters():
-        mesh = parameter.device_mesh if isinstance(parameter, kind) else localized_mesh(parameter)
+        mesh = parameter.device_mesh if is_dtensor(parameter) else localized_mesh(parameter)
         if mesh is not None and mesh.get_coordinate() is not None:
             found.setdefault(frozenset(_ranks_of(mesh, *alone)), name)
     if len(found) > 1:
         (a, first), (b, second) = list(found.items())[:2]
         raise RuntimeError(
-            f"data_parallel='auto' cannot tell which processes compute one replica: {first} is a DTensor on the "
-            f"ranks {sorted(a)} and {second} on {sorted(b)}; pass data_parallel= the mesh of the data-parallel "
-            "dimensions, or None for the same masks on all processes"
+            f"data_parallel='auto' cannot tell which processes compute one replica: {first} is a DTensor on "
+            f"the ranks {sorted(a)} and {second} on {sorted(b)}; pass data_parallel= the mesh of the "
+            "data-parallel dimensions, or None for the same masks on all processes"
         )
     return everyone, next(iter(found), alone)
 

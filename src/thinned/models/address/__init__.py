@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from thinned.checks import check_integer, got, integers
 from thinned.devices import to_device
 from thinned.distributed.agreement import check_agreement
-from thinned.distributed.ranks import DataParallel, distributed_tensor, replica_of
+from thinned.distributed.ranks import DataParallel, replica_of
+from thinned.distributed.shards import is_dtensor
 from thinned.functional import keep_mask
 from thinned.key_source import active
 from thinned.keys import Key
@@ -26,7 +27,7 @@ from thinned.models.walk import check_model, is_ours
 from thinned.nested import shape_of
 from thinned.op.vmap_keys import key_per_call
 from thinned.philox import signed64
-from thinned.torch_state import compiling
+from thinned.torch_state import compiling, local_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -239,11 +240,10 @@ class Address:
         Raises:
             RuntimeError: the processes disagree; the message names two ranks and what each has.
         """
-        replica = self.replica or replica_of(self._model, self._data_parallel)
+        replica = replica_of(self._model, self._data_parallel)
+        number = None if replica is None else replica.number
         samples = None if self.samples is None else self.samples.tolist()
-        check_agreement(
-            {"seed": self._seed, "step": int(self._step)}, samples, replica and replica.number, group
-        )
+        check_agreement({"seed": self._seed, "step": int(self._step)}, samples, number, group)
 
     def key_of(self, path: str, call: int = 0) -> Key:
         """The key of a site, or one for each of the samples.
@@ -466,14 +466,11 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
 
 def _check_all_rows(count: int, input: Tensor, sample_dim: int, path: str) -> None:
     """Raise if ``input`` is a DTensor that is sharded along ``sample_dim``, where each row needs an id."""
-    if not isinstance(input, distributed_tensor()):
-        return
-    local: int = input.to_local().size(sample_dim)  # type: ignore[attr-defined]
-    if local != input.size(sample_dim):
+    if is_dtensor(input) and (local := local_of(input).size(sample_dim)) != input.size(sample_dim):
         raise RuntimeError(
             f"the site {path!r} was given a DTensor of shape {tuple(input.shape)}, sharded along dimension "
-            f"{sample_dim} (sample_dim), with {input.size(sample_dim)} rows in all processes and {local} in this "
-            f"one, but there are {count} samples; samples= has to be an id for each row of all processes"
+            f"{sample_dim} (sample_dim), with {input.size(sample_dim)} rows in all processes and {local} in "
+            f"this one, but there are {count} samples; samples= has to be an id for each row of all processes"
         )
 
 
@@ -483,14 +480,15 @@ def ids_of(samples: Tensor | Iterable[int]) -> Tensor:
         if samples.dtype != torch.int64 or samples.dim() != 1:
             got = f"{samples.dtype} of shape {tuple(samples.shape)}"
             raise TypeError(f"samples must be int64 ids in one dimension, got {got}")
-        if isinstance(samples, distributed_tensor()):
+        if is_dtensor(samples):
             placements: Any = samples.placements  # type: ignore[attr-defined]
             if not all(placement.is_replicate() for placement in placements):
                 raise TypeError(
-                    "samples must be the ids of the whole batch in each process, got a DTensor of "
-                    f"{samples.size(0)} ids with placements {placements}; pass samples.full_tensor(), which gathers"
+                    f"samples must be the ids of the whole batch in each process, got a DTensor of "
+                    f"{samples.size(0)} ids with placements {placements}; pass samples.full_tensor(), which "
+                    "gathers them"
                 )
-            return samples.to_local()  # type: ignore[attr-defined, no-any-return]
+            return local_of(samples)
         return samples
     try:
         ids = [operator.index(sample) for sample in samples]

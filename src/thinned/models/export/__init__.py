@@ -33,11 +33,12 @@ class Keyed(Named):
         \;[.\text{fold}(sample) \text{ for each row}]
 
     That is ``address(model, seed=Key.from_bits(key), step=0, samples=samples, data_parallel=None)``: see
-    :func:`thinned.address` for ``site``, and for ``mask_of``, which gives the mask of any site. A graph of this module by
-    :func:`torch.export.export` or :func:`torch.compile` uses no random number generator. Equal keys give
-    equal results, bit for bit those of eager mode. The graph drops where a module is in training mode, or
-    where a call has no mode, at the time of the export. A call in which no mask depends on the key warns and
-    says why: all of ``model`` is in evaluation, or has no layer of thinned.
+    :func:`thinned.address` for ``site``, and for ``mask_of``, which gives the mask of any site. A graph
+    of this module by :func:`torch.export.export` or :func:`torch.compile` uses no random number
+    generator. Equal keys give equal results, bit for bit those of eager mode. The graph drops where a
+    module is in training mode, or where a call has no mode, at the time of the export. A call in which no
+    mask depends on the key warns and says why: all of ``model`` is in evaluation, or has no layer of
+    thinned.
 
     Only thinned's layers and functions have these masks; see :func:`thinned.convert` for torch's modules, and
     use ``Keyed(thinned.Intercepted(model))`` for torch's functions. An exported graph names the model's
