@@ -372,15 +372,16 @@ class _Running(Counting):
             if (source := active.key_source) is not self:  # this was a recomputation that raised
                 return None if source is None else source.key_for(input, sample_dim)
         path = self.stack[-1] if self.stack else ""
-        root, samples = self.address.parts(input.device)
-        if sample_dim is not None and self.address.replica is not None:
-            root = self.address.root_for(input, root)
+        address = self.address
+        root, samples = address.parts(input.device)
+        if address.replica is not None and sample_dim is not None:
+            root = address.root_for(input, root)
         key = root.fold(_site(path, self.number(path)))
         if samples is not None and sample_dim is not None and input.dim():
             key = _of_samples(key, samples, input, sample_dim, path)
         if key.shape and key.bits.device != input.device:
             key = key.to(input.device)
-        return self.address.finish(key_per_call(key))
+        return address.finish(key_per_call(key))
 
 
 def _site(path: str, call: int) -> str:
