@@ -39,6 +39,7 @@ checkpoint_generator                  guarded  ``thinned.address`` and ``thinned
 fake_tensors                          guarded  a law of ``thinned compare``
 fully_sharded_mesh                    guarded  ``thinned.address`` of a model of ``fully_shard``
 localized_mesh                        tested   ``thinned.address`` of a tensor-parallel model within DDP
+infers_shapes                         tested   ``thinned.address`` around a schedule of pipeline stages
 function_of                           tested   ``thinned.address`` in a reentrant checkpoint
 constant_when_compiled                tested   functions that Dynamo calls while it traces
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
@@ -423,6 +424,20 @@ def graph_task_is_running() -> bool:
 def function_of(ctx: Any) -> Any:
     """The autograd Function of a context; None makes models/checkpoint.py compare random states instead."""
     return getattr(type(ctx), "_forward_cls", None)
+
+
+def infers_shapes() -> bool:
+    """Whether a pipeline stage calls its module only to learn what its results look like.
+
+    A stage calls it for a microbatch in one of two methods. It does so once more before the first step.
+    """
+    stage = "torch.distributed.pipelining.stage"
+    frame = sys._getframe() if stage in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == stage:
+            return frame.f_code.co_name not in ("forward_maybe_with_nosync", "forward_one_chunk")
+        frame = frame.f_back
+    return False
 
 
 class _Called(BaseException):
