@@ -20,7 +20,7 @@ from thinned.distributed.ranks import DataParallel, replica_of
 from thinned.distributed.shards import is_dtensor
 from thinned.functional import keep_mask
 from thinned.key_source import KeySource, active
-from thinned.keys import Key
+from thinned.keys import Key, key_of_seed
 from thinned.models.address.hooks import ModuleHooks, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.walk import check_model, is_ours
@@ -92,7 +92,8 @@ def address(
         samples: an id for each sample of the batch, which for DTensors is that of all processes. A sample's
             mask then does not depend on its place in the batch, on the batch's size or on gradient
             accumulation. Where a sample has ``k`` rows, their keys are ``key.fold(sample).fold(0 .. k-1)``. A
-            tensor of one row has one mask for all samples.
+            tensor of one row has one mask for all samples. So has a layer whose samples share a decision,
+            such as ``StochasticDepth(p, "batch")``.
         sample_dim: the dimension of the samples in the inputs of element-wise layers: an integer, such as 1
             for sequences of shape ``(L, N, *)``, or integers by patterns of paths (:mod:`fnmatch`), of which
             the first match holds. By default, inputs of three dimensions or more follow ``batch_first`` of
@@ -463,7 +464,7 @@ def _site(path: str, call: int) -> str:
 
 
 def _seed(seed: int | Key) -> Key:
-    key = seed if isinstance(seed, Key) else Key(seed)
+    key = key_of_seed(seed)
     if key.shape:
         raise ValueError(
             f"seed must be one key, got keys of shape {tuple(key.shape)}; a key for each row is what "
