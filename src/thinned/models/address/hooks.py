@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from thinned.checks import got
+from thinned.distributed.ranks import Replica
 from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.models.walk import PARALLEL_WRAPPERS
@@ -44,6 +45,8 @@ class ModuleHooks:
         addressed: whether the last call of a module was within an address.
         context: the active address of the thread that called :class:`torch.nn.DataParallel`. Its replicas run
             in threads of their own, and join it.
+        replica: the data-parallel replica of the last address without samples. Compiled code cannot look for
+            it.
     """
 
     def __init__(self, paths: Iterable[str] = (), sample_dims: Mapping[str, int] | None = None) -> None:
@@ -52,6 +55,7 @@ class ModuleHooks:
         self.sample_dims = dict(sample_dims or {})
         self.addressed = False
         self.context: Joinable | None = None
+        self.replica: Replica | None = None
 
     def __reduce__(self) -> tuple[type[ModuleHooks], tuple[set[str], dict[str, int]]]:
         return ModuleHooks, (self.paths, self.sample_dims)
