@@ -108,6 +108,7 @@ def test_pytorch_138329_thinned(world: World) -> None:
 @in_torch("reproduces")
 def test_pytorch_103910_torch(world: World) -> None:
     """Tensor parallelism wants other masks for shards and the same for replicas; no seeds give both."""
+    assert not hasattr(_random, "TensorParallelRNGTracker")
     assert all(map(shards_alike, world.run(whole, plain, Shard(0))))
     first, second = world.run(whole, plain, Replicate(), apart=True)
     assert not first.equal(second)
