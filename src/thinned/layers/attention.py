@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
+from thinned import op
 from thinned.checks import check_integer, integers
-from thinned.geometry import shared
+from thinned.geometry import dims_of
 from thinned.keys import Key
 from thinned.layers._arguments import apply, drops, kept, key_for, threshold_and_scale
 from thinned.layers._module import Layer, checked_dims
@@ -92,7 +93,7 @@ def drop_head(
     def by_kept(x: Tensor, key: Key) -> Tensor:
         y = apply(x, key, shared_dims, False, T, 1.0)
         keep = kept(key, x.shape, shared_dims, T)
-        factor = x.shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1).to(opmath(x.dtype))
+        factor = op.shard_like(x.shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1).to(opmath(x.dtype)), x)
         if y.is_complex():
             # A complex product would make NaN of the finite part beside an infinite one.
             torch.view_as_real(y).mul_(factor.unsqueeze(-1))
@@ -197,7 +198,7 @@ def drop_key(
     if input.is_complex():
         raise RuntimeError(f"drop_key needs real logits, got {input.dtype} of shape {tuple(input.shape)}")
     dims = integers("broadcast_dims", broadcast_dims)
-    shared(input.shape, dims)  # raises IndexError before a key is drawn
+    shared_dims = dims_of(input.shape, dims)  # raises IndexError before a key is drawn
     lowest = torch.finfo(input.dtype).min
 
     def derivative(x: Tensor, key: Key) -> Tensor:
@@ -212,7 +213,7 @@ def drop_key(
         y = apply(x, key, (), False, T, 1.0, fill=lowest)
         return torch.minimum(y, x, out=y if is_eager(y) else None)
 
-    return apply_linear(derivative, input, key_for(input, key), value)
+    return apply_linear(derivative, input, key_for(input, key, shared_dims=shared_dims), value)
 
 
 class DropKey(Layer):

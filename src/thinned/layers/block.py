@@ -16,8 +16,9 @@ from torch.overrides import has_torch_function_unary
 
 from thinned import op
 from thinned.checks import check_real
+from thinned.distributed.shards import is_dtensor
 from thinned.geometry import Geometry, shared
-from thinned.keys import Key
+from thinned.keys import Key, as_key
 from thinned.layers._arguments import drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
@@ -146,7 +147,7 @@ def drop_block2d(
         inplace: write the result over ``input``.
         couple_channels: one mask for all channels of a sample; by default each channel has its own.
         scale: ``"expected"`` or ``"counted"``.
-        batchwise: one mask for all samples, unless there is a key for each.
+        batchwise: one mask for all samples, unless ``key`` is a batch of keys.
         scale_by_keep: False leaves what is kept unscaled, ``s = 1``.
         with_noise: fill blocks with standard normal noise instead of zeros, and leave the rest unscaled. The
             noise is a function of ``key.fold("noise")`` and of a position in the mask: what shares a mask
@@ -341,7 +342,7 @@ def _drop_block(
             f"{name} needs an input of {dims + 2} dimensions, or of {dims + 1} for one sample, "
             f"got one of shape {shape_of(input)}"
         )
-    if key is not None and key.bits.dim() and not channel:
+    if key is not None and as_key(key).bits.dim() and not channel:
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit one sample of shape {tuple(input.shape)}; "
             f"accepted: one key of shape (), or an input of {dims + 2} dimensions"
@@ -354,7 +355,7 @@ def _drop_block(
             f"{tuple(input.shape)}"
         )
 
-    key = key_for(input, key)
+    key = key_for(input, key, sample_dim=None if options.batchwise else 0)
     sizes = tuple(index(size) for size in input.shape[-dims:])
     blocks = tuple(min(block, size) for block, size in zip(blocks, sizes, strict=True))
     no_seed_T, kept_share = _seed_threshold(index(T), *sizes, *blocks)
@@ -365,21 +366,22 @@ def _drop_block(
     channels_last = layout[channel] == 1 and not input.is_contiguous()
 
     def laid_out(y: Tensor) -> Tensor:  # a gradient takes the input's memory format too
-        return y if y.stride() == layout else y.new_empty_strided(y.shape, layout).copy_(y)
+        return y if y.stride() == layout or is_dtensor(y) else y.new_empty_strided(y.shape, layout).copy_(y)
 
     def linear(x: Tensor, key: Key) -> Tensor:
         keep = _keep(key, masks, sizes, blocks, no_seed_T, channels_last)
-        if options.with_noise or not options.scale_by_keep:
-            return laid_out(_masked(x, keep, 1.0))
-        if options.scale == "expected":
-            return laid_out(_masked(x, keep, 1 / kept_share if kept_share else 0.0))
-        kept = keep.sum(sample_dims, keepdim=True).neg().clamp(min=1).to(opmath(x.dtype))
-        return laid_out(_masked(x, keep, math.prod(keep.shape[channel:]) / kept))
+        factor: float | Tensor = 1.0
+        if options.scale_by_keep and not options.with_noise:
+            factor = 1 / kept_share if kept_share else 0.0
+            if options.scale == "counted":
+                kept = keep.sum(sample_dims, keepdim=True).neg().clamp(min=1).to(opmath(x.dtype))
+                factor = op.shard_like(math.prod(keep.shape[channel:]) / kept, x)
+        return laid_out(_masked(x, op.shard_like(keep, x), factor))
 
     def noisy(x: Tensor, key: Key) -> Tensor:
         keep = _keep(key, masks, sizes, blocks, no_seed_T, channels_last)
-        noise = normal(key.fold("noise"), keep.shape, dtype=opmath(x.dtype))
-        return laid_out(torch.where(keep != 0, x, noise.to(x.dtype)))
+        noise = normal(key.fold("noise"), keep.shape, dtype=opmath(x.dtype)).to(x.dtype)
+        return laid_out(torch.where(op.shard_like(keep, x) != 0, x, op.shard_like(noise, x)))
 
     y = apply_linear(linear, input, key, noisy if options.with_noise else None)
     return input.copy_(y) if inplace else y

@@ -80,11 +80,12 @@ def gaussian_dropout(
     if not drops("gaussian_dropout", input, p, training, key):
         return input
     dims = integers("broadcast_dims", broadcast_dims)
+    shared_dims: set[int] = set()
     if not input.is_nested:
-        dims_of(input.shape, dims)  # raises before a key is drawn
+        shared_dims = dims_of(input.shape, dims)  # raises before a key is drawn
     elif dims:
         refuse(f"gaussian_dropout with broadcast_dims {dims}", input, "no broadcast_dims")
-    key = key_for(input, key, elementwise=True)
+    key = key_for(input, key, shared_dims=shared_dims, elementwise=True)
     if input.is_nested:
         return elementwise("gaussian_dropout", partial(gaussian_dropout, p=p), input, key)
     sigma = math.sqrt(p / (1 - p))
@@ -197,7 +198,7 @@ def _factor_and_slope(noise: Tensor, log_alpha: Tensor, inplace: bool) -> tuple[
     return 1 + deviation, deviation.mul_(0.5)
 
 
-_VARIATIONAL = Noisy(lambda key, shape, dtype: normal(key, shape, dtype=dtype), _factor, _factor_and_slope)
+_VARIATIONAL = Noisy(lambda key, x, dtype: normal(key, x, dtype=dtype), _factor, _factor_and_slope)
 
 
 class VariationalDropout(Scriptable):
