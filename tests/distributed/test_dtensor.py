@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -180,3 +181,34 @@ def test_in_place_strides_and_strata(world: World) -> None:
     for found in world.run(stratified):
         assert found[0].equal(dropout(x, 0.5, key=key))
         assert found[1].equal(gaussian_dropout(x, 0.5, key=key))
+
+
+def of_edges() -> str:
+    edges = distribute_tensor(torch.arange(8).view(2, 4), mesh(2), [Shard(1)], src_data_rank=None)
+    try:
+        thinned.functional.dropout_edge(edges, 0.5, key=KEY)
+    except NotImplementedError as error:
+        return str(error)
+    return "no error"
+
+
+def intercepted() -> list[Tensor]:
+    """Torch's own dropout and attention of DTensors, whose heads are sharded."""
+    q = distribute_tensor(x.view(1, 4, 4, 4) / 64, mesh(2), [Shard(1)], src_data_rank=None)
+    with thinned.intercept(key=KEY):
+        of_heads: Any = F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+        dropped: Any = F.dropout(sharded(), 0.5)
+    return [of_heads.full_tensor(), dropped.full_tensor()]
+
+
+@worlds
+def test_intercepted_functions_of_torch_and_edges(world: World) -> None:
+    q = x.view(1, 4, 4, 4) / 64
+    with thinned.intercept(key=KEY):
+        expected = F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), F.dropout(x, 0.5)
+    for of_heads, dropped in world.run(intercepted):
+        assert of_heads.equal(expected[0])
+        assert dropped.equal(expected[1])
+    for message in world.run(of_edges):
+        assert "dropout_edge takes no DTensor" in message
+        assert "(2, 4)" in message
