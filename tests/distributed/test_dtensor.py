@@ -107,9 +107,9 @@ def test_summands_are_refused_but_not_as_a_gradient(world: World) -> None:
 
 def drawn(seeds: list[int], advanced: list[int], compiled: bool) -> Any:
     """The result of a call without a key, in processes that have been seeded and have drawn so."""
-    from thinned.distributed import generators
+    from thinned.distributed import same_key
 
-    generators._checked.clear()
+    same_key._checked.clear()
     torch.compiler.reset()
     torch.manual_seed(seeds[dist.get_rank()])
     torch.rand(advanced[dist.get_rank()])
@@ -143,6 +143,30 @@ def test_processes_that_would_draw_different_keys_are_told_so(world: World, comp
         assert "ranks 0 and 1 differ: seeded with 3 and 4" in message
     for message in world.run(drawn, [3, 3], [0, 1], compiled):
         assert "ranks 0 and 1 differ: both seeded with 3, they have drawn differently since" in message
+
+
+def given(numbers: list[Any]) -> str:
+    """The error of a call with a key of this process's own."""
+    from thinned.distributed import same_key
+
+    same_key._checked.clear()
+    number = numbers[dist.get_rank()]
+    key = thinned.Key(number) if isinstance(number, int) else KEY.fold(torch.tensor(number))
+    for function in (dropout, gaussian_dropout):
+        try:
+            function(sharded(), 0.5, key=key)
+        except RuntimeError as error:
+            return str(error)
+    return "no error"
+
+
+@worlds
+def test_processes_with_different_keys_are_told_so(world: World) -> None:
+    for message in world.run(given, [7, 2**64 - 1]):
+        assert f"that of rank 0 is Key(7) and that of rank 1 is Key({2**64 - 1})" in message
+    for message in world.run(given, [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 8]]):
+        assert "that of rank 1 is a batch of 8" in message
+    assert world.run(given, [7, 7]) == ["no error"] * 2
 
 
 def inplace(dim: int) -> Tensor:
