@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from thinned.checks import check_integer, got, integers
 from thinned.devices import to_device
 from thinned.distributed.agreement import check_agreement
-from thinned.distributed.ranks import DataParallel, replica_of
+from thinned.distributed.ranks import DataParallel, Replica, replica_of
 from thinned.distributed.shards import is_dtensor
 from thinned.functional import keep_mask
 from thinned.key_source import KeySource, active
@@ -165,11 +165,9 @@ class Address:
             there = None if self.samples is None else to_device(self.samples, self._device)
             self._on_device = self._root.to(self._device), there
         self._step, self._data_parallel = step, data_parallel
-        self.replica = None
+        self.replica: Replica | None = None
         if samples is None and data_parallel is not None:
-            if not compiling():
-                self.hooks.replica = replica_of(model, data_parallel)
-            self.replica = self.hooks.replica
+            self.replica = self.hooks.replica_of(model, data_parallel)
         if self.replica is not None:
             self._of_replica = {self.replica.number: self._fold_replica(self.replica.number)}
         self.microbatches: tuple[Address, ...] = ()
