@@ -142,10 +142,14 @@ def test_errors(model: nn.Module, samples: Any, microbatches: Any, error: Any, w
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_once_for_all_microbatches(model: nn.Sequential, x: Tensor) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_once_for_all_microbatches(model: nn.Sequential, x: Tensor, in_place: bool) -> None:
     compiles = CompileCounter()
-    compiled = torch.compile(model, backend=compiles, fullgraph=True)
+    expected = run(model, [x])
+    compiled: Any = model if in_place else torch.compile(model, backend=compiles, fullgraph=True)
+    if in_place:
+        model.compile(backend=compiles, fullgraph=True)
     with torch.no_grad():
         for _ in range(2):
-            assert run(compiled, x.split(1), 7).allclose(run(model, [x]), atol=1e-12)
+            assert run(compiled, x.split(1), 7).allclose(expected, atol=1e-12)
     assert compiles.frame_count == 1

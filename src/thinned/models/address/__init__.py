@@ -21,7 +21,7 @@ from thinned.distributed.shards import is_dtensor
 from thinned.functional import keep_mask
 from thinned.key_source import KeySource, active
 from thinned.keys import Key
-from thinned.models.address.hooks import ModuleHooks, hooks_of, module_at
+from thinned.models.address.hooks import ModuleHooks, hook_wrapper, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.walk import check_model, is_ours
 from thinned.nested import shape_of
@@ -174,6 +174,8 @@ class Address:
         self.microbatches: tuple[Address, ...] = ()
         if microbatches is not None:
             self.microbatches = self._split(microbatches)
+            if not compiling():
+                hook_wrapper(model)
 
     def _fold_replica(self, number: int) -> tuple[Key, Key]:
         root, there = (key.fold("#data parallel").fold(number) for key in (self._root, self._on_device[0]))
