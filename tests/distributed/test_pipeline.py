@@ -194,6 +194,7 @@ def test_a_schedule(world: World, name: str, microbatches: int, checkpointed: bo
 
 
 @two_ranks
+@pytest.mark.slow
 def test_compiled_stages(world: World) -> None:
     """The code that infers shapes is compiled code of a microbatch."""
     check(world, "1F1B", 4, False, True)

@@ -22,6 +22,7 @@ from thinned.torch_state import (
     forward_hooks_of,
     graph_task_is_running,
     is_replica,
+    outside_graphs,
     pre_hooks_of,
 )
 
@@ -106,7 +107,15 @@ class _OnLeave(_Hook):
         if source.stack:
             source.stack.pop()
         if source.joined and not source.stack:
-            source.end()
+            if compiling():
+                _end(source)
+            else:
+                source.end()
+
+
+@outside_graphs
+def _end(source: KeySource) -> None:
+    source.end()
 
 
 class _RefusingSource:
