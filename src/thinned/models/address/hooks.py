@@ -22,6 +22,7 @@ from thinned.torch_state import (
     forward_hooks_of,
     graph_task_is_running,
     is_replica,
+    outside_graphs,
     pre_hooks_of,
 )
 
@@ -120,7 +121,15 @@ class _OnLeave(_Hook):
         if source.stack:
             source.stack.pop()
         if source.joined and not source.stack:
-            source.end()
+            if compiling():
+                _end(source)
+            else:
+                source.end()
+
+
+@outside_graphs
+def _end(source: KeySource) -> None:
+    source.end()
 
 
 class _RefusingSource:
@@ -249,10 +258,20 @@ def hooks_of(model: nn.Module) -> ModuleHooks:
             dim = hooks.sample_dims.get(path.rpartition(".")[0])
         if dim is not None:
             hooks.sample_dims[path] = dim
-        module.register_forward_pre_hook(_OnEnter(hooks, path))
-        _last_first(pre_hooks_of(module))
-        module.register_forward_hook(_OnLeave(hooks, path), always_call=True)
+        _register(module, hooks, path)
     return hooks
+
+
+def hook_wrapper(model: nn.Module) -> None:
+    """Let a call of a wrapper be one of its model. Compiled code does not see who calls it."""
+    if not any(isinstance(hook, _OnEnter) for hook in pre_hooks_of(model).values()):
+        _register(model, hooks_of(model), "")
+
+
+def _register(module: nn.Module, hooks: ModuleHooks, path: str) -> None:
+    module.register_forward_pre_hook(_OnEnter(hooks, path))
+    _last_first(pre_hooks_of(module))
+    module.register_forward_hook(_OnLeave(hooks, path), always_call=True)
 
 
 def has_other_hooks(module: nn.Module) -> bool:
