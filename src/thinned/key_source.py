@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
 from thinned.keys import Key
 
-__all__ = ["KeySource", "active"]
+__all__ = ["KeySource", "active", "ranks_draw"]
 
 
 class KeySource(Protocol):
@@ -45,3 +46,12 @@ class _Active(threading.local):
 
 
 active = _Active()
+
+
+def ranks_draw() -> bool:
+    """Whether the processes of torch.distributed each draw the key of a call without ``key=``.
+
+    Such keys differ, unless all processes have one seed and have drawn equally often.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and active.key_source is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -64,8 +64,11 @@ def apply(
     if type(broadcast_dims) is not tuple:
         broadcast_dims = integers("broadcast_dims", broadcast_dims)
     if key is None and active.key_source is not None:
+        shared_dims: set[int] = set()
         if broadcast_dims and not input.is_nested:
-            dims_of(input.shape, broadcast_dims)  # raises before the key source counts this call
+            shared_dims = dims_of(
+                input.shape, broadcast_dims
+            )  # raises before the key source counts this call
         if elementwise and (dim := active.key_source.sample_dim(input)):
             ndim = input.dim()
             order = [dim, *(d for d in range(ndim) if d != dim)]
@@ -73,7 +76,7 @@ def apply(
             moved = tuple(order.index(d % ndim) for d in broadcast_dims)
             y = apply(input.movedim(dim, 0), None, moved, inplace, T, scale, shift, fill)
             return input if inplace else y.movedim(0, dim)
-        key = active.key_source.key_for(input, sample_dim)
+        key = active.key_source.key_for(input, None if sample_dim in shared_dims else sample_dim)
     bits = None
     if key is not None:
         bits = bits_for(key, input)
@@ -263,11 +266,19 @@ def bits_for(key: Key, input: Tensor) -> Tensor:
     return savable(bits)  # autograd saves a batch itself
 
 
-def key_for(input: Tensor, key: Key | None, *, sample_dim: int | None = 0, elementwise: bool = False) -> Key:
+def key_for(
+    input: Tensor,
+    key: Key | None,
+    *,
+    sample_dim: int | None = 0,
+    shared_dims: Collection[int] = (),
+    elementwise: bool = False,
+) -> Key:
     """``key`` on ``input``'s device; without one, the active key source's, else one from torch's generator.
 
     Compiled code draws what eager code draws, and under :func:`torch.vmap` the draw follows ``randomness``.
-    The key source may have a key for each sample along ``sample_dim``; None is for a weight, which all share.
+    The key source may have a key for each sample along ``sample_dim``. It has one for all samples where that
+    is one of ``shared_dims``, or None, as for a weight.
 
     Raises:
         NotImplementedError: ``input`` has no strides, as a sparse tensor; or the key source finds the samples
@@ -280,7 +291,7 @@ def key_for(input: Tensor, key: Key | None, *, sample_dim: int | None = 0, eleme
                 f"this layer has its samples in dimension 0, got dimension {dim} of shape "
                 f"{tuple(input.shape)}; transpose its input, or give it a key"
             )
-        key = active.key_source.key_for(input, sample_dim)
+        key = active.key_source.key_for(input, None if sample_dim in shared_dims else sample_dim)
     bits = None if key is None else bits_for(key, input)
     if isinstance(key, StratifiedKey):
         return key.to(input.device)

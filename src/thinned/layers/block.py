@@ -146,7 +146,7 @@ def drop_block2d(
         inplace: write the result over ``input``.
         couple_channels: one mask for all channels of a sample; by default each channel has its own.
         scale: ``"expected"`` or ``"counted"``.
-        batchwise: one mask for all samples, unless there is a key for each.
+        batchwise: one mask for all samples, unless ``key`` is a batch of keys.
         scale_by_keep: False leaves what is kept unscaled, ``s = 1``.
         with_noise: fill blocks with standard normal noise instead of zeros, and leave the rest unscaled. The
             noise is a function of ``key.fold("noise")`` and of a position in the mask: what shares a mask
@@ -354,7 +354,7 @@ def _drop_block(
             f"{tuple(input.shape)}"
         )
 
-    key = key_for(input, key)
+    key = key_for(input, key, sample_dim=None if options.batchwise else 0)
     sizes = tuple(index(size) for size in input.shape[-dims:])
     blocks = tuple(min(block, size) for block, size in zip(blocks, sizes, strict=True))
     no_seed_T, kept_share = _seed_threshold(index(T), *sizes, *blocks)

@@ -72,7 +72,8 @@ def address(
         step: of the run: an integer, or an int64 tensor of one element.
         samples: an id for each sample of the batch. A sample's mask then does not depend on its place in the
             batch, on the batch's size or on gradient accumulation. Where a sample has ``k`` rows, their keys
-            are ``key.fold(sample).fold(0 .. k-1)``. A tensor of one row has one mask for all samples.
+            are ``key.fold(sample).fold(0 .. k-1)``. A tensor of one row has one mask for all samples. So has
+            a layer whose samples share a decision, such as ``StochasticDepth(p, "batch")``.
         sample_dim: the dimension of the samples in the inputs of element-wise layers: an integer, such as 1
             for sequences of shape ``(L, N, *)``, or integers by patterns of paths (:mod:`fnmatch`), of which
             the first match holds. By default, inputs of three dimensions or more follow ``batch_first`` of
