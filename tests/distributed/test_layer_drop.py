@@ -40,9 +40,9 @@ def train(engine: str | None, decided_by: str) -> tuple[list[list[int]], list[Te
     elif engine == "ddp":
         skips = decided_by in ("key", "address")
         model = DistributedDataParallel(layers, find_unused_parameters=skips)
-    ran: list[list[int]] = [[] for _ in range(STEPS)]
+    ran: list[list[int]] = []
     for index, layer in enumerate(layers):
-        layer.register_forward_hook(lambda *_, index=index: ran[step].append(index))
+        layer.register_forward_hook(lambda *_, index=index: ran[-1].append(index))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = torch.randn(STEPS, 8, 4, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(rank)
@@ -55,6 +55,7 @@ def train(engine: str | None, decided_by: str) -> tuple[list[list[int]], list[Te
         elif decided_by != "draw":
             # The address's: the ranks' decisions are one function of seed, step and site.
             arguments["key"] = thinned.address(layers, seed=SEED, step=step).key_of("")
+        ran.append([])
         with context:
             model(batches[step, ids], **arguments).square().mean().backward()
         optimizer.step()

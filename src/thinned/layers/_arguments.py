@@ -14,7 +14,7 @@ from thinned.backends.arguments import DTYPES
 from thinned.checks import got, integers
 from thinned.geometry import Geometry, dims_of, shared, shared_cached
 from thinned.key_source import active
-from thinned.keys import Key, StratifiedKey, not_a_key, savable
+from thinned.keys import Key, StratifiedKey, as_key, savable
 from thinned.op.from_key import apply_linear
 from thinned.op.noise import numbers
 from thinned.torch_state import compiling, tracing
@@ -79,10 +79,14 @@ def apply(
         key = active.key_source.key_for(input, None if sample_dim in shared_dims else sample_dim)
     bits = None
     if key is not None:
-        bits = bits_for(key, input)
-        if isinstance(key, StratifiedKey) and not input.is_nested and input.layout is torch.strided:
-            y = _stratified(input, key, broadcast_dims, T, scale, shift, fill)
-            return input.copy_(y) if inplace else y
+        if type(key) is Key:
+            bits = bits_for(key, input)
+        else:
+            key = as_key(key)
+            bits = bits_for(key, input)
+            if isinstance(key, StratifiedKey) and not input.is_nested and input.layout is torch.strided:
+                y = _stratified(input, key, broadcast_dims, T, scale, shift, fill)
+                return input.copy_(y) if inplace else y
     if input.is_nested:
         return nested.masked_affine(input, bits, broadcast_dims, inplace, T, scale, shift, fill)
     geometry = None
@@ -241,16 +245,17 @@ def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) 
     return parameter
 
 
-def check_key(key: Key, shape: Sequence[int]) -> None:
-    """Raise if ``key`` is no key, or a batch of keys that does not fit a tensor of ``shape``."""
+def check_key(key: Key, shape: Sequence[int]) -> Key:
+    """:func:`as_key`; raise if it is no key, or a batch of keys that does not fit a tensor of ``shape``."""
     if not isinstance(key, Key):
-        raise not_a_key(key)
+        key = as_key(key)
     if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1]) and not tracing()):
         batch = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit a tensor of shape {tuple(shape)}; "
             f"accepted: one key of shape (){batch}"
         )
+    return key
 
 
 def bits_for(key: Key, input: Tensor) -> Tensor:
@@ -292,7 +297,11 @@ def key_for(
                 f"{tuple(input.shape)}; transpose its input, or give it a key"
             )
         key = active.key_source.key_for(input, None if sample_dim in shared_dims else sample_dim)
-    bits = None if key is None else bits_for(key, input)
+    bits = None
+    if key is not None:
+        if type(key) is not Key:
+            key = as_key(key)
+        bits = bits_for(key, input)
     if isinstance(key, StratifiedKey):
         return key.to(input.device)
     return Key.from_bits(op.key_tensor(bits, input))

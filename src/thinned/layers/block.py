@@ -17,7 +17,7 @@ from torch.overrides import has_torch_function_unary
 from thinned import op
 from thinned.checks import check_real
 from thinned.geometry import Geometry, shared
-from thinned.keys import Key
+from thinned.keys import Key, as_key
 from thinned.layers._arguments import drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
@@ -341,7 +341,7 @@ def _drop_block(
             f"{name} needs an input of {dims + 2} dimensions, or of {dims + 1} for one sample, "
             f"got one of shape {shape_of(input)}"
         )
-    if key is not None and key.bits.dim() and not channel:
+    if key is not None and as_key(key).bits.dim() and not channel:
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit one sample of shape {tuple(input.shape)}; "
             f"accepted: one key of shape (), or an input of {dims + 2} dimensions"

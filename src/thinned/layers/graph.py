@@ -12,8 +12,8 @@ from torch.overrides import has_torch_function_unary
 from thinned import op
 from thinned.checks import check_integer
 from thinned.geometry import shared
-from thinned.keys import Key
-from thinned.layers._arguments import check_key, check_tensor, key_for, threshold_and_scale
+from thinned.keys import Key, as_key
+from thinned.layers._arguments import check_tensor, key_for, threshold_and_scale
 from thinned.layers._overrides import overridden
 from thinned.torch_state import compiling
 
@@ -187,6 +187,5 @@ def _check(name: str, edge_index: Tensor, key: Key | None, active: bool) -> None
         )
     if key is None:
         return
-    check_key(key, key.bits.shape if isinstance(key, Key) else ())
-    if key.bits.dim():
+    if (key := as_key(key)).shape:
         raise RuntimeError(f"{name} takes one key of shape (), got keys of shape {tuple(key.shape)}")

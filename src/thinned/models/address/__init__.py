@@ -17,7 +17,7 @@ from thinned.checks import check_integer, got, integers
 from thinned.devices import to_device
 from thinned.functional import keep_mask
 from thinned.key_source import active
-from thinned.keys import Key
+from thinned.keys import Key, key_of_seed
 from thinned.models.address.hooks import ModuleHooks, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.walk import check_model, is_ours
@@ -313,7 +313,7 @@ def _site(path: str, call: int) -> str:
 
 
 def _seed(seed: int | Key) -> Key:
-    key = seed if isinstance(seed, Key) else Key(seed)
+    key = key_of_seed(seed)
     if key.shape:
         raise ValueError(
             f"seed must be one key, got keys of shape {tuple(key.shape)}; a key for each row is what "

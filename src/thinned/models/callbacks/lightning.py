@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from thinned.keys import Key
+from thinned.keys import Key, key_of_seed
 from thinned.models.address import address
 
 __all__ = ["AddressCallback"]
@@ -42,7 +42,7 @@ class AddressCallback(Callback):
     """
 
     def __init__(self, seed: int | Key) -> None:
-        self.seed = seed if isinstance(seed, Key) else Key(seed)
+        self.seed = key_of_seed(seed)
         self._batch = ExitStack()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from thinned.keys import Key
+from thinned.keys import Key, key_of_seed
 from thinned.models.address import address
 
 __all__ = ["AddressCallback"]
@@ -46,7 +46,7 @@ class AddressCallback(TrainerCallback):
     """
 
     def __init__(self, seed: int | Key) -> None:
-        self.seed = seed if isinstance(seed, Key) else Key(seed)
+        self.seed = key_of_seed(seed)
         self._step = ExitStack()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
