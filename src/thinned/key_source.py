@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
-import torch.distributed as dist
 from torch import Tensor
 
+from thinned.distributed.ranks import has_peers
 from thinned.keys import Key
 
 __all__ = ["KeySource", "active", "ranks_draw"]
@@ -19,12 +19,18 @@ class KeySource(Protocol):
     Attributes:
         hooks_id: id of the module hooks that report to this source; see :mod:`thinned.models.address.hooks`.
         stack: paths of the modules that are running, innermost last.
-        joined: whether the source is to end when the model's own call returns.
+        joined: whether the source is to end when the outermost module that is running returns.
     """
 
     hooks_id: str
     stack: list[str]
     joined: bool
+
+    def called(self, hooks_id: str) -> KeySource:
+        """The key source of a call of a whole model, which has these hooks: this, or one that it begins."""
+
+    def end(self) -> None:
+        """Deactivate this source."""
 
     def sample_dim(self, input: Tensor) -> int:
         """The dimension of ``input`` that holds the samples, for a layer that decides element by element."""
@@ -53,5 +59,4 @@ def ranks_draw() -> bool:
 
     Such keys differ, unless all processes have one seed and have drawn equally often.
     """
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return several and active.key_source is None
+    return active.key_source is None and has_peers()

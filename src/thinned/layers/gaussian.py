@@ -91,7 +91,7 @@ def gaussian_dropout(
     sigma = math.sqrt(p / (1 - p))
 
     def times_noise(x: Tensor, key: Key) -> Tensor:
-        noise = normal(key, x.shape, dtype=opmath(x.dtype), broadcast_dims=dims)
+        noise = normal(key, x, dtype=opmath(x.dtype), broadcast_dims=dims)
         return multiply(x, noise.mul_(sigma).add_(1)).to(x.dtype)
 
     return apply_linear(times_noise, input, key)
@@ -198,7 +198,7 @@ def _factor_and_slope(noise: Tensor, log_alpha: Tensor, inplace: bool) -> tuple[
     return 1 + deviation, deviation.mul_(0.5)
 
 
-_VARIATIONAL = Noisy(lambda key, shape, dtype: normal(key, shape, dtype=dtype), _factor, _factor_and_slope)
+_VARIATIONAL = Noisy(lambda key, x, dtype: normal(key, x, dtype=dtype), _factor, _factor_and_slope)
 
 
 class VariationalDropout(Scriptable):

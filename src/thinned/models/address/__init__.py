@@ -8,15 +8,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from thinned.checks import check_integer, got, integers
 from thinned.devices import to_device
+from thinned.distributed.agreement import check_agreement
+from thinned.distributed.ranks import DataParallel, replica_of
+from thinned.distributed.shards import is_dtensor
 from thinned.functional import keep_mask
-from thinned.key_source import active
+from thinned.key_source import KeySource, active
 from thinned.keys import Key, key_of_seed
 from thinned.models.address.hooks import ModuleHooks, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
@@ -24,7 +27,10 @@ from thinned.models.walk import check_model, is_ours
 from thinned.nested import shape_of
 from thinned.op.vmap_keys import key_per_call
 from thinned.philox import signed64
-from thinned.torch_state import compiling
+from thinned.torch_state import compiling, graph_task_is_running, infers_shapes, local_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Address", "address", "ids_of"]
 
@@ -36,11 +42,15 @@ def address(
     step: int | Tensor,
     samples: Tensor | Sequence[int] | None = None,
     sample_dim: int | Mapping[str, int] | None = None,
+    data_parallel: DataParallel = "auto",
+    microbatches: int | None = None,
 ) -> Address:
     r"""A context in which each mask is a function of seed, step, site, sample and position alone.
 
-    .. math:: \text{key} = \text{Key}(seed).\text{fold}(step).\text{fold}(site)
-        \;[.\text{fold}(sample) \text{ for each row}]
+    .. math:: \text{key} = \text{Key}(seed).\text{fold}(step)\;[.\text{fold}(\text{"\#data parallel"})
+        .\text{fold}(replica)].\text{fold}(site)\;[.\text{fold}(sample) \text{ for each row}]
+
+    The replica is in the key only without ``samples``, and only on several processes; see ``data_parallel``.
 
     A site is the path of a module in ``model``, the first path if several lead to it. The path's second call
     within the context is the site ``path#1``, its third ``path#2``. (A ``"#"`` in a path is doubled.) A run
@@ -61,6 +71,15 @@ def address(
     its rows from 0. Under :func:`torch.vmap` all mapped calls share a mask, since nothing is drawn. Only with
     ``randomness="different"`` does call ``i`` have a mask of its own, that of ``key.fold(i)``.
 
+    On several processes, ids decide where there are ``samples``: an example has the same masks in any process
+    and on any number of them; :func:`thinned.distributed.shard_ids` makes ids for the shards of a batch.
+    Without ``samples``, processes with one seed have other masks in each data-parallel replica, and the same
+    within one, as its tensor-parallel processes need. A DTensor that all replicas compute together has one
+    mask. Decisions that all samples share are the same in all processes: the layers of
+    :class:`~thinned.LayerDrop`, the weights of :class:`~thinned.WeightDrop` and its kin, and the edges of a
+    graph. The context communicates nothing, and processes that disagree on seed, step or samples go unnoticed
+    unless all of them call :meth:`Address.check_agreement`.
+
     Under :func:`torch.compile`, enter it outside the compiled code: other steps and samples then cause no
     recompilation. Compiled code may enter it too if an earlier address gave ``model`` its hooks; an integer
     ``step`` then recompiles once.
@@ -70,21 +89,38 @@ def address(
             module that is added later counts as a part of its parent.
         seed: of the run: an integer, or a :class:`~thinned.Key`.
         step: of the run: an integer, or an int64 tensor of one element.
-        samples: an id for each sample of the batch. A sample's mask then does not depend on its place in the
-            batch, on the batch's size or on gradient accumulation. Where a sample has ``k`` rows, their keys
-            are ``key.fold(sample).fold(0 .. k-1)``. A tensor of one row has one mask for all samples. So has
-            a layer whose samples share a decision, such as ``StochasticDepth(p, "batch")``.
+        samples: an id for each sample of the batch, which for DTensors is that of all processes. A sample's
+            mask then does not depend on its place in the batch, on the batch's size or on gradient
+            accumulation. Where a sample has ``k`` rows, their keys are ``key.fold(sample).fold(0 .. k-1)``. A
+            tensor of one row has one mask for all samples. So has a layer whose samples share a decision,
+            such as ``StochasticDepth(p, "batch")``.
         sample_dim: the dimension of the samples in the inputs of element-wise layers: an integer, such as 1
             for sequences of shape ``(L, N, *)``, or integers by patterns of paths (:mod:`fnmatch`), of which
             the first match holds. By default, inputs of three dimensions or more follow ``batch_first`` of
             the module or of one that contains it; otherwise the dimension is 0.
+        data_parallel: says which data-parallel replica this process computes. ``"auto"`` finds it by the
+            model's ``DistributedDataParallel``, ``fully_shard`` or DTensors, else takes this process's rank
+            among all; :func:`thinned.distributed.ranks.replica_of` has the table. Tensor and pipeline
+            parallelism on plain tensors, as in Megatron, cannot be seen: pass the mesh of the data-parallel
+            dimensions, in which processes count row by row, their process group, or the replica's number.
+            ``None`` gives all processes the same masks. With ``samples`` it only matters to
+            :meth:`Address.check_agreement`.
+        microbatches: the number of calls of ``model`` within the context, each with a part of the batch. A
+            schedule of :mod:`torch.distributed.pipelining` and a loop that accumulates gradients make such
+            calls. Call ``m`` has the ids ``samples.tensor_split(microbatches)[m]``, and its sites count from
+            0, so its masks are those of one call with the whole batch. The addresses of several models, such
+            as the stages of one rank, may be entered together.
 
     Raises:
-        TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large.
+        TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large;
+            ``data_parallel`` is none of the above, or a group without this process; ``microbatches`` is given
+            without ``samples``, or exceeds their number.
         IndexError: at a site whose input has no dimension ``sample_dim``.
-        RuntimeError: at a site if the samples' dimension is no multiple of their number, or if only dimension
-            1 has that size and nothing says that it is meant; at a site that a backward pass or another
-            asyncio task calls; at the end, if a later address is still active.
+        RuntimeError: at a site if the samples' dimension is no multiple of their number, or, in a DTensor
+            that is sharded along it, is not their number; or if only dimension 1 has that size and nothing
+            says that it is meant; at a site that a backward pass or another asyncio task calls; at the end,
+            if a later address is still active, or if ``model`` was called more or less often than
+            ``microbatches`` says; and where ``"auto"`` cannot tell the replica.
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), thinned.Dropout(0.5))
@@ -94,7 +130,7 @@ def address(
     >>> thinned.address(model, seed=7, step=100).mask_of("1", (2, 8), p=0.5).equal(y != 0)
     True
     """
-    return Address(model, seed, step, samples, sample_dim)
+    return Address(model, seed, step, samples, sample_dim, data_parallel, microbatches)
 
 
 class Address:
@@ -113,6 +149,8 @@ class Address:
         step: int | Tensor,
         samples: Tensor | Sequence[int] | None,
         sample_dim: int | Mapping[str, int] | None = None,
+        data_parallel: DataParallel = None,
+        microbatches: int | None = None,
     ) -> None:
         check_model("address", model)
         self.hooks = hooks_of(model)
@@ -126,6 +164,38 @@ class Address:
         if self._device is not None and self._device.type != "cpu":
             there = None if self.samples is None else to_device(self.samples, self._device)
             self._on_device = self._root.to(self._device), there
+        self._step, self._data_parallel = step, data_parallel
+        self.replica = None
+        if samples is None and data_parallel is not None:
+            if not compiling():
+                self.hooks.replica = replica_of(model, data_parallel)
+            self.replica = self.hooks.replica
+        if self.replica is not None:
+            self._of_replica = {self.replica.number: self._fold_replica(self.replica.number)}
+        self.microbatches: tuple[Address, ...] = ()
+        if microbatches is not None:
+            self.microbatches = self._split(microbatches)
+
+    def _fold_replica(self, number: int) -> tuple[Key, Key]:
+        root, there = (key.fold("#data parallel").fold(number) for key in (self._root, self._on_device[0]))
+        return root, there
+
+    def _split(self, microbatches: int) -> tuple[Address, ...]:
+        """The address of each microbatch."""
+        root, there = self._on_device
+        if self.samples is None or there is None:
+            raise ValueError(
+                f"microbatches={microbatches} needs samples: without ids a mask belongs to a row of the "
+                "whole batch, and a call with a part of it has other rows"
+            )
+        check_integer("microbatches", microbatches, least=1)
+        if microbatches > self.samples.shape[0]:
+            raise ValueError(f"microbatches={microbatches} is more than the {self.samples.shape[0]} samples")
+        parts = tuple(copy(self) for _ in range(microbatches))
+        ids: Any = zip(*(each.tensor_split(microbatches) for each in (self.samples, there)), strict=True)
+        for part, (samples, there) in zip(parts, ids, strict=True):
+            part.samples, part._on_device = samples, (root, there)
+        return parts
 
     def __enter__(self) -> Address:
         _Running(self).begin()
@@ -137,24 +207,30 @@ class Address:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.leave()
+        ended = self.leave()
         if not compiling():
             outer: Any = active.key_source
             within = isinstance(outer, _Running) and outer.hooks_id == self.hooks.id
             self.hooks.context = outer.address if within else None
+        count, left = len(self.microbatches), ended.queue.index(self)
+        if left and kind is None:
+            raise RuntimeError(
+                f"a model was called {count - left} times within a thinned.address with microbatches={count}"
+            )
 
     def join(self) -> _Running:
         """Activate this address in the thread of a replica."""
         return _Running(self, joined=True).begin()
 
-    def leave(self) -> None:
-        """End what this thread began last of this address."""
+    def leave(self) -> _Running:
+        """End what this thread began last of this address, and return it."""
         if not compiling():
             close_failed()
         running: Any = active.key_source
         while not compiling() and running.address is not self:
             running = running._outer
         running.end()
+        return running  # type: ignore[no-any-return]
 
     def finish(self, key: Key) -> Key:
         """The key that a call gets in place of ``key``, for subclasses."""
@@ -175,8 +251,41 @@ class Address:
         root, samples = self._on_device
         return root if compiling() else self._root, samples
 
+    def root_for(self, input: Tensor, root: Key) -> Key:
+        """``root`` of :meth:`parts`, with the data-parallel replica folded in that computes ``input``."""
+        if self.replica is None:
+            return root
+        number = self.replica.number if type(input) is Tensor else self.replica.number_for(input)
+        if number is None:
+            return root
+        if number not in self._of_replica:
+            self._of_replica[number] = self._fold_replica(number)
+        return self._of_replica[number][root is not self._root]
+
+    def check_agreement(self, group: ProcessGroup | None = None) -> None:
+        """Raise in every process of a group if this address differs between them.
+
+        The processes must have the same seed and step, and the same samples within a data-parallel replica.
+        No two replicas may have the same sample. (A ``DistributedSampler`` repeats samples at the end of an
+        epoch unless ``drop_last=True``.) The check is one :func:`torch.distributed.all_gather_object`, which
+        every process of the group has to call. The context itself communicates nothing.
+
+        Args:
+            group: the process group; by default all processes.
+
+        Raises:
+            RuntimeError: the processes disagree; the message names two ranks and what each has.
+        """
+        replica = replica_of(self._model, self._data_parallel)
+        number = None if replica is None else replica.number
+        samples = None if self.samples is None else self.samples.tolist()
+        check_agreement({"seed": self._seed, "step": int(self._step)}, samples, number, group)
+
     def key_of(self, path: str, call: int = 0) -> Key:
         """The key of a site, or one for each of the samples.
+
+        At sites that all samples share, such as those of :class:`thinned.WeightDrop`, the key is instead that
+        of the address without ``samples`` and with ``data_parallel=None``.
 
         Args:
             path: any path that leads to the module, as in ``model.named_modules()``.
@@ -187,7 +296,8 @@ class Address:
         """
         path, _ = module_at(self._model, path)
         check_integer("call", call, least=0)
-        key = self._root.fold(_site(path, call))
+        root = self._root if self.replica is None else self._of_replica[self.replica.number][0]
+        key = root.fold(_site(path, call))
         return key if self.samples is None else key.fold(self.samples)
 
     def mask_of(
@@ -236,12 +346,24 @@ class Address:
 
 
 class _Running(Counting):
-    """An address that is active in one thread: its key source, and the counter of its sites' calls."""
+    """An address that is active in one thread: its key source, and the counter of its sites' calls.
+
+    Attributes:
+        queue: the addresses of the microbatches to come, the whole address, and those of the microbatches
+            that were called. Dynamo would compile a number or a list's length anew for each microbatch.
+    """
 
     _title = "thinned.address"
 
-    def __init__(self, address: Address, joined: bool = False, **counting: Any) -> None:
+    def __init__(
+        self,
+        address: Address,
+        joined: bool = False,
+        queue: tuple[Address, ...] = (),
+        **counting: Any,
+    ) -> None:
         self.address, self.hooks_id, self.joined = address, address.hooks.id, joined
+        self.queue = queue or (*address.microbatches, address)
         self._reset(**counting)
 
     def begin(self) -> _Running:
@@ -261,8 +383,34 @@ class _Running(Counting):
     def resumed(
         self, calls: Mapping[str, int], stack: Sequence[str], region: Any = None
     ) -> AbstractContextManager[Any]:
-        running = _Running(self.address, calls=calls, stack=stack, region=region, recomputes=True)
+        running = _Running(
+            self.address, queue=self.queue, calls=calls, stack=stack, region=region, recomputes=True
+        )
         return _within(running, self.address.recomputing())
+
+    def called(self, hooks_id: str) -> KeySource:
+        """See :class:`thinned.key_source.KeySource`."""
+        running: Any = self
+        while running is not None and running.hooks_id != hooks_id:
+            running = running._outer
+        if running is None or running.stack or running.joined:
+            return self
+        address: Address = running.address
+        if not compiling():
+            if graph_task_is_running() and not running._recomputes:
+                return self  # number() refuses it if it calls a dropout
+            if infers_shapes():
+                return (*address.microbatches, address)[0].join()
+        if len(running.queue) == 1:
+            return self
+        part, *later = running.queue
+        if part.microbatches:
+            count = len(part.microbatches)
+            raise RuntimeError(
+                f"a model is called {count + 1} times within a thinned.address with microbatches={count}"
+            )
+        running.queue = (*later, part)
+        return _Running(part, joined=True, recomputes=running._recomputes).begin()
 
     def sample_dim(self, input: Tensor) -> int:
         """See :class:`thinned.key_source.KeySource`."""
@@ -298,13 +446,16 @@ class _Running(Counting):
             if (source := active.key_source) is not self:  # this was a recomputation that raised
                 return None if source is None else source.key_for(input, sample_dim)
         path = self.stack[-1] if self.stack else ""
-        root, samples = self.address.parts(input.device)
+        address = self.address
+        root, samples = address.parts(input.device)
+        if address.replica is not None and sample_dim is not None:
+            root = address.root_for(input, root)
         key = root.fold(_site(path, self.number(path)))
         if samples is not None and sample_dim is not None and input.dim():
             key = _of_samples(key, samples, input, sample_dim, path)
         if key.shape and key.bits.device != input.device:
             key = key.to(input.device)
-        return self.address.finish(key_per_call(key))
+        return address.finish(key_per_call(key))
 
 
 def _site(path: str, call: int) -> str:
@@ -374,6 +525,8 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
     if size == 1 != count:
         return key
     rows_each = size // max(count, 1)  # an empty batch has no samples
+    if rows_each * count != size or rows_each > 1:
+        _check_all_rows(count, input, sample_dim, path)
     if rows_each * count != size:
         raise RuntimeError(
             f"the site {path!r} was given a tensor of shape {shape_of(input)}, whose dimension {sample_dim} "
@@ -386,12 +539,31 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
     return Key.from_bits(keys.bits.repeat_interleave(rows_each)).fold(rows)
 
 
+def _check_all_rows(count: int, input: Tensor, sample_dim: int, path: str) -> None:
+    """Raise if ``input`` is a DTensor that is sharded along ``sample_dim``, where each row needs an id."""
+    if is_dtensor(input) and (local := local_of(input).size(sample_dim)) != input.size(sample_dim):
+        raise RuntimeError(
+            f"the site {path!r} was given a DTensor of shape {tuple(input.shape)}, sharded along dimension "
+            f"{sample_dim} (sample_dim), with {input.size(sample_dim)} rows in all processes and {local} in "
+            f"this one, but there are {count} samples; samples= has to be an id for each row of all processes"
+        )
+
+
 def ids_of(samples: Tensor | Iterable[int]) -> Tensor:
     """The ids in an int64 tensor of one dimension; TypeError and ValueError for others."""
     if isinstance(samples, Tensor):
         if samples.dtype != torch.int64 or samples.dim() != 1:
             got = f"{samples.dtype} of shape {tuple(samples.shape)}"
             raise TypeError(f"samples must be int64 ids in one dimension, got {got}")
+        if is_dtensor(samples):
+            placements: Any = samples.placements  # type: ignore[attr-defined]
+            if not all(placement.is_replicate() for placement in placements):
+                raise TypeError(
+                    f"samples must be the ids of the whole batch in each process, got a DTensor of "
+                    f"{samples.size(0)} ids with placements {placements}; pass samples.full_tensor(), which "
+                    "gathers them"
+                )
+            return local_of(samples)
         return samples
     try:
         ids = [operator.index(sample) for sample in samples]

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from thinned.checks import got
+from thinned.distributed.ranks import Replica
 from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.models.walk import PARALLEL_WRAPPERS
@@ -32,9 +34,6 @@ class Joinable(Protocol):
     def join(self) -> KeySource:
         """Activate a key source of this context in this thread, and return it."""
 
-    def leave(self) -> None:
-        """Deactivate the key source that this thread activated last."""
-
 
 class ModuleHooks:
     """The state that all hooks of one model share. It is copied and pickled with the model.
@@ -46,6 +45,8 @@ class ModuleHooks:
         addressed: whether the last call of a module was within an address.
         context: the active address of the thread that called :class:`torch.nn.DataParallel`. Its replicas run
             in threads of their own, and join it.
+        replica: the data-parallel replica of the last address without samples. Compiled code cannot look for
+            it.
     """
 
     def __init__(self, paths: Iterable[str] = (), sample_dims: Mapping[str, int] | None = None) -> None:
@@ -54,6 +55,7 @@ class ModuleHooks:
         self.sample_dims = dict(sample_dims or {})
         self.addressed = False
         self.context: Joinable | None = None
+        self.replica: Replica | None = None
 
     def __reduce__(self) -> tuple[type[ModuleHooks], tuple[set[str], dict[str, int]]]:
         return ModuleHooks, (self.paths, self.sample_dims)
@@ -79,6 +81,8 @@ class _OnEnter(_Hook):
         source = active.key_source
         if source is None:
             source = self._source_without_address(module)
+        elif not self.path:
+            source = source.called(self.hooks.id)
         if source is not None and source.hooks_id == self.hooks.id:
             source.stack.append(self.path)
 
@@ -101,10 +105,8 @@ class _OnLeave(_Hook):
             return
         if source.stack:
             source.stack.pop()
-        if isinstance(source, _RefusingSource) and not source.stack:
-            active.key_source = None
-        if source.joined and not self.path and self.hooks.context is not None:
-            self.hooks.context.leave()
+        if source.joined and not source.stack:
+            source.end()
 
 
 class _RefusingSource:
@@ -114,11 +116,17 @@ class _RefusingSource:
     other, a dropout would draw another mask than in the forward pass.
     """
 
-    joined = False
+    joined = True
 
     def __init__(self, hooks: ModuleHooks) -> None:
         self.hooks_id = hooks.id
         self.stack: list[str] = []
+
+    def called(self, hooks_id: str) -> KeySource:  # noqa: ARG002
+        return self
+
+    def end(self) -> None:
+        active.key_source = None
 
     def sample_dim(self, input: Tensor) -> int:  # noqa: ARG002
         return 0
@@ -177,6 +185,14 @@ def _sample_dim(module: nn.Module) -> int | None:
     return int(not batch_first) if isinstance(batch_first, bool) else None
 
 
+def _draws(module: nn.Module) -> bool:
+    """Whether this is a graph with nodes that draw keys."""
+    graph = getattr(module, "graph", None)
+    return isinstance(graph, Graph) and bool(
+        graph.find_nodes(op="call_function", target=torch.ops.thinned.draw_key.default)
+    )
+
+
 def _last_first(hooks: dict[int, Any]) -> None:
     """Move the last hook to the front.
 
@@ -206,6 +222,12 @@ def hooks_of(model: nn.Module) -> ModuleHooks:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and counts as part of the one around
             continue
+        if _draws(module):
+            raise TypeError(
+                f"the model's {name or type(module).__name__!r} is a graph that draws its keys and asks no "
+                "thinned.address; torch.export and torch.distributed.pipelining.pipeline make such graphs. "
+                "Make pipeline stages of modules, or export thinned.Keyed(model), whose input is the key"
+            )
         path = _path(name)
         hooks.paths.add(path)
         dim = _sample_dim(module)

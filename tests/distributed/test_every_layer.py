@@ -1,0 +1,111 @@
+"""Each layer on DTensors in every placement on 1, 2 and 4 processes: the result of one, bit for bit."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import thinned
+from distributed.placements import Call, cases_of, every_placement, some_placements
+from distributed.world import World
+from layers.test_every_layer import example
+from layers.test_tools import LAYERS, OF_WEIGHTS, SAMPLE_DIM
+from thinned.compare.layers import Entry, entry_of
+
+KEY = thinned.Key(7)
+MOVED = "communicated|output: placed"
+KEYLESS = ("Masksembles", "RDrop")
+# Outputs with sums over elements, in an order that depends on the shards.
+SUMS = ("WeightDrop", "VariationalLSTM", "VariationalGRU", "MultiSampleDropout", "RDrop")
+
+
+class Exempt(NamedTuple):
+    """Placements, as a pattern of their names, in which PyTorch's own operations fetch data or refuse."""
+
+    placements: str
+    reason: str
+    error: str = ""
+
+
+RECURRENT = [
+    Exempt(r"S\(0", "steps along dimension 0, which PyTorch then does not take apart", "unbind|flatten"),
+    Exempt(r"S\(1.*S\(1", "PyTorch flattens no uneven shards", "remove or reshape|invalid for input of size"),
+    Exempt(r"S\(2", "its linear layers sum along dimension 2"),
+]
+EXEMPT: dict[str, list[Exempt]] = {
+    "EmbeddingDropout": [Exempt(r"_S\(", "PyTorch's embedding takes no _StridedShard")],
+    "MultiSampleDropout": [
+        Exempt(r"S\(0.*S\(0", "its head flattens samples and dimension 0", r"unflatten|RuntimeError: 1\b"),
+        Exempt(r"S\(1", "the head sums along dimension 1"),
+    ],
+    "PatchDropout": [Exempt(r"S\(1", "gathers the kept tokens along dimension 1")],
+    "RDrop": [Exempt("S", "has no mask; its loss is a mean over dimension 0 of sums along dimension 1")],
+    "TargetedDropout": [Exempt("S", "compares the elements of each index of dimension 0 with each other")],
+    "VariationalDropout": [Exempt(r"S\(0", "sums the gradient of log_alpha over dimension 0")],
+    "VariationalGRU": RECURRENT,
+    "VariationalLSTM": RECURRENT,
+    "WeightDrop": [Exempt(r"S\(1", "the linear layer sums along dimension 1")],
+}
+
+
+worlds = pytest.mark.parametrize("world", [1, 2, 4], indirect=True, scope="module")
+
+
+class Addressed(nn.Module):
+    def __init__(self, layer: nn.Module, samples: Tensor | None) -> None:
+        super().__init__()
+        self.model, self.samples = nn.Sequential(layer), samples
+
+    def forward(self, *inputs: Tensor) -> Any:
+        with thinned.address(self.model, seed=3, step=5, samples=self.samples):
+            return self.model[0](*inputs)
+
+
+def call(name: str, keys: str) -> Call:
+    layer, inputs = example(entry_of(name))
+    ids = torch.arange(inputs[0].shape[SAMPLE_DIM.get(name, 0)]) + 10
+    if keys == "no key":
+        return Call(layer, inputs)
+    if keys == "one key":
+        return Call(layer, inputs, {"key": KEY})
+    if keys == "a key for each sample":
+        return Call(layer, inputs, {"key": KEY.fold(ids)})
+    return Call(Addressed(layer, ids if keys == "an address with samples" else None), inputs)
+
+
+@worlds
+@pytest.mark.parametrize("entry", LAYERS, ids=lambda entry: entry.name)
+def test_a_layer_has_the_result_of_one_process(
+    world: World, entry: Entry, record_property: Callable[[str, object], None]
+) -> None:
+    name = entry.name
+    kinds = ["an address", "an address with samples"]
+    if name not in OF_WEIGHTS:
+        kinds.append("a key for each sample")
+    every = [(name, "no key" if name in KEYLESS else "one key")]
+    some = [] if name in KEYLESS else [(name, keys) for keys in kinds]
+    sums = name in SUMS
+    cases = cases_of(world, call, every, every_placement, sums)
+    cases += cases_of(world, call, some, some_placements, sums)
+    failed, ran = [], Counter[str]()
+    unseen = set(EXEMPT.get(name, ()))
+    for case in cases:
+        exempt = [each for each in EXEMPT.get(name, ()) if re.search(each.placements, case.placement)]
+        for each in case.problems:
+            excuses = {
+                one for one in exempt if re.match(f"raised.*({one.error})" if one.error else MOVED, each)
+            }
+            unseen -= excuses
+            if not excuses:
+                failed.append(f"{case.name}: {each}")
+        ran[case.mesh] += case.name.startswith("rank 0")
+    if world.size == 4:
+        failed += [f"not exempt: {each}" for each in unseen]
+    record_property("placements", [name, dict(ran)])
+    assert not failed, "\n".join(failed)
