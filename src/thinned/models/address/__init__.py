@@ -251,7 +251,7 @@ class Address:
         root, samples = self._on_device
         return root if compiling() else self._root, samples
 
-    def root_for(self, input: Tensor, root: Key) -> Key:
+    def _root_for(self, input: Tensor, root: Key) -> Key:
         """``root`` of :meth:`parts`, with the data-parallel replica folded in that computes ``input``."""
         if self.replica is None:
             return root
@@ -449,7 +449,7 @@ class _Running(Counting):
         address = self.address
         root, samples = address.parts(input.device)
         if address.replica is not None and sample_dim is not None:
-            root = address.root_for(input, root)
+            root = address._root_for(input, root)
         key = root.fold(_site(path, self.number(path)))
         if samples is not None and sample_dim is not None and input.dim():
             key = _of_samples(key, samples, input, sample_dim, path)
