@@ -153,7 +153,7 @@ _group: Any = getattr(dist, "group", None)
 
 @constant_when_compiled
 def has_peers() -> bool:
-    """Whether there are other processes."""
+    """Whether torch.distributed is initialised with other processes."""
     # dist.is_initialized() takes twice as long.
     return getattr(_group, "WORLD", None) is not None and dist.get_world_size() > 1
 
