@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from backend_under_test import BackendUnderTest
+from distributed.world import World
 from thinned import backends
 from thinned.backends.variants import Variant, variants
 
@@ -127,6 +128,22 @@ def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[dict[int, World]]:
+    """The worlds that this process has started, by size."""
+    started: dict[int, World] = {}
+    yield started
+    for world in started.values():
+        world.stop()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def world(request: pytest.FixtureRequest, worlds: dict[int, World]) -> World:
+    """Processes that compute together; ``parametrize(..., indirect=True)`` asks for other sizes."""
+    size = request.param
+    return worlds.setdefault(size, World(size))
 
 
 @pytest.fixture(scope="session")
