@@ -71,7 +71,7 @@ def transformer(width: int = 64, heads: int = 4, blocks: int = 4, p: float = 0.1
     """A model of bytes. It needs no embedding of positions, since causal attention can count."""
     parts: dict[str, nn.Module] = {"embed": nn.Embedding(256, width), "drop": thinned.Dropout(p)}
     parts |= {f"block{i}": Block(width, heads, p) for i in range(blocks)}
-    parts |= {"norm": nn.LayerNorm(width), "head": nn.Linear(width, 256)}
+    parts |= {"norm": nn.LayerNorm(width), "head": nn.Linear(width, 256, bias=False)}
     return nn.Sequential(OrderedDict(parts))
 
 
@@ -128,7 +128,7 @@ def pipeline(stage_of_model: nn.Sequential, mesh: DeviceMesh, device: torch.devi
 
 
 class Masks:
-    """Hashes the masks that the model's dropouts apply, as seen in their outputs.
+    """Hashes the masks that the model's dropouts apply, as seen in their outputs and gradients.
 
     A step's hash is the sum modulo 2**64, over all kept elements, of a hash of step, site, sample and position.
     A sum does not depend on the order, so that those of all processes add up to that of a single one.
@@ -152,16 +152,19 @@ class Masks:
         self.seen[path] += len(output)
         positions = torch.arange(output[0].numel(), device=output.device)
         hashes = mixed(self.step, crc32(path.encode()), samples[:, None], positions).view(output.shape)
-        input = args[0]
-        if isinstance(input, DTensor):
-            coordinates = zip(input.device_mesh.get_coordinate(), input.placements, strict=True)
+        # Zeros in the output would not do: some elements of the input are 0 too.
+        (mask,) = torch.autograd.grad(output, args, torch.ones_like(output), retain_graph=True)
+        tensors = output, args[0], mask
+        if isinstance(mask, DTensor):
+            coordinates = zip(mask.device_mesh.get_coordinate(), mask.placements, strict=True)
             if any(coordinate and placement.is_replicate() for coordinate, placement in coordinates):
                 return  # another process adds the same
-            layout = input.device_mesh, input.placements
+            layout = mask.device_mesh, mask.placements
             hashes = distribute_tensor(hashes, *layout, src_data_rank=None).to_local()  # no communication
-            input, output = input.to_local(), output.to_local()
-        assert input.all(), "the mask of an element that is 0 cannot be seen"
-        self.sum += torch.where(output != 0, hashes, 0).sum()
+            tensors = tuple(tensor.to_local() for tensor in tensors)
+        output, input, mask = tensors
+        assert output.equal(input * mask)
+        self.sum += torch.where(mask != 0, hashes, 0).sum()
 
 
 def mixed(*numbers: int | Tensor) -> Tensor:
