@@ -247,6 +247,23 @@ def is_odd_view(x: Tensor) -> bool:
     return x._is_view() and bool(_creation_meta(x) != _made_plainly)
 
 
+# DTensors.
+
+
+def local_of(x: Any) -> Tensor:
+    """The shard of a DTensor that this process holds, without autograd; 10 us faster than ``to_local``."""
+    return x._local_tensor if hasattr(x, "_local_tensor") else x.to_local()  # type: ignore[no-any-return]
+
+
+def with_local(x: Any, local: Tensor) -> Any:
+    """A DTensor like ``x`` with another shard, without autograd; 40 us faster than ``from_local``."""
+    if hasattr(x, "_spec"):
+        return type(x)(local, x._spec, requires_grad=False)
+    return type(x).from_local(
+        local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+    )
+
+
 # Compiled code.
 
 

@@ -94,7 +94,7 @@ def _stratified(
     input: Tensor, key: Key, broadcast_dims: tuple[int, ...], T: int, scale: float, shift: float, fill: float
 ) -> Tensor:
     def affine(x: Tensor, key: Key, shift: float = 0.0, fill: float = 0.0) -> Tensor:
-        return op.choose(x, numbers(key, x.shape, broadcast_dims), T, scale, shift, fill)
+        return op.choose(x, numbers(key, x, broadcast_dims), T, scale, shift, fill)
 
     return apply_linear(affine, input, key.to(input.device), partial(affine, shift=shift, fill=fill))
 

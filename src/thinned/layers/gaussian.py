@@ -90,7 +90,7 @@ def gaussian_dropout(
     sigma = math.sqrt(p / (1 - p))
 
     def times_noise(x: Tensor, key: Key) -> Tensor:
-        noise = normal(key, x.shape, dtype=opmath(x.dtype), broadcast_dims=dims)
+        noise = normal(key, x, dtype=opmath(x.dtype), broadcast_dims=dims)
         return multiply(x, noise.mul_(sigma).add_(1)).to(x.dtype)
 
     return apply_linear(times_noise, input, key)

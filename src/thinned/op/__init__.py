@@ -26,6 +26,17 @@ Jagged tensors come here as their values, from :mod:`thinned.nested`.
 """
 
 from thinned.op.affine import choose, masked_affine, masked_affine_, refuse_layout
+from thinned.op.dtensor import shard_like, uniform_for
 from thinned.op.registered import keep_mask, key_tensor, uniform
 
-__all__ = ["choose", "keep_mask", "key_tensor", "masked_affine", "masked_affine_", "refuse_layout", "uniform"]
+__all__ = [
+    "choose",
+    "keep_mask",
+    "key_tensor",
+    "masked_affine",
+    "masked_affine_",
+    "refuse_layout",
+    "shard_like",
+    "uniform",
+    "uniform_for",
+]

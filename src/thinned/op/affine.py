@@ -10,9 +10,11 @@ from torch import Tensor
 
 from thinned import cuda_draws
 from thinned.backends import portable
+from thinned.distributed.shards import is_dtensor
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.key_source import active
 from thinned.keys import draw_int
+from thinned.op.dtensor import accept
 from thinned.op.inplace import count_write, refuse_leaf, refuse_overlap
 from thinned.op.registered import call_backend, choose_on_backend, keep_mask, key_tensor, library, stacked
 from thinned.torch_state import (
@@ -58,7 +60,9 @@ def masked_affine(
         if x.requires_grad and torch.is_grad_enabled():
             return _apply_eager(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return]
         return call_backend(x, key, geometry, T, scale, shift, fill)
-    if not compiling() and x.layout is not torch.strided:
+    if is_dtensor(x):
+        accept(x)
+    elif not compiling() and x.layout is not torch.strided:
         return _sparse(x, key, geometry, T, scale, shift, fill)
     if is_legacy_batched(x):
         return portable.masked_affine(x, key_tensor(key, x), geometry, T, scale, shift, fill)

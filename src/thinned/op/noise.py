@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thinned import op
+from thinned.distributed.shards import is_dtensor
 from thinned.geometry import dims_of, shared
 from thinned.keys import Key, StratifiedKey
 from thinned.torch_state import is_eager
@@ -16,22 +17,30 @@ from thinned.torch_state import is_eager
 __all__ = ["logistic", "multiply", "normal", "numbers", "opmath", "uniform"]
 
 
-def numbers(key: Key, shape: Sequence[int], broadcast_dims: Sequence[int] = ()) -> Tensor:
+def numbers(key: Key, like: Tensor | Sequence[int], broadcast_dims: Sequence[int] = ()) -> Tensor:
     """``u(i) - 2**31`` as int32, or ``u'(i, s) - 2**31`` of a stratified key's draw.
 
     The arguments are those of :func:`uniform`.
     """
+    shape = like.shape if isinstance(like, Tensor) else like
     key_dims = key.bits.dim()
     single = dims_of(shape, broadcast_dims).difference(range(key_dims))
     drawn = tuple(1 if dim in single else size for dim, size in enumerate(shape))
     geometry = shared(shape, broadcast_dims, key_dims)
-    if isinstance(key, StratifiedKey):
-        return op.uniform(key.of, drawn, geometry, key.draw, key.strata)
-    return op.uniform(key.bits, drawn, geometry)
+    bits, draw, strata = (
+        (key.of, key.draw, key.strata) if isinstance(key, StratifiedKey) else (key.bits, None, 1)
+    )
+    if isinstance(like, Tensor) and is_dtensor(like):
+        return op.uniform_for(like, bits, drawn, geometry, draw, strata)
+    return op.uniform(bits, drawn, geometry, draw, strata)
 
 
 def uniform(
-    key: Key, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, broadcast_dims: Sequence[int] = ()
+    key: Key,
+    like: Tensor | Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    broadcast_dims: Sequence[int] = (),
 ) -> Tensor:
     r"""Uniform numbers, none of which is 0 or 1.
 
@@ -42,7 +51,7 @@ def uniform(
 
     Args:
         key: one key, or a batch of ``shape[0]`` keys.
-        shape: the shape of a tensor that the numbers broadcast to.
+        like: a tensor that the numbers broadcast to, or its shape. For a DTensor they are one, sharded alike.
         dtype: float32 or float64.
         broadcast_dims: dimensions along which all elements share one number; they have size 1 in the result.
 
@@ -51,11 +60,15 @@ def uniform(
     tensor([[0.7921, 0.7905, 0.9462],
             [0.2465, 0.0501, 0.1966]])
     """
-    return _centred(key, shape, dtype, broadcast_dims, 0.5, 2**-23).add_(0.5)
+    return _centred(key, like, dtype, broadcast_dims, 0.5, 2**-23).add_(0.5)
 
 
 def normal(
-    key: Key, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, broadcast_dims: Sequence[int] = ()
+    key: Key,
+    like: Tensor | Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    broadcast_dims: Sequence[int] = (),
 ) -> Tensor:
     r"""Standard normal numbers, by the inverse of their distribution function.
 
@@ -71,11 +84,15 @@ def normal(
     tensor([[ 0.8138,  0.8080,  1.6088],
             [-0.6857, -1.6442, -0.8538]])
     """
-    return _centred(key, shape, dtype, broadcast_dims).erfinv_().mul_(math.sqrt(2))
+    return _centred(key, like, dtype, broadcast_dims).erfinv_().mul_(math.sqrt(2))
 
 
 def logistic(
-    key: Key, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, broadcast_dims: Sequence[int] = ()
+    key: Key,
+    like: Tensor | Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    broadcast_dims: Sequence[int] = (),
 ) -> Tensor:
     r"""Standard logistic numbers, the logits of uniform ones.
 
@@ -91,7 +108,7 @@ def logistic(
     tensor([[ 1.3377,  1.3277,  2.8666],
             [-1.1176, -2.9431, -1.4077]])
     """
-    centred = _centred(key, shape, dtype, broadcast_dims)
+    centred = _centred(key, like, dtype, broadcast_dims)
     above = 1 + centred
     # Not torch.logit or atanh: their vector tail rounds differently, so a row would depend on its place.
     return above.div_(centred.neg_().add_(1)).log_()
@@ -115,7 +132,7 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
 
 def _centred(
     key: Key,
-    shape: Sequence[int],
+    like: Tensor | Sequence[int],
     dtype: torch.dtype,
     broadcast_dims: Sequence[int],
     half_width: float = 1.0,
@@ -125,6 +142,6 @@ def _centred(
 
     Otherwise the outermost numbers would be rounded to the ends, where a quantile is infinite.
     """
-    u = numbers(key, shape, broadcast_dims).to(dtype)
+    u = numbers(key, like, broadcast_dims).to(dtype)
     inside = 1 - shrink if dtype == torch.float32 else 1.0
     return u.add_(0.5).mul_(2**-31 * half_width * inside)

@@ -1,0 +1,169 @@
+"""The operations on a DTensor: each process computes its shard by the whole tensor's mask indices.
+
+Nothing is communicated, in the forward and in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinned.distributed.shards import Part, Runs, is_dtensor, parts_of, runs_of
+from thinned.geometry import Geometry, shared
+from thinned.op.registered import library
+from thinned.torch_state import compiling, constant_when_compiled, graph_task_is_running, local_of, with_local
+
+__all__ = ["accept", "shard_like", "uniform_for"]
+
+
+def accept(x: Tensor) -> None:
+    """Teach a DTensor's class the operations; raise if ``x`` has a placement that no mask is for.
+
+    Raises:
+        RuntimeError: ``x`` is Partial, except in a backward pass: a gradient's mask may precede its sum.
+    """
+    _register()
+    placements: Sequence[Any] = x.placements  # type: ignore[attr-defined]
+    if any(each.is_partial() for each in placements) and (compiling() or not graph_task_is_running()):
+        raise RuntimeError(
+            f"a dropout needs the elements of a DTensor, and one of shape {tuple(x.shape)} with placements "
+            f"{tuple(placements)} holds summands of them; accepted: Replicate and Shard, as from "
+            "input.redistribute(placements=...)"
+        )
+
+
+def uniform_for(
+    x: Tensor, key: Tensor, shape: Sequence[int], geometry: Geometry, draw: Tensor | None, strata: int
+) -> Tensor:
+    """:func:`thinned.op.uniform` in a DTensor that broadcasts to the DTensor ``x``, sharded as ``x`` is."""
+    return torch.ops.thinned.uniform_for(x, key, shape, *geometry, draw, strata)  # type: ignore[no-any-return]
+
+
+def shard_like(whole: Tensor, x: Tensor) -> Tensor:
+    """``whole``, which each process has, in a DTensor that is sharded as the DTensor ``x`` it broadcasts to.
+
+    ``whole`` itself for an ``x`` that is no DTensor.
+    """
+    if not is_dtensor(x) or is_dtensor(whole):
+        return whole
+    return torch.ops.thinned.shard_like(whole, x)  # type: ignore[no-any-return]
+
+
+def _masked_affine(operation: Any, x: Any, key: Tensor, strides: Sequence[int], base: int, *rest: Any) -> Any:
+    runs = runs_of(x.shape, x.device_mesh, x.placements)
+    local, geometry = local_of(x), Geometry(tuple(strides), base)
+
+    def of_part(part: Part, x: Tensor) -> Tensor:
+        return operation(x, _rows(key, part), *geometry.shard(part.offsets), *rest)  # type: ignore[no-any-return]
+
+    parts = list(parts_of(runs))
+    if len(parts) == 1:
+        return with_local(x, of_part(parts[0], local))
+    y = torch.empty_like(local)
+    for part in parts:
+        y[part.place] = of_part(part, local[part.place])
+    return with_local(x, y)
+
+
+def _uniform_for(
+    operation: Any,  # noqa: ARG001
+    x: Any,
+    key: Tensor,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    base: int,
+    draw: Tensor | None = None,
+    strata: int = 1,
+) -> Any:
+    runs, geometry = _runs_like(x, shape), Geometry(tuple(strides), base)
+    u = torch.empty([sum(map(len, dim)) for dim in runs], dtype=torch.int32, device=x.device)
+    for part in parts_of(runs):
+        sizes = [place.stop - place.start for place in part.place]
+        drawn = None if draw is None else _rows(draw, part)
+        rows, shifted = _rows(key, part), geometry.shard(part.offsets)
+        u[part.place] = torch.ops.thinned.uniform(rows, sizes, *shifted, drawn, strata)
+    return _placed_like(x, u, shape)
+
+
+def _shard_like(operation: Any, whole: Tensor, x: Any) -> Any:  # noqa: ARG001
+    shape = (*(1,) * (x.dim() - whole.dim()), *whole.shape)
+    whole = whole.reshape(shape)
+    for dim, runs in enumerate(_runs_like(x, shape)):
+        kept = [whole.narrow(dim, run.start, len(run)) for run in runs] or [whole.narrow(dim, 0, 0)]
+        whole = kept[0] if len(kept) == 1 else torch.cat(kept, dim)
+    return _placed_like(x, whole.clone(), shape)
+
+
+def _rows(keys: Tensor, part: Part) -> Tensor:
+    """The keys of a part's rows, out of those of all rows."""
+    for dim in range(keys.dim()):
+        place = part.place[dim]
+        keys = keys.narrow(dim, part.offsets[dim], place.stop - place.start)
+    return keys
+
+
+def _runs_like(x: Any, shape: Sequence[int]) -> Runs:
+    """The runs of a tensor of ``shape`` that broadcasts to ``x``: all of it along its own dimensions of 1."""
+    runs = runs_of(x.shape, x.device_mesh, x.placements)
+    return [
+        dim if size == whole else [range(size)] for dim, size, whole in zip(runs, shape, x.shape, strict=True)
+    ]
+
+
+def _placed_like(x: Any, local: Tensor, shape: Sequence[int]) -> Any:
+    """A DTensor of ``shape`` from this process's shard, which :func:`_runs_like` describes."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    placements = [
+        each if hasattr(each, "dim") and shape[each.dim] == x.shape[each.dim] else Replicate()
+        for each in x.placements
+    ]
+    return DTensor.from_local(
+        local,
+        x.device_mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=shared(shape).strides,
+    )
+
+
+for _schema in (
+    "uniform_for(Tensor x, Tensor key, SymInt[] shape, SymInt[] strides, SymInt base, Tensor? draw=None, "
+    "int strata=1) -> Tensor",
+    "shard_like(Tensor whole, Tensor x) -> Tensor",
+):
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@constant_when_compiled
+def _register() -> None:
+    """Give the class DTensor its rules, once: to import it takes 0.5 s, so this waits for the first one."""
+    if _registered:
+        return
+    from torch.distributed.tensor import DTensor
+
+    for name, rule in (
+        ("masked_affine", _masked_affine),
+        ("uniform_for", _uniform_for),
+        ("shard_like", _shard_like),
+    ):
+
+        def dispatch(
+            _: type,
+            operation: Any,
+            types: Any,
+            args: Any,
+            kwargs: Any,
+            rule: Callable[..., Any] = rule,  # noqa: ARG001
+        ) -> Any:
+            return rule(operation, *args, **kwargs)
+
+        torch.library.register_torch_dispatch(f"thinned::{name}", DTensor, dispatch, lib=library)
+    _registered.append(DTensor)
+
+
+_registered: list[type] = []
