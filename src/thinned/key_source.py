@@ -18,12 +18,18 @@ class KeySource(Protocol):
     Attributes:
         hooks_id: id of the module hooks that report to this source; see :mod:`thinned.models.address.hooks`.
         stack: paths of the modules that are running, innermost last.
-        joined: whether the source is to end when the model's own call returns.
+        joined: whether the source is to end when the outermost module that is running returns.
     """
 
     hooks_id: str
     stack: list[str]
     joined: bool
+
+    def called(self, hooks_id: str) -> KeySource:
+        """The key source of a call of a whole model, which has these hooks: this, or one that it begins."""
+
+    def end(self) -> None:
+        """Deactivate this source."""
 
     def sample_dim(self, input: Tensor) -> int:
         """The dimension of ``input`` that holds the samples, for a layer that decides element by element."""

@@ -37,6 +37,7 @@ ragged_dim, seqlens                   guarded  jagged tensors
 cached_parametrizations               guarded  ``thinned.WeightDrop`` of a parametrized weight
 checkpoint_generator                  guarded  ``thinned.address`` and ``thinned.intercept``
 fake_tensors                          guarded  a law of ``thinned compare``
+infers_shapes                         tested   ``thinned.address`` around a schedule of pipeline stages
 function_of                           tested   ``thinned.address`` in a reentrant checkpoint
 constant_when_compiled                tested   functions that Dynamo calls while it traces
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
@@ -412,6 +413,20 @@ def graph_task_is_running() -> bool:
 def function_of(ctx: Any) -> Any:
     """The autograd Function of a context; None makes models/checkpoint.py compare random states instead."""
     return getattr(type(ctx), "_forward_cls", None)
+
+
+def infers_shapes() -> bool:
+    """Whether a pipeline stage calls its module only to learn what its results look like.
+
+    A stage calls it for a microbatch in one of two methods. It does so once more before the first step.
+    """
+    stage = "torch.distributed.pipelining.stage"
+    frame = sys._getframe() if stage in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == stage:
+            return frame.f_code.co_name not in ("forward_maybe_with_nosync", "forward_one_chunk")
+        frame = frame.f_back
+    return False
 
 
 class _Called(BaseException):

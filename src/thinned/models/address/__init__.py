@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from thinned.checks import check_integer, got, integers
 from thinned.devices import to_device
 from thinned.functional import keep_mask
-from thinned.key_source import active
+from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.models.address.hooks import ModuleHooks, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
@@ -24,7 +24,7 @@ from thinned.models.walk import check_model, is_ours
 from thinned.nested import shape_of
 from thinned.op.vmap_keys import key_per_call
 from thinned.philox import signed64
-from thinned.torch_state import compiling
+from thinned.torch_state import compiling, graph_task_is_running, infers_shapes
 
 __all__ = ["Address", "address", "ids_of"]
 
@@ -36,6 +36,7 @@ def address(
     step: int | Tensor,
     samples: Tensor | Sequence[int] | None = None,
     sample_dim: int | Mapping[str, int] | None = None,
+    microbatches: int | None = None,
 ) -> Address:
     r"""A context in which each mask is a function of seed, step, site, sample and position alone.
 
@@ -77,13 +78,20 @@ def address(
             for sequences of shape ``(L, N, *)``, or integers by patterns of paths (:mod:`fnmatch`), of which
             the first match holds. By default, inputs of three dimensions or more follow ``batch_first`` of
             the module or of one that contains it; otherwise the dimension is 0.
+        microbatches: the number of calls of ``model`` within the context, each with a part of the batch. A
+            schedule of :mod:`torch.distributed.pipelining` and a loop that accumulates gradients make such
+            calls. Call ``m`` has the ids ``samples.tensor_split(microbatches)[m]``, and its sites count from
+            0, so its masks are those of one call with the whole batch. The addresses of several models, such
+            as the stages of one rank, may be entered together.
 
     Raises:
-        TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large.
+        TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large;
+            ``microbatches`` is given without ``samples``, or exceeds their number.
         IndexError: at a site whose input has no dimension ``sample_dim``.
         RuntimeError: at a site if the samples' dimension is no multiple of their number, or if only dimension
             1 has that size and nothing says that it is meant; at a site that a backward pass or another
-            asyncio task calls; at the end, if a later address is still active.
+            asyncio task calls; at the end, if a later address is still active; if ``model`` is called more or
+            less often than ``microbatches`` says.
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), thinned.Dropout(0.5))
@@ -93,7 +101,7 @@ def address(
     >>> thinned.address(model, seed=7, step=100).mask_of("1", (2, 8), p=0.5).equal(y != 0)
     True
     """
-    return Address(model, seed, step, samples, sample_dim)
+    return Address(model, seed, step, samples, sample_dim, microbatches)
 
 
 class Address:
@@ -112,6 +120,7 @@ class Address:
         step: int | Tensor,
         samples: Tensor | Sequence[int] | None,
         sample_dim: int | Mapping[str, int] | None = None,
+        microbatches: int | None = None,
     ) -> None:
         check_model("address", model)
         self.hooks = hooks_of(model)
@@ -125,6 +134,26 @@ class Address:
         if self._device is not None and self._device.type != "cpu":
             there = None if self.samples is None else to_device(self.samples, self._device)
             self._on_device = self._root.to(self._device), there
+        self.microbatches: tuple[Address, ...] = ()
+        if microbatches is not None:
+            self.microbatches = self._split(microbatches)
+
+    def _split(self, microbatches: int) -> tuple[Address, ...]:
+        """The address of each microbatch."""
+        root, there = self._on_device
+        if self.samples is None or there is None:
+            raise ValueError(
+                f"microbatches={microbatches} needs samples: without ids a mask belongs to a row of the "
+                "whole batch, and a call with a part of it has other rows"
+            )
+        check_integer("microbatches", microbatches, least=1)
+        if microbatches > self.samples.shape[0]:
+            raise ValueError(f"microbatches={microbatches} is more than the {self.samples.shape[0]} samples")
+        parts = tuple(copy(self) for _ in range(microbatches))
+        ids: Any = zip(*(each.tensor_split(microbatches) for each in (self.samples, there)), strict=True)
+        for part, (samples, there) in zip(parts, ids, strict=True):
+            part.samples, part._on_device = samples, (root, there)
+        return parts
 
     def __enter__(self) -> Address:
         _Running(self).begin()
@@ -136,24 +165,30 @@ class Address:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.leave()
+        ended = self.leave()
         if not compiling():
             outer: Any = active.key_source
             within = isinstance(outer, _Running) and outer.hooks_id == self.hooks.id
             self.hooks.context = outer.address if within else None
+        count, left = len(self.microbatches), ended.queue.index(self)
+        if left and kind is None:
+            raise RuntimeError(
+                f"a model was called {count - left} times within a thinned.address with microbatches={count}"
+            )
 
     def join(self) -> _Running:
         """Activate this address in the thread of a replica."""
         return _Running(self, joined=True).begin()
 
-    def leave(self) -> None:
-        """End what this thread began last of this address."""
+    def leave(self) -> _Running:
+        """End what this thread began last of this address, and return it."""
         if not compiling():
             close_failed()
         running: Any = active.key_source
         while not compiling() and running.address is not self:
             running = running._outer
         running.end()
+        return running  # type: ignore[no-any-return]
 
     def finish(self, key: Key) -> Key:
         """The key that a call gets in place of ``key``, for subclasses."""
@@ -235,12 +270,24 @@ class Address:
 
 
 class _Running(Counting):
-    """An address that is active in one thread: its key source, and the counter of its sites' calls."""
+    """An address that is active in one thread: its key source, and the counter of its sites' calls.
+
+    Attributes:
+        queue: the addresses of the microbatches to come, the whole address, and those of the microbatches
+            that were called. Dynamo would compile a number or a list's length anew for each microbatch.
+    """
 
     _title = "thinned.address"
 
-    def __init__(self, address: Address, joined: bool = False, **counting: Any) -> None:
+    def __init__(
+        self,
+        address: Address,
+        joined: bool = False,
+        queue: tuple[Address, ...] = (),
+        **counting: Any,
+    ) -> None:
         self.address, self.hooks_id, self.joined = address, address.hooks.id, joined
+        self.queue = queue or (*address.microbatches, address)
         self._reset(**counting)
 
     def begin(self) -> _Running:
@@ -260,8 +307,34 @@ class _Running(Counting):
     def resumed(
         self, calls: Mapping[str, int], stack: Sequence[str], region: Any = None
     ) -> AbstractContextManager[Any]:
-        running = _Running(self.address, calls=calls, stack=stack, region=region, recomputes=True)
+        running = _Running(
+            self.address, queue=self.queue, calls=calls, stack=stack, region=region, recomputes=True
+        )
         return _within(running, self.address.recomputing())
+
+    def called(self, hooks_id: str) -> KeySource:
+        """See :class:`thinned.key_source.KeySource`."""
+        running: Any = self
+        while running is not None and running.hooks_id != hooks_id:
+            running = running._outer
+        if running is None or running.stack or running.joined:
+            return self
+        address: Address = running.address
+        if not compiling():
+            if graph_task_is_running() and not running._recomputes:
+                return self  # number() refuses it if it calls a dropout
+            if infers_shapes():
+                return (*address.microbatches, address)[0].join()
+        if len(running.queue) == 1:
+            return self
+        part, *later = running.queue
+        if part.microbatches:
+            count = len(part.microbatches)
+            raise RuntimeError(
+                f"a model is called {count + 1} times within a thinned.address with microbatches={count}"
+            )
+        running.queue = (*later, part)
+        return _Running(part, joined=True, recomputes=running._recomputes).begin()
 
     def sample_dim(self, input: Tensor) -> int:
         """See :class:`thinned.key_source.KeySource`."""

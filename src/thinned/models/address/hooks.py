@@ -32,9 +32,6 @@ class Joinable(Protocol):
     def join(self) -> KeySource:
         """Activate a key source of this context in this thread, and return it."""
 
-    def leave(self) -> None:
-        """Deactivate the key source that this thread activated last."""
-
 
 class ModuleHooks:
     """The state that all hooks of one model share. It is copied and pickled with the model.
@@ -79,6 +76,8 @@ class _OnEnter(_Hook):
         source = active.key_source
         if source is None:
             source = self._source_without_address(module)
+        elif not self.path:
+            source = source.called(self.hooks.id)
         if source is not None and source.hooks_id == self.hooks.id:
             source.stack.append(self.path)
 
@@ -101,10 +100,8 @@ class _OnLeave(_Hook):
             return
         if source.stack:
             source.stack.pop()
-        if isinstance(source, _RefusingSource) and not source.stack:
-            active.key_source = None
-        if source.joined and not self.path and self.hooks.context is not None:
-            self.hooks.context.leave()
+        if source.joined and not source.stack:
+            source.end()
 
 
 class _RefusingSource:
@@ -114,11 +111,17 @@ class _RefusingSource:
     other, a dropout would draw another mask than in the forward pass.
     """
 
-    joined = False
+    joined = True
 
     def __init__(self, hooks: ModuleHooks) -> None:
         self.hooks_id = hooks.id
         self.stack: list[str] = []
+
+    def called(self, hooks_id: str) -> KeySource:  # noqa: ARG002
+        return self
+
+    def end(self) -> None:
+        active.key_source = None
 
     def sample_dim(self, input: Tensor) -> int:  # noqa: ARG002
         return 0
