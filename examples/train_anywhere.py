@@ -114,9 +114,9 @@ def parallelize(model: nn.Sequential, how: Parallel, mesh: DeviceMesh) -> Step:
     return step
 
 
-def pipeline(stage_of_model: nn.Sequential, mesh: DeviceMesh, device: torch.device) -> Step:
-    """A pipeline of all ranks' stages."""
-    stage = PipelineStage(stage_of_model, mesh.get_local_rank(), mesh.size(), device, group=mesh.get_group())
+def pipeline(part: nn.Sequential, mesh: DeviceMesh, device: torch.device) -> Step:
+    """A pipeline in which this process has a part of the model; return what trains it."""
+    stage = PipelineStage(part, mesh.get_local_rank(), mesh.size(), device, group=mesh.get_group())
     schedule = Schedule1F1B(stage, MICROBATCHES, mean_loss, scale_grads=False)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
@@ -124,6 +124,8 @@ def pipeline(stage_of_model: nn.Sequential, mesh: DeviceMesh, device: torch.devi
         schedule.step(*[x] * stage.is_first, target=y if stage.is_last else None, losses=losses)
         return torch.stack(losses).sum() if stage.is_last else torch.zeros(())
 
+    step(*torch.zeros(2, BATCH, LENGTH, dtype=torch.long, device=device))  # the stages ask each other for shapes
+    part.zero_grad()
     return step
 
 
@@ -146,8 +148,6 @@ class Masks:
 
     def add(self, path: str, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         """Add the kept elements of one call."""
-        if output.is_meta:  # a pipeline asks for shapes
-            return
         samples = self.samples[self.seen[path] :][: len(output)]
         self.seen[path] += len(output)
         positions = torch.arange(output[0].numel(), device=output.device)
