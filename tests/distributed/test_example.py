@@ -1,0 +1,150 @@
+"""The example of training on any number of processes: one hash of all masks, and losses that agree."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import thinned
+from distributed.world import World
+from process import PATIENCE
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_anywhere.py"
+Worlds = dict[int, World]
+STEPS = 5
+MATRIX = [("none", 1), ("ddp", 3), ("fsdp", 3)]
+MATRIX += [(how, count) for how in ("ddp", "fsdp", "tp", "tp+fsdp", "pp") for count in (1, 2, 4)]
+
+
+def example() -> Any:
+    return type("Example", (), runpy.run_path(str(EXAMPLE)))
+
+
+def trained(how: str, stop_at: int, checkpoint: Path | None = None) -> tuple[int, list[int], list[float]]:
+    return tuple(example().train(how, torch.device("cpu"), stop_at, checkpoint))  # type: ignore[return-value]
+
+
+def train(worlds: Worlds, count: int, *args: Any) -> tuple[int, list[int], list[float]]:
+    first, *others = worlds.setdefault(count, World(count)).run(trained, *args)
+    assert all(other == first for other in others)
+    return first
+
+
+def test_a_run_goes_on_in_other_ways_with_the_same_masks(worlds: Worlds, tmp_path: Path) -> None:
+    _, hashes, losses = train(worlds, 1, "none", STEPS)
+    for first, (how, count) in enumerate([("none", 1), ("fsdp", 2), ("tp", 2), ("pp", 2), ("ddp", 2)]):
+        curve = train(worlds, count, how, first + 1, tmp_path)
+        assert curve[:2] == (first, hashes[first : first + 1])
+        assert curve[2] == pytest.approx(losses[first : first + 1], rel=1e-6)
+    assert hashes == [hash_of_step(step) for step in range(STEPS)]
+
+
+def hash_of_step(step: int) -> int:
+    """The hash of the masks that an address gives."""
+    code = example()
+    model, samples = code.transformer(), code.batch(0, step)
+    address, total = thinned.address(model, seed=0, step=step, samples=samples), torch.tensor(0)
+    for path, module in model.named_modules():
+        if isinstance(module, thinned.Dropout):
+            width = 256 if path.endswith("drop2") else 64
+            mask = address.mask_of(path, (len(samples), 64, width))
+            positions = torch.arange(64 * width)
+            hashes = code.mixed(step, crc32(path.encode()), samples[:, None], positions)
+            total += hashes[mask.flatten(1)].sum()
+    return int(total)
+
+
+def sums_of(placements: list[Any]) -> int:
+    """The sum that this rank adds to the hash of one dropout."""
+    model = torch.nn.Sequential(thinned.Dropout(0.5))
+    masks, samples = example().Masks(model), torch.arange(3)
+    masks.begin(0, samples)
+    x = torch.arange(12.0).view(3, 4)  # an element is 0, in the input and in the output
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    with thinned.address(model, seed=0, step=0, samples=samples):
+        model(distribute_tensor(x, mesh, placements).requires_grad_())
+    return int(masks.sum)
+
+
+def test_replicas_count_once_and_zeros_too(worlds: Worlds) -> None:
+    mask = thinned.address(torch.nn.Sequential(thinned.Dropout(0.5)), seed=0, step=0, samples=[0, 1, 2])
+    hashes = example().mixed(0, crc32(b"0"), torch.arange(3)[:, None], torch.arange(4))
+    expected = int(hashes[mask.mask_of("0", (3, 4))].sum())
+    world = worlds.setdefault(2, World(2))
+    for placement in Replicate(), Shard(0), Shard(1):
+        assert (sum(world.run(sums_of, [placement])) - expected) % 2**64 == 0
+
+
+def test_another_position_sample_site_or_step_has_another_hash() -> None:
+    mixed = example().mixed
+    numbers = torch.arange(6)
+    parts = (numbers.view(shape) for shape in ((6, 1, 1, 1), (6, 1, 1), (6, 1), (6,)))
+    assert len(mixed(*parts).unique()) == 6**4
+    # SplitMix64 with the seed 0: its first number.
+    assert int(mixed(0)) % 2**64 == 0xE220A8397B1DCDAF
+
+
+def run(count: int, *args: str) -> str:
+    """What the example prints; with a count of 1 it needs no torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [sys.executable, *(launcher if count > 1 else []), str(EXAMPLE), *args]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_script_prints_losses_and_hashes(tmp_path: Path) -> None:
+    told = run(1, "--stop-at", "2", "--verbose", "--checkpoint", str(tmp_path))
+    hashes = [hash_of_step(step) % 2**64 for step in range(2)]
+    assert re.findall(r"loss \d\.\d{6}  masks (\w{16})", told) == [f"{each:016x}" for each in hashes]
+    assert told.endswith(f"none, 1 processes: masks {sum(hashes) % 2**64:016x}\n")
+    assert (tmp_path / "2" / ".metadata").exists()
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[str, list[float]]:
+    """Hash and losses of one process."""
+    return hash_and_losses(run(1))
+
+
+def hash_and_losses(told: str) -> tuple[str, list[float]]:
+    (masks,) = re.findall(r"processes: masks (\w{16})", told)
+    return masks, [float(loss) for loss in re.findall(r"loss (\S+)", told)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "count"), MATRIX)
+def test_all_ways_have_one_hash(how: str, count: int, alone: tuple[str, list[float]]) -> None:
+    masks, losses = hash_and_losses(run(count, "--parallel", how))
+    assert masks == alone[0] == "3d040103e8ca5550"  # on any machine
+    assert losses == pytest.approx(alone[1], rel=1e-5)
+    assert len(losses) == 20
+    assert losses[-1] < 3.2 < 5.5 < losses[0]  # it learns
+
+
+@pytest.mark.slow
+def test_an_elastic_run_has_the_masks_of_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole = re.findall(r"step .*(\d+)  loss .*  masks (\w{16})", run(1, "--verbose", "--stop-at=8"))
+    steps = []
+    for count, how, stop_at in (1, "none", 2), (3, "ddp", 3), (4, "tp+fsdp", 6), (2, "fsdp", 8):
+        told = run(
+            count, f"--parallel={how}", f"--stop-at={stop_at}", "--verbose", f"--checkpoint={tmp_path}"
+        )
+        steps += re.findall(r"step .*(\d+)  loss .*  masks (\w{16})", told)
+    assert steps == whole
+    assert len(whole) == 8
