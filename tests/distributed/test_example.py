@@ -22,7 +22,6 @@ from process import PATIENCE
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_anywhere.py"
 Worlds = dict[int, World]
-STEPS = 5
 MATRIX = [("none", 1), ("ddp", 3), ("fsdp", 3)]
 MATRIX += [(how, count) for how in ("ddp", "fsdp", "tp", "tp+fsdp", "pp") for count in (1, 2, 4)]
 
@@ -31,23 +30,21 @@ def example() -> Any:
     return type("Example", (), runpy.run_path(str(EXAMPLE)))
 
 
-def trained(how: str, stop_at: int, checkpoint: Path | None = None) -> tuple[int, list[int], list[float]]:
-    return tuple(example().train(how, torch.device("cpu"), stop_at, checkpoint))  # type: ignore[return-value]
+def trained(*args: Any) -> tuple[int, list[int], list[float]]:
+    return tuple(example().train(*args))  # type: ignore[return-value]
 
 
-def train(worlds: Worlds, count: int, *args: Any) -> tuple[int, list[int], list[float]]:
-    first, *others = worlds.setdefault(count, World(count)).run(trained, *args)
-    assert all(other == first for other in others)
-    return first
-
-
-def test_a_run_goes_on_in_other_ways_with_the_same_masks(worlds: Worlds, tmp_path: Path) -> None:
-    _, hashes, losses = train(worlds, 1, "none", STEPS)
-    for first, (how, count) in enumerate([("none", 1), ("fsdp", 2), ("tp", 2), ("pp", 2), ("ddp", 2)]):
-        curve = train(worlds, count, how, first + 1, tmp_path)
-        assert curve[:2] == (first, hashes[first : first + 1])
-        assert curve[2] == pytest.approx(losses[first : first + 1], rel=1e-6)
-    assert hashes == [hash_of_step(step) for step in range(STEPS)]
+def test_a_run_goes_on_in_other_ways(worlds: Worlds, alone: str, tmp_path: Path) -> None:
+    hashes, losses = hashes_of_steps(alone), hash_and_losses(alone)[1]
+    for step, how in enumerate(("fsdp", "tp", "pp")):
+        curve, other = worlds.setdefault(2, World(2)).run(
+            trained, how, torch.device("cpu"), step + 1, tmp_path
+        )
+        assert curve == other
+        first, [mask], [loss] = curve
+        assert first == step
+        assert f"{mask % 2**64:016x}" == hashes[step]
+        assert loss == pytest.approx(losses[step], rel=1e-6)
 
 
 def hash_of_step(step: int) -> int:
@@ -108,18 +105,8 @@ def run(count: int, *args: str) -> str:
     return done.stdout
 
 
-def test_the_script_prints_losses_and_hashes(tmp_path: Path) -> None:
-    told = run(1, "--stop-at", "2", "--verbose", "--checkpoint", str(tmp_path))
-    hashes = [hash_of_step(step) % 2**64 for step in range(2)]
-    assert re.findall(r"loss \d\.\d{6}  masks (\w{16})", told) == [f"{each:016x}" for each in hashes]
-    assert told.endswith(f"none, 1 processes: masks {sum(hashes) % 2**64:016x}\n")
-    assert (tmp_path / "2" / ".metadata").exists()
-
-
-@pytest.fixture(scope="module")
-def alone() -> tuple[str, list[float]]:
-    """Hash and losses of one process."""
-    return hash_and_losses(run(1))
+def hashes_of_steps(told: str) -> list[str]:
+    return re.findall(r"step .*  masks (\w{16})", told)
 
 
 def hash_and_losses(told: str) -> tuple[str, list[float]]:
@@ -127,24 +114,39 @@ def hash_and_losses(told: str) -> tuple[str, list[float]]:
     return masks, [float(loss) for loss in re.findall(r"loss (\S+)", told)]
 
 
+@pytest.fixture(scope="module")
+def alone() -> str:
+    """What one process prints."""
+    return run(1, "--stop-at=3", "--verbose")
+
+
+def test_the_hash_is_of_the_masks_of_the_addresses(alone: str) -> None:
+    hashes = [hash_of_step(step) % 2**64 for step in range(3)]
+    assert hashes_of_steps(alone) == [f"{each:016x}" for each in hashes]
+    assert hash_and_losses(alone)[0] == f"{sum(hashes) % 2**64:016x}"
+
+
+@pytest.fixture(scope="module")
+def long() -> str:
+    """What one process prints in a longer run."""
+    return run(1, "--verbose")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "count"), MATRIX)
-def test_all_ways_have_one_hash(how: str, count: int, alone: tuple[str, list[float]]) -> None:
-    masks, losses = hash_and_losses(run(count, "--parallel", how))
-    assert masks == alone[0] == "3d040103e8ca5550"  # on any machine
-    assert losses == pytest.approx(alone[1], rel=1e-5)
+def test_all_ways_have_one_hash(how: str, count: int, long: str) -> None:
+    masks, losses = hash_and_losses(run(count, f"--parallel={how}"))
+    assert masks == hash_and_losses(long)[0] == "3d040103e8ca5550"  # on any machine
+    assert losses == pytest.approx(hash_and_losses(long)[1], rel=1e-5)
     assert len(losses) == 20
     assert losses[-1] < 3.2 < 5.5 < losses[0]  # it learns
 
 
 @pytest.mark.slow
-def test_an_elastic_run_has_the_masks_of_the_uninterrupted_one(tmp_path: Path) -> None:
-    whole = re.findall(r"step .*(\d+)  loss .*  masks (\w{16})", run(1, "--verbose", "--stop-at=8"))
-    steps = []
+def test_an_elastic_run_has_the_masks_of_the_uninterrupted_one(tmp_path: Path, long: str) -> None:
+    hashes = []
     for count, how, stop_at in (1, "none", 2), (3, "ddp", 3), (4, "tp+fsdp", 6), (2, "fsdp", 8):
-        told = run(
-            count, f"--parallel={how}", f"--stop-at={stop_at}", "--verbose", f"--checkpoint={tmp_path}"
-        )
-        steps += re.findall(r"step .*(\d+)  loss .*  masks (\w{16})", told)
-    assert steps == whole
-    assert len(whole) == 8
+        run_to = f"--parallel={how}", f"--stop-at={stop_at}", f"--checkpoint={tmp_path}"
+        hashes += hashes_of_steps(run(count, "--verbose", *run_to))
+        assert len(hashes) == stop_at
+    assert hashes == hashes_of_steps(long)[:8]
