@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import thinned
 from benchmarks.case import MULTIPLY, Bound, Case, Work
+from benchmarks.dtensor import dtensor_cases
 from benchmarks.layers import layer_cases
 from benchmarks.montecarlo import montecarlo_cases
 from benchmarks.peers import backward, elsewhere, layers
@@ -41,6 +42,7 @@ def cases() -> Iterator[Case]:
     yield from _compiled()
     yield from _compiling()
     yield from _elsewhere()
+    yield from dtensor_cases()
     yield from montecarlo_cases()
 
 

@@ -257,12 +257,13 @@ def local_of(x: Any) -> Tensor:
 
 
 def with_local(x: Any, local: Tensor) -> Any:
-    """A DTensor like ``x`` with another shard, without autograd; 40 us faster than ``from_local``."""
-    if hasattr(x, "_spec"):
-        return type(x)(local, x._spec, requires_grad=False)
-    return type(x).from_local(
-        local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
-    )
+    """``x`` with another shard, without autograd; 40 us faster than ``from_local``."""
+    kind: Any = type(x)
+    if hasattr(x, "_spec") and local.stride() == x._local_tensor.stride():
+        # Not by a call of the class, whose __init__ does nothing in 10 us.
+        return kind.__new__(kind, local, x._spec, requires_grad=False)
+    strides = torch.empty_like(torch.empty_strided(x.shape, x.stride(), device="meta")).stride()
+    return kind.from_local(local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=strides)
 
 
 # Compiled code.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -18,10 +20,6 @@ import torch.distributed as dist
 
 from process import PATIENCE
 from thinned.key_source import active
-
-# A server imports PyTorch once, and is forked for each rank: 0.1 s instead of 2.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch.distributed.tensor", "thinned", "pytest"])
 
 
 class World:
@@ -44,8 +42,8 @@ class World:
         The function is pickled by its name. It starts from torch's seed 0, without a key source.
 
         Raises:
-            RuntimeError: a rank raised, died or hangs. The message has each such rank's number and traceback.
-                All ranks are killed, and the next run starts others.
+            RuntimeError: a rank raised, died or hangs. The message has each such rank's number and traceback,
+                the first to fail first. All ranks are killed, and the next run starts others.
         """
         if not self.ranks:
             self._start()
@@ -58,10 +56,9 @@ class World:
         while waiting:
             ready: list[Any] = connection.wait(waiting, max(0, end - time.monotonic()))
             if not ready:
-                limit = (
-                    f"{self.grace} s after another failed" if failed else f"{self.patience} s after its start"
-                )
-                failed |= {rank: f"was still running {limit}" for rank in waiting.values()}
+                limit = f"{self.grace} s after another failed" if failed else f"after {self.patience} s"
+                for rank in waiting.values():
+                    failed[rank] = f"was still running {limit}\n{self._stack(rank)}"
                 break
             for pipe in ready:
                 rank = waiting.pop(pipe)
@@ -89,21 +86,34 @@ class World:
             self.folder.cleanup()
         self.ranks, self.pipes = [], []
 
+    def _stack(self, rank: int) -> str:
+        """Where a rank was when it was terminated."""
+        self.ranks[rank].terminate()
+        self.ranks[rank].join(self.grace)
+        return Path(self.folder.name, str(rank)).read_text()
+
     def _start(self) -> None:
+        # A server imports PyTorch once, and is forked for each rank: 0.1 s instead of 2.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(["torch.distributed.tensor", "thinned", "pytest"])
         self.folder = tempfile.TemporaryDirectory()
-        store = Path(self.folder.name, "store").as_uri()
         for rank in range(self.size):
             mine, theirs = processes.Pipe()
-            process = processes.Process(target=_serve, args=(theirs, rank, self.size, store), daemon=True)
+            process = processes.Process(
+                target=_serve, args=(theirs, rank, self.size, self.folder.name), daemon=True
+            )
             process.start()
             theirs.close()
             self.ranks.append(process)
             self.pipes.append(mine)
 
 
-def _serve(pipe: connection.Connection, rank: int, size: int, store: str) -> None:
+def _serve(pipe: connection.Connection, rank: int, size: int, folder: str) -> None:
     """Run what comes through the pipe until it closes."""
     torch.set_num_threads(1)
+    stack = Path(folder, str(rank)).open("w")  # noqa: SIM115 (open as long as the process)
+    faulthandler.register(signal.SIGTERM, stack, chain=True)
+    store = Path(folder, "store").as_uri()
     patience = timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=patience)
     while True:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from distributed.world import World
 from montecarlo.common import METHODS, Masks, as_it_is, mlp, ulps
-from process import PATIENCE
 from thinned.montecarlo import predict, stream
 from thinned.montecarlo.accumulate import Accumulator
 
@@ -66,24 +61,6 @@ def test_accumulators_that_nothing_was_added_to_merge() -> None:
     assert none.merged(one).variance.equal(one.variance)
 
 
-def launch(code: str, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
-    """Run code under torchrun, whose rendezvous takes a free port."""
-    script = folder / "script.py"
-    start = """
-        import torch, torch.distributed as dist
-        from montecarlo import test_processes as tests
-        dist.init_process_group("gloo")
-    """
-    script.write_text(textwrap.dedent(start) + textwrap.dedent(code))
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone"
-    return subprocess.run(
-        [*torchrun, f"--nproc-per-node={processes}", script],
-        capture_output=True, text=True, timeout=PATIENCE, check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
 class Fails(nn.Module):
     """Raises in one process, in its fifth call."""
 
@@ -117,38 +94,36 @@ def error(shard: str) -> str:
     return "no error"
 
 
-def run(folder: Path, processes: int) -> list[dict[str, Any]]:
-    """The results of :func:`predictions`, :func:`work` and :func:`error` in each process."""
-    done = launch(
-        f"""
-        shards = ("examples", "draws")
-        found = {{"error": [tests.error(shard) for shard in shards]}}
-        found["work"] = [tests.work(shard) for shard in shards]
-        found |= tests.predictions(sharing=True)
-        torch.save(found, r"{folder}/" + str(dist.get_rank()))
-        dist.destroy_process_group()
-        """,
-        folder,
-        processes,
-    )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(processes)]
+def shared() -> dict[str, Any]:
+    """What one of several processes finds."""
+    shards = ("examples", "draws")
+    return {
+        "error": [error(shard) for shard in shards],
+        "work": [work(shard) for shard in shards],
+        "predictions": predictions(sharing=True),
+    }
 
 
-@pytest.fixture(
+@pytest.fixture(scope="module")
+def found(world: World) -> list[dict[str, Any]]:
+    return world.run(shared)
+
+
+several = pytest.mark.parametrize(
+    "world",
+    [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)],
+    indirect=True,
     scope="module",
-    params=[2, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)],
 )
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("processes"), request.param)
 
 
+@several
 def test_each_process_has_the_prediction_of_one(found: list[dict[str, Any]]) -> None:
     """Masks bit for bit, statistics to 16 units of the largest."""
     expected = predictions(sharing=False)
     for of_process in found:
         for name, one in expected.items():
-            two = of_process[name]
+            two = of_process["predictions"][name]
             if isinstance(one, Tensor):
                 assert two.equal(one), name
                 continue
@@ -164,6 +139,7 @@ def test_each_process_has_the_prediction_of_one(found: list[dict[str, Any]]) -> 
                 assert ulps(two.quantiles[q], value) <= ULPS
 
 
+@several
 def test_each_process_computes_its_share(found: list[dict[str, Any]]) -> None:
     """And its first draw once more, alone."""
     by_examples, by_draws = (sum(process["work"][shard] for process in found) for shard in range(2))
@@ -171,6 +147,7 @@ def test_each_process_computes_its_share(found: list[dict[str, Any]]) -> None:
     assert by_draws == (20 + len(found)) * 12
 
 
+@several
 def test_an_error_in_one_process_is_one_in_all(found: list[dict[str, Any]]) -> None:
     """At once, and not when the group's timeout ends; afterwards the processes have gone on together."""
     for rank, process in enumerate(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -25,6 +26,13 @@ def runs_of(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Runs:
     One run a dimension, except under a ``_StridedShard``, which may take several. A dimension of which this
     process holds nothing has no run, and every dimension has none in a process outside of the mesh.
     """
+    try:
+        return _cached(shape, mesh, placements)
+    except TypeError:  # symbolic sizes have no hash
+        return _compute(shape, mesh, placements)
+
+
+def _compute(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Runs:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return [[] for _ in shape]
@@ -36,6 +44,9 @@ def runs_of(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Runs:
             mine = [_chunk(_chunk(whole, pieces, i), count, index) for i in range(pieces)]
             runs[placement.dim] = _joined([run for chunk in mine for run in chunk])
     return runs
+
+
+_cached = lru_cache(maxsize=1024)(_compute)
 
 
 def _chunk(runs: list[range], count: int, index: int) -> list[range]:

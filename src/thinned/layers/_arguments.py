@@ -12,6 +12,7 @@ from torch import Tensor
 from thinned import nested, op
 from thinned.backends.arguments import DTYPES
 from thinned.checks import got, integers
+from thinned.distributed.shards import is_dtensor
 from thinned.geometry import Geometry, dims_of, shared, shared_cached
 from thinned.key_source import active
 from thinned.keys import Key, StratifiedKey, not_a_key, savable
@@ -99,10 +100,11 @@ def _stratified(
     return apply_linear(affine, input, key.to(input.device), partial(affine, shift=shift, fill=fill))
 
 
-def kept(key: Key, shape: Sequence[int], broadcast_dims: Sequence[int], T: int) -> Tensor:
-    """The mask that :func:`apply` makes for a dense tensor of ``shape``, in a shape that broadcasts to it."""
-    if isinstance(key, StratifiedKey):
-        return numbers(key, shape, broadcast_dims).to(torch.int64) < T - 2**31
+def kept(key: Key, like: Tensor | Sequence[int], broadcast_dims: Sequence[int], T: int) -> Tensor:
+    """The mask that :func:`apply` makes for a dense tensor, or a shape, in a shape that broadcasts to it."""
+    if isinstance(key, StratifiedKey) or (isinstance(like, Tensor) and is_dtensor(like)):
+        return numbers(key, like, broadcast_dims).to(torch.int64) < T - 2**31
+    shape = like.shape if isinstance(like, Tensor) else like
     once = dims_of(shape, broadcast_dims).difference(range(key.bits.dim()))
     drawn = tuple(1 if dim in once else size for dim, size in enumerate(shape))
     return op.keep_mask(key.bits, drawn, shared(shape, broadcast_dims, key.bits.dim()), T)
@@ -281,6 +283,8 @@ def key_for(input: Tensor, key: Key | None, *, sample_dim: int | None = 0, eleme
                 f"{tuple(input.shape)}; transpose its input, or give it a key"
             )
         key = active.key_source.key_for(input, sample_dim)
+    if is_dtensor(input):
+        op.accept(input, drawn=key is None)
     bits = None if key is None else bits_for(key, input)
     if isinstance(key, StratifiedKey):
         return key.to(input.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
+from thinned import op
 from thinned.checks import check_integer, integers
 from thinned.geometry import shared
 from thinned.keys import Key
@@ -92,7 +93,7 @@ def drop_head(
     def by_kept(x: Tensor, key: Key) -> Tensor:
         y = apply(x, key, shared_dims, False, T, 1.0)
         keep = kept(key, x.shape, shared_dims, T)
-        factor = x.shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1).to(opmath(x.dtype))
+        factor = op.shard_like(x.shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1).to(opmath(x.dtype)), x)
         if y.is_complex():
             # A complex product would make NaN of the finite part beside an infinite one.
             torch.view_as_real(y).mul_(factor.unsqueeze(-1))

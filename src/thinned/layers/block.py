@@ -16,6 +16,7 @@ from torch.overrides import has_torch_function_unary
 
 from thinned import op
 from thinned.checks import check_real
+from thinned.distributed.shards import is_dtensor
 from thinned.geometry import Geometry, shared
 from thinned.keys import Key
 from thinned.layers._arguments import drops, key_for, threshold_and_scale
@@ -365,21 +366,22 @@ def _drop_block(
     channels_last = layout[channel] == 1 and not input.is_contiguous()
 
     def laid_out(y: Tensor) -> Tensor:  # a gradient takes the input's memory format too
-        return y if y.stride() == layout else y.new_empty_strided(y.shape, layout).copy_(y)
+        return y if y.stride() == layout or is_dtensor(y) else y.new_empty_strided(y.shape, layout).copy_(y)
 
     def linear(x: Tensor, key: Key) -> Tensor:
         keep = _keep(key, masks, sizes, blocks, no_seed_T, channels_last)
-        if options.with_noise or not options.scale_by_keep:
-            return laid_out(_masked(x, keep, 1.0))
-        if options.scale == "expected":
-            return laid_out(_masked(x, keep, 1 / kept_share if kept_share else 0.0))
-        kept = keep.sum(sample_dims, keepdim=True).neg().clamp(min=1).to(opmath(x.dtype))
-        return laid_out(_masked(x, keep, math.prod(keep.shape[channel:]) / kept))
+        factor: float | Tensor = 1.0
+        if options.scale_by_keep and not options.with_noise:
+            factor = 1 / kept_share if kept_share else 0.0
+            if options.scale == "counted":
+                kept = keep.sum(sample_dims, keepdim=True).neg().clamp(min=1).to(opmath(x.dtype))
+                factor = op.shard_like(math.prod(keep.shape[channel:]) / kept, x)
+        return laid_out(_masked(x, op.shard_like(keep, x), factor))
 
     def noisy(x: Tensor, key: Key) -> Tensor:
         keep = _keep(key, masks, sizes, blocks, no_seed_T, channels_last)
-        noise = normal(key.fold("noise"), keep.shape, dtype=opmath(x.dtype))
-        return laid_out(torch.where(keep != 0, x, noise.to(x.dtype)))
+        noise = normal(key.fold("noise"), keep.shape, dtype=opmath(x.dtype)).to(x.dtype)
+        return laid_out(torch.where(op.shard_like(keep, x) != 0, x, op.shard_like(noise, x)))
 
     y = apply_linear(linear, input, key, noisy if options.with_noise else None)
     return input.copy_(y) if inplace else y

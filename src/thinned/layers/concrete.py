@@ -92,7 +92,7 @@ def concrete_dropout(
         relaxed = partial(concrete_dropout, p_logit=p_logit, temperature=temperature)
         return elementwise("concrete_dropout", relaxed, input, key)
     noisy = Noisy(
-        noise=lambda key, shape, dtype: logistic(key, shape, dtype=dtype, broadcast_dims=dims),
+        noise=lambda key, x, dtype: logistic(key, x, dtype=dtype, broadcast_dims=dims),
         factor=partial(_factor, temperature=temperature),
         both=partial(_factor_and_slope, temperature=temperature),
     )

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_variadic
 
+from thinned import op
 from thinned.checks import check_integer, check_real
+from thinned.distributed.shards import is_dtensor
 from thinned.keys import Key
 from thinned.layers._arguments import (
     check_device,
@@ -107,7 +109,14 @@ def embedding_dropout(
         y = look_up(words)
         key = key_for(words, key)
         keep = keep_mask(key, (*key.shape, len(weight)), p)
-        keep = keep.gather(1, words.flatten(1).long()).reshape(words.shape) if key.shape else keep[words]
+        if is_dtensor(words):
+            rows = torch.arange(words.shape[0], device=words.device).view(-1, *(1,) * (words.dim() - 1))
+            at = (words, op.shard_like(rows, words)) if key.shape else (words,)
+            keep = op.locally(lambda *at, keep=keep: keep[at[::-1]], *at, shape=words.shape)
+        elif key.shape:
+            keep = keep.gather(1, words.flatten(1).long()).reshape(words.shape)
+        else:
+            keep = keep[words]
         # By parts, as y * scale would be NaN beside an infinite part.
         y = torch.view_as_complex(torch.view_as_real(y) * scale) if y.is_complex() else y * scale
         return torch.where(keep.unsqueeze(-1), y, 0)

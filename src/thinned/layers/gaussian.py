@@ -197,7 +197,7 @@ def _factor_and_slope(noise: Tensor, log_alpha: Tensor, inplace: bool) -> tuple[
     return 1 + deviation, deviation.mul_(0.5)
 
 
-_VARIATIONAL = Noisy(lambda key, shape, dtype: normal(key, shape, dtype=dtype), _factor, _factor_and_slope)
+_VARIATIONAL = Noisy(lambda key, x, dtype: normal(key, x, dtype=dtype), _factor, _factor_and_slope)
 
 
 class VariationalDropout(Scriptable):

@@ -80,12 +80,12 @@ def masksembles(
             f"{members} masks of {channels} channels need an input of shape (N, {channels}, *), got a tensor "
             f"of shape {tuple(input.shape)}"
         )
-    rows = input.shape[0]
+    masks, rows = op.whole(masks), input.shape[0]
     if member is None:
         member = torch.arange(rows, device=input.device) * members // rows
     if isinstance(member, Tensor):
         _check_members(member, input)
-        keep = masks.index_select(0, member.reshape(-1))
+        keep = masks.index_select(0, op.whole(member).reshape(-1))
     else:
         check_integer("member", member)
         if not 0 <= member < members:
@@ -93,7 +93,7 @@ def masksembles(
         keep = masks.narrow(0, member, 1)
     keep = keep.view(*keep.shape, *(1,) * (input.dim() - 2))
     check_real("factor", factor)
-    return torch.where(keep, input * factor, 0)
+    return torch.where(op.shard_like(keep, input), input * factor, 0)
 
 
 def _check_members(member: Tensor, input: Tensor) -> None:

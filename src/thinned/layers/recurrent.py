@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from thinned import op
 from thinned.checks import check_integer, got
 from thinned.devices import to_device
+from thinned.distributed.shards import is_dtensor
 from thinned.keys import Key
 from thinned.layers._arguments import check_key, check_p, drops, key_for
 from thinned.layers._overrides import module_node
@@ -123,6 +125,7 @@ class _VariationalRNN(Scriptable, nn.RNNBase):
         """All layers; ``key`` is None where there is no mask, as in evaluation."""
         zoned = any(getattr(self, f"{which}_zoneout_p") for which in self._states)
         looped = zoned or (key is not None and self.recurrent_p) or compiling() or transforming()
+        looped = looped or (isinstance(x, Tensor) and is_dtensor(x))
         # One kernel call for all layers takes the parameters where cuDNN wants them, without a copy.
         by_layer = looped or (key is not None and (self.layer_p or self.weight_p))
         calls = [[layer] for layer in range(self.num_layers)] if by_layer else [range(self.num_layers)]
@@ -470,4 +473,4 @@ def _zoneout(
         return lambda _, candidate, previous: zoneout(candidate, previous, p, training=False)
     samples, units = like.shape
     keep = keep_mask(key.fold(name), (samples, steps, units), p).unbind(1)
-    return lambda t, candidate, previous: torch.where(keep[t], candidate, previous)
+    return lambda t, candidate, previous: torch.where(op.shard_like(keep[t], candidate), candidate, previous)

@@ -91,7 +91,7 @@ def targeted_dropout(
         raise IndexError(f"dim has to be in {-ndim} .. {ndim - 1}, but got {dim}")
     if key is not None and key.shape:
         raise RuntimeError(f"a weight has one key of shape (), got keys of shape {tuple(key.shape)}")
-    units = weight.detach().movedim(dim, 0)
+    units = op.whole(weight.detach()).movedim(dim, 0)
     size = units.flatten(1).abs()
     shape = tuple(units.shape)
     if kind == "unit":
@@ -100,7 +100,7 @@ def targeted_dropout(
     candidates = _smallest(size, target).view(shape).movedim(0, dim)
     bits = key_for(weight, key, sample_dim=None).bits
     keep = op.keep_mask(bits, candidates.shape, shared(candidates.shape), T)
-    return weight.masked_fill(candidates & ~keep, 0)
+    return weight.masked_fill(op.shard_like(candidates & ~keep, weight), 0)
 
 
 def _smallest(size: Tensor, fraction: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -11,6 +12,7 @@ from torch.overrides import has_torch_function_unary
 
 from thinned import op
 from thinned.checks import check_integer
+from thinned.distributed.shards import is_dtensor
 from thinned.geometry import shared
 from thinned.keys import Key
 from thinned.layers._arguments import apply, check_p, drops, key_for, threshold_and_scale
@@ -103,6 +105,8 @@ def patch_dropout(
     if not _drops("patch_dropout", input, p, training, key, num_prefix_tokens, dense=True):
         return (input, None) if return_indices else input
     samples, tokens = input.shape[:2]
+    if is_dtensor(input):
+        input = op.unsharded(input, 1)
     bits = key_for(input, key).bits
     numbers = op.uniform(bits, (samples, tokens), shared((samples, tokens), (), bits.dim()))
     # A stable sort orders equal numbers alike on every device.
@@ -110,7 +114,13 @@ def patch_dropout(
     kept = order[:, : max(1, int(order.shape[1] * (1.0 - float(p))))]
     if ordered:
         kept = kept.sort(dim=1).values
-    y = _take(input, kept, num_prefix_tokens)
+    take = partial(_take, prefix=num_prefix_tokens)
+    if is_dtensor(input):
+        kept = op.shard_like(kept.view(*kept.shape, *(1,) * (input.dim() - 2)), input).flatten(1)
+        shape = (samples, num_prefix_tokens + kept.shape[1], *input.shape[2:])
+        y = op.locally(take, input, kept, shape=shape)
+    else:
+        y = take(input, kept)
     return (y, kept) if return_indices else y
 
 
@@ -229,6 +239,9 @@ def token_dropout(
 
     def behind_prefix(x: Tensor, key: Key) -> Tensor:
         y = apply(x, key, shared_dims, False, T, factor)
+        if is_dtensor(x):
+            prefix = torch.arange(x.shape[1], device=x.device) < num_prefix_tokens
+            return torch.where(op.shard_like(prefix.view(-1, *(1,) * (x.dim() - 2)), x), x, y)
         y[:, :num_prefix_tokens] = x[:, :num_prefix_tokens]
         return y
 

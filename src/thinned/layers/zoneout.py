@@ -10,10 +10,9 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function_variadic
 
 from thinned.keys import Key
-from thinned.layers._arguments import check_device, check_tensor, drops, key_for, threshold_and_scale
+from thinned.layers._arguments import check_device, check_tensor, drops, kept, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
-from thinned.layers.dropout import keep_mask
 from thinned.nested import alike, elementwise, shape_of
 from thinned.torch_state import compiling
 
@@ -82,7 +81,7 @@ def zoneout(
     key = key_for(input, key if training else Key(0), elementwise=True)
     if input.is_nested:
         return elementwise("zoneout", partial(zoneout, p=p), input, key, previous)
-    return torch.where(keep_mask(key, input.shape, p), input, previous)
+    return torch.where(kept(key, input, (), T), input, previous)
 
 
 class Zoneout(Layer):

@@ -26,17 +26,21 @@ Jagged tensors come here as their values, from :mod:`thinned.nested`.
 """
 
 from thinned.op.affine import choose, masked_affine, masked_affine_, refuse_layout
-from thinned.op.dtensor import shard_like, uniform_for
+from thinned.op.dtensor import accept, locally, shard_like, uniform_for, unsharded, whole
 from thinned.op.registered import keep_mask, key_tensor, uniform
 
 __all__ = [
+    "accept",
     "choose",
     "keep_mask",
     "key_tensor",
+    "locally",
     "masked_affine",
     "masked_affine_",
     "refuse_layout",
     "shard_like",
     "uniform",
     "uniform_for",
+    "unsharded",
+    "whole",
 ]

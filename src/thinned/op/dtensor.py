@@ -11,19 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinned.distributed.generators import check_generators
 from thinned.distributed.shards import Part, Runs, is_dtensor, parts_of, runs_of
 from thinned.geometry import Geometry, shared
-from thinned.op.registered import library
-from thinned.torch_state import compiling, constant_when_compiled, graph_task_is_running, local_of, with_local
+from thinned.op.registered import call_backend, library
+from thinned.torch_state import (
+    compiling,
+    constant_when_compiled,
+    graph_task_is_running,
+    is_eager,
+    local_of,
+    with_local,
+)
 
-__all__ = ["accept", "shard_like", "uniform_for"]
+__all__ = ["accept", "locally", "shard_like", "uniform_for", "unsharded", "whole"]
 
 
-def accept(x: Tensor) -> None:
-    """Teach a DTensor's class the operations; raise if ``x`` has a placement that no mask is for.
+def accept(x: Tensor, *, drawn: bool) -> None:
+    """Teach a DTensor's class the operations, and check that ``x`` can have a mask.
+
+    Args:
+        x: the DTensor.
+        drawn: whether each process draws the mask's key from its default generator.
 
     Raises:
-        RuntimeError: ``x`` is Partial, except in a backward pass: a gradient's mask may precede its sum.
+        RuntimeError: ``x`` is Partial, except in a backward pass: a gradient's mask may precede its sum. Or
+            the processes would draw different keys.
     """
     _register()
     placements: Sequence[Any] = x.placements  # type: ignore[attr-defined]
@@ -33,6 +46,8 @@ def accept(x: Tensor) -> None:
             f"{tuple(placements)} holds summands of them; accepted: Replicate and Shard, as from "
             "input.redistribute(placements=...)"
         )
+    if drawn:
+        check_generators(x.device_mesh)  # type: ignore[attr-defined]
 
 
 def uniform_for(
@@ -47,9 +62,28 @@ def shard_like(whole: Tensor, x: Tensor) -> Tensor:
 
     ``whole`` itself for an ``x`` that is no DTensor.
     """
-    if not is_dtensor(x) or is_dtensor(whole):
+    if not is_dtensor(x):
         return whole
+    _register()
     return torch.ops.thinned.shard_like(whole, x)  # type: ignore[no-any-return]
+
+
+def unsharded(x: Any, dim: int) -> Any:
+    """The DTensor ``x`` with all of its dimension ``dim`` in each process, which may move data."""
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate() if getattr(each, "dim", None) == dim else each for each in x.placements]
+    return x.redistribute(placements=placements)
+
+
+def locally(function: Callable[..., Tensor], x: Any, *others: Any, shape: Sequence[int]) -> Any:
+    """``function`` of the shards of DTensors, in a DTensor of ``shape`` that is sharded as ``x`` is."""
+    return _from_local(function(*(each.to_local() for each in (x, *others))), x, x.placements, shape)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A plain tensor of all elements of a DTensor, gathered from where they are; ``x`` if it is plain."""
+    return x.full_tensor() if is_dtensor(x) else x  # type: ignore[attr-defined]
 
 
 def _masked_affine(operation: Any, x: Any, key: Tensor, strides: Sequence[int], base: int, *rest: Any) -> Any:
@@ -57,7 +91,10 @@ def _masked_affine(operation: Any, x: Any, key: Tensor, strides: Sequence[int], 
     local, geometry = local_of(x), Geometry(tuple(strides), base)
 
     def of_part(part: Part, x: Tensor) -> Tensor:
-        return operation(x, _rows(key, part), *geometry.shard(part.offsets), *rest)  # type: ignore[no-any-return]
+        rows, of_shard = _rows(key, part), geometry.shard(part.offsets)
+        if is_eager(x):
+            return call_backend(x, rows, of_shard, *rest)
+        return operation(x, rows, *of_shard, *rest)  # type: ignore[no-any-return]
 
     parts = list(parts_of(runs))
     if len(parts) == 1:
@@ -115,19 +152,21 @@ def _runs_like(x: Any, shape: Sequence[int]) -> Runs:
 
 def _placed_like(x: Any, local: Tensor, shape: Sequence[int]) -> Any:
     """A DTensor of ``shape`` from this process's shard, which :func:`_runs_like` describes."""
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Replicate
 
     placements = [
         each if hasattr(each, "dim") and shape[each.dim] == x.shape[each.dim] else Replicate()
         for each in x.placements
     ]
+    return _from_local(local, x, placements, shape)
+
+
+def _from_local(local: Tensor, x: Any, placements: Sequence[Any], shape: Sequence[int]) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    strides = shared(shape).strides
     return DTensor.from_local(
-        local,
-        x.device_mesh,
-        placements,
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=shared(shape).strides,
+        local, x.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
     )
 
 
@@ -152,14 +191,8 @@ def _register() -> None:
         ("shard_like", _shard_like),
     ):
 
-        def dispatch(
-            _: type,
-            operation: Any,
-            types: Any,
-            args: Any,
-            kwargs: Any,
-            rule: Callable[..., Any] = rule,  # noqa: ARG001
-        ) -> Any:
+        def dispatch(*call: Any, rule: Callable[..., Any] = rule) -> Any:
+            _, operation, _, args, kwargs = call
             return rule(operation, *args, **kwargs)
 
         torch.library.register_torch_dispatch(f"thinned::{name}", DTensor, dispatch, lib=library)

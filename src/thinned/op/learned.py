@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,12 @@ class Noisy:
     They use differentiable operations only, because second derivatives go through them.
 
     Attributes:
-        noise: the noise for a tensor of some shape, in some dtype.
+        noise: the noise for a tensor, in some dtype.
         factor: ``f``.
         both: ``f`` and its derivative in the parameter.
     """
 
-    noise: Callable[[Key, Sequence[int], torch.dtype], Tensor]
+    noise: Callable[[Key, Tensor, torch.dtype], Tensor]
     factor: Callable[[Tensor, Tensor, bool], Tensor]
     both: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
@@ -77,7 +77,7 @@ class _Product(torch.autograd.Function):
 def _noise(x: Tensor, parameter: Tensor, key: Key, noisy: Noisy) -> tuple[Tensor, Tensor, bool]:
     """The arguments of ``noisy.factor``."""
     dtype = opmath(x.dtype)
-    noise, parameter = noisy.noise(key, x.shape, dtype), parameter.to(dtype)
+    noise, parameter = noisy.noise(key, x, dtype), parameter.to(dtype)
     # A traced graph may run with gradients enabled, where out= is an error.
     may_overwrite = is_eager(x) and not torch.is_grad_enabled()
     # The factor has the noise's shape only then: a parameter with dimensions may broadcast the noise.
