@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from thinned.checks import got
 from thinned.key_source import KeySource, active
@@ -180,6 +181,14 @@ def _sample_dim(module: nn.Module) -> int | None:
     return int(not batch_first) if isinstance(batch_first, bool) else None
 
 
+def _draws(module: nn.Module) -> bool:
+    """Whether this is a graph with nodes that draw keys."""
+    graph = getattr(module, "graph", None)
+    return isinstance(graph, Graph) and bool(
+        graph.find_nodes(op="call_function", target=torch.ops.thinned.draw_key.default)
+    )
+
+
 def _last_first(hooks: dict[int, Any]) -> None:
     """Move the last hook to the front.
 
@@ -209,6 +218,12 @@ def hooks_of(model: nn.Module) -> ModuleHooks:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and counts as part of the one around
             continue
+        if _draws(module):
+            raise TypeError(
+                f"the model's {name or type(module).__name__!r} is a graph that draws its keys and asks no "
+                "thinned.address; torch.export and torch.distributed.pipelining.pipeline make such graphs. "
+                "Make pipeline stages of modules, or export thinned.Keyed(model), whose input is the key"
+            )
         path = _path(name)
         hooks.paths.add(path)
         dim = _sample_dim(module)
