@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics  # 460 kB of English that come with Python
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 from zlib import crc32
 
 import torch
@@ -193,14 +193,6 @@ def save_or_load(
     return states["run"].tolist()
 
 
-class Curve(NamedTuple):
-    """The first step, and each step's hash and loss."""
-
-    first: int
-    hashes: list[int]
-    losses: list[float]
-
-
 def train(
     how: Parallel,
     device: torch.device,
@@ -208,8 +200,8 @@ def train(
     checkpoint: Path | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> Curve:
-    """Train on the processes of the default group."""
+) -> tuple[int, list[int], list[float]]:
+    """Train on the processes of the default group; return the first step, and each step's hash and loss."""
     world = dist.get_world_size()
     pp, tp = world if how == "pp" else 1, {"tp": world, "tp+fsdp": min(2, world)}.get(how, 1)
     mesh = init_device_mesh(device.type, (pp, world // pp // tp, tp), mesh_dim_names=("pp", "dp", "tp"))
@@ -220,7 +212,7 @@ def train(
         model = model[len(model) * stage // pp : len(model) * (stage + 1) // pp]  # keeps the parts' names
         run, microbatches = pipeline(model, mesh["pp"], device), MICROBATCHES
     else:
-        run, microbatches = parallelize(model, how, mesh), 1
+        run, microbatches = parallelize(model, how, mesh), None
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     first = 0
     if checkpoint and (saved := [int(folder.name) for folder in checkpoint.glob("*")]):
@@ -246,7 +238,7 @@ def train(
     )  # others have the same
     for each in sums:
         dist.all_reduce(each)
-    return Curve(first, *(each.tolist() for each in sums))
+    return first, *(each.tolist() for each in sums)
 
 
 def main(
@@ -270,11 +262,11 @@ def main(
     world = dist.get_world_size()
     if parallel == "none" and world > 1:
         raise typer.BadParameter("--parallel none is for 1 process")
-    curve = train(parallel, device, stop_at, checkpoint, seed, getattr(torch, dtype))
+    first, hashes, losses = train(parallel, device, stop_at, checkpoint, seed, getattr(torch, dtype))
     if dist.get_rank() == 0:
-        for step, (mask, loss) in enumerate(zip(curve.hashes, curve.losses, strict=True), curve.first):
+        for step, (mask, loss) in enumerate(zip(hashes, losses, strict=True), first):
             typer.echo(f"step {step:3}  loss {loss:.6f}" + f"  masks {mask % 2**64:016x}" * verbose)
-        typer.echo(f"{parallel}, {world} processes: masks {sum(curve.hashes) % 2**64:016x}")
+        typer.echo(f"{parallel}, {world} processes: masks {sum(hashes) % 2**64:016x}")
     dist.destroy_process_group()
 
 

@@ -31,7 +31,7 @@ def example() -> Any:
 
 
 def trained(*args: Any) -> tuple[int, list[int], list[float]]:
-    return tuple(example().train(*args))  # type: ignore[return-value]
+    return example().train(*args)
 
 
 def test_a_run_goes_on_in_other_ways(worlds: Worlds, alone: str, tmp_path: Path) -> None:
@@ -92,10 +92,10 @@ def test_another_position_sample_site_or_step_has_another_hash() -> None:
     assert int(mixed(0)) % 2**64 == 0xE220A8397B1DCDAF
 
 
-def run(count: int, *args: str) -> str:
-    """What the example prints; with a count of 1 it needs no torchrun."""
+def run(count: int, *args: str, script: Path = EXAMPLE) -> str:
+    """What a script prints; with a count of 1 it needs no torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [sys.executable, *(launcher if count > 1 else []), str(EXAMPLE), *args]
+    command = [sys.executable, *(launcher if count > 1 else []), str(script), *args]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -150,3 +150,9 @@ def test_an_elastic_run_has_the_masks_of_the_uninterrupted_one(tmp_path: Path, l
         hashes += hashes_of_steps(run(count, "--verbose", *run_to))
         assert len(hashes) == stop_at
     assert hashes == hashes_of_steps(long)[:8]
+
+
+@pytest.mark.slow
+def test_the_picture_is_of_parts_of_one_mask(tmp_path: Path) -> None:
+    run(4, str(tmp_path), script=EXAMPLE.parent / "ranks.py")  # which compares them
+    assert (tmp_path / "ranks.png").stat().st_size < 60_000
