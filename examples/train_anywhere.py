@@ -215,30 +215,30 @@ def train(
         run, microbatches = parallelize(model, how, mesh), None
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     first = 0
-    if checkpoint and (saved := [int(folder.name) for folder in checkpoint.glob("*")]):
+    if checkpoint and (saved := [int(file.parent.name) for file in checkpoint.glob("*/.metadata")]):
         seed, first = save_or_load(dcp.load, checkpoint / str(max(saved)), model, optimizer, seed, first)
+        stop_at = max(first, stop_at)
 
     text = torch.tensor(list("".join(topics.values()).encode()[: WINDOWS * LENGTH + 1]))
     windows = text.unfold(0, LENGTH + 1, LENGTH)
-    masks, hashes, losses = Masks(model), [], []
+    masks = Masks(model)
+    hashes = torch.zeros(stop_at - first, dtype=torch.int64, device=device)
+    losses = hashes.double()
     for step in range(first, stop_at):
         samples = batch(seed, step).tensor_split(mesh["dp"].size())[mesh["dp"].get_local_rank()]
         x, y = windows[samples, :-1].to(device), windows[samples, 1:].to(device)
         masks.begin(step, samples.to(device))
         with thinned.address(model, seed=seed, step=step, samples=samples, microbatches=microbatches):
-            losses.append(run(x, y).double())
+            losses[step - first] = run(x, y)
         optimizer.step()
         optimizer.zero_grad()
-        hashes.append(masks.sum)
-    if checkpoint:
+        hashes[step - first] = masks.sum
+    if checkpoint and first < stop_at:
         save_or_load(dcp.save, checkpoint / str(stop_at), model, optimizer, seed, stop_at)
-    sums = (
-        torch.stack(hashes),
-        torch.stack(losses) * (mesh["tp"].get_local_rank() == 0),
-    )  # others have the same
-    for each in sums:
-        dist.all_reduce(each)
-    return first, *(each.tolist() for each in sums)
+    losses *= mesh["tp"].get_local_rank() == 0  # the other ranks of tp have the same
+    dist.all_reduce(hashes)
+    dist.all_reduce(losses)
+    return first, hashes.tolist(), losses.tolist()
 
 
 def main(
@@ -254,9 +254,9 @@ def main(
     """Train a transformer; print the losses and the hash of all masks."""
     local_rank, local_world = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
     device = torch.device("cpu")
-    if torch.accelerator.device_count() >= max(1, local_world):
-        device = torch.device(torch.accelerator.current_accelerator().type, local_rank)
-        torch.accelerator.set_device_index(local_rank)
+    if torch.cuda.device_count() >= max(1, local_world):
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(dist.get_default_backend_for_device(device), **alone)
     world = dist.get_world_size()
