@@ -140,9 +140,7 @@ class Masks:
     def begin(self, step: int, samples: Tensor) -> None:
         """Say which step and samples the next outputs belong to."""
         self.step, self.samples, self.sum = step, samples, torch.tensor(0, device=samples.device)
-        self.seen: Counter[str] = (
-            Counter()
-        )  # the samples that each site has seen; a microbatch has some of all
+        self.seen: Counter[str] = Counter()  # samples that each site has had; a microbatch has a part
 
     def add(self, path: str, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         """Add the elements that one call kept."""
@@ -150,6 +148,7 @@ class Masks:
         self.seen[path] += len(output)
         positions = torch.arange(output[0].numel(), device=output.device)
         hashes = mixed(self.step, crc32(path.encode()), samples[:, None], positions).view(output.shape)
+        # Unlike the output, the gradient tells a dropped element from an input of 0.
         (mask,) = torch.autograd.grad(output, inputs, torch.ones_like(output), retain_graph=True)
         input = inputs[0]
         if isinstance(mask, DTensor):
