@@ -67,9 +67,8 @@ def apply(
     if key is None and active.key_source is not None:
         shared_dims: set[int] = set()
         if broadcast_dims and not input.is_nested:
-            shared_dims = dims_of(
-                input.shape, broadcast_dims
-            )  # raises before the key source counts this call
+            # Raises before the key source counts this call.
+            shared_dims = dims_of(input.shape, broadcast_dims)
         if elementwise and (dim := active.key_source.sample_dim(input)):
             ndim = input.dim()
             order = [dim, *(d for d in range(ndim) if d != dim)]
@@ -101,6 +100,9 @@ def apply(
 def _stratified(
     input: Tensor, key: Key, broadcast_dims: tuple[int, ...], T: int, scale: float, shift: float, fill: float
 ) -> Tensor:
+    if is_dtensor(input):
+        op.accept(input, key.bits)
+
     def affine(x: Tensor, key: Key, shift: float = 0.0, fill: float = 0.0) -> Tensor:
         return op.choose(x, numbers(key, x, broadcast_dims), T, scale, shift, fill)
 
