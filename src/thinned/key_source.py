@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
-import torch.distributed as dist
 from torch import Tensor
 
+from thinned.distributed.ranks import has_peers
 from thinned.keys import Key
 
 __all__ = ["KeySource", "active", "ranks_draw"]
@@ -59,5 +59,4 @@ def ranks_draw() -> bool:
 
     Such keys differ, unless all processes have one seed and have drawn equally often.
     """
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return several and active.key_source is None
+    return active.key_source is None and has_peers()

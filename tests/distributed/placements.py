@@ -16,9 +16,11 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_mod
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
+import thinned
 from distributed.world import World
 from montecarlo.common import ulps
 from thinned.compare.implementation import first
+from thinned.functional import dropout
 
 ULPS = 16  # of the largest number, between sums in different orders
 Place = tuple[DeviceMesh, tuple[Placement, ...]]
@@ -51,7 +53,10 @@ class Case(NamedTuple):
 
 @cache
 def mesh(*shape: int) -> DeviceMesh:
-    return init_device_mesh("cpu", shape)
+    made = init_device_mesh("cpu", shape)
+    # The first mask on a mesh compares the keys of its processes, and so communicates.
+    dropout(place(torch.ones(1), made, [Replicate()] * made.ndim), key=thinned.Key(0))
+    return made
 
 
 @cache

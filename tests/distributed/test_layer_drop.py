@@ -53,8 +53,7 @@ def train(engine: str | None, decided_by: str) -> tuple[list[list[int]], list[Te
         if decided_by == "address":
             context = thinned.address(layers, seed=SEED, step=step, samples=ids)
         elif decided_by != "draw":
-            # The address's: the ranks' decisions are one function of seed, step and site.
-            arguments["key"] = thinned.address(layers, seed=SEED, step=step).key_of("")
+            arguments["key"] = SEED.fold(step).fold("")  # the address's
         ran.append([])
         with context:
             model(batches[step, ids], **arguments).square().mean().backward()
@@ -98,3 +97,23 @@ def test_a_loop_of_ones_own(world: World) -> None:
     first, second = world.run(loop)
     assert first == second
     assert 0 < len(first) < DEPTH
+
+
+def batchwise() -> tuple[list[Tensor], Tensor]:
+    """Masks that a batch shares, and one that it does not."""
+    layers = {
+        "depth": thinned.StochasticDepth(0.5, "batch"),
+        "block": thinned.DropBlock2d(0.5, 3, batchwise=True),
+        "shared": thinned.Dropout(0.5, broadcast_dims=(0,)),
+        "dropout": thinned.Dropout(0.5),
+    }
+    model, x = nn.ModuleDict(layers), torch.ones(2, 16, 8, 8)
+    with thinned.address(model, seed=SEED, step=0):
+        *same, own = (layer(x) for layer in model.values())
+    return same, own
+
+
+def test_a_decision_for_the_batch_is_that_of_all_ranks(world: World) -> None:
+    (first, own), (second, others) = world.run(batchwise)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert not own.equal(others)

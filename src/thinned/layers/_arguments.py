@@ -299,13 +299,13 @@ def key_for(
                 f"{tuple(input.shape)}; transpose its input, or give it a key"
             )
         key = active.key_source.key_for(input, None if sample_dim in shared_dims else sample_dim)
-    if is_dtensor(input):
-        op.accept(input, drawn=key is None)
     bits = None
     if key is not None:
         if type(key) is not Key:
             key = as_key(key)
         bits = bits_for(key, input)
+    if is_dtensor(input):
+        op.accept(input, bits)
     if isinstance(key, StratifiedKey):
         return key.to(input.device)
     return Key.from_bits(op.key_tensor(bits, input))

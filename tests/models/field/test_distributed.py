@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -190,50 +191,41 @@ def test_pytorch_196562_thinned(device: str) -> None:
     assert not first.to_local().equal(second.to_local())
 
 
-class Stage(nn.Module):
-    """Some dropouts of a model, each at its site, for samples with ids."""
-
-    def __init__(self, kind: str, sites: range) -> None:
-        super().__init__()
-        self.kind, self.sites = kind, sites
-
-    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        for site in self.sites:
-            keys = Key(7).fold(site).fold(ids)
-            x = plain(x) if self.kind == "torch" else thinned.functional.dropout(x, 0.5, key=keys)
-        return x, ids
+def stage(dropout: type[nn.Module], sites: range) -> nn.Module:
+    return nn.Sequential(OrderedDict((str(site), dropout(0.5)) for site in sites))
 
 
 IDS = torch.arange(8)
 
 
-def pipeline(kind: str, chunks: int) -> Tensor | None:
-    """Four dropouts, two on each of two ranks."""
+def pipeline(dropout: type[nn.Module], chunks: int) -> Tensor | None:
+    """Four dropouts, two in each of two ranks."""
     rank = dist.get_rank()
-    part = Stage(kind, range(2 * rank, 2 * rank + 2))
+    part = stage(dropout, range(2 * rank, 2 * rank + 2))
     schedule = ScheduleGPipe(PipelineStage(part, rank, 2, torch.device("cpu")), chunks)
     torch.manual_seed(3)
-    y: tuple[Tensor, Tensor] | None = schedule.step(*((ONES, IDS) if rank == 0 else ()))
-    return None if y is None else y[0]
+    with thinned.address(part, seed=7, step=1, samples=IDS, microbatches=chunks):
+        y: Tensor | None = schedule.step(*([ONES] if rank == 0 else []))
+    return y
 
 
-def in_one_process(kind: str, chunks: int) -> Tensor:
+def in_one_process(dropout: type[nn.Module], chunks: int) -> Tensor:
+    model = stage(dropout, range(4))
     torch.manual_seed(3)
-    stage = Stage(kind, range(4))
-    parts = zip(ONES.chunk(chunks), IDS.chunk(chunks), strict=True)
-    return torch.cat([stage(x, ids)[0] for x, ids in parts])
+    with thinned.address(model, seed=7, step=1, samples=IDS, microbatches=chunks):
+        return torch.cat([model(x) for x in ONES.chunk(chunks)])
 
 
 @in_torch("reproduces")
 def test_pytorch_55036_torch(world: World) -> None:
     """With other partitions a dropout comes to other numbers of its device's generator."""
-    assert not world.run(pipeline, "torch", 2)[1].equal(in_one_process("torch", 2))
+    assert not world.run(pipeline, nn.Dropout, 2)[1].equal(in_one_process(nn.Dropout, 2))
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 4])
 def test_pytorch_55036_thinned(world: World, chunks: int) -> None:
     """Any number of partitions and of chunks has the masks of one process."""
-    oracle.assert_same(world.run(pipeline, "thinned", chunks)[1], in_one_process("thinned", 1))
+    oracle.assert_same(world.run(pipeline, thinned.Dropout, chunks)[1], in_one_process(thinned.Dropout, 1))
 
 
 def trained(dropout: type[nn.Module], apart: bool = False) -> Tensor:
