@@ -64,14 +64,17 @@ def mesh_of(*ranks: int) -> DeviceMesh:
     return DeviceMesh("cpu", ranks)
 
 
+def on_one_dimension(dims: int) -> Iterator[Place]:
+    """The mesh of all ranks, with each placement of a tensor of so many dimensions."""
+    for placement in (Replicate(), *map(Shard, range(dims))):
+        yield mesh(dist.get_world_size()), (placement,)
+
+
 def every_placement(dims: int) -> Iterator[Place]:
-    """Each mesh of this world, with each placement of a tensor of so many dimensions."""
-    size = dist.get_world_size()
-    each = [Replicate(), *map(Shard, range(dims))]
-    for placement in each:
-        yield mesh(size), (placement,)
-    if size == 4:
-        for pair in product(each, repeat=2):
+    """Those, and each pair on the mesh of 2x2."""
+    yield from on_one_dimension(dims)
+    if dist.get_world_size() == 4:
+        for pair in product((Replicate(), *map(Shard, range(dims))), repeat=2):
             yield mesh(2, 2), pair
         for dim in range(dims):
             # As FSDP2 shards a parameter that tensor parallelism has sharded.
