@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
@@ -15,9 +16,11 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_mod
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
+import thinned
 from distributed.world import World
 from montecarlo.common import ulps
 from thinned.compare.implementation import first
+from thinned.functional import dropout
 
 ULPS = 16  # of the largest number, between sums in different orders
 Place = tuple[DeviceMesh, tuple[Placement, ...]]
@@ -50,7 +53,10 @@ class Case(NamedTuple):
 
 @cache
 def mesh(*shape: int) -> DeviceMesh:
-    return init_device_mesh("cpu", shape)
+    made = init_device_mesh("cpu", shape)
+    # The first mask on a mesh compares the keys of its processes, and so communicates.
+    dropout(place(torch.ones(1), made, [Replicate()] * made.ndim), key=thinned.Key(0))
+    return made
 
 
 @cache
@@ -72,10 +78,19 @@ def every_placement(dims: int) -> Iterator[Place]:
             yield mesh(2, 2), (_StridedShard(dim, split_factor=2), Shard(dim))
 
 
+def unordered(dims: int) -> Iterator[Place]:
+    """:func:`every_placement`, with one of (Shard(i), Shard(j)) and (Shard(j), Shard(i))."""
+    seen = set()
+    for mesh, placement in every_placement(dims):
+        if frozenset(placement) not in seen or len(placement) < 2:
+            seen.add(frozenset(placement))
+            yield mesh, placement
+
+
 def some_placements(dims: int) -> Iterator[Place]:
-    """Shards along each dimension, alone and beside shards along dimension 0."""
+    """Shards along the first or the last dimension, and along both."""
     size = dist.get_world_size()
-    for dim in range(dims):
+    for dim in {0, dims - 1}:
         yield mesh(size), (Shard(dim),)
     if size == 4:
         yield mesh(2, 2), (Shard(0), Shard(dims - 1))
@@ -155,8 +170,9 @@ def compare(
     """In a rank: each placement of each call ``make(*arguments)``."""
     cases = []
     for arguments, of_one in zip(calls, expected, strict=True):
-        for mesh, placement in placements(make(*arguments).inputs[0].dim()):
-            call = make(*arguments)
+        made = make(*arguments)
+        for mesh, placement in placements(made.inputs[0].dim()):
+            call = copy.deepcopy(made)
             cases.append(
                 Case(
                     ", ".join(map(str, arguments)),

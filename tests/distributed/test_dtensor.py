@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -106,9 +107,9 @@ def test_summands_are_refused_but_not_as_a_gradient(world: World) -> None:
 
 def drawn(seeds: list[int], advanced: list[int], compiled: bool) -> Any:
     """The result of a call without a key, in processes that have been seeded and have drawn so."""
-    from thinned.distributed import generators
+    from thinned.distributed import same_key
 
-    generators._checked.clear()
+    same_key._checked.clear()
     torch.compiler.reset()
     torch.manual_seed(seeds[dist.get_rank()])
     torch.rand(advanced[dist.get_rank()])
@@ -142,6 +143,30 @@ def test_processes_that_would_draw_different_keys_are_told_so(world: World, comp
         assert "ranks 0 and 1 differ: seeded with 3 and 4" in message
     for message in world.run(drawn, [3, 3], [0, 1], compiled):
         assert "ranks 0 and 1 differ: both seeded with 3, they have drawn differently since" in message
+
+
+def given(numbers: list[Any]) -> str:
+    """The error of a call with a key of this process's own."""
+    from thinned.distributed import same_key
+
+    same_key._checked.clear()
+    number = numbers[dist.get_rank()]
+    key = thinned.Key(number) if isinstance(number, int) else KEY.fold(torch.tensor(number))
+    for function in (dropout, gaussian_dropout):
+        try:
+            function(sharded(), 0.5, key=key)
+        except RuntimeError as error:
+            return str(error)
+    return "no error"
+
+
+@worlds
+def test_processes_with_different_keys_are_told_so(world: World) -> None:
+    for message in world.run(given, [7, 2**64 - 1]):
+        assert f"that of rank 0 is Key(7) and that of rank 1 is Key({2**64 - 1})" in message
+    for message in world.run(given, [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 8]]):
+        assert "that of rank 1 is a batch of 8" in message
+    assert world.run(given, [7, 7]) == ["no error"] * 2
 
 
 def inplace(dim: int) -> Tensor:
@@ -180,3 +205,34 @@ def test_in_place_strides_and_strata(world: World) -> None:
     for found in world.run(stratified):
         assert found[0].equal(dropout(x, 0.5, key=key))
         assert found[1].equal(gaussian_dropout(x, 0.5, key=key))
+
+
+def of_edges() -> str:
+    edges = distribute_tensor(torch.arange(8).view(2, 4), mesh(2), [Shard(1)], src_data_rank=None)
+    try:
+        thinned.functional.dropout_edge(edges, 0.5, key=KEY)
+    except NotImplementedError as error:
+        return str(error)
+    return "no error"
+
+
+def intercepted() -> list[Tensor]:
+    """Torch's own dropout and attention of DTensors, whose heads are sharded."""
+    q = distribute_tensor(x.view(1, 4, 4, 4) / 64, mesh(2), [Shard(1)], src_data_rank=None)
+    with thinned.intercept(key=KEY):
+        of_heads: Any = F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+        dropped: Any = F.dropout(sharded(), 0.5)
+    return [of_heads.full_tensor(), dropped.full_tensor()]
+
+
+@worlds
+def test_intercepted_functions_of_torch_and_edges(world: World) -> None:
+    q = x.view(1, 4, 4, 4) / 64
+    with thinned.intercept(key=KEY):
+        expected = F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), F.dropout(x, 0.5)
+    for of_heads, dropped in world.run(intercepted):
+        assert of_heads.equal(expected[0])
+        assert dropped.equal(expected[1])
+    for message in world.run(of_edges):
+        assert "dropout_edge takes no DTensor" in message
+        assert "(2, 4)" in message

@@ -19,7 +19,7 @@ from thinned.torch_state import constant_when_compiled, fully_sharded_mesh, loca
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["DataParallel", "Replica", "replica_number", "replica_of", "shard_ids"]
+__all__ = ["DataParallel", "Replica", "has_peers", "replica_number", "replica_of", "shard_ids"]
 
 DataParallel: TypeAlias = "Literal['auto'] | DeviceMesh | dist.ProcessGroup | int | None"
 
@@ -40,8 +40,7 @@ class Replica:
     def number_for(self, input: Tensor) -> int | None:
         """The number for a tensor, which is None for a DTensor that all replicas compute together."""
         if self.ranks and is_dtensor(input):
-            mesh: Any = input.device_mesh  # type: ignore[attr-defined]
-            return _number_on(self.ranks, mesh)
+            return replica_number(self.ranks, _ranks_on(input.device_mesh))  # type: ignore[attr-defined]
         return self.number
 
 
@@ -86,7 +85,7 @@ def replica_of(model: nn.Module, data_parallel: DataParallel) -> Replica | None:
         RuntimeError: the parameters are DTensors on meshes of different processes, so that ``"auto"`` cannot
             tell the tensor-parallel group; or PyTorch lacks a name that ``"auto"`` needs.
     """
-    if data_parallel is None or (data_parallel == "auto" and not _has_peers()):
+    if data_parallel is None or (data_parallel == "auto" and not has_peers()):
         return None
     if isinstance(data_parallel, int) and not isinstance(data_parallel, bool):
         check_integer("data_parallel", data_parallel, least=0)
@@ -137,7 +136,7 @@ def shard_ids(total: int, data_parallel: DataParallel = "auto") -> Tensor:
     """
     check_integer("total", total, least=0)
     ids = torch.arange(total, device="cpu")
-    if data_parallel is None or (data_parallel == "auto" and not _has_peers()):
+    if data_parallel is None or (data_parallel == "auto" and not has_peers()):
         return ids
     ranks, _ = _of_world() if data_parallel == "auto" else _of_group(data_parallel)
     each = -(-total // len(ranks))
@@ -152,7 +151,9 @@ def _class(module: str, name: str) -> Any:
 _group: Any = getattr(dist, "group", None)
 
 
-def _has_peers() -> bool:
+@constant_when_compiled
+def has_peers() -> bool:
+    """Whether torch.distributed is initialised with other processes."""
     # dist.is_initialized() takes twice as long.
     return getattr(_group, "WORLD", None) is not None and dist.get_world_size() > 1
 
@@ -166,7 +167,7 @@ def _of_world() -> Found:
 
 def _of_group(group: Any) -> Found:
     if isinstance(group, _class("torch.distributed.device_mesh", "DeviceMesh")):
-        ranks = _ranks_of(group, dist.get_rank())
+        ranks = _ranks_on(group)
     elif isinstance(group, _class("torch.distributed", "ProcessGroup")):
         ranks = tuple(dist.get_process_group_ranks(group))
     else:
@@ -193,7 +194,7 @@ def _of_model(model: nn.Module) -> Found:
     for name, parameter in model.named_parameters():
         mesh = parameter.device_mesh if is_dtensor(parameter) else localized_mesh(parameter)
         if mesh is not None and mesh.get_coordinate() is not None:
-            found.setdefault(frozenset(_ranks_of(mesh, *alone)), name)
+            found.setdefault(frozenset(_ranks_on(mesh)), name)
     if len(found) > 1:
         (a, first), (b, second) = list(found.items())[:2]
         raise RuntimeError(
@@ -210,5 +211,5 @@ def _ranks_of(mesh: DeviceMesh, rank: int) -> tuple[int, ...]:  # noqa: ARG001  
 
 
 @constant_when_compiled
-def _number_on(replicas: tuple[int, ...], mesh: DeviceMesh) -> int | None:
-    return replica_number(replicas, _ranks_of(mesh, dist.get_rank()))
+def _ranks_on(mesh: DeviceMesh) -> tuple[int, ...]:
+    return _ranks_of(mesh, dist.get_rank())

@@ -28,6 +28,8 @@ REPOSITORIES = {
     "baal": "https://github.com/baal-org/baal/pull/",
     "vision": "https://github.com/pytorch/vision/issues/",
     "audio": "https://github.com/pytorch/audio/issues/",
+    "veScale": "https://github.com/volcengine/veScale/issues/",
+    "Megatron-LM": "https://github.com/NVIDIA/Megatron-LM/pull/",
     "opacus": "https://github.com/meta-pytorch/opacus/issues/",
 }
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from thinned.checks import check_integer, got, integers
 from thinned.devices import to_device
 from thinned.distributed.agreement import check_agreement
-from thinned.distributed.ranks import DataParallel, replica_of
+from thinned.distributed.ranks import DataParallel, Replica, replica_of
 from thinned.distributed.shards import is_dtensor
 from thinned.functional import keep_mask
 from thinned.key_source import KeySource, active
-from thinned.keys import Key
+from thinned.keys import Key, key_of_seed
 from thinned.models.address.hooks import ModuleHooks, hook_wrapper, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.walk import check_model, is_ours
@@ -92,7 +92,8 @@ def address(
         samples: an id for each sample of the batch, which for DTensors is that of all processes. A sample's
             mask then does not depend on its place in the batch, on the batch's size or on gradient
             accumulation. Where a sample has ``k`` rows, their keys are ``key.fold(sample).fold(0 .. k-1)``. A
-            tensor of one row has one mask for all samples.
+            tensor of one row has one mask for all samples. So has a layer whose samples share a decision,
+            such as ``StochasticDepth(p, "batch")``.
         sample_dim: the dimension of the samples in the inputs of element-wise layers: an integer, such as 1
             for sequences of shape ``(L, N, *)``, or integers by patterns of paths (:mod:`fnmatch`), of which
             the first match holds. By default, inputs of three dimensions or more follow ``batch_first`` of
@@ -166,11 +167,9 @@ class Address:
             there = None if self.samples is None else to_device(self.samples, self._device)
             self._on_device = self._root.to(self._device), there
         self._step, self._data_parallel = step, data_parallel
-        self.replica = None
+        self.replica: Replica | None = None
         if samples is None and data_parallel is not None:
-            if not compiling():
-                self.hooks.replica = replica_of(model, data_parallel)
-            self.replica = self.hooks.replica
+            self.replica = self.hooks.replica_of(model, data_parallel)
         if self.replica is not None:
             self._of_replica = {self.replica.number: self._fold_replica(self.replica.number)}
         self.microbatches: tuple[Address, ...] = ()
@@ -254,7 +253,7 @@ class Address:
         root, samples = self._on_device
         return root if compiling() else self._root, samples
 
-    def root_for(self, input: Tensor, root: Key) -> Key:
+    def _root_for(self, input: Tensor, root: Key) -> Key:
         """``root`` of :meth:`parts`, with the data-parallel replica folded in that computes ``input``."""
         if self.replica is None:
             return root
@@ -446,7 +445,7 @@ class _Running(Counting):
         address = self.address
         root, samples = address.parts(input.device)
         if address.replica is not None and sample_dim is not None:
-            root = address.root_for(input, root)
+            root = address._root_for(input, root)
         key = root.fold(_site(path, self.number(path)))
         if samples is not None and sample_dim is not None and input.dim():
             key = _of_samples(key, samples, input, sample_dim, path)
@@ -466,7 +465,7 @@ def _site(path: str, call: int) -> str:
 
 
 def _seed(seed: int | Key) -> Key:
-    key = seed if isinstance(seed, Key) else Key(seed)
+    key = key_of_seed(seed)
     if key.shape:
         raise ValueError(
             f"seed must be one key, got keys of shape {tuple(key.shape)}; a key for each row is what "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from thinned.checks import got
-from thinned.distributed.ranks import Replica
+from thinned.distributed.ranks import DataParallel, Replica, has_peers, replica_of
 from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.models.walk import PARALLEL_WRAPPERS
@@ -46,8 +46,6 @@ class ModuleHooks:
         addressed: whether the last call of a module was within an address.
         context: the active address of the thread that called :class:`torch.nn.DataParallel`. Its replicas run
             in threads of their own, and join it.
-        replica: the data-parallel replica of the last address without samples. Compiled code cannot look for
-            it.
     """
 
     def __init__(self, paths: Iterable[str] = (), sample_dims: Mapping[str, int] | None = None) -> None:
@@ -56,10 +54,26 @@ class ModuleHooks:
         self.sample_dims = dict(sample_dims or {})
         self.addressed = False
         self.context: Joinable | None = None
-        self.replica: Replica | None = None
+        self._found: tuple[Replica | None] | None = None
 
     def __reduce__(self) -> tuple[type[ModuleHooks], tuple[set[str], dict[str, int]]]:
         return ModuleHooks, (self.paths, self.sample_dims)
+
+    def replica_of(self, model: nn.Module, data_parallel: DataParallel) -> Replica | None:
+        """As :func:`thinned.distributed.ranks.replica_of`; compiled code takes what eager code found last."""
+        if not isinstance(data_parallel, str):
+            return replica_of(model, data_parallel)
+        if compiling() and has_peers():
+            if self._found is None:
+                raise RuntimeError(
+                    "thinned.address looks for the data-parallel replica that this process computes, which "
+                    "compiled code cannot; call thinned.address(model, seed=0, step=0) once before"
+                )
+            return self._found[0]
+        replica = replica_of(model, data_parallel)
+        if not compiling():
+            self._found = (replica,)
+        return replica
 
 
 _numbers = itertools.count()

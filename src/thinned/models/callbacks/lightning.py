@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from thinned.distributed.ranks import DataParallel
-from thinned.keys import Key
+from thinned.keys import Key, key_of_seed
 from thinned.models.address import Address, address
 
 __all__ = ["AddressCallback"]
@@ -49,7 +49,7 @@ class AddressCallback(Callback):
     """
 
     def __init__(self, seed: int | Key, data_parallel: DataParallel = "auto") -> None:
-        self.seed = seed if isinstance(seed, Key) else Key(seed)
+        self.seed = key_of_seed(seed)
         self.data_parallel = data_parallel
         self._batch = ExitStack()
 

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from transformers import TrainerCallback
 
 from thinned.distributed.ranks import DataParallel
-from thinned.keys import Key
+from thinned.keys import Key, key_of_seed
 from thinned.models.address import Address, address
 
 __all__ = ["AddressCallback"]
@@ -55,7 +55,7 @@ class AddressCallback(TrainerCallback):
     """
 
     def __init__(self, seed: int | Key, data_parallel: DataParallel = "auto") -> None:
-        self.seed = seed if isinstance(seed, Key) else Key(seed)
+        self.seed = key_of_seed(seed)
         self.data_parallel = data_parallel
         self._step = ExitStack()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from thinned.key_source import active
-from thinned.keys import Key, not_a_key
+from thinned.keys import Key, as_key, not_a_key
 from thinned.layers._overrides import module_node
 from thinned.models.address import address
 from thinned.models.address.hooks import hooks_of
@@ -99,8 +99,8 @@ class Keyed(Named):
 
 
 def _key(key: Any) -> Key:
-    if isinstance(key, Key):
-        return key
+    if isinstance(key, Key) or getattr(key, "dtype", None) == torch.uint64:
+        return as_key(key)
     if isinstance(key, Proxy) or getattr(key, "dtype", None) == torch.int64:
         return Key.from_bits(key)
     raise not_a_key(key, ", or its bits as an int64 tensor")
