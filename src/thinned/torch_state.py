@@ -433,7 +433,7 @@ def infers_shapes() -> bool:
     A stage calls it for a microbatch in one of two methods. It does so once more before the first step.
     """
     stage = "torch.distributed.pipelining.stage"
-    frame = sys._getframe() if stage in sys.modules else None
+    frame = inspect.currentframe() if stage in sys.modules else None
     while frame is not None:
         if frame.f_globals.get("__name__") == stage:
             return frame.f_code.co_name not in ("forward_maybe_with_nosync", "forward_one_chunk")

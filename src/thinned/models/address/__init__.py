@@ -109,7 +109,9 @@ def address(
             schedule of :mod:`torch.distributed.pipelining` and a loop that accumulates gradients make such
             calls. Call ``m`` has the ids ``samples.tensor_split(microbatches)[m]``, and its sites count from
             0, so its masks are those of one call with the whole batch. The addresses of several models, such
-            as the stages of one rank, may be entered together.
+            as the stages of one rank, may be entered together. A call by which a pipeline stage infers shapes
+            does not count. With ``torch.compile(model)``, give that to the address too, or Dynamo breaks its
+            graph at the call.
 
     Raises:
         TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large;
