@@ -24,6 +24,7 @@ from thinned import Key, Keyed
 from thinned.distributed import shard_ids
 from thinned.distributed.ranks import replica_of
 from thinned.key_source import active
+from thinned.torch_state import local_of
 
 WIDTH, ROWS = 16, 8
 four = pytest.mark.parametrize("world", [4], indirect=True)
@@ -445,7 +446,6 @@ def test_what_data_parallel_may_not_be(world: World) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled() -> None:
-    """With the context outside of the compiled code and within it."""
     model, x = net(), torch.ones(ROWS, WIDTH)
 
     def within(x: Tensor) -> Tensor:
@@ -453,11 +453,40 @@ def test_compiled() -> None:
             return model(x)
 
     eager = within(x)
-    assert not torch.equal(eager, thinned.address(model, seed=7, step=3).mask_of("2", x.shape))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with thinned.address(model, seed=7, step=3, data_parallel=2):
-        assert compiled(x).equal(eager)
+    with thinned.address(model, seed=7, step=3):
+        assert not model(x).equal(eager)
     assert torch.compile(within, backend="aot_eager", fullgraph=True)(x).equal(eager)
+
+
+def compiled() -> list[bool]:
+    """Whether compiled code has the masks of eager code: the context is in it, then outside of it."""
+    torch._dynamo.reset()
+    model, layer, x, mesh = net(), thinned.Dropout(0.5), torch.ones(ROWS, WIDTH), mesh_of(dp=2)
+
+    def within(x: Tensor, data_parallel: Any) -> Tensor:
+        with thinned.address(model, seed=7, step=3, data_parallel=data_parallel):
+            return model(x)
+
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    thinned.address(model, seed=7, step=3, samples=[1])  # looks for no replica
+    with pytest.raises(RuntimeError, match="call thinned"):
+        compiler(within)(x, "auto")
+    thinned.address(model, seed=7, step=3)
+    thinned.address(model, seed=7, step=3, data_parallel=None)
+    same = [compiler(within)(x, given).equal(within(x, given)) for given in ("auto", mesh, 5)]
+    for input in (x, distribute_tensor(x, mesh, [Shard(0)])):
+        with thinned.address(layer, seed=7, step=3):
+            eager = layer(input)
+        with thinned.address(layer, seed=7, step=3):
+            y = compiler(layer)(input)
+        same.append(y.equal(eager) if input is x else local_of(y).equal(local_of(eager)))
+    return same
+
+
+@two
+@pytest.mark.slow
+def test_compiled_on_several(world: World) -> None:
+    assert world.run(compiled) == [[True] * 5] * 2
 
 
 def keyed() -> list[list[float]]:

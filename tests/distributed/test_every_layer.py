@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, distribute_module
 
 import thinned
-from distributed.placements import Call, cases_of, some_placements, unordered
+from distributed.placements import Call, cases_of, mesh, some_placements, unordered
 from distributed.world import World
 from layers.test_every_layer import example
 from layers.test_tools import LAYERS, OF_WEIGHTS, SAMPLE_DIM
@@ -54,6 +56,8 @@ EXEMPT: dict[str, list[Exempt]] = {
 }
 
 
+# No mask for the elements of the input; Masksembles multiplies them by constants.
+TAKE_PARTIAL = {"EmbeddingDropout", "LayerDrop", "Masksembles", "RDrop", "WeightDrop"}
 worlds = pytest.mark.parametrize("world", [1, 2, 4], indirect=True, scope="module")
 
 
@@ -111,3 +115,27 @@ def test_a_layer_has_the_result_of_one_process(
         failed += [f"not exempt: {each}" for each in unseen]
     record_property("placements", [name, dict(ran)])
     assert not failed, "\n".join(failed)
+
+
+def refusals() -> dict[str, str]:
+    """What each layer says to a DTensor whose processes hold summands."""
+    said = {}
+    for entry in LAYERS:
+        layer, inputs, options = call(entry.name, "no key" if entry.name in KEYLESS else "one key")
+        distribute_module(layer, mesh(dist.get_world_size()))
+        partial = [
+            DTensor.from_local(x, mesh(dist.get_world_size()), [Partial()]) if x.is_floating_point() else x
+            for x in inputs
+        ]
+        try:
+            layer(*partial, **options)
+            said[entry.name] = "nothing"
+        except Exception as error:
+            said[entry.name] = str(error)
+    return said
+
+
+def test_a_partial_input_is_refused_by_its_placement(worlds: dict[int, World]) -> None:
+    """A mask of summands is no mask of their sum."""
+    for said in worlds.setdefault(2, World(2)).run(refusals):
+        assert {name for name, words in said.items() if "Partial(sum)" not in words} == TAKE_PARTIAL, said

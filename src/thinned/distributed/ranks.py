@@ -40,8 +40,7 @@ class Replica:
     def number_for(self, input: Tensor) -> int | None:
         """The number for a tensor, which is None for a DTensor that all replicas compute together."""
         if self.ranks and is_dtensor(input):
-            mesh: Any = input.device_mesh  # type: ignore[attr-defined]
-            return _number_on(self.ranks, mesh)
+            return replica_number(self.ranks, _ranks_on(input.device_mesh))  # type: ignore[attr-defined]
         return self.number
 
 
@@ -152,8 +151,9 @@ def _class(module: str, name: str) -> Any:
 _group: Any = getattr(dist, "group", None)
 
 
+@constant_when_compiled
 def has_peers() -> bool:
-    """Whether torch.distributed is initialised with other processes."""
+    """Whether there are other processes."""
     # dist.is_initialized() takes twice as long.
     return getattr(_group, "WORLD", None) is not None and dist.get_world_size() > 1
 
@@ -167,7 +167,7 @@ def _of_world() -> Found:
 
 def _of_group(group: Any) -> Found:
     if isinstance(group, _class("torch.distributed.device_mesh", "DeviceMesh")):
-        ranks = _ranks_of(group, dist.get_rank())
+        ranks = _ranks_on(group)
     elif isinstance(group, _class("torch.distributed", "ProcessGroup")):
         ranks = tuple(dist.get_process_group_ranks(group))
     else:
@@ -194,7 +194,7 @@ def _of_model(model: nn.Module) -> Found:
     for name, parameter in model.named_parameters():
         mesh = parameter.device_mesh if is_dtensor(parameter) else localized_mesh(parameter)
         if mesh is not None and mesh.get_coordinate() is not None:
-            found.setdefault(frozenset(_ranks_of(mesh, *alone)), name)
+            found.setdefault(frozenset(_ranks_on(mesh)), name)
     if len(found) > 1:
         (a, first), (b, second) = list(found.items())[:2]
         raise RuntimeError(
@@ -211,5 +211,5 @@ def _ranks_of(mesh: DeviceMesh, rank: int) -> tuple[int, ...]:  # noqa: ARG001  
 
 
 @constant_when_compiled
-def _number_on(replicas: tuple[int, ...], mesh: DeviceMesh) -> int | None:
-    return replica_number(replicas, _ranks_of(mesh, dist.get_rank()))
+def _ranks_on(mesh: DeviceMesh) -> tuple[int, ...]:
+    return _ranks_of(mesh, dist.get_rank())

@@ -142,10 +142,17 @@ def test_errors(model: nn.Module, samples: Any, microbatches: Any, error: Any, w
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_once_for_all_microbatches(model: nn.Sequential, x: Tensor) -> None:
+@pytest.mark.parametrize("how", ["given", "not given", "in place"])
+def test_compiled_once_for_all_microbatches(model: nn.Sequential, x: Tensor, how: str) -> None:
+    """Only a compiled model that the address is given is one graph."""
     compiles = CompileCounter()
-    compiled = torch.compile(model, backend=compiles, fullgraph=True)
     with torch.no_grad():
+        expected = run(model, [x])
+        compiled: Any = torch.compile(model, backend=compiles, fullgraph=how == "given")
+        if how == "in place":
+            model.compile(backend=compiles)
         for _ in range(2):
-            assert run(compiled, x.split(1), 7).allclose(run(model, [x]), atol=1e-12)
+            with at(compiled if how == "given" else model, 7):
+                ys = [(model if how == "in place" else compiled)(part) for part in x.split(1)]
+            assert torch.cat(ys).allclose(expected, atol=1e-12)
     assert compiles.frame_count == 1

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from thinned.checks import check_integer, got, integers
 from thinned.devices import to_device
 from thinned.distributed.agreement import check_agreement
-from thinned.distributed.ranks import DataParallel, replica_of
+from thinned.distributed.ranks import DataParallel, Replica, replica_of
 from thinned.distributed.shards import is_dtensor
 from thinned.functional import keep_mask
 from thinned.key_source import KeySource, active
 from thinned.keys import Key, key_of_seed
-from thinned.models.address.hooks import ModuleHooks, hooks_of, module_at
+from thinned.models.address.hooks import ModuleHooks, hook_wrapper, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.walk import check_model, is_ours
 from thinned.nested import shape_of
 from thinned.op.vmap_keys import key_per_call
 from thinned.philox import signed64
-from thinned.torch_state import compiling, graph_task_is_running, infers_shapes, local_of
+from thinned.torch_state import compiling, graph_task_is_running, infers_shapes, local_of, outside_graphs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -165,16 +165,16 @@ class Address:
             there = None if self.samples is None else to_device(self.samples, self._device)
             self._on_device = self._root.to(self._device), there
         self._step, self._data_parallel = step, data_parallel
-        self.replica = None
+        self.replica: Replica | None = None
         if samples is None and data_parallel is not None:
-            if not compiling():
-                self.hooks.replica = replica_of(model, data_parallel)
-            self.replica = self.hooks.replica
+            self.replica = self.hooks.replica_of(model, data_parallel)
         if self.replica is not None:
             self._of_replica = {self.replica.number: self._fold_replica(self.replica.number)}
         self.microbatches: tuple[Address, ...] = ()
         if microbatches is not None:
             self.microbatches = self._split(microbatches)
+            if not compiling():
+                hook_wrapper(model)
 
     def _fold_replica(self, number: int) -> tuple[Key, Key]:
         root, there = (key.fold("#data parallel").fold(number) for key in (self._root, self._on_device[0]))
@@ -212,10 +212,10 @@ class Address:
             outer: Any = active.key_source
             within = isinstance(outer, _Running) and outer.hooks_id == self.hooks.id
             self.hooks.context = outer.address if within else None
-        count, left = len(self.microbatches), ended.queue.index(self)
-        if left and kind is None:
+        count, calls = len(self.microbatches), ended.calls.get(_MODEL, 0)
+        if calls < count and kind is None:
             raise RuntimeError(
-                f"a model was called {count - left} times within a thinned.address with microbatches={count}"
+                f"a model was called {calls} times within a thinned.address with microbatches={count}"
             )
 
     def join(self) -> _Running:
@@ -346,12 +346,7 @@ class Address:
 
 
 class _Running(Counting):
-    """An address that is active in one thread: its key source, and the counter of its sites' calls.
-
-    Attributes:
-        queue: the addresses of the microbatches to come, the whole address, and those of the microbatches
-            that were called. Dynamo would compile a number or a list's length anew for each microbatch.
-    """
+    """An address that is active in one thread: its key source, and the counter of its sites' calls."""
 
     _title = "thinned.address"
 
@@ -359,11 +354,9 @@ class _Running(Counting):
         self,
         address: Address,
         joined: bool = False,
-        queue: tuple[Address, ...] = (),
         **counting: Any,
     ) -> None:
         self.address, self.hooks_id, self.joined = address, address.hooks.id, joined
-        self.queue = queue or (*address.microbatches, address)
         self._reset(**counting)
 
     def begin(self) -> _Running:
@@ -383,9 +376,7 @@ class _Running(Counting):
     def resumed(
         self, calls: Mapping[str, int], stack: Sequence[str], region: Any = None
     ) -> AbstractContextManager[Any]:
-        running = _Running(
-            self.address, queue=self.queue, calls=calls, stack=stack, region=region, recomputes=True
-        )
+        running = _Running(self.address, calls=calls, stack=stack, region=region, recomputes=True)
         return _within(running, self.address.recomputing())
 
     def called(self, hooks_id: str) -> KeySource:
@@ -395,22 +386,25 @@ class _Running(Counting):
             running = running._outer
         if running is None or running.stack or running.joined:
             return self
-        address: Address = running.address
         if not compiling():
-            if graph_task_is_running() and not running._recomputes:
-                return self  # number() refuses it if it calls a dropout
-            if infers_shapes():
-                return (*address.microbatches, address)[0].join()
-        if len(running.queue) == 1:
-            return self
-        part, *later = running.queue
-        if part.microbatches:
-            count = len(part.microbatches)
-            raise RuntimeError(
-                f"a model is called {count + 1} times within a thinned.address with microbatches={count}"
-            )
-        running.queue = (*later, part)
-        return _Running(part, joined=True, recomputes=running._recomputes).begin()
+            return running.begin_call() or self
+        return (_begin_call(running) or self) if running.address.microbatches else self
+
+    def begin_call(self) -> _Running | None:
+        """The key source of a call of the model, if it is not this one."""
+        if graph_task_is_running() and not self._recomputes:
+            return None  # number() refuses it if it calls a dropout
+        address, infers = self.address, infers_shapes()
+        if count := len(address.microbatches):
+            number = 0 if infers else self._count(_MODEL)
+            if number == count:
+                raise RuntimeError(
+                    f"a model is called {count + 1} times within a thinned.address with microbatches={count}"
+                )
+            address = address.microbatches[number]
+        elif not infers:
+            return None
+        return _Running(address, joined=True, recomputes=self._recomputes).begin()
 
     def sample_dim(self, input: Tensor) -> int:
         """See :class:`thinned.key_source.KeySource`."""
@@ -456,6 +450,11 @@ class _Running(Counting):
         if key.shape and key.bits.device != input.device:
             key = key.to(input.device)
         return address.finish(key_per_call(key))
+
+
+_MODEL = "."  # under which the model's calls are counted; no module has this path
+# Dynamo compiles a hook alone if its module is compiled in place, and would lose the new key source.
+_begin_call = outside_graphs(_Running.begin_call)
 
 
 def _site(path: str, call: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from thinned.checks import got
-from thinned.distributed.ranks import Replica
+from thinned.distributed.ranks import DataParallel, Replica, has_peers, replica_of
 from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.models.walk import PARALLEL_WRAPPERS
@@ -22,6 +22,7 @@ from thinned.torch_state import (
     forward_hooks_of,
     graph_task_is_running,
     is_replica,
+    outside_graphs,
     pre_hooks_of,
 )
 
@@ -45,8 +46,6 @@ class ModuleHooks:
         addressed: whether the last call of a module was within an address.
         context: the active address of the thread that called :class:`torch.nn.DataParallel`. Its replicas run
             in threads of their own, and join it.
-        replica: the data-parallel replica of the last address without samples. Compiled code cannot look for
-            it.
     """
 
     def __init__(self, paths: Iterable[str] = (), sample_dims: Mapping[str, int] | None = None) -> None:
@@ -55,10 +54,26 @@ class ModuleHooks:
         self.sample_dims = dict(sample_dims or {})
         self.addressed = False
         self.context: Joinable | None = None
-        self.replica: Replica | None = None
+        self._found: tuple[Replica | None] | None = None
 
     def __reduce__(self) -> tuple[type[ModuleHooks], tuple[set[str], dict[str, int]]]:
         return ModuleHooks, (self.paths, self.sample_dims)
+
+    def replica_of(self, model: nn.Module, data_parallel: DataParallel) -> Replica | None:
+        """As :func:`thinned.distributed.ranks.replica_of`; compiled code takes what eager code found last."""
+        if not isinstance(data_parallel, str):
+            return replica_of(model, data_parallel)
+        if compiling() and has_peers():
+            if self._found is None:
+                raise RuntimeError(
+                    "thinned.address looks for the data-parallel replica that this process computes, which "
+                    "compiled code cannot; call thinned.address(model, seed=0, step=0) once before"
+                )
+            return self._found[0]
+        replica = replica_of(model, data_parallel)
+        if not compiling():
+            self._found = (replica,)
+        return replica
 
 
 _numbers = itertools.count()
@@ -106,7 +121,15 @@ class _OnLeave(_Hook):
         if source.stack:
             source.stack.pop()
         if source.joined and not source.stack:
-            source.end()
+            if compiling():
+                _end(source)
+            else:
+                source.end()
+
+
+@outside_graphs
+def _end(source: KeySource) -> None:
+    source.end()
 
 
 class _RefusingSource:
@@ -235,10 +258,20 @@ def hooks_of(model: nn.Module) -> ModuleHooks:
             dim = hooks.sample_dims.get(path.rpartition(".")[0])
         if dim is not None:
             hooks.sample_dims[path] = dim
-        module.register_forward_pre_hook(_OnEnter(hooks, path))
-        _last_first(pre_hooks_of(module))
-        module.register_forward_hook(_OnLeave(hooks, path), always_call=True)
+        _register(module, hooks, path)
     return hooks
+
+
+def hook_wrapper(model: nn.Module) -> None:
+    """Let a call of a wrapper be one of its model. Compiled code does not see who calls it."""
+    if not any(isinstance(hook, _OnEnter) for hook in pre_hooks_of(model).values()):
+        _register(model, hooks_of(model), "")
+
+
+def _register(module: nn.Module, hooks: ModuleHooks, path: str) -> None:
+    module.register_forward_pre_hook(_OnEnter(hooks, path))
+    _last_first(pre_hooks_of(module))
+    module.register_forward_hook(_OnLeave(hooks, path), always_call=True)
 
 
 def has_other_hooks(module: nn.Module) -> bool:
