@@ -128,7 +128,7 @@ class Key:
             raise TypeError(
                 f"a key of torch.func._random must be a uint64 tensor of shape (*, 2), {got(key)}"
             )
-        seed, offset = key.view(torch.int64).unbind(-1)  # uint64 has few operations
+        seed, offset = key.to(torch.int64).unbind(-1)  # uint64 has few operations
         return cls.from_bits(seed).fold(offset)
 
     @property

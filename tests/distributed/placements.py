@@ -158,7 +158,8 @@ def problems(call: Call, expected: Results, mesh: DeviceMesh, placement: Any, su
     ]
     if counted.get_total_counts():
         said.append(f"communicated: {', '.join(map(str, counted.get_comm_counts()))}")
-    if found.output.shape == inputs[0].shape and found.output.placements != inputs[0].placements:
+    same_shape = found.output.shape == inputs[0].shape
+    if same_shape and mesh.size() > 1 and found.output.placements != inputs[0].placements:
         said.append(f"output: placed as {found.output.placements}")
     return [each for each in said if not each.endswith(": ")]
 

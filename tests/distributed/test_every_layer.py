@@ -53,7 +53,12 @@ EXEMPT: dict[str, list[Exempt]] = {
     "VariationalLSTM": RECURRENT,
     "WeightDrop": [Exempt(r"S\(1", "the linear layer sums along dimension 1")],
 }
-
+if torch.__version__ < "2.13":
+    RECURRENT.append(Exempt(r"S\(1", "its linear layers flatten dimensions 0 and 1", "flatten"))
+    EXEMPT["MultiSampleDropout"][0] = Exempt(r"S\(0", "its head flattens samples and dimension 0", "flatten")
+    EXEMPT["RDrop"].append(Exempt(r"_S\(1", "PyTorch's sum takes no _StridedShard", "shard_order"))
+    EXEMPT["WeightDrop"].append(Exempt(r"_S\(0", "PyTorch's linear takes no _StridedShard", "shard_order"))
+    EXEMPT["Zoneout"] = [Exempt("S", "PyTorch gathers shards of two sizes")]
 
 # No mask for the elements of the input; Masksembles multiplies them by constants.
 TAKE_PARTIAL = {"EmbeddingDropout", "LayerDrop", "Masksembles", "RDrop", "WeightDrop"}

@@ -35,7 +35,8 @@ def train(engine: str | None, decided_by: str) -> tuple[list[list[int]], list[Te
     model: nn.Module = layers
     if engine == "fsdp":
         mesh = init_device_mesh("cpu", (size,))
-        for module in (*layers, layers):
+        # From 2.13 on it takes a ModuleList that has a forward.
+        for module in (*layers, layers) if torch.__version__ >= "2.13" else layers:
             fully_shard(module, mesh=mesh)
     elif engine == "ddp":
         skips = decided_by in ("key", "address")

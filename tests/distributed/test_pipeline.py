@@ -169,10 +169,13 @@ def without_ids(*steps: int) -> Gradients:
     return found
 
 
-SCHEDULES = [
+SCHEDULES: list[Any] = [
     ("GPipe", 1), ("GPipe", 8), ("1F1B", 4), ("Interleaved1F1B", 4), ("LoopedBFS", 2),
-    ("InterleavedZeroBubble", 4), ("ZBVZeroBubble", 4), ("DualPipeV", 4),
+    ("InterleavedZeroBubble", 4),
 ]  # fmt: skip
+# Neighbouring stages in one rank.
+to_itself = pytest.mark.skipif(torch.__version__ < "2.13", reason="a rank sends to itself, which gloo cannot")
+SCHEDULES += [pytest.param(name, 4, marks=to_itself) for name in ("ZBVZeroBubble", "DualPipeV")]
 two_ranks = pytest.mark.parametrize("world", [2], indirect=True)
 
 

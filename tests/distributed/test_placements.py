@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,8 +38,8 @@ def transposed(x: Tensor, p: float, key: thinned.Key) -> Tensor:
 
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    each.__name__: each for each in (dropout, alpha_dropout, drop_path, dropout2d, in_place, transposed)
-}
+    each.__name__: each for each in (dropout, dropout2d, in_place, transposed)
+} | {each.__name__: partial(each, training=True) for each in (alpha_dropout, drop_path)}
 
 
 def call(name: str, shape: tuple[int, ...], keys: str, dtype: torch.dtype = torch.float32) -> Call:

@@ -262,7 +262,7 @@ class Address:
             return root
         if number not in self._of_replica:
             self._of_replica[number] = self._fold_replica(number)
-        return self._of_replica[number][root is not self._root]
+        return self._of_replica[number][int(root is not self._root)]
 
     def check_agreement(self, group: ProcessGroup | None = None) -> None:
         """Raise in every process of a group if this address differs between them.
