@@ -14,10 +14,11 @@ INSTALL = SKBUILD_CMAKE_DEFINE=THINNED_NATIVE=$(NATIVE) $(BIN)/python -m pip ins
   --no-compile --progress-bar off -c $(CONSTRAINTS) $(1) >$(VENV)/pip.log 2>&1 || { tail -n 40 $(VENV)/pip.log >&2; \
   echo "Setting up $(VENV) failed: above are the last lines of $(VENV)/pip.log. The next make tries again." >&2; exit 1; }
 
-.PHONY: help setup compare test test-torch test-slow sanitize lint bench bench-gpu check-gpu specialisations doctor clean
+.PHONY: help setup compare test test-distributed test-torch test-slow sanitize lint bench bench-gpu check-gpu specialisations doctor clean
 help:
 	@echo "make compare    how three dropouts hold against the law of dropout"
 	@echo "make test       the tests"
+	@echo "make test-distributed  those of the tests that take 1, 2 and 4 processes, with a table of the placements that ran"
 	@echo "make test-torch VERSION=2.11.0  the tests on that PyTorch, in an environment of its own"
 	@echo "make test-slow  the long batteries"
 	@echo "make sanitize   the kernel's own tests and a fuzz of its binding under ASan and UBSan"
@@ -67,6 +68,9 @@ doctor: $(VENV)/.command
 
 test: $(VENV)/.tests
 	$(PYTEST) -m "not slow" $(ARGS)
+
+test-distributed: $(VENV)/.tests
+	$(PYTEST) -m "not slow" tests/distributed $(ARGS)
 
 test-torch:
 	@test -n "$(VERSION)" || { echo "say which, as in: make test-torch VERSION=2.15.0"; exit 2; }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,11 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    _show_backends(terminalreporter)
+    _show_placements(terminalreporter)
+
+
+def _show_backends(terminalreporter: pytest.TerminalReporter) -> None:
     if not ran:
         return
     terminalreporter.section("backends and instruction sets")
@@ -169,3 +176,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.line("ran: " + ", ".join(name for name in why if name in ran))
     for name in (name for name in why if name not in ran):
         terminalreporter.line(f"did not run: {name} ({why[name]})")
+
+
+def _show_placements(terminalreporter: pytest.TerminalReporter) -> None:
+    """The placements of DTensors that were compared with one process, by layer and mesh."""
+    found: dict[str, Counter[str]] = {}
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        if getattr(report, "when", "") == "call":
+            for _, (layer, cases) in report.user_properties:  # of record_property, which no other test uses
+                found.setdefault(layer, Counter()).update(cases)
+    if not found:
+        return
+    terminalreporter.section("placements of DTensors, by mesh")
+    meshes = sorted(set().union(*found.values()), key=lambda mesh: (len(mesh), mesh))
+    width = max(map(len, found))
+    terminalreporter.line(" " * width + "".join(f"{mesh:>6}" for mesh in meshes))
+    for layer, cases in found.items():
+        terminalreporter.line(f"{layer:{width}}" + "".join(f"{cases[mesh] or '':>6}" for mesh in meshes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
 import re
@@ -101,6 +102,79 @@ def test_fold_of_a_tensor_of_another_dtype() -> None:
 def test_bits_of_another_type(bits: object) -> None:
     with pytest.raises(TypeError, match="bits must be an int64 tensor, got "):
         Key.from_bits(bits)  # type: ignore[arg-type]
+
+
+PAIRS = torch.tensor([[7, 0], [7, 2**64 - 1], [2**64 - 1, 5]], dtype=torch.uint64)
+
+
+def test_a_key_of_torch_is_a_fold_of_the_specification() -> None:
+    expected = [spec.fold(seed, offset) for seed, offset in PAIRS.tolist()]
+    assert [bits % 2**64 for bits in Key.from_torch(PAIRS).bits.tolist()] == expected
+    assert [int(Key.from_torch(pair)) for pair in PAIRS] == expected
+    assert Key.from_torch(PAIRS.view(3, 1, 2)).shape == (3, 1)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_key_of_torch_serves_as_a_key() -> None:
+    x, keys, key = torch.randn(3, 6), Key.from_torch(PAIRS), Key.from_torch(PAIRS[1])
+    mask = thinned.keep_mask(keys, x.shape, 0.5)
+    assert thinned.keep_mask(PAIRS, x.shape, 0.5).equal(mask)  # type: ignore[arg-type]
+
+    def dropped(x: Tensor, key: Any) -> Tensor:
+        return thinned.functional.dropout(x, 0.5, key=key)
+
+    assert torch.func.vmap(dropped)(x, PAIRS).ne(0).equal(mask)
+    compiled = torch.compile(dropped, fullgraph=True, backend="aot_eager")
+    assert compiled(x, PAIRS).ne(0).equal(mask)
+    assert compiled(x, PAIRS[1]).equal(dropped(x, key))
+
+    model = nn.Sequential(thinned.Dropout())
+    stock = nn.Dropout()
+    keyed = thinned.Keyed(model)
+    results: list[list[Tensor]] = []
+    each: Any
+    for each in (PAIRS[1], key):
+        with thinned.address(model, seed=each, step=0):
+            results.append([model(x), keyed(x, key=each)])
+        with thinned.intercept(key=each):
+            results[-1].append(stock(x))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [PAIRS[0, 0], PAIRS.view(2, 3), torch.zeros(0, dtype=torch.uint64)],
+    ids=lambda each: str(each.shape),
+)
+def test_a_tensor_that_is_no_key_of_torch(tensor: Tensor) -> None:
+    message = re.escape(f"uint64 tensor of shape (*, 2), got a Tensor of shape {tuple(tensor.shape)}")
+    for call in (Key.from_torch, lambda key: thinned.keep_mask(key, (3, 6), 0.5)):
+        with pytest.raises(TypeError, match=message):
+            call(tensor)
+    with pytest.raises(TypeError, match=r"got a Tensor of shape \(2,\) and torch.int64"):
+        Key.from_torch(torch.tensor([7, 0]))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="PyTorch 2.14 made it run on the CPU")
+def test_keys_that_torch_makes() -> None:
+    random = importlib.import_module("torch.func._random")
+    key = random.key(7)
+    assert Key.from_torch(key) == Key(7).fold(0)
+    children = random.split(key, 3)
+    assert Key.from_torch(random.fold_in(key, 2)) == Key.from_torch(children[2])
+    assert Key.from_torch(random.split(children, 4)).shape == (4, 3)
+    x = torch.ones(3, 64)
+    y = thinned.functional.dropout(x, key=children)
+    assert y.ne(0).equal(thinned.keep_mask(Key.from_torch(children), x.shape, 0.5))
+    assert len({tuple(row.tolist()) for row in y}) == 3
+
+    def dropped(x: Tensor, key: Tensor, number: int) -> Tensor:
+        return thinned.functional.dropout(x, key=random.fold_in(key, number))
+
+    compiled = torch.compile(dropped, fullgraph=True, backend="aot_eager")
+    assert compiled(x, key, 2).equal(dropped(x, key, 2))
+    mapped = torch.func.vmap(lambda row, key: dropped(row, key, 2))(x, children)
+    assert mapped.equal(torch.stack([dropped(x[0], child, 2) for child in children]))
 
 
 def test_children_are_different_and_the_parent_is_unchanged() -> None:

@@ -66,7 +66,7 @@ def test_each_target_installs_what_it_needs_once(checkout: Path) -> None:
     assert installed(checkout) == []
     assert make(checkout, "test").stdout.startswith("Adding what the tests need to .venv")
     assert installed(checkout) == [TESTS]
-    make(checkout, "lint", "test", "compare")
+    make(checkout, "lint", "test", "test-distributed", "compare")
     assert installed(checkout) == []
 
 

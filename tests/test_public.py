@@ -20,6 +20,7 @@ from thinned.montecarlo import calibration, plots
 LIST = Path(__file__).parent / "data" / "public.txt"
 MODULES = {
     "thinned": thinned,
+    "thinned.distributed": thinned.distributed,
     "thinned.functional": thinned.functional,
     "thinned.montecarlo": thinned.montecarlo,
     "thinned.montecarlo.calibration": calibration,

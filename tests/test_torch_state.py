@@ -71,7 +71,7 @@ def private_names(trees: dict[Path, ast.Module]) -> list[str]:
         part
         for _, name in _looked_up(trees[HOME])
         for part in name.split(".")
-        if PRIVATE.fullmatch(part) and part != "__future__"
+        if PRIVATE.fullmatch(part) and part != "__future__" and not name.startswith("sys.")
     }
     found = []
     for path, tree in trees.items():

@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from thinned import backends, functional, schedules, spec
+from thinned import backends, distributed, functional, schedules, spec
 from thinned.functional import keep_mask
 from thinned.keys import Key
 from thinned.layers import *  # noqa: F403
@@ -26,8 +26,8 @@ try:
 except PackageNotFoundError:
     __version__ = "0+uninstalled"
 
-__all__ = ["DropoutSchedule", "Key", "backends", "functional", "keep_mask", "montecarlo", "schedules", "spec"]
-__all__ += [*_layers, *_models]
+__all__ = ["DropoutSchedule", "Key", "backends", "distributed", "functional", "keep_mask", "montecarlo"]
+__all__ += ["schedules", "spec", *_layers, *_models]
 
 
 def __dir__() -> list[str]:

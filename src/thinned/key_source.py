@@ -7,9 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from thinned.distributed.ranks import has_peers
 from thinned.keys import Key
 
-__all__ = ["KeySource", "active"]
+__all__ = ["KeySource", "active", "ranks_draw"]
 
 
 class KeySource(Protocol):
@@ -51,3 +52,11 @@ class _Active(threading.local):
 
 
 active = _Active()
+
+
+def ranks_draw() -> bool:
+    """Whether the processes of torch.distributed each draw the key of a call without ``key=``.
+
+    Such keys differ, unless all processes have one seed and have drawn equally often.
+    """
+    return active.key_source is None and has_peers()

@@ -30,8 +30,10 @@ from thinned.torch_state import (
 __all__ = [
     "Key",
     "StratifiedKey",
+    "as_key",
     "draw",
     "draw_int",
+    "key_of_seed",
     "not_a_key",
     "on_device",
     "packed",
@@ -99,6 +101,35 @@ class Key:
         key = cls.__new__(cls)
         key.bits = savable(bits)
         return key
+
+    @classmethod
+    def from_torch(cls, key: Tensor) -> Key:
+        r"""The key, or the batch of keys, for keys of ``torch.func._random`` (PyTorch 2.14, experimental).
+
+        .. math:: \text{Key}(seed).\text{fold}(offset)
+
+        Every ``key=`` accepts such a tensor and calls this, and so does the ``seed=`` of
+        :func:`thinned.address` and of the callbacks. The masks are thinned's: ``torch.func._random.uniform``
+        has other numbers.
+
+        Args:
+            key: uint64 tensor of shape ``(*, 2)``, in which each last dimension is ``(seed, offset)``.
+
+        Raises:
+            TypeError: ``key`` is of another type, dtype or shape.
+
+        >>> pairs = torch.tensor([[7, 0], [7, 1], [8, 0]], dtype=torch.uint64)
+        >>> Key.from_torch(pairs[1]) == Key(7).fold(1)
+        True
+        >>> Key.from_torch(pairs).shape
+        torch.Size([3])
+        """
+        if not isinstance(key, Tensor) or key.dtype != torch.uint64 or key.shape[-1:] != (2,):
+            raise TypeError(
+                f"a key of torch.func._random must be a uint64 tensor of shape (*, 2), {got(key)}"
+            )
+        seed, offset = key.view(torch.int64).unbind(-1)  # uint64 has few operations
+        return cls.from_bits(seed).fold(offset)
 
     @property
     def shape(self) -> torch.Size:
@@ -281,6 +312,21 @@ def unpacked(tensor: Tensor, strata: int) -> Key:
     return (
         StratifiedKey(tensor.select(-1, 0), tensor.select(-1, 1), strata) if strata else Key.from_bits(tensor)
     )
+
+
+def as_key(value: Any) -> Key:
+    """The key that a ``key=`` stands for: itself, or that of a tensor as in :meth:`Key.from_torch`."""
+    if isinstance(value, Key):
+        return value
+    if isinstance(value, Tensor) and value.dtype == torch.uint64:
+        return Key.from_torch(value)
+    raise not_a_key(value)
+
+
+def key_of_seed(seed: Any) -> Key:
+    """The key that a ``seed=`` stands for: an integer, or all that a ``key=`` may be."""
+    is_pair = isinstance(seed, Tensor) and seed.dtype == torch.uint64 and seed.dim()
+    return as_key(seed) if is_pair or isinstance(seed, Key) else Key(seed)
 
 
 def not_a_key(value: Any, others: str = "") -> TypeError:

@@ -37,6 +37,8 @@ ragged_dim, seqlens                   guarded  jagged tensors
 cached_parametrizations               guarded  ``thinned.WeightDrop`` of a parametrized weight
 checkpoint_generator                  guarded  ``thinned.address`` and ``thinned.intercept``
 fake_tensors                          guarded  a law of ``thinned compare``
+fully_sharded_mesh                    guarded  ``thinned.address`` of a model of ``fully_shard``
+localized_mesh                        tested   ``thinned.address`` of a tensor-parallel model within DDP
 infers_shapes                         tested   ``thinned.address`` around a schedule of pipeline stages
 function_of                           tested   ``thinned.address`` in a reentrant checkpoint
 constant_when_compiled                tested   functions that Dynamo calls while it traces
@@ -62,7 +64,7 @@ from functools import wraps
 from importlib import metadata
 from operator import attrgetter
 from types import MethodType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -71,6 +73,9 @@ from torch.autograd import forward_ad
 from torch.jit import frontend
 from torch.nn import Parameter
 from torch.nn.utils import parametrize
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 SUPPORTED = "PyTorch 2.11 to 2.15"  # the oldest and the newest that are tested
 MISSING: list[str] = []
@@ -259,11 +264,17 @@ def local_of(x: Any) -> Tensor:
 def with_local(x: Any, local: Tensor) -> Any:
     """``x`` with another shard, without autograd; 40 us faster than ``from_local``."""
     kind: Any = type(x)
-    if hasattr(x, "_spec") and local.stride() == x._local_tensor.stride():
+    same = hasattr(x, "_spec") and local.stride() == x._local_tensor.stride()
+    if same and 0 not in x.stride():  # an expanded tensor's result is not expanded
         # Not by a call of the class, whose __init__ does nothing in 10 us.
         return kind.__new__(kind, local, x._spec, requires_grad=False)
     strides = torch.empty_like(torch.empty_strided(x.shape, x.stride(), device="meta")).stride()
     return kind.from_local(local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=strides)
+
+
+def real_object(x: Any) -> Any:
+    """``x``, such as a mesh, without the FakeScriptObject that Dynamo wraps it in from PyTorch 2.13 on."""
+    return getattr(x, "real_obj", x)
 
 
 # Compiled code.
@@ -422,7 +433,7 @@ def infers_shapes() -> bool:
     A stage calls it for a microbatch in one of two methods. It does so once more before the first step.
     """
     stage = "torch.distributed.pipelining.stage"
-    frame = sys._getframe() if stage in sys.modules else None
+    frame = inspect.currentframe() if stage in sys.modules else None
     while frame is not None:
         if frame.f_globals.get("__name__") == stage:
             return frame.f_code.co_name not in ("forward_maybe_with_nosync", "forward_one_chunk")
@@ -535,6 +546,36 @@ def cached_parametrizations() -> dict[Any, Any]:
 def is_replica(module: nn.Module) -> bool:
     """Whether :class:`torch.nn.DataParallel` made ``module`` for one of its threads."""
     return getattr(module, "_is_replica", False)
+
+
+# Data parallelism.
+
+
+def fully_sharded_mesh(module: nn.Module) -> DeviceMesh | None:
+    """The mesh of data-parallel dimensions that ``fully_shard`` was given; None for any other module.
+
+    It is the same mesh for the data-parallel ``replicate``.
+
+    Raises:
+        RuntimeError: the mesh is not where it is in the supported versions.
+    """
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    if not isinstance(module, kind):
+        return None
+    try:
+        state: Any = module._get_fsdp_state()
+        # Older versions have the second only.
+        several = getattr(state, "_fsdp_param_groups", None)
+        groups = [state._fsdp_param_group] if several is None else several
+        return next((group.mesh_info.mesh for group in groups if group is not None), None)
+    except AttributeError as error:
+        words = _lacks('data_parallel="auto" of a model of fully_shard', error)
+        raise RuntimeError(f"{words}, or pass data_parallel= the mesh") from error
+
+
+def localized_mesh(parameter: Tensor) -> DeviceMesh | None:
+    """The mesh of a DTensor that DistributedDataParallel of a slice of a mesh made a plain parameter."""
+    return getattr(getattr(parameter, "_st_info", None), "mesh", None)
 
 
 # TorchScript.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
@@ -15,9 +16,11 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_mod
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
+import thinned
 from distributed.world import World
 from montecarlo.common import ulps
 from thinned.compare.implementation import first
+from thinned.functional import dropout
 
 ULPS = 16  # of the largest number, between sums in different orders
 Place = tuple[DeviceMesh, tuple[Placement, ...]]
@@ -42,15 +45,18 @@ class Results(NamedTuple):
 class Case(NamedTuple):
     """One placement of one call; ``problems`` are empty if it equals one process's."""
 
-    mesh: str
     name: str
-    sharded: set[int]
+    mesh: str
+    placement: str
     problems: list[str]
 
 
 @cache
 def mesh(*shape: int) -> DeviceMesh:
-    return init_device_mesh("cpu", shape)
+    made = init_device_mesh("cpu", shape)
+    # The first mask on a mesh compares the keys of its processes, and so communicates.
+    dropout(place(torch.ones(1), made, [Replicate()] * made.ndim), key=thinned.Key(0))
+    return made
 
 
 @cache
@@ -58,24 +64,36 @@ def mesh_of(*ranks: int) -> DeviceMesh:
     return DeviceMesh("cpu", ranks)
 
 
+def on_one_dimension(dims: int) -> Iterator[Place]:
+    """The mesh of all ranks, with each placement of a tensor of so many dimensions."""
+    for placement in (Replicate(), *map(Shard, range(dims))):
+        yield mesh(dist.get_world_size()), (placement,)
+
+
 def every_placement(dims: int) -> Iterator[Place]:
-    """Each mesh of this world, with each placement of a tensor of so many dimensions."""
-    size = dist.get_world_size()
-    each = [Replicate(), *map(Shard, range(dims))]
-    for placement in each:
-        yield mesh(size), (placement,)
-    if size == 4:
-        for pair in product(each, repeat=2):
+    """Those, and each pair on the mesh of 2x2."""
+    yield from on_one_dimension(dims)
+    if dist.get_world_size() == 4:
+        for pair in product((Replicate(), *map(Shard, range(dims))), repeat=2):
             yield mesh(2, 2), pair
         for dim in range(dims):
             # As FSDP2 shards a parameter that tensor parallelism has sharded.
             yield mesh(2, 2), (_StridedShard(dim, split_factor=2), Shard(dim))
 
 
+def unordered(dims: int) -> Iterator[Place]:
+    """:func:`every_placement`, with one of (Shard(i), Shard(j)) and (Shard(j), Shard(i))."""
+    seen = set()
+    for mesh, placement in every_placement(dims):
+        if frozenset(placement) not in seen or len(placement) < 2:
+            seen.add(frozenset(placement))
+            yield mesh, placement
+
+
 def some_placements(dims: int) -> Iterator[Place]:
-    """Shards along each dimension, alone and beside shards along dimension 0."""
+    """Shards along the first or the last dimension, and along both."""
     size = dist.get_world_size()
-    for dim in range(dims):
+    for dim in {0, dims - 1}:
         yield mesh(size), (Shard(dim),)
     if size == 4:
         yield mesh(2, 2), (Shard(0), Shard(dims - 1))
@@ -155,13 +173,14 @@ def compare(
     """In a rank: each placement of each call ``make(*arguments)``."""
     cases = []
     for arguments, of_one in zip(calls, expected, strict=True):
-        for mesh, placement in placements(make(*arguments).inputs[0].dim()):
-            call = make(*arguments)
+        made = make(*arguments)
+        for mesh, placement in placements(made.inputs[0].dim()):
+            call = copy.deepcopy(made)
             cases.append(
                 Case(
+                    ", ".join(map(str, arguments)),
                     "x".join(map(str, mesh.shape)),
-                    f"{arguments} as {', '.join(map(str, placement))}",
-                    {each.dim for each in placement if not each.is_replicate()},
+                    ", ".join(map(str, placement)),
                     problems(call, of_one, mesh, placement, sums),
                 )
             )
@@ -181,7 +200,7 @@ def cases_of(
     """
     expected = [results(make(*arguments)) for arguments in calls]
     return [
-        case._replace(name=f"rank {rank} of {case.mesh}: {case.name}")
+        case._replace(name=f"rank {rank} of {case.mesh}, {case.name}, {case.placement}")
         for rank, cases in enumerate(world.run(compare, make, calls, expected, placements, sums))
         for case in cases
     ]

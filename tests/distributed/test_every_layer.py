@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, distribute_module
 
 import thinned
-from distributed.placements import Call, cases_of, every_placement, some_placements
+from distributed.placements import Call, cases_of, mesh, on_one_dimension, some_placements, unordered
 from distributed.world import World
 from layers.test_every_layer import example
 from layers.test_tools import LAYERS, OF_WEIGHTS, SAMPLE_DIM
 from thinned.compare.layers import Entry, entry_of
 
 KEY = thinned.Key(7)
+MOVED = "communicated|output: placed"
 KEYLESS = ("Masksembles", "RDrop")
 # Outputs with sums over elements, in an order that depends on the shards.
 SUMS = ("WeightDrop", "VariationalLSTM", "VariationalGRU", "MultiSampleDropout", "RDrop")
-# Dimensions along which a shard needs data of others, which PyTorch's operations then fetch.
-MOVES: dict[str, tuple[set[int], str]] = {
-    "PatchDropout": ({1}, "gathers the kept tokens from along dimension 1"),
-    "WeightDrop": ({1}, "the linear layer sums along dimension 1"),
-    "MultiSampleDropout": ({1}, "the linear layer sums along dimension 1"),
-    "VariationalLSTM": ({0, 2}, "steps along dimension 0; its linear layers sum along dimension 2"),
-    "VariationalGRU": ({0, 2}, "steps along dimension 0; its linear layers sum along dimension 2"),
-    "TargetedDropout": ({1, 2}, "ranks the weights of each index of dimension 0"),
-    "RDrop": ({0, 1}, "has no mask; its loss is a mean over dimension 0 of sums along dimension 1"),
+
+
+class Exempt(NamedTuple):
+    """Placements, as a pattern of their names, in which PyTorch's own operations fetch data or refuse."""
+
+    placements: str
+    reason: str
+    error: str = ""
+
+
+RECURRENT = [
+    Exempt(r"S\(0", "steps along dimension 0, which PyTorch then does not take apart", "unbind|flatten"),
+    Exempt(r"S\(2", "its linear layers sum along dimension 2"),
+]
+EXEMPT: dict[str, list[Exempt]] = {
+    "EmbeddingDropout": [Exempt(r"_S\(", "PyTorch's embedding takes no _StridedShard")],
+    "MultiSampleDropout": [
+        Exempt(r"S\(0.*S\(0", "its head flattens samples and dimension 0", r"unflatten|RuntimeError: 1\b"),
+        Exempt(r"S\(1", "the head sums along dimension 1"),
+    ],
+    "PatchDropout": [Exempt(r"S\(1", "gathers the kept tokens along dimension 1")],
+    "RDrop": [Exempt("S", "has no mask; its loss is a mean over dimension 0 of sums along dimension 1")],
+    "TargetedDropout": [Exempt("S", "compares the elements of each index of dimension 0 with each other")],
+    "VariationalDropout": [Exempt(r"S\(0", "sums the gradient of log_alpha over dimension 0")],
+    "VariationalGRU": RECURRENT,
+    "VariationalLSTM": RECURRENT,
+    "WeightDrop": [Exempt(r"S\(1", "the linear layer sums along dimension 1")],
 }
+
+
+# No mask for the elements of the input; Masksembles multiplies them by constants.
+TAKE_PARTIAL = {"EmbeddingDropout", "LayerDrop", "Masksembles", "RDrop", "WeightDrop"}
 worlds = pytest.mark.parametrize("world", [1, 2, 4], indirect=True, scope="module")
 
 
@@ -68,15 +94,47 @@ def test_a_layer_has_the_result_of_one_process(
     every = [(name, "no key" if name in KEYLESS else "one key")]
     some = [] if name in KEYLESS else [(name, keys) for keys in kinds]
     sums = name in SUMS
-    cases = cases_of(world, call, every, every_placement, sums)
+    # A recurrent layer takes 0.1 s for each placement; a tensor of five dimensions has 36 pairs.
+    few = EXEMPT.get(name) is RECURRENT or entry.example.inputs(torch.float32)[0].dim() > 4
+    cases = cases_of(world, call, every, on_one_dimension if few else unordered, sums)
     cases += cases_of(world, call, some, some_placements, sums)
-    moving, _ = MOVES.get(name, ((), ""))
     failed, ran = [], Counter[str]()
+    unseen = set(EXEMPT.get(name, ()))
     for case in cases:
-        problems = case.problems
-        if case.sharded.intersection(moving):
-            problems = [each for each in problems if not each.startswith(("communicated", "output: placed"))]
-        failed += [f"{case.name}: {each}" for each in problems]
+        exempt = [each for each in EXEMPT.get(name, ()) if re.search(each.placements, case.placement)]
+        for each in case.problems:
+            excuses = {
+                one for one in exempt if re.match(f"raised.*({one.error})" if one.error else MOVED, each)
+            }
+            unseen -= excuses
+            if not excuses:
+                failed.append(f"{case.name}: {each}")
         ran[case.mesh] += case.name.startswith("rank 0")
+    if world.size == 4:
+        failed += [f"not exempt: {each}" for each in unseen]
     record_property("placements", [name, dict(ran)])
     assert not failed, "\n".join(failed)
+
+
+def refusals() -> dict[str, str]:
+    """What each layer says to a DTensor whose processes hold summands."""
+    said = {}
+    for entry in LAYERS:
+        layer, inputs, options = call(entry.name, "no key" if entry.name in KEYLESS else "one key")
+        distribute_module(layer, mesh(dist.get_world_size()))
+        partial = [
+            DTensor.from_local(x, mesh(dist.get_world_size()), [Partial()]) if x.is_floating_point() else x
+            for x in inputs
+        ]
+        try:
+            layer(*partial, **options)
+            said[entry.name] = "nothing"
+        except Exception as error:
+            said[entry.name] = str(error)
+    return said
+
+
+def test_a_partial_input_is_refused_by_its_placement(worlds: dict[int, World]) -> None:
+    """A mask of summands is no mask of their sum."""
+    for said in worlds.setdefault(2, World(2)).run(refusals):
+        assert {name for name, words in said.items() if "Partial(sum)" not in words} == TAKE_PARTIAL, said

@@ -88,7 +88,7 @@ def gradients(*models: nn.Module) -> Gradients:
     for model in models:
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
-            found[name] = parameter.grad.clone()
+            found[name.removeprefix("_orig_mod.")] = parameter.grad.clone()
         model.zero_grad()
     return found
 
@@ -116,10 +116,14 @@ def stages_of(rank: int, size: int, name: str) -> list[range]:
 class Pipeline:
     """A schedule with the stages of one rank."""
 
-    def __init__(self, name: str, microbatches: int, checkpointed: bool = False) -> None:
+    def __init__(
+        self, name: str, microbatches: int, checkpointed: bool = False, compiled: bool = False
+    ) -> None:
         rank, size = dist.get_rank(), dist.get_world_size()
         layers = stages_of(rank, size, name)
-        self.models = [Model(each, checkpointed) for each in layers]
+        self.models: list[Any] = [Model(each, checkpointed) for each in layers]
+        if compiled:
+            self.models = [torch.compile(model, backend="eager", fullgraph=True) for model in self.models]
         self.first, self.microbatches = rank == 0, microbatches
         count = size * len(layers)
         stages: Any = [
@@ -187,6 +191,13 @@ def check(world: World, *schedule: Any) -> None:
 @pytest.mark.parametrize(("name", "microbatches"), SCHEDULES)
 def test_a_schedule(world: World, name: str, microbatches: int, checkpointed: bool) -> None:
     check(world, name, microbatches, checkpointed)
+
+
+@two_ranks
+@pytest.mark.slow
+def test_compiled_stages(world: World) -> None:
+    """The code that infers shapes is compiled code of a microbatch."""
+    check(world, "1F1B", 4, False, True)
 
 
 @pytest.mark.parametrize("world", [4], indirect=True)

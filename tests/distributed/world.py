@@ -93,9 +93,11 @@ class World:
         return Path(self.folder.name, str(rank)).read_text()
 
     def _start(self) -> None:
-        # A server imports PyTorch once, and is forked for each rank: 0.1 s instead of 2.
+        # A server imports what takes long once, and is forked for each rank: 0.1 s instead of 2.
         processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["torch.distributed.tensor", "thinned", "pytest"])
+        processes.set_forkserver_preload(
+            ["torch.distributed.tensor.debug", "thinned.compare.layers", "hypothesis"]
+        )
         self.folder = tempfile.TemporaryDirectory()
         for rank in range(self.size):
             mine, theirs = processes.Pipe()

@@ -194,6 +194,16 @@ def test_what_is_no_key_or_does_not_fit_is_refused(entry: Entry) -> None:
 
 
 @each_keyed_entry
+def test_a_key_of_torch_is_its_key(entry: Entry) -> None:
+    layer, inputs = example(entry)
+    key = torch.tensor([7, 2**64 - 1], dtype=torch.uint64)
+    results = [layer(*inputs, key=each) for each in (key, thinned.Key(7).fold(2**64 - 1))]
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(RuntimeError, match=r"keys of shape \(99,\)"):
+        layer(*inputs, key=key.expand(99, 2))
+
+
+@each_keyed_entry
 def test_what_is_no_tensor_is_refused(entry: Entry) -> None:
     if entry.name == "LayerDrop":
         pytest.skip("takes what its layers take")

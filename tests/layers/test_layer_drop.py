@@ -51,6 +51,10 @@ def test_a_skipped_layer_is_not_run() -> None:
     assert [i for i, layer in enumerate(layers) if layer[0].weight.grad is not None] == kept
 
 
+def gradients(y: Tensor, layers: LayerDrop) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(y.sum(), list(layers.parameters()), materialize_grads=True, retain_graph=True)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_selects_the_same() -> None:
     x, layers = torch.randn(5, 4), stack()
@@ -59,10 +63,46 @@ def test_compiled_selects_the_same() -> None:
         results = []
         for each in (layers, compiled):
             y = each(x, key=thinned.Key(seed))
-            grads = torch.autograd.grad(y.sum(), list(layers.parameters()), materialize_grads=True)
-            results.append((y, *grads))
+            results.append((y, *gradients(y, layers)))
         torch.testing.assert_close(*results)
     assert not compiled(x, key=thinned.Key(0)).equal(compiled(x, key=thinned.Key(1)))
+
+
+def test_run_all_selects_the_same() -> None:
+    x, layers = torch.randn(5, 4), stack()
+    skipping = [layers(x, key=KEY), *gradients(layers(x, key=KEY), layers)]
+    layers.run_all = True
+    ran: list[int] = []
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    y = layers(x, key=KEY)
+    assert ran == list(range(6))
+    torch.testing.assert_close([y, *gradients(y, layers)], skipping, rtol=0, atol=0)
+    y.sum().backward()
+    assert all(each.grad is not None for each in layers.parameters())
+    with pytest.raises(
+        RuntimeError, match=r"all layers have to run \(run_all=True\): .*or set run_all=False"
+    ):
+        layers.surviving(key=KEY)
+    with pytest.raises(TypeError, match=r"so input must be a Tensor, got .* of type tuple"):
+        layers((x,), key=KEY)
+    assert layers.eval()(x).equal(nn.Sequential(*layers)(x))
+
+
+def test_run_all_uses_no_number_of_a_skipped_layer() -> None:
+    class Infinite(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.inf
+
+    x, infinite, plain = torch.randn(5, 4, requires_grad=True), Infinite(4, 4), nn.Linear(4, 4)
+    y = LayerDrop([infinite, plain], p=0.5, run_all=True)(x, key=thinned.Key(6))
+    assert thinned.keep_mask(thinned.Key(6), (2,), 0.5).tolist() == [False, True]
+    assert y.equal(plain(x))
+    y.sum().backward()
+    assert infinite.weight.grad is not None
+    assert infinite.weight.grad.eq(0).all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 def test_vmap_decides_for_each_example() -> None:
@@ -119,8 +159,12 @@ def test_a_module_list() -> None:
     plain.load_state_dict(layers.state_dict())
     assert len(layers) == 6
     assert list(layers)[-1] is layers[-1]
+    layers.run_all = True
     pruned = layers[::2]
     assert isinstance(pruned, LayerDrop)
+    assert pruned.run_all
+    assert repr(pruned).startswith("thinned.LayerDrop(p=0.3, run_all=True\n")
+    layers.run_all = False
     assert (len(pruned), pruned.p, pruned[1] is layers[2]) == (3, 0.3, True)
     layers.append(nn.Identity())
     assert len(layers) == 7

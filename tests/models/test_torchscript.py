@@ -267,6 +267,17 @@ def test_within_an_address(tool: str) -> None:
     assert len({tuple(y.tolist()) for y in results.values()}) == 3
 
 
+def test_a_scripted_layer_drop_runs_all_layers() -> None:
+    layers = thinned.LayerDrop([nn.Linear(4, 4) for _ in range(9)], 0.5, run_all=True)
+    scripted, x = torch.jit.script(layers), torch.ones(2, 4)
+    torch.manual_seed(0)
+    y = scripted(x)
+    y.sum().backward()
+    assert all(each.grad is not None for each in layers.parameters())
+    torch.manual_seed(0)
+    assert layers(x).equal(y)
+
+
 class _Functional(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(x)

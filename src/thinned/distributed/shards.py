@@ -36,7 +36,7 @@ def _compute(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Runs
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return [[] for _ in shape]
-    runs = [[range(size)] for size in shape]
+    runs = [[range(size)] if size else [] for size in shape]
     for index, count, placement in zip(coordinate, mesh.shape, placements, strict=True):
         if hasattr(placement, "dim"):  # Shard and _StridedShard
             whole = runs[placement.dim]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from thinned.checks import got, integers
 from thinned.distributed.shards import is_dtensor
 from thinned.geometry import Geometry, dims_of, shared, shared_cached
 from thinned.key_source import active
-from thinned.keys import Key, StratifiedKey, not_a_key, savable
+from thinned.keys import Key, StratifiedKey, as_key, savable
 from thinned.op.from_key import apply_linear
 from thinned.op.noise import numbers
 from thinned.torch_state import compiling, tracing
@@ -65,8 +65,10 @@ def apply(
     if type(broadcast_dims) is not tuple:
         broadcast_dims = integers("broadcast_dims", broadcast_dims)
     if key is None and active.key_source is not None:
+        shared_dims: set[int] = set()
         if broadcast_dims and not input.is_nested:
-            dims_of(input.shape, broadcast_dims)  # raises before the key source counts this call
+            # Raises before the key source counts this call.
+            shared_dims = dims_of(input.shape, broadcast_dims)
         if elementwise and (dim := active.key_source.sample_dim(input)):
             ndim = input.dim()
             order = [dim, *(d for d in range(ndim) if d != dim)]
@@ -74,13 +76,17 @@ def apply(
             moved = tuple(order.index(d % ndim) for d in broadcast_dims)
             y = apply(input.movedim(dim, 0), None, moved, inplace, T, scale, shift, fill)
             return input if inplace else y.movedim(0, dim)
-        key = active.key_source.key_for(input, sample_dim)
+        key = active.key_source.key_for(input, None if sample_dim in shared_dims else sample_dim)
     bits = None
     if key is not None:
-        bits = bits_for(key, input)
-        if isinstance(key, StratifiedKey) and not input.is_nested and input.layout is torch.strided:
-            y = _stratified(input, key, broadcast_dims, T, scale, shift, fill)
-            return input.copy_(y) if inplace else y
+        if type(key) is Key:
+            bits = bits_for(key, input)
+        else:
+            key = as_key(key)
+            bits = bits_for(key, input)
+            if isinstance(key, StratifiedKey) and not input.is_nested and input.layout is torch.strided:
+                y = _stratified(input, key, broadcast_dims, T, scale, shift, fill)
+                return input.copy_(y) if inplace else y
     if input.is_nested:
         return nested.masked_affine(input, bits, broadcast_dims, inplace, T, scale, shift, fill)
     geometry = None
@@ -94,6 +100,9 @@ def apply(
 def _stratified(
     input: Tensor, key: Key, broadcast_dims: tuple[int, ...], T: int, scale: float, shift: float, fill: float
 ) -> Tensor:
+    if is_dtensor(input):
+        op.accept(input, key.bits)
+
     def affine(x: Tensor, key: Key, shift: float = 0.0, fill: float = 0.0) -> Tensor:
         return op.choose(x, numbers(key, x, broadcast_dims), T, scale, shift, fill)
 
@@ -240,16 +249,17 @@ def check_parameter(function: str, name: str, parameter: Tensor, input: Tensor) 
     return parameter
 
 
-def check_key(key: Key, shape: Sequence[int]) -> None:
-    """Raise if ``key`` is no key, or a batch of keys that does not fit a tensor of ``shape``."""
+def check_key(key: Key, shape: Sequence[int]) -> Key:
+    """:func:`as_key`; raise if it is no key, or a batch of keys that does not fit a tensor of ``shape``."""
     if not isinstance(key, Key):
-        raise not_a_key(key)
+        key = as_key(key)
     if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1]) and not tracing()):
         batch = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit a tensor of shape {tuple(shape)}; "
             f"accepted: one key of shape (){batch}"
         )
+    return key
 
 
 def bits_for(key: Key, input: Tensor) -> Tensor:
@@ -265,11 +275,19 @@ def bits_for(key: Key, input: Tensor) -> Tensor:
     return savable(bits)  # autograd saves a batch itself
 
 
-def key_for(input: Tensor, key: Key | None, *, sample_dim: int | None = 0, elementwise: bool = False) -> Key:
+def key_for(
+    input: Tensor,
+    key: Key | None,
+    *,
+    sample_dim: int | None = 0,
+    shared_dims: Collection[int] = (),
+    elementwise: bool = False,
+) -> Key:
     """``key`` on ``input``'s device; without one, the active key source's, else one from torch's generator.
 
     Compiled code draws what eager code draws, and under :func:`torch.vmap` the draw follows ``randomness``.
-    The key source may have a key for each sample along ``sample_dim``; None is for a weight, which all share.
+    The key source may have a key for each sample along ``sample_dim``. It has one for all samples where that
+    is one of ``shared_dims``, or None, as for a weight.
 
     Raises:
         NotImplementedError: ``input`` has no strides, as a sparse tensor; or the key source finds the samples
@@ -282,10 +300,14 @@ def key_for(input: Tensor, key: Key | None, *, sample_dim: int | None = 0, eleme
                 f"this layer has its samples in dimension 0, got dimension {dim} of shape "
                 f"{tuple(input.shape)}; transpose its input, or give it a key"
             )
-        key = active.key_source.key_for(input, sample_dim)
+        key = active.key_source.key_for(input, None if sample_dim in shared_dims else sample_dim)
+    bits = None
+    if key is not None:
+        if type(key) is not Key:
+            key = as_key(key)
+        bits = bits_for(key, input)
     if is_dtensor(input):
-        op.accept(input, drawn=key is None)
-    bits = None if key is None else bits_for(key, input)
+        op.accept(input, bits)
     if isinstance(key, StratifiedKey):
         return key.to(input.device)
     return Key.from_bits(op.key_tensor(bits, input))

@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function_unary
 
 from thinned import op
 from thinned.checks import check_integer, integers
-from thinned.geometry import shared
+from thinned.geometry import dims_of
 from thinned.keys import Key
 from thinned.layers._arguments import apply, drops, kept, key_for, threshold_and_scale
 from thinned.layers._module import Layer, checked_dims
@@ -198,7 +198,7 @@ def drop_key(
     if input.is_complex():
         raise RuntimeError(f"drop_key needs real logits, got {input.dtype} of shape {tuple(input.shape)}")
     dims = integers("broadcast_dims", broadcast_dims)
-    shared(input.shape, dims)  # raises IndexError before a key is drawn
+    shared_dims = dims_of(input.shape, dims)  # raises IndexError before a key is drawn
     lowest = torch.finfo(input.dtype).min
 
     def derivative(x: Tensor, key: Key) -> Tensor:
@@ -213,7 +213,7 @@ def drop_key(
         y = apply(x, key, (), False, T, 1.0, fill=lowest)
         return torch.minimum(y, x, out=y if is_eager(y) else None)
 
-    return apply_linear(derivative, input, key_for(input, key), value)
+    return apply_linear(derivative, input, key_for(input, key, shared_dims=shared_dims), value)
 
 
 class DropKey(Layer):

@@ -18,7 +18,7 @@ from thinned import op
 from thinned.checks import check_real
 from thinned.distributed.shards import is_dtensor
 from thinned.geometry import Geometry, shared
-from thinned.keys import Key
+from thinned.keys import Key, as_key
 from thinned.layers._arguments import drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
@@ -147,7 +147,7 @@ def drop_block2d(
         inplace: write the result over ``input``.
         couple_channels: one mask for all channels of a sample; by default each channel has its own.
         scale: ``"expected"`` or ``"counted"``.
-        batchwise: one mask for all samples, unless there is a key for each.
+        batchwise: one mask for all samples, unless ``key`` is a batch of keys.
         scale_by_keep: False leaves what is kept unscaled, ``s = 1``.
         with_noise: fill blocks with standard normal noise instead of zeros, and leave the rest unscaled. The
             noise is a function of ``key.fold("noise")`` and of a position in the mask: what shares a mask
@@ -342,7 +342,7 @@ def _drop_block(
             f"{name} needs an input of {dims + 2} dimensions, or of {dims + 1} for one sample, "
             f"got one of shape {shape_of(input)}"
         )
-    if key is not None and key.bits.dim() and not channel:
+    if key is not None and as_key(key).bits.dim() and not channel:
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit one sample of shape {tuple(input.shape)}; "
             f"accepted: one key of shape (), or an input of {dims + 2} dimensions"
@@ -355,7 +355,7 @@ def _drop_block(
             f"{tuple(input.shape)}"
         )
 
-    key = key_for(input, key)
+    key = key_for(input, key, sample_dim=None if options.batchwise else 0)
     sizes = tuple(index(size) for size in input.shape[-dims:])
     blocks = tuple(min(block, size) for block, size in zip(blocks, sizes, strict=True))
     no_seed_T, kept_share = _seed_threshold(index(T), *sizes, *blocks)

@@ -82,12 +82,13 @@ def concrete_dropout(
         return input
     p_logit = check_parameter("concrete_dropout", "p_logit", p_logit, input)
     dims = integers("broadcast_dims", broadcast_dims)
+    shared_dims: set[int] = set()
     if not input.is_nested:
-        dims_of(input.shape, dims)  # raises before a key is drawn
+        shared_dims = dims_of(input.shape, dims)  # raises before a key is drawn
     elif p_logit.dim() or dims:
         unfit = f"p_logit of shape {tuple(p_logit.shape)} and broadcast_dims {dims}"
         refuse(f"concrete_dropout with {unfit}", input, "one p_logit and no broadcast_dims")
-    key = key_for(input, key, elementwise=True)
+    key = key_for(input, key, shared_dims=shared_dims, elementwise=True)
     if input.is_nested:
         relaxed = partial(concrete_dropout, p_logit=p_logit, temperature=temperature)
         return elementwise("concrete_dropout", relaxed, input, key)

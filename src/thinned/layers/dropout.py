@@ -45,8 +45,9 @@ def dropout(
         training: False returns ``input`` itself, and so does ``p = 0``.
         inplace: write the result over ``input``.
         key: what the mask is a function of: one :class:`~thinned.Key`, or a batch of ``len(input)`` keys, one
-            for each row, whose masks then do not depend on the row's place. Without one, a key is drawn from
-            torch's default generator of ``input``'s device.
+            for each row, whose masks then do not depend on the row's place; or a tensor as in
+            :meth:`Key.from_torch <thinned.Key.from_torch>`. Without one, a key is drawn from torch's default
+            generator of ``input``'s device.
         broadcast_dims: dimensions along which all elements share one decision.
 
     Returns:
@@ -133,7 +134,7 @@ def keep_mask(
         for size in shape:
             check_integer("a size of shape", size)
     T, _ = threshold_and_scale(p)
-    check_key(key, shape)
+    key = check_key(key, shape)
     key = key if device is None else key.to(device)
     dims = integers("broadcast_dims", broadcast_dims)
     if isinstance(key, StratifiedKey):

@@ -80,11 +80,12 @@ def gaussian_dropout(
     if not drops("gaussian_dropout", input, p, training, key):
         return input
     dims = integers("broadcast_dims", broadcast_dims)
+    shared_dims: set[int] = set()
     if not input.is_nested:
-        dims_of(input.shape, dims)  # raises before a key is drawn
+        shared_dims = dims_of(input.shape, dims)  # raises before a key is drawn
     elif dims:
         refuse(f"gaussian_dropout with broadcast_dims {dims}", input, "no broadcast_dims")
-    key = key_for(input, key, elementwise=True)
+    key = key_for(input, key, shared_dims=shared_dims, elementwise=True)
     if input.is_nested:
         return elementwise("gaussian_dropout", partial(gaussian_dropout, p=p), input, key)
     sigma = math.sqrt(p / (1 - p))

@@ -11,9 +11,10 @@ from torch.overrides import has_torch_function_unary
 
 from thinned import op
 from thinned.checks import check_integer
+from thinned.distributed.shards import is_dtensor
 from thinned.geometry import shared
-from thinned.keys import Key
-from thinned.layers._arguments import check_key, check_tensor, key_for, threshold_and_scale
+from thinned.keys import Key, as_key
+from thinned.layers._arguments import check_tensor, key_for, threshold_and_scale
 from thinned.layers._overrides import overridden
 from thinned.torch_state import compiling
 
@@ -185,8 +186,12 @@ def _check(name: str, edge_index: Tensor, key: Key | None, active: bool) -> None
             f"{name} needs an edge_index of shape (2, E) and dtype torch.int64 or torch.int32, got "
             f"{edge_index.dtype} of shape {tuple(edge_index.shape)}"
         )
+    if active and is_dtensor(edge_index):
+        raise NotImplementedError(
+            f"{name} takes no DTensor, since the number of edges that it keeps depends on the mask; got one "
+            f"of shape {tuple(edge_index.shape)}; write edge_index.full_tensor()"
+        )
     if key is None:
         return
-    check_key(key, key.bits.shape if isinstance(key, Key) else ())
-    if key.bits.dim():
+    if (key := as_key(key)).shape:
         raise RuntimeError(f"{name} takes one key of shape (), got keys of shape {tuple(key.shape)}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from thinned.checks import got
 from thinned.devices import to_device
+from thinned.key_source import ranks_draw
 from thinned.keys import Key
 from thinned.layers._arguments import check_p, key_for
 from thinned.layers._overrides import module_node
@@ -42,10 +43,22 @@ class LayerDrop(Scriptable, nn.ModuleList):
     scaled. Evaluation runs all layers. A skipped layer does not run and its parameters get no gradient, so
     DistributedDataParallel needs ``find_unused_parameters=True``.
 
-    Under :func:`torch.compile`, :func:`torch.func.vmap` and tracers Python cannot branch on a decision. There
-    all layers run and :func:`torch.where` selects. The result under one key is the same, but a skipped layer
-    that draws random numbers of its own still advances the generator. A graph of torch.fx that is traced in
-    training calls the stack as one node; one that is traced in evaluation has a node for each layer.
+    With ``run_all=True`` all layers run, and :func:`torch.where` selects a layer's output or its input. The
+    result under one key is the same. A skipped layer saves no time then, and advances the generator if it
+    draws random numbers of its own. Its parameters get gradients of 0, which an optimizer with momentum or
+    weight decay acts on; they are NaN if a number within the layer is infinite or NaN, because 0 times
+    infinity is NaN. All layers run without the option
+
+    - under :func:`torch.compile`, :func:`torch.func.vmap` and tracers, where Python cannot branch;
+    - in several processes of torch.distributed, for a call without a key outside :func:`thinned.address`:
+      each process draws decisions of its own, and FSDP waits forever for a layer that one process skips.
+
+    Processes skip the same layers if all get one ``key``, or enter :func:`thinned.address` with one seed and
+    step. Use ``run_all=True`` for DistributedDataParallel without ``find_unused_parameters``, and for engines
+    that wait for the gradient of each parameter.
+
+    A graph of torch.fx that is traced in training calls the stack as one node; one that is traced in
+    evaluation has a node for each layer.
 
     Indexing, iteration, ``len`` and ``state_dict`` are those of :class:`torch.nn.ModuleList` and see all
     layers. ``layers[::2]`` is the paper's "every other" pruning for inference. To write your own loop, as
@@ -54,12 +67,14 @@ class LayerDrop(Scriptable, nn.ModuleList):
     Args:
         layers: modules that return a tensor of their input's shape.
         p: the probability of skipping a layer, in [0, 1].
+        run_all: run skipped layers too, and do not use their outputs; ``synced_gpus`` in transformers.
 
     Shape:
         any that the layers accept; the output has the input's shape.
 
     Raises:
         ValueError: ``p`` outside [0, 1] or NaN.
+        TypeError: all layers have to run, and ``input`` is no tensor.
 
     Source: Fan, Grave and Joulin, "Reducing transformer depth on demand with structured dropout", ICLR 2020,
     section 3.
@@ -73,7 +88,11 @@ class LayerDrop(Scriptable, nn.ModuleList):
     (6, 6)
     """
 
-    def __init__(self, layers: Iterable[nn.Module] | None = None, p: float = 0.5) -> None:
+    run_all = False  # on the class, so that layers pickled without it still run
+
+    def __init__(
+        self, layers: Iterable[nn.Module] | None = None, p: float = 0.5, *, run_all: bool = False
+    ) -> None:
         check_p(p)
         if layers is not None:
             several = isinstance(layers, Iterable) and not isinstance(layers, Tensor)
@@ -82,10 +101,11 @@ class LayerDrop(Scriptable, nn.ModuleList):
                 raise TypeError(f"layers must be modules, {got(layers)}")
         super().__init__(layers)
         self.p = p
+        self.run_all = run_all
 
     def __getitem__(self, idx: int | slice) -> Any:
         if isinstance(idx, slice):
-            return type(self)(list(self)[idx], self.p)
+            return type(self)(list(self)[idx], self.p, run_all=self.run_all)
         return super().__getitem__(idx)
 
     def surviving(self, *, key: Key | None = None) -> Iterator[nn.Module]:
@@ -99,11 +119,17 @@ class LayerDrop(Scriptable, nn.ModuleList):
                 torch's default CPU generator.
 
         Raises:
-            RuntimeError: the examples of a vmap have different decisions.
+            RuntimeError: the examples of a vmap have different decisions; all layers have to run, by
+                ``run_all`` or in several processes without a key.
         """
         keep = self._keep(key)
         if keep is None:
             return iter(self)
+        if self._runs_all(key):
+            why, instead = "each process draws which to skip", "give all processes the same key"
+            if self.run_all:
+                why, instead = "run_all=True", "set run_all=False"
+            raise RuntimeError(f"all layers have to run ({why}): call the LayerDrop itself, or {instead}")
         if not compiling() and is_batched(keep):
             raise RuntimeError("each example has layers of its own under vmap; call the LayerDrop itself")
         return iter([layer for layer, kept in zip(self, keep.tolist(), strict=True) if kept])
@@ -116,7 +142,9 @@ class LayerDrop(Scriptable, nn.ModuleList):
         if self.training and self.p > 0:
             keep = torch.ops.thinned.surviving_layers(layers, float(self.p))
         for index, layer in enumerate(self):
-            if bool(keep[index]):
+            if self.run_all:
+                input = torch.where(keep[index].to(input.device), layer(input), input)
+            elif bool(keep[index]):
                 input = layer(input)
         return input
 
@@ -124,7 +152,7 @@ class LayerDrop(Scriptable, nn.ModuleList):
         """Python cannot branch on a decision in a trace."""
 
     def forward(self, input: Any, *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
-        """Pass ``input`` through :meth:`surviving`; every layer gets ``*args`` and ``**kwargs`` too."""
+        """Pass ``input`` through the surviving layers; every layer gets ``*args`` and ``**kwargs`` too."""
         if self.training and (node := module_node(self, input, *args, key=key, **kwargs)) is not None:
             return node
         keep = self._keep(key)
@@ -132,7 +160,11 @@ class LayerDrop(Scriptable, nn.ModuleList):
             for layer in self:
                 input = layer(input, *args, **kwargs)
             return input
-        branches = is_eager(keep)
+        branches = is_eager(keep) and not self._runs_all(key)
+        if not branches and not isinstance(input, Tensor):
+            raise TypeError(
+                f"all layers run and torch.where selects, so input must be a Tensor, {got(input)}"
+            )
         for index, (layer, kept) in enumerate(
             zip(self, keep.tolist() if branches else keep.unbind(), strict=True)
         ):
@@ -149,6 +181,10 @@ class LayerDrop(Scriptable, nn.ModuleList):
             input = output if branches else torch.where(to_device(kept, input.device), output, input)
         return input
 
+    def _runs_all(self, key: Key | None) -> bool:
+        """Whether eager code has to run skipped layers too."""
+        return self.run_all or (key is None and ranks_draw())
+
     def _keep(self, key: Key | None) -> Tensor | None:
         """The decision of each layer, or None if all layers run."""
         if not self.training or self.p == 0:
@@ -163,7 +199,7 @@ class LayerDrop(Scriptable, nn.ModuleList):
         return surviving_layers(len(self), self.p, key=key)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}"
+        return f"p={self.p}, run_all=True" if self.run_all else f"p={self.p}"
 
     def __repr__(self) -> str:
         # ModuleList's own does not call extra_repr.

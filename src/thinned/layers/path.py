@@ -99,8 +99,10 @@ def stochastic_depth(
     .. math:: y_n = \begin{cases} x_n / q & u(n) < T \\ 0 & \text{otherwise} \end{cases}
         \qquad\text{("row"; "batch" has } u(0) \text{ for all } n)
 
-    ``mode`` is ``"row"``, a decision for each row, or ``"batch"``, one for all; ValueError for another. The
-    other arguments, the result and the errors are those of :func:`drop_path`.
+    ``mode`` is ``"row"``, a decision for each row, or ``"batch"``, one for all; ValueError for another. In
+    :func:`thinned.address` the one decision holds for all samples and all data-parallel ranks. A batch of
+    keys decides row by row in both modes. The other arguments, the result and the errors are those of
+    :func:`drop_path`.
 
     Source: Huang et al. 2016, as :func:`drop_path`; the signature is torchvision's.
 
@@ -114,7 +116,8 @@ def stochastic_depth(
     _check_mode(mode)
     if not _drops("stochastic_depth", input, p, training, key):
         return input
-    return apply(input, key, range(mode == "row", input.dim()), False, T, scale)
+    dims = range(mode == "row", input.dim())
+    return apply(input, key, dims, False, T, scale, sample_dim=0 if mode == "row" else None)
 
 
 class StochasticDepth(Layer):

@@ -13,7 +13,7 @@ from torch.overrides import has_torch_function_unary
 from thinned import op
 from thinned.checks import check_integer, check_real
 from thinned.geometry import shared
-from thinned.keys import Key
+from thinned.keys import Key, as_key
 from thinned.layers._arguments import drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
@@ -89,7 +89,7 @@ def targeted_dropout(
         )
     if not -ndim <= dim < ndim:
         raise IndexError(f"dim has to be in {-ndim} .. {ndim - 1}, but got {dim}")
-    if key is not None and key.shape:
+    if key is not None and (key := as_key(key)).shape:
         raise RuntimeError(f"a weight has one key of shape (), got keys of shape {tuple(key.shape)}")
     units = op.whole(weight.detach()).movedim(dim, 0)
     size = units.flatten(1).abs()

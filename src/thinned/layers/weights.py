@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import has_torch_function_unary
 
 from thinned.checks import got
-from thinned.keys import Key
-from thinned.layers._arguments import apply, check_key, drops, key_for, threshold_and_scale
+from thinned.keys import Key, as_key
+from thinned.layers._arguments import apply, drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
 from thinned.torch_state import (
@@ -266,12 +266,11 @@ class _DropAgain:
 
 def check_one_key(key: Key) -> None:
     """Raise if ``key`` is no key, or a batch of keys, for weights that all samples share."""
-    if isinstance(key, Key) and key.shape:
+    if (key := as_key(key)).shape:
         raise RuntimeError(
             f"keys of shape {tuple(key.shape)} do not fit a weight that all samples share; "
             "accepted: one key of shape ()"
         )
-    check_key(key, ())
 
 
 @contextmanager

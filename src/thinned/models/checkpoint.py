@@ -149,13 +149,8 @@ class Counting:
 
     def again(self) -> Callable[[], AbstractContextManager[Any]]:
         """Return a factory of contexts, usable in any thread, that resume counting at this point."""
-        now, calls, stack, region = (
-            copy(self),
-            dict(self.calls),
-            list(self.stack),
-            self._region and self._region.copy(),
-        )
-        return lambda: now.resumed(calls, stack, region and region.copy())
+        calls, stack, region = dict(self.calls), list(self.stack), self._region and self._region.copy()
+        return lambda: self.resumed(calls, stack, region and region.copy())
 
 
 class _Region:

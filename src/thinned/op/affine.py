@@ -61,7 +61,7 @@ def masked_affine(
             return _apply_eager(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return]
         return call_backend(x, key, geometry, T, scale, shift, fill)
     if is_dtensor(x):
-        accept(x, drawn=key is None)
+        accept(x, key)
     elif not compiling() and x.layout is not torch.strided:
         return _sparse(x, key, geometry, T, scale, shift, fill)
     if is_legacy_batched(x):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinned.distributed.generators import check_generators
+from thinned.distributed.same_key import check_same_generators, check_same_key
 from thinned.distributed.shards import Part, Runs, is_dtensor, parts_of, runs_of
 from thinned.geometry import Geometry, shared
 from thinned.op.registered import call_backend, library
@@ -27,27 +27,31 @@ from thinned.torch_state import (
 __all__ = ["accept", "locally", "shard_like", "uniform_for", "unsharded", "whole"]
 
 
-def accept(x: Tensor, *, drawn: bool) -> None:
+def accept(x: Tensor, key: int | Tensor | None) -> None:
     """Teach a DTensor's class the operations, and check that ``x`` can have a mask.
 
     Args:
         x: the DTensor.
-        drawn: whether each process draws the mask's key from its default generator.
+        key: its mask's bits, or None where each process draws them from its default generator.
 
     Raises:
         RuntimeError: ``x`` is Partial, except in a backward pass: a gradient's mask may precede its sum. Or
-            the processes would draw different keys.
+            the processes have different keys.
     """
     _register()
-    placements: Sequence[Any] = x.placements  # type: ignore[attr-defined]
-    if any(each.is_partial() for each in placements) and (compiling() or not graph_task_is_running()):
+    if not compiling() and graph_task_is_running():
+        return
+    mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]
+    if any(each.is_partial() for each in placements):
         raise RuntimeError(
             f"a dropout needs the elements of a DTensor, and one of shape {tuple(x.shape)} with placements "
             f"{tuple(placements)} holds summands of them; accepted: Replicate and Shard, as from "
             "input.redistribute(placements=...)"
         )
-    if drawn:
-        check_generators(x.device_mesh)  # type: ignore[attr-defined]
+    if key is None:
+        check_same_generators(mesh)
+    elif isinstance(key, int) or is_eager(key):  # a traced key has no value
+        check_same_key(mesh, key)
 
 
 def uniform_for(

@@ -226,6 +226,25 @@ class TestSamples:
         position = nn.Sequential(thinned.Dropout(0.5))
         assert run(position, x[:1], samples=self.ids).equal(run(position, x[:1]))
 
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            thinned.StochasticDepth(0.5, "batch"),
+            thinned.DropBlock2d(0.5, 3, batchwise=True),
+            thinned.Dropout(0.5, broadcast_dims=(-4,)),
+            thinned.AlphaDropout(0.5, broadcast_dims=(0, 2)),
+            thinned.GaussianDropout(0.5, broadcast_dims=(0,)),
+            thinned.ConcreteDropout(0.5, broadcast_dims=(0,)),
+            thinned.DropKey(0.5, broadcast_dims=(0, 1)),
+        ],
+        ids=repr,
+    )
+    def test_a_decision_for_the_batch(self, layer: nn.Module) -> None:
+        net, x = nn.Sequential(layer), torch.ones(8, 4, 6, 6)
+        key = Key(7).fold(0).fold("0")
+        assert run(net, x, samples=self.ids).equal(layer(x, key=key))
+        assert run(net, x[:3], samples=self.ids[5:]).equal(layer(x[:3], key=key))
+
     def test_other_rows_are_refused(self, net: Net, x: Tensor) -> None:
         with pytest.raises(RuntimeError, match=r"'blocks\.0\.dropout' .* \(8, 64\), .* of the 3 samples"):
             run(net, x, samples=self.ids[:3])

@@ -8,7 +8,9 @@ import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -342,3 +344,61 @@ def test_a_seed(name: str) -> None:
     with pytest.raises(TypeError, match="seed must be an integer, got 'seven'"):
         callback(seed="seven")
     assert pickle.loads(pickle.dumps(callback(seed=7))).seed == Key(7)
+
+
+class Mesh:
+    """A mesh by the names of its dimensions."""
+
+    def __init__(self, *names: str) -> None:
+        self.mesh_dim_names = names
+
+    def __getitem__(self, names: str | tuple[str, ...]) -> str:
+        assert set(names if isinstance(names, tuple) else (names,)) <= set(self.mesh_dim_names)
+        return f"mesh of {names}"
+
+
+@pytest.mark.parametrize(
+    ("given", "mesh", "replicas"),
+    [
+        ("auto", None, "auto"),
+        ("auto", Mesh("dp_shard", "tp"), "mesh of ('dp_shard',)"),
+        ("auto", Mesh("dp_replicate", "dp_shard", "cp", "tp"), "mesh of ('dp_replicate', 'dp_shard', 'cp')"),
+        ("auto", Mesh("tp"), None),
+        (5, Mesh("dp_shard", "tp"), 5),
+        (None, Mesh("dp_shard", "tp"), None),
+    ],
+    ids=str,
+)
+def test_replicas_of_transformers(
+    given: Any, mesh: Mesh | None, replicas: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor-parallel processes compute one replica, by the mesh that accelerate made."""
+    own = callback_of("transformers")(seed=7, data_parallel=given)
+    module = importlib.import_module("thinned.models.callbacks.transformers")
+    addresses = mock.Mock()
+    monkeypatch.setattr(module, "address", addresses)
+    monkeypatch.setattr(module, "is_initialized", lambda: True)
+    monkeypatch.setattr(module, "AcceleratorState", lambda: SimpleNamespace(device_mesh=mesh))
+    own.on_train_begin(None, SimpleNamespace(global_step=3), None, model="model")
+    addresses.assert_called_once_with("model", seed=Key(7), step=3, data_parallel=replicas)
+    addresses.return_value.check_agreement.assert_called_once_with()
+
+
+@pytest.mark.parametrize(
+    ("given", "parallel", "replicas"),
+    [("auto", False, "auto"), ("auto", True, "mesh of data_parallel"), (5, True, 5), (None, True, None)],
+)
+def test_replicas_of_lightning(
+    given: Any, parallel: bool, replicas: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = callback_of("lightning")(seed=7, data_parallel=given)
+    module = importlib.import_module("thinned.models.callbacks.lightning")
+    addresses = mock.Mock()
+    monkeypatch.setattr(module, "address", addresses)
+    strategy: Any = mock.Mock()
+    if parallel:
+        strategy = module.ModelParallelStrategy()
+        strategy._device_mesh = Mesh("data_parallel", "tensor_parallel")
+    own.on_train_start(SimpleNamespace(strategy=strategy, current_epoch=2), "module")
+    addresses.assert_called_once_with("module", seed=Key(7).fold(2), step=0, data_parallel=replicas)
+    addresses.return_value.check_agreement.assert_called_once_with()

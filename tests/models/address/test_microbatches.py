@@ -44,7 +44,7 @@ def gradients(model: nn.Module, x: Tensor, parts: int, call: Callable[..., Tenso
     """Of a loop that runs each backward pass at once, or all of them late and in reverse."""
     x = x.detach().requires_grad_()
     pending = []
-    with at(model, parts):
+    with at(model, parts if parts > 1 else None):
         for part in x.tensor_split(parts):
             pending.append(call(part).square().sum())
             if not late:
@@ -67,6 +67,27 @@ def test_uneven_parts(model: nn.Sequential, x: Tensor, how: str, late: bool) -> 
     expected = gradients(model, x, 1, model, late)
     for a, b in zip(gradients(model, x, 3, call, late), expected, strict=True):
         assert a.allclose(b, atol=1e-12)
+
+
+def test_a_recomputation_without_masks_is_no_call(x: Tensor) -> None:
+    model = nn.Linear(6, 6).double()
+    call = partial(checkpoint, model, use_reentrant=True, preserve_rng_state=False)
+    assert len(gradients(model, x, 3, call, late=True)) == 3
+
+
+def test_a_wrapper_is_called_with_its_model(x: Tensor) -> None:
+    """Both have the path of the model, and are one call of it."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._checkpoint_wrapped_module = thinned.Dropout(0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return thinned.functional.dropout(self._checkpoint_wrapped_module(x), 0.3)
+
+    model = Wrapper()
+    assert run(model, x.split(1), 7).equal(run(model, [x]))
 
 
 def test_keys_and_masks_are_those_of_the_batch(model: nn.Sequential) -> None:
@@ -121,10 +142,17 @@ def test_errors(model: nn.Module, samples: Any, microbatches: Any, error: Any, w
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_once_for_all_microbatches(model: nn.Sequential, x: Tensor) -> None:
+@pytest.mark.parametrize("how", ["given", "not given", "in place"])
+def test_compiled_once_for_all_microbatches(model: nn.Sequential, x: Tensor, how: str) -> None:
+    """Only a compiled model that the address is given is one graph."""
     compiles = CompileCounter()
-    compiled = torch.compile(model, backend=compiles, fullgraph=True)
     with torch.no_grad():
+        expected = run(model, [x])
+        compiled: Any = torch.compile(model, backend=compiles, fullgraph=how == "given")
+        if how == "in place":
+            model.compile(backend=compiles)
         for _ in range(2):
-            assert run(compiled, x.split(1), 7).allclose(run(model, [x]), atol=1e-12)
+            with at(compiled if how == "given" else model, 7):
+                ys = [(model if how == "in place" else compiled)(part) for part in x.split(1)]
+            assert torch.cat(ys).allclose(expected, atol=1e-12)
     assert compiles.frame_count == 1

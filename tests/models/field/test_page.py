@@ -17,7 +17,7 @@ TESTS = {
     for name, test in vars(importlib.import_module(f"models.field.{file.stem}")).items()
     if name.startswith("test_") and isinstance(test, FunctionType)
 }
-ISSUES = {re.sub(r"(test_[a-z_]+_\d+)_.*", r"\1", name) for name in TESTS}
+ISSUES = {re.sub(r"(test_\w+?_\d+)_.*", r"\1", name) for name in TESTS}
 REPOSITORIES = {
     "pytorch": "https://github.com/pytorch/pytorch/issues/",
     "functorch": "https://github.com/pytorch/functorch/issues/",
@@ -25,9 +25,13 @@ REPOSITORIES = {
     "unsloth": "https://github.com/unslothai/unsloth/pull/",
     "pyg": "https://github.com/pyg-team/pytorch_geometric/issues/",
     "transformers": "https://github.com/huggingface/transformers/issues/",
+    "torchtitan": "https://github.com/pytorch/torchtitan/issues/",
+    "fairseq2": "https://github.com/facebookresearch/fairseq2/pull/",
     "baal": "https://github.com/baal-org/baal/pull/",
     "vision": "https://github.com/pytorch/vision/issues/",
     "audio": "https://github.com/pytorch/audio/issues/",
+    "veScale": "https://github.com/volcengine/veScale/issues/",
+    "Megatron-LM": "https://github.com/NVIDIA/Megatron-LM/pull/",
     "opacus": "https://github.com/meta-pytorch/opacus/issues/",
 }
 

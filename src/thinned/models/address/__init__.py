@@ -8,23 +8,29 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from thinned.checks import check_integer, got, integers
 from thinned.devices import to_device
+from thinned.distributed.agreement import check_agreement
+from thinned.distributed.ranks import DataParallel, Replica, replica_of
+from thinned.distributed.shards import is_dtensor
 from thinned.functional import keep_mask
 from thinned.key_source import KeySource, active
-from thinned.keys import Key
-from thinned.models.address.hooks import ModuleHooks, hooks_of, module_at
+from thinned.keys import Key, key_of_seed
+from thinned.models.address.hooks import ModuleHooks, hook_wrapper, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.walk import check_model, is_ours
 from thinned.nested import shape_of
 from thinned.op.vmap_keys import key_per_call
 from thinned.philox import signed64
-from thinned.torch_state import compiling, graph_task_is_running, infers_shapes
+from thinned.torch_state import compiling, graph_task_is_running, infers_shapes, local_of, outside_graphs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Address", "address", "ids_of"]
 
@@ -36,12 +42,15 @@ def address(
     step: int | Tensor,
     samples: Tensor | Sequence[int] | None = None,
     sample_dim: int | Mapping[str, int] | None = None,
+    data_parallel: DataParallel = "auto",
     microbatches: int | None = None,
 ) -> Address:
     r"""A context in which each mask is a function of seed, step, site, sample and position alone.
 
-    .. math:: \text{key} = \text{Key}(seed).\text{fold}(step).\text{fold}(site)
-        \;[.\text{fold}(sample) \text{ for each row}]
+    .. math:: \text{key} = \text{Key}(seed).\text{fold}(step)\;[.\text{fold}(\text{"\#data parallel"})
+        .\text{fold}(replica)].\text{fold}(site)\;[.\text{fold}(sample) \text{ for each row}]
+
+    The replica is in the key only without ``samples``, and only on several processes; see ``data_parallel``.
 
     A site is the path of a module in ``model``, the first path if several lead to it. The path's second call
     within the context is the site ``path#1``, its third ``path#2``. (A ``"#"`` in a path is doubled.) A run
@@ -62,6 +71,15 @@ def address(
     its rows from 0. Under :func:`torch.vmap` all mapped calls share a mask, since nothing is drawn. Only with
     ``randomness="different"`` does call ``i`` have a mask of its own, that of ``key.fold(i)``.
 
+    On several processes, ids decide where there are ``samples``: an example has the same masks in any process
+    and on any number of them; :func:`thinned.distributed.shard_ids` makes ids for the shards of a batch.
+    Without ``samples``, processes with one seed have other masks in each data-parallel replica, and the same
+    within one, as its tensor-parallel processes need. A DTensor that all replicas compute together has one
+    mask. Decisions that all samples share are the same in all processes: the layers of
+    :class:`~thinned.LayerDrop`, the weights of :class:`~thinned.WeightDrop` and its kin, and the edges of a
+    graph. The context communicates nothing, and processes that disagree on seed, step or samples go unnoticed
+    unless all of them call :meth:`Address.check_agreement`.
+
     Under :func:`torch.compile`, enter it outside the compiled code: other steps and samples then cause no
     recompilation. Compiled code may enter it too if an earlier address gave ``model`` its hooks; an integer
     ``step`` then recompiles once.
@@ -71,27 +89,40 @@ def address(
             module that is added later counts as a part of its parent.
         seed: of the run: an integer, or a :class:`~thinned.Key`.
         step: of the run: an integer, or an int64 tensor of one element.
-        samples: an id for each sample of the batch. A sample's mask then does not depend on its place in the
-            batch, on the batch's size or on gradient accumulation. Where a sample has ``k`` rows, their keys
-            are ``key.fold(sample).fold(0 .. k-1)``. A tensor of one row has one mask for all samples.
+        samples: an id for each sample of the batch, which for DTensors is that of all processes. A sample's
+            mask then does not depend on its place in the batch, on the batch's size or on gradient
+            accumulation. Where a sample has ``k`` rows, their keys are ``key.fold(sample).fold(0 .. k-1)``. A
+            tensor of one row has one mask for all samples. So has a layer whose samples share a decision,
+            such as ``StochasticDepth(p, "batch")``.
         sample_dim: the dimension of the samples in the inputs of element-wise layers: an integer, such as 1
             for sequences of shape ``(L, N, *)``, or integers by patterns of paths (:mod:`fnmatch`), of which
             the first match holds. By default, inputs of three dimensions or more follow ``batch_first`` of
             the module or of one that contains it; otherwise the dimension is 0.
+        data_parallel: says which data-parallel replica this process computes. ``"auto"`` finds it by the
+            model's ``DistributedDataParallel``, ``fully_shard`` or DTensors, else takes this process's rank
+            among all; :func:`thinned.distributed.ranks.replica_of` has the table. Tensor and pipeline
+            parallelism on plain tensors, as in Megatron, cannot be seen: pass the mesh of the data-parallel
+            dimensions, in which processes count row by row, their process group, or the replica's number.
+            ``None`` gives all processes the same masks. With ``samples`` it only matters to
+            :meth:`Address.check_agreement`.
         microbatches: the number of calls of ``model`` within the context, each with a part of the batch. A
             schedule of :mod:`torch.distributed.pipelining` and a loop that accumulates gradients make such
             calls. Call ``m`` has the ids ``samples.tensor_split(microbatches)[m]``, and its sites count from
             0, so its masks are those of one call with the whole batch. The addresses of several models, such
-            as the stages of one rank, may be entered together.
+            as the stages of one rank, may be entered together. A call by which a pipeline stage infers shapes
+            does not count. With ``torch.compile(model)``, give that to the address too, or Dynamo breaks its
+            graph at the call.
 
     Raises:
         TypeError, ValueError: ``seed``, ``step`` or ``samples`` are no integers, or too large;
-            ``microbatches`` is given without ``samples``, or exceeds their number.
+            ``data_parallel`` is none of the above, or a group without this process; ``microbatches`` is given
+            without ``samples``, or exceeds their number.
         IndexError: at a site whose input has no dimension ``sample_dim``.
-        RuntimeError: at a site if the samples' dimension is no multiple of their number, or if only dimension
-            1 has that size and nothing says that it is meant; at a site that a backward pass or another
-            asyncio task calls; at the end, if a later address is still active; if ``model`` is called more or
-            less often than ``microbatches`` says.
+        RuntimeError: at a site if the samples' dimension is no multiple of their number, or, in a DTensor
+            that is sharded along it, is not their number; or if only dimension 1 has that size and nothing
+            says that it is meant; at a site that a backward pass or another asyncio task calls; at the end,
+            if a later address is still active, or if ``model`` was called more or less often than
+            ``microbatches`` says; and where ``"auto"`` cannot tell the replica.
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), thinned.Dropout(0.5))
@@ -101,7 +132,7 @@ def address(
     >>> thinned.address(model, seed=7, step=100).mask_of("1", (2, 8), p=0.5).equal(y != 0)
     True
     """
-    return Address(model, seed, step, samples, sample_dim, microbatches)
+    return Address(model, seed, step, samples, sample_dim, data_parallel, microbatches)
 
 
 class Address:
@@ -120,6 +151,7 @@ class Address:
         step: int | Tensor,
         samples: Tensor | Sequence[int] | None,
         sample_dim: int | Mapping[str, int] | None = None,
+        data_parallel: DataParallel = None,
         microbatches: int | None = None,
     ) -> None:
         check_model("address", model)
@@ -134,9 +166,21 @@ class Address:
         if self._device is not None and self._device.type != "cpu":
             there = None if self.samples is None else to_device(self.samples, self._device)
             self._on_device = self._root.to(self._device), there
+        self._step, self._data_parallel = step, data_parallel
+        self.replica: Replica | None = None
+        if samples is None and data_parallel is not None:
+            self.replica = self.hooks.replica_of(model, data_parallel)
+        if self.replica is not None:
+            self._of_replica = {self.replica.number: self._fold_replica(self.replica.number)}
         self.microbatches: tuple[Address, ...] = ()
         if microbatches is not None:
             self.microbatches = self._split(microbatches)
+            if not compiling():
+                hook_wrapper(model)
+
+    def _fold_replica(self, number: int) -> tuple[Key, Key]:
+        root, there = (key.fold("#data parallel").fold(number) for key in (self._root, self._on_device[0]))
+        return root, there
 
     def _split(self, microbatches: int) -> tuple[Address, ...]:
         """The address of each microbatch."""
@@ -170,10 +214,10 @@ class Address:
             outer: Any = active.key_source
             within = isinstance(outer, _Running) and outer.hooks_id == self.hooks.id
             self.hooks.context = outer.address if within else None
-        count, left = len(self.microbatches), ended.queue.index(self)
-        if left and kind is None:
+        count, calls = len(self.microbatches), ended.calls.get(_MODEL, 0)
+        if calls < count and kind is None:
             raise RuntimeError(
-                f"a model was called {count - left} times within a thinned.address with microbatches={count}"
+                f"a model was called {calls} times within a thinned.address with microbatches={count}"
             )
 
     def join(self) -> _Running:
@@ -209,8 +253,41 @@ class Address:
         root, samples = self._on_device
         return root if compiling() else self._root, samples
 
+    def _root_for(self, input: Tensor, root: Key) -> Key:
+        """``root`` of :meth:`parts`, with the data-parallel replica folded in that computes ``input``."""
+        if self.replica is None:
+            return root
+        number = self.replica.number if type(input) is Tensor else self.replica.number_for(input)
+        if number is None:
+            return root
+        if number not in self._of_replica:
+            self._of_replica[number] = self._fold_replica(number)
+        return self._of_replica[number][root is not self._root]
+
+    def check_agreement(self, group: ProcessGroup | None = None) -> None:
+        """Raise in every process of a group if this address differs between them.
+
+        The processes must have the same seed and step, and the same samples within a data-parallel replica.
+        No two replicas may have the same sample. (A ``DistributedSampler`` repeats samples at the end of an
+        epoch unless ``drop_last=True``.) The check is one :func:`torch.distributed.all_gather_object`, which
+        every process of the group has to call. The context itself communicates nothing.
+
+        Args:
+            group: the process group; by default all processes.
+
+        Raises:
+            RuntimeError: the processes disagree; the message names two ranks and what each has.
+        """
+        replica = replica_of(self._model, self._data_parallel)
+        number = None if replica is None else replica.number
+        samples = None if self.samples is None else self.samples.tolist()
+        check_agreement({"seed": self._seed, "step": int(self._step)}, samples, number, group)
+
     def key_of(self, path: str, call: int = 0) -> Key:
         """The key of a site, or one for each of the samples.
+
+        At sites that all samples share, such as those of :class:`thinned.WeightDrop`, the key is instead that
+        of the address without ``samples`` and with ``data_parallel=None``.
 
         Args:
             path: any path that leads to the module, as in ``model.named_modules()``.
@@ -221,7 +298,8 @@ class Address:
         """
         path, _ = module_at(self._model, path)
         check_integer("call", call, least=0)
-        key = self._root.fold(_site(path, call))
+        root = self._root if self.replica is None else self._of_replica[self.replica.number][0]
+        key = root.fold(_site(path, call))
         return key if self.samples is None else key.fold(self.samples)
 
     def mask_of(
@@ -270,12 +348,7 @@ class Address:
 
 
 class _Running(Counting):
-    """An address that is active in one thread: its key source, and the counter of its sites' calls.
-
-    Attributes:
-        queue: the addresses of the microbatches to come, the whole address, and those of the microbatches
-            that were called. Dynamo would compile a number or a list's length anew for each microbatch.
-    """
+    """An address that is active in one thread: its key source, and the counter of its sites' calls."""
 
     _title = "thinned.address"
 
@@ -283,11 +356,9 @@ class _Running(Counting):
         self,
         address: Address,
         joined: bool = False,
-        queue: tuple[Address, ...] = (),
         **counting: Any,
     ) -> None:
         self.address, self.hooks_id, self.joined = address, address.hooks.id, joined
-        self.queue = queue or (*address.microbatches, address)
         self._reset(**counting)
 
     def begin(self) -> _Running:
@@ -307,9 +378,7 @@ class _Running(Counting):
     def resumed(
         self, calls: Mapping[str, int], stack: Sequence[str], region: Any = None
     ) -> AbstractContextManager[Any]:
-        running = _Running(
-            self.address, queue=self.queue, calls=calls, stack=stack, region=region, recomputes=True
-        )
+        running = _Running(self.address, calls=calls, stack=stack, region=region, recomputes=True)
         return _within(running, self.address.recomputing())
 
     def called(self, hooks_id: str) -> KeySource:
@@ -319,22 +388,25 @@ class _Running(Counting):
             running = running._outer
         if running is None or running.stack or running.joined:
             return self
-        address: Address = running.address
         if not compiling():
-            if graph_task_is_running() and not running._recomputes:
-                return self  # number() refuses it if it calls a dropout
-            if infers_shapes():
-                return (*address.microbatches, address)[0].join()
-        if len(running.queue) == 1:
-            return self
-        part, *later = running.queue
-        if part.microbatches:
-            count = len(part.microbatches)
-            raise RuntimeError(
-                f"a model is called {count + 1} times within a thinned.address with microbatches={count}"
-            )
-        running.queue = (*later, part)
-        return _Running(part, joined=True, recomputes=running._recomputes).begin()
+            return running.begin_call() or self
+        return (_begin_call(running) or self) if running.address.microbatches else self
+
+    def begin_call(self) -> _Running | None:
+        """The key source of a call of the model, if it is not this one."""
+        if graph_task_is_running() and not self._recomputes:
+            return None  # number() refuses it if it calls a dropout
+        address, infers = self.address, infers_shapes()
+        if count := len(address.microbatches):
+            number = 0 if infers else self._count(_MODEL)
+            if number == count:
+                raise RuntimeError(
+                    f"a model is called {count + 1} times within a thinned.address with microbatches={count}"
+                )
+            address = address.microbatches[number]
+        elif not infers:
+            return None
+        return _Running(address, joined=True, recomputes=self._recomputes).begin()
 
     def sample_dim(self, input: Tensor) -> int:
         """See :class:`thinned.key_source.KeySource`."""
@@ -370,13 +442,21 @@ class _Running(Counting):
             if (source := active.key_source) is not self:  # this was a recomputation that raised
                 return None if source is None else source.key_for(input, sample_dim)
         path = self.stack[-1] if self.stack else ""
-        root, samples = self.address.parts(input.device)
+        address = self.address
+        root, samples = address.parts(input.device)
+        if address.replica is not None and sample_dim is not None:
+            root = address._root_for(input, root)
         key = root.fold(_site(path, self.number(path)))
         if samples is not None and sample_dim is not None and input.dim():
             key = _of_samples(key, samples, input, sample_dim, path)
         if key.shape and key.bits.device != input.device:
             key = key.to(input.device)
-        return self.address.finish(key_per_call(key))
+        return address.finish(key_per_call(key))
+
+
+_MODEL = "."  # under which the model's calls are counted; no module has this path
+# Dynamo compiles a hook alone if its module is compiled in place, and would lose the new key source.
+_begin_call = outside_graphs(_Running.begin_call)
 
 
 def _site(path: str, call: int) -> str:
@@ -385,7 +465,7 @@ def _site(path: str, call: int) -> str:
 
 
 def _seed(seed: int | Key) -> Key:
-    key = seed if isinstance(seed, Key) else Key(seed)
+    key = key_of_seed(seed)
     if key.shape:
         raise ValueError(
             f"seed must be one key, got keys of shape {tuple(key.shape)}; a key for each row is what "
@@ -446,6 +526,8 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
     if size == 1 != count:
         return key
     rows_each = size // max(count, 1)  # an empty batch has no samples
+    if rows_each * count != size or rows_each > 1:
+        _check_all_rows(count, input, sample_dim, path)
     if rows_each * count != size:
         raise RuntimeError(
             f"the site {path!r} was given a tensor of shape {shape_of(input)}, whose dimension {sample_dim} "
@@ -458,12 +540,31 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
     return Key.from_bits(keys.bits.repeat_interleave(rows_each)).fold(rows)
 
 
+def _check_all_rows(count: int, input: Tensor, sample_dim: int, path: str) -> None:
+    """Raise if ``input`` is a DTensor that is sharded along ``sample_dim``, where each row needs an id."""
+    if is_dtensor(input) and (local := local_of(input).size(sample_dim)) != input.size(sample_dim):
+        raise RuntimeError(
+            f"the site {path!r} was given a DTensor of shape {tuple(input.shape)}, sharded along dimension "
+            f"{sample_dim} (sample_dim), with {input.size(sample_dim)} rows in all processes and {local} in "
+            f"this one, but there are {count} samples; samples= has to be an id for each row of all processes"
+        )
+
+
 def ids_of(samples: Tensor | Iterable[int]) -> Tensor:
     """The ids in an int64 tensor of one dimension; TypeError and ValueError for others."""
     if isinstance(samples, Tensor):
         if samples.dtype != torch.int64 or samples.dim() != 1:
             got = f"{samples.dtype} of shape {tuple(samples.shape)}"
             raise TypeError(f"samples must be int64 ids in one dimension, got {got}")
+        if is_dtensor(samples):
+            placements: Any = samples.placements  # type: ignore[attr-defined]
+            if not all(placement.is_replicate() for placement in placements):
+                raise TypeError(
+                    f"samples must be the ids of the whole batch in each process, got a DTensor of "
+                    f"{samples.size(0)} ids with placements {placements}; pass samples.full_tensor(), which "
+                    "gathers them"
+                )
+            return local_of(samples)
         return samples
     try:
         ids = [operator.index(sample) for sample in samples]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from thinned.checks import got
+from thinned.distributed.ranks import DataParallel, Replica, has_peers, replica_of
 from thinned.key_source import KeySource, active
 from thinned.keys import Key
 from thinned.models.walk import PARALLEL_WRAPPERS
@@ -21,6 +22,7 @@ from thinned.torch_state import (
     forward_hooks_of,
     graph_task_is_running,
     is_replica,
+    outside_graphs,
     pre_hooks_of,
 )
 
@@ -52,9 +54,26 @@ class ModuleHooks:
         self.sample_dims = dict(sample_dims or {})
         self.addressed = False
         self.context: Joinable | None = None
+        self._found: tuple[Replica | None] | None = None
 
     def __reduce__(self) -> tuple[type[ModuleHooks], tuple[set[str], dict[str, int]]]:
         return ModuleHooks, (self.paths, self.sample_dims)
+
+    def replica_of(self, model: nn.Module, data_parallel: DataParallel) -> Replica | None:
+        """As :func:`thinned.distributed.ranks.replica_of`; compiled code takes what eager code found last."""
+        if not isinstance(data_parallel, str):
+            return replica_of(model, data_parallel)
+        if compiling() and has_peers():
+            if self._found is None:
+                raise RuntimeError(
+                    "thinned.address looks for the data-parallel replica that this process computes, which "
+                    "compiled code cannot; call thinned.address(model, seed=0, step=0) once before"
+                )
+            return self._found[0]
+        replica = replica_of(model, data_parallel)
+        if not compiling():
+            self._found = (replica,)
+        return replica
 
 
 _numbers = itertools.count()
@@ -102,7 +121,15 @@ class _OnLeave(_Hook):
         if source.stack:
             source.stack.pop()
         if source.joined and not source.stack:
-            source.end()
+            if compiling():
+                _end(source)
+            else:
+                source.end()
+
+
+@outside_graphs
+def _end(source: KeySource) -> None:
+    source.end()
 
 
 class _RefusingSource:
@@ -231,10 +258,20 @@ def hooks_of(model: nn.Module) -> ModuleHooks:
             dim = hooks.sample_dims.get(path.rpartition(".")[0])
         if dim is not None:
             hooks.sample_dims[path] = dim
-        module.register_forward_pre_hook(_OnEnter(hooks, path))
-        _last_first(pre_hooks_of(module))
-        module.register_forward_hook(_OnLeave(hooks, path), always_call=True)
+        _register(module, hooks, path)
     return hooks
+
+
+def hook_wrapper(model: nn.Module) -> None:
+    """Let a call of a wrapper be one of its model. Compiled code does not see who calls it."""
+    if not any(isinstance(hook, _OnEnter) for hook in pre_hooks_of(model).values()):
+        _register(model, hooks_of(model), "")
+
+
+def _register(module: nn.Module, hooks: ModuleHooks, path: str) -> None:
+    module.register_forward_pre_hook(_OnEnter(hooks, path))
+    _last_first(pre_hooks_of(module))
+    module.register_forward_hook(_OnLeave(hooks, path), always_call=True)
 
 
 def has_other_hooks(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from thinned.key_source import active
-from thinned.keys import Key, not_a_key
+from thinned.keys import Key, as_key, not_a_key
 from thinned.layers._overrides import module_node
 from thinned.models.address import address
 from thinned.models.address.hooks import hooks_of
@@ -32,12 +32,13 @@ class Keyed(Named):
     .. math:: \text{mask key} = \text{Key}(key).\text{fold}(0).\text{fold}(site)
         \;[.\text{fold}(sample) \text{ for each row}]
 
-    That is ``address(model, seed=Key.from_bits(key), step=0, samples=samples)``: see :func:`thinned.address`
-    for ``site``, and for ``mask_of``, which gives the mask of any site. A graph of this module by
-    :func:`torch.export.export` or :func:`torch.compile` uses no random number generator. Equal keys give
-    equal results, bit for bit those of eager mode. The graph drops where a module is in training mode, or
-    where a call has no mode, at the time of the export. A call in which no mask depends on the key warns and
-    says why: all of ``model`` is in evaluation, or has no layer of thinned.
+    That is ``address(model, seed=Key.from_bits(key), step=0, samples=samples, data_parallel=None)``: see
+    :func:`thinned.address` for ``site``, and for ``mask_of``, which gives the mask of any site. A graph
+    of this module by :func:`torch.export.export` or :func:`torch.compile` uses no random number
+    generator. Equal keys give equal results, bit for bit those of eager mode. The graph drops where a
+    module is in training mode, or where a call has no mode, at the time of the export. A call in which no
+    mask depends on the key warns and says why: all of ``model`` is in evaluation, or has no layer of
+    thinned.
 
     Only thinned's layers and functions have these masks; see :func:`thinned.convert` for torch's modules, and
     use ``Keyed(thinned.Intercepted(model))`` for torch's functions. An exported graph names the model's
@@ -85,7 +86,7 @@ class Keyed(Named):
                 f"key must be one key, a tensor of shape (), got one of shape {tuple(seed.shape)}; a key for "
                 "each row is what samples= makes of it"
             )
-        with address(self.model, seed=seed, step=0, samples=samples):
+        with address(self.model, seed=seed, step=0, samples=samples, data_parallel=None):
             source: Any = active.key_source
             result = self.model(*args, **kwargs)
         if not source.calls:
@@ -98,8 +99,8 @@ class Keyed(Named):
 
 
 def _key(key: Any) -> Key:
-    if isinstance(key, Key):
-        return key
+    if isinstance(key, Key) or getattr(key, "dtype", None) == torch.uint64:
+        return as_key(key)
     if isinstance(key, Proxy) or getattr(key, "dtype", None) == torch.int64:
         return Key.from_bits(key)
     raise not_a_key(key, ", or its bits as an int64 tensor")

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from thinned import functional as F
 from thinned.checks import got
-from thinned.keys import Key, not_a_key
+from thinned.keys import Key, as_key
 from thinned.layers._arguments import threshold_and_scale
 from thinned.layers._overrides import module_node
 from thinned.models.checkpoint import Counting, close_failed
@@ -86,8 +86,7 @@ class Intercept(Counting, TorchFunctionMode):
 
     def __init__(self, key: Key | None = None, sdpa_follows_training: bool = False) -> None:
         super().__init__()
-        _check_key(key)
-        self.key = key
+        self.key = None if key is None else as_key(key)
         self.sdpa_follows_training = sdpa_follows_training
         self._first: Mapping[str, int] = {}
         self._reset()
@@ -164,11 +163,6 @@ def is_intercepted() -> bool:
     return Intercept._innermost.get() is not None
 
 
-def _check_key(key: Key | None) -> None:
-    if key is not None and not isinstance(key, Key):
-        raise not_a_key(key)
-
-
 _fast_path = FastPath(Intercept)
 
 
@@ -193,9 +187,8 @@ class Intercepted(Named):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, {got(module)}")
-        _check_key(key)
         self.module = module
-        self.key = key
+        self.key = None if key is None else as_key(key)
         self.sdpa_follows_training = sdpa_follows_training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
