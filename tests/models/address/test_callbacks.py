@@ -367,7 +367,6 @@ class Mesh:
         (5, Mesh("dp_shard", "tp"), 5),
         (None, Mesh("dp_shard", "tp"), None),
     ],
-    ids=str,
 )
 def test_replicas_of_transformers(
     given: Any, mesh: Mesh | None, replicas: Any, monkeypatch: pytest.MonkeyPatch
