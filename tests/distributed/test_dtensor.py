@@ -20,6 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import thinned
 from distributed.placements import mesh
 from distributed.world import World
+from thinned import torch_state
 from thinned.distributed.shards import parts_of, runs_of
 from thinned.functional import dropout, gaussian_dropout
 
@@ -170,6 +171,34 @@ def test_processes_with_different_keys_are_told_so(world: World, function: Any) 
     assert world.run(given, [7, 7], function) == ["no error"] * 2
     for message in world.run(given, [7, 8], function, 5):
         assert "a DTensor's mask needs one key" in message
+
+
+class Public:
+    """A DTensor without the private names that save time."""
+
+    from_local = staticmethod(DTensor.from_local)
+
+    def __init__(self, x: DTensor) -> None:
+        self.x = x
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.x, name)
+
+
+def without_private_names() -> Tensor:
+    y = sharded(1)
+    local = torch_state.local_of(Public(y))
+    assert local.equal(y.to_local())
+    doubled: DTensor = torch_state.with_local(Public(y), local * 2)
+    assert doubled.placements == y.placements
+    return doubled.full_tensor()
+
+
+@worlds
+def test_private_names_are_no_need(world: World) -> None:
+    assert all(doubled.equal(2 * x) for doubled in world.run(without_private_names))
 
 
 def inplace(dim: int) -> Tensor:
