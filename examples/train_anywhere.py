@@ -266,6 +266,7 @@ def main(
         for step, (mask, loss) in enumerate(zip(hashes, losses, strict=True), first):
             typer.echo(f"step {step:3}  loss {loss:.6f}" + f"  masks {mask % 2**64:016x}" * verbose)
         typer.echo(f"{parallel}, {world} processes: masks {sum(hashes) % 2**64:016x}")
+    dist.barrier()  # gloo's threads may abort an exit while they hold a tensor (pytorch/pytorch#179291)
     dist.destroy_process_group()
 
 

@@ -38,6 +38,8 @@ cached_parametrizations               guarded  ``thinned.WeightDrop`` of a param
 checkpoint_generator                  guarded  ``thinned.address`` and ``thinned.intercept``
 fake_tensors                          guarded  a law of ``thinned compare``
 fully_sharded_mesh                    guarded  ``thinned.address`` of a model of ``fully_shard``
+local_of, with_local                  tested   shards of DTensors, 10 and 40 us faster than the public names
+real_object                           tested   the check of a DTensor's key in compiled code
 localized_mesh                        tested   ``thinned.address`` of a tensor-parallel model within DDP
 infers_shapes                         tested   ``thinned.address`` around a schedule of pipeline stages
 function_of                           tested   ``thinned.address`` in a reentrant checkpoint

@@ -110,5 +110,10 @@ def test_a_program_runs_with_the_masks_of_one_process(world: World, name: str) -
             torch.testing.assert_close(outputs[-1], expected)
 
 
+def test_the_page_shows_the_picture_of_ranks() -> None:
+    assert "](pictures/ranks.png)" in PAGE.read_text()
+    assert (PAGE.parent / "pictures" / "ranks.png").exists()
+
+
 def test_each_kind_of_parallelism_has_a_program() -> None:
     assert len(PROGRAMS) == 6

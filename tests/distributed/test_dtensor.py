@@ -20,10 +20,12 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import thinned
 from distributed.placements import mesh
 from distributed.world import World
+from thinned import torch_state
 from thinned.distributed.shards import parts_of, runs_of
 from thinned.functional import dropout, gaussian_dropout
 
 KEY = thinned.Key(7)
+STRATIFIED = KEY.stratified(3, 5), KEY.stratified(torch.arange(8), 8)
 worlds = pytest.mark.parametrize("world", [2], indirect=True, scope="module")
 x = torch.arange(1.0, 65).view(8, 8)
 
@@ -145,28 +147,58 @@ def test_processes_that_would_draw_different_keys_are_told_so(world: World, comp
         assert "ranks 0 and 1 differ: both seeded with 3, they have drawn differently since" in message
 
 
-def given(numbers: list[Any]) -> str:
+def given(numbers: list[Any], function: Any, strata: int = 0) -> str:
     """The error of a call with a key of this process's own."""
     from thinned.distributed import same_key
 
     same_key._checked.clear()
     number = numbers[dist.get_rank()]
     key = thinned.Key(number) if isinstance(number, int) else KEY.fold(torch.tensor(number))
-    for function in (dropout, gaussian_dropout):
-        try:
-            function(sharded(), 0.5, key=key)
-        except RuntimeError as error:
-            return str(error)
+    try:
+        function(sharded(), 0.5, key=key.stratified(1, strata) if strata else key)
+    except RuntimeError as error:
+        return str(error)
     return "no error"
 
 
 @worlds
-def test_processes_with_different_keys_are_told_so(world: World) -> None:
-    for message in world.run(given, [7, 2**64 - 1]):
+@pytest.mark.parametrize("function", [dropout, gaussian_dropout], ids=["mask", "noise"])
+def test_processes_with_different_keys_are_told_so(world: World, function: Any) -> None:
+    for message in world.run(given, [7, 2**64 - 1], function):
         assert f"that of rank 0 is Key(7) and that of rank 1 is Key({2**64 - 1})" in message
-    for message in world.run(given, [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 8]]):
+    for message in world.run(given, [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 8]], function):
         assert "that of rank 1 is a batch of 8" in message
-    assert world.run(given, [7, 7]) == ["no error"] * 2
+    assert world.run(given, [7, 7], function) == ["no error"] * 2
+    for message in world.run(given, [7, 8], function, 5):
+        assert "a DTensor's mask needs one key" in message
+
+
+class Public:
+    """A DTensor without the private names that save time."""
+
+    from_local = staticmethod(DTensor.from_local)
+
+    def __init__(self, x: DTensor) -> None:
+        self.x = x
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.x, name)
+
+
+def without_private_names() -> Tensor:
+    y = sharded(1)
+    local = torch_state.local_of(Public(y))
+    assert local.equal(y.to_local())
+    doubled: DTensor = torch_state.with_local(Public(y), local * 2)
+    assert doubled.placements == y.placements
+    return doubled.full_tensor()
+
+
+@worlds
+def test_private_names_are_no_need(world: World) -> None:
+    assert all(doubled.equal(2 * x) for doubled in world.run(without_private_names))
 
 
 def inplace(dim: int) -> Tensor:
@@ -185,8 +217,9 @@ def transposed() -> tuple[Tensor, Tensor]:
 
 
 def stratified() -> list[Tensor]:
-    key = KEY.stratified(3, 5)
-    calls: list[Any] = [dropout(sharded(1), 0.5, key=key), gaussian_dropout(sharded(), 0.5, key=key)]
+    calls: list[Any] = []
+    for key in STRATIFIED:
+        calls += [dropout(sharded(1), 0.5, key=key), gaussian_dropout(sharded(), 0.5, key=key)]
     return [y.full_tensor() for y in calls]
 
 
@@ -201,10 +234,10 @@ def test_in_place_strides_and_strata(world: World) -> None:
     for output, grad in world.run(transposed):
         assert output.equal(y)
         assert grad.equal(leaf.grad)
-    key = KEY.stratified(3, 5)
     for found in world.run(stratified):
-        assert found[0].equal(dropout(x, 0.5, key=key))
-        assert found[1].equal(gaussian_dropout(x, 0.5, key=key))
+        for key in STRATIFIED:
+            assert found.pop(0).equal(dropout(x, 0.5, key=key))
+            assert found.pop(0).equal(gaussian_dropout(x, 0.5, key=key))
 
 
 def of_edges() -> str:

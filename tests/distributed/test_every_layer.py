@@ -11,13 +11,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_module
 
 import thinned
-from distributed.placements import Call, cases_of, mesh, on_one_dimension, some_placements, unordered
+from distributed.placements import (
+    ULPS,
+    Call,
+    cases_of,
+    mesh,
+    on_one_dimension,
+    place,
+    problem,
+    some_placements,
+    unordered,
+)
 from distributed.world import World
 from layers.test_every_layer import example
 from layers.test_tools import LAYERS, OF_WEIGHTS, SAMPLE_DIM
+from thinned.compare.implementation import first
 from thinned.compare.layers import Entry, entry_of
 
 KEY = thinned.Key(7)
@@ -143,3 +154,26 @@ def test_a_partial_input_is_refused_by_its_placement(worlds: dict[int, World]) -
     """A mask of summands is no mask of their sum."""
     for said in worlds.setdefault(2, World(2)).run(refusals):
         assert {name for name, words in said.items() if "Partial(sum)" not in words} == TAKE_PARTIAL, said
+
+
+def compiled(name: str) -> str:
+    """How a layer's compiled result differs from that of one process."""
+    torch.compiler.reset()
+    layer, inputs, options = call(name, "no key" if name in KEYLESS else "one key")
+    expected = first(layer(*inputs, **options)).detach()
+    distribute_module(layer, mesh(2))
+    dim = 1 if name in ("VariationalLSTM", "VariationalGRU") else 0
+    sharded = [place(x, mesh(2), [Shard(dim)]) for x in inputs]
+    y = first(torch.compile(layer, backend="aot_eager", fullgraph=True)(*sharded, **options))
+    return problem(expected, y.detach(), ULPS * (name in SUMS))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(entry.name, marks=() if entry.name == "GaussianDropout" else pytest.mark.slow)
+        for entry in LAYERS
+    ],
+)
+def test_compiled_code_is_one_graph_with_the_same_result(worlds: dict[int, World], name: str) -> None:
+    assert worlds.setdefault(2, World(2)).run(compiled, name) == [""] * 2

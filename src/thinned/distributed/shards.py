@@ -26,16 +26,17 @@ def runs_of(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Runs:
     One run a dimension, except under a ``_StridedShard``, which may take several. A dimension of which this
     process holds nothing has no run, and every dimension has none in a process outside of the mesh.
     """
-    try:
-        return _cached(shape, mesh, placements)
-    except TypeError:  # symbolic sizes have no hash
-        return _compute(shape, mesh, placements)
-
-
-def _compute(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Runs:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return [[] for _ in shape]
+    try:
+        # With the coordinate, since an equal mesh of later processes may have this one elsewhere.
+        return _cached(shape, mesh, placements, tuple(coordinate))
+    except TypeError:  # symbolic sizes have no hash
+        return _compute(shape, mesh, placements, coordinate)
+
+
+def _compute(shape: Sequence[int], mesh: Any, placements: Sequence[Any], coordinate: Sequence[int]) -> Runs:
     runs = [[range(size)] if size else [] for size in shape]
     for index, count, placement in zip(coordinate, mesh.shape, placements, strict=True):
         if hasattr(placement, "dim"):  # Shard and _StridedShard
