@@ -109,7 +109,9 @@ compiling = torch.compiler.is_dynamo_compiling  # public
 try:
     from torch._C._functorch import (
         TransformType,
+        get_unwrapped,
         is_batchedtensor,
+        is_functorch_wrapped_tensor,
         is_legacy_batchedtensor,
     )
     from torch._C._functorch import unwrap_if_dead as unwrap_if_dead
@@ -130,6 +132,9 @@ try:
     _made_plainly = torch._C._autograd.CreationMeta.DEFAULT
     _modes = torch._C._len_torch_dispatch_stack
     _is_wrapped = torch._C._dispatch_isTensorSubclassLike
+    _mode_of = torch._C._get_dispatch_mode
+    _kinds_of_modes = torch._C._TorchDispatchModeKey
+    _TRACERS = _kinds_of_modes.FAKE, _kinds_of_modes.PROXY, _kinds_of_modes.FUNCTIONAL
     _tracing = torch._C._is_tracing
     MODULE_CALL = nn.Module._call_impl.__code__  # the code object of a frame that calls a module's forward
     # From 2.13 on; PyTorch 2.11 has no budgets of regions.
@@ -272,6 +277,18 @@ def with_local(x: Any, local: Tensor) -> Any:
         return kind.__new__(kind, local, x._spec, requires_grad=False)
     strides = torch.empty_like(torch.empty_strided(x.shape, x.stride(), device="meta")).stride()
     return kind.from_local(local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=strides)
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """``x`` without the wrappers of torch.func, such as a DTensor."""
+    while not compiling() and is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x
+
+
+def computes_values() -> bool:
+    """Whether operations compute, and neither a compiler nor a FakeTensorMode only traces them."""
+    return not compiling() and not any(map(_mode_of, _TRACERS))
 
 
 def real_object(x: Any) -> Any:

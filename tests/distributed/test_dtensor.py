@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils.flop_counter import FlopCounterMode
 
 import thinned
 from distributed.placements import mesh
@@ -145,6 +148,126 @@ def test_processes_that_would_draw_different_keys_are_told_so(world: World, comp
         assert "ranks 0 and 1 differ: seeded with 3 and 4" in message
     for message in world.run(drawn, [3, 3], [0, 1], compiled):
         assert "ranks 0 and 1 differ: both seeded with 3, they have drawn differently since" in message
+
+
+def message_of(function: Any, *args: Any) -> str:
+    """The error of a call."""
+    try:
+        function(*args)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def transformed() -> list[tuple[str, str]]:
+    """Under each transform, the errors of summands and of a call without a key in processes of two seeds."""
+    from thinned.distributed import same_key
+
+    torch.manual_seed(dist.get_rank())
+    summands = DTensor.from_local(x, mesh(2), [Partial()])
+    messages = []
+    for transform in (
+        lambda f: torch.func.grad(lambda x: f(x).sum()),
+        lambda f: torch.func.vmap(f, randomness="same"),
+        lambda f: torch.func.functionalize(f),
+    ):
+        with_key, without = (transform(lambda x, key=key: dropout(x, 0.5, key=key)) for key in (KEY, None))
+        same_key._checked.clear()
+        messages.append((message_of(with_key, summands), message_of(without, sharded())))
+    return messages
+
+
+@worlds
+def test_transforms_refuse_what_a_call_refuses(world: World) -> None:
+    for messages in world.run(transformed):
+        for of_summands, of_seeds in messages:
+            assert "placements (Partial(sum),)" in of_summands
+            assert "ranks 0 and 1 differ" in of_seeds
+
+
+def addressed() -> tuple[Any, Any]:
+    """A call and the same one under a transform, by the key of an address."""
+    model = torch.nn.Sequential(thinned.Dropout(0.5))
+    with thinned.address(model, seed=7, step=0):
+        y: Any = model(sharded())
+    with thinned.address(model, seed=7, step=0):
+        again: Any = torch.func.vjp(model, sharded())[0]
+    return y.full_tensor(), again.full_tensor()
+
+
+@worlds
+def test_a_transform_of_a_dtensor_folds_in_no_replica(world: World) -> None:
+    for y, again in world.run(addressed):
+        assert y.equal(again)
+
+
+def in_mode(of_rank: int) -> str:
+    """The error of a call with a key of this process's own, in one rank under a dispatch mode."""
+    with FlopCounterMode(display=False) if dist.get_rank() == of_rank else nullcontext():
+        return given([7, 8], dropout)
+
+
+def traced() -> tuple[Any, Any]:
+    """A call that computes no values."""
+    from thinned.distributed import same_key
+
+    same_key._checked.clear()
+    with FakeTensorMode():
+        y: Any = dropout(DTensor.from_local(torch.empty(4, 8), mesh(2), [Shard(0)]), 0.5)
+    return type(y.to_local()), y.shape
+
+
+@worlds
+def test_a_mode_in_one_process_hides_no_key_from_the_others(world: World) -> None:
+    """They would wait for it."""
+    for message in world.run(in_mode, 0):
+        assert "that of rank 0 is Key(7) and that of rank 1 is Key(8)" in message
+    assert world.run(traced) == [(FakeTensor, (8, 8))] * 2
+
+
+def in_two_worlds(folder: str) -> str:
+    """The error of a call in processes of two seeds, in the second world of these processes."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dropout(sharded(), 0.5)
+    mesh.cache_clear()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=Path(folder, "store").as_uri(), rank=rank, world_size=size)
+    torch.manual_seed(rank)
+    return message_of(dropout, sharded(), 0.5)
+
+
+def test_the_meshes_of_another_world_are_others(tmp_path: Path) -> None:
+    """A process that is new there has checked none."""
+    world = World(2)
+    try:
+        for message in world.run(in_two_worlds, str(tmp_path)):
+            assert "ranks 0 and 1 differ" in message
+    finally:
+        world.stop()
+
+
+def of_other_sizes() -> str:
+    local = torch.ones(2 + 2 * dist.get_rank(), 8)
+    return message_of(dropout, DTensor.from_local(local, mesh(2), [Shard(0)], shape=(6, 8), stride=(8, 1)))
+
+
+@worlds
+def test_a_shard_of_another_size_has_no_known_position(world: World) -> None:
+    for rank, message in enumerate(world.run(of_other_sizes)):
+        assert "has a shard of shape (3, 8) in this process" in message
+        assert f"got one of ({2 + 2 * rank}, 8)" in message
+
+
+def with_p_in_summands() -> Any:
+    p: Any = DTensor.from_local(torch.tensor(0.25), mesh(2), [Partial()])
+    y: Any = dropout(sharded(), p, key=KEY)
+    return y.full_tensor()
+
+
+@worlds
+def test_p_is_the_number_of_a_whole_dtensor(world: World) -> None:
+    for y in world.run(with_p_in_summands):
+        assert y.equal(dropout(x, 0.5, key=KEY))
 
 
 def given(numbers: list[Any], function: Any, strata: int = 0) -> str:

@@ -100,8 +100,7 @@ def apply(
 def _stratified(
     input: Tensor, key: Key, broadcast_dims: tuple[int, ...], T: int, scale: float, shift: float, fill: float
 ) -> Tensor:
-    if is_dtensor(input):
-        op.accept(input, key.bits)
+    op.accept(input, key.bits)
 
     def affine(x: Tensor, key: Key, shift: float = 0.0, fill: float = 0.0) -> Tensor:
         return op.choose(x, numbers(key, x, broadcast_dims), T, scale, shift, fill)
@@ -131,6 +130,7 @@ def number(p: float, name: str = "p") -> float:
                 f"{name} must be a float, got a {type(p).__name__} of shape {tuple(p.shape)}"
                 f"{' on the meta device' if p.is_meta else ''}{learned if p.requires_grad else ''}"
             )
+        p = op.whole(p)  # float() of a DTensor is its shard's number, here a summand
     # float() accepts strings, and arrays of one element, which have a length.
     elif not isinstance(p, float | int) and (not hasattr(p, "__float__") or hasattr(p, "__len__")):
         raise TypeError(f"{name} must be a float, {got(p)}")
@@ -306,8 +306,7 @@ def key_for(
         if type(key) is not Key:
             key = as_key(key)
         bits = bits_for(key, input)
-    if is_dtensor(input):
-        op.accept(input, bits)
+    op.accept(input, bits)
     if isinstance(key, StratifiedKey):
         return key.to(input.device)
     return Key.from_bits(op.key_tensor(bits, input))

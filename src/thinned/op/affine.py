@@ -10,7 +10,6 @@ from torch import Tensor
 
 from thinned import cuda_draws
 from thinned.backends import portable
-from thinned.distributed.shards import is_dtensor
 from thinned.geometry import Geometry, shared, shared_cached
 from thinned.key_source import active
 from thinned.keys import draw_int
@@ -60,9 +59,8 @@ def masked_affine(
         if x.requires_grad and torch.is_grad_enabled():
             return _apply_eager(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return]
         return call_backend(x, key, geometry, T, scale, shift, fill)
-    if is_dtensor(x):
-        accept(x, key)
-    elif not compiling() and x.layout is not torch.strided:
+    accept(x, key)
+    if not compiling() and x.layout is not torch.strided:
         return _sparse(x, key, geometry, T, scale, shift, fill)
     if is_legacy_batched(x):
         return portable.masked_affine(x, key_tensor(key, x), geometry, T, scale, shift, fill)

@@ -17,10 +17,12 @@ from thinned.geometry import Geometry, shared
 from thinned.op.registered import call_backend, library
 from thinned.torch_state import (
     compiling,
+    computes_values,
     constant_when_compiled,
     graph_task_is_running,
     is_eager,
     local_of,
+    unwrapped,
     with_local,
 )
 
@@ -31,13 +33,15 @@ def accept(x: Tensor, key: int | Tensor | None) -> None:
     """Teach a DTensor's class the operations, and check that ``x`` can have a mask.
 
     Args:
-        x: the DTensor.
+        x: a DTensor, also within transforms of torch.func. For any other tensor this does nothing.
         key: its mask's bits, or None where each process draws them from its default generator.
 
     Raises:
         RuntimeError: ``x`` is Partial, except in a backward pass: a gradient's mask may precede its sum. Or
             the processes have different keys.
     """
+    if not is_dtensor(x := unwrapped(x)):
+        return
     _register()
     if not compiling() and graph_task_is_running():
         return
@@ -48,9 +52,9 @@ def accept(x: Tensor, key: int | Tensor | None) -> None:
             f"{tuple(placements)} holds summands of them; accepted: Replicate and Shard, as from "
             "input.redistribute(placements=...)"
         )
-    if key is None:
+    if key is None and (compiling() or computes_values()):
         check_same_generators(mesh)
-    elif isinstance(key, int) or is_eager(key):  # a traced key has no value
+    elif type(key) is Tensor and unwrapped(key) is key and computes_values():
         check_same_key(mesh, key)
 
 
@@ -100,6 +104,12 @@ def _masked_affine(operation: Any, x: Any, key: Tensor, strides: Sequence[int], 
             return call_backend(x, rows, of_shard, *rest)
         return operation(x, rows, *of_shard, *rest)  # type: ignore[no-any-return]
 
+    sizes = tuple(sum(map(len, dim)) for dim in runs)
+    if is_eager(local) and local.shape != sizes:
+        raise RuntimeError(
+            f"a DTensor of shape {tuple(x.shape)} with placements {tuple(x.placements)} has a shard of shape "
+            f"{sizes} in this process, got one of {tuple(local.shape)}: its elements have no known position"
+        )
     parts = list(parts_of(runs))
     if len(parts) == 1:
         return with_local(x, of_part(parts[0], local))

@@ -27,7 +27,14 @@ from thinned.models.walk import check_model, is_ours
 from thinned.nested import shape_of
 from thinned.op.vmap_keys import key_per_call
 from thinned.philox import signed64
-from thinned.torch_state import compiling, graph_task_is_running, infers_shapes, local_of, outside_graphs
+from thinned.torch_state import (
+    compiling,
+    graph_task_is_running,
+    infers_shapes,
+    local_of,
+    outside_graphs,
+    unwrapped,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -257,7 +264,7 @@ class Address:
         """``root`` of :meth:`parts`, with the data-parallel replica folded in that computes ``input``."""
         if self.replica is None:
             return root
-        number = self.replica.number if type(input) is Tensor else self.replica.number_for(input)
+        number = self.replica.number_for(unwrapped(input))
         if number is None:
             return root
         if number not in self._of_replica:
@@ -542,6 +549,7 @@ def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path:
 
 def _check_all_rows(count: int, input: Tensor, sample_dim: int, path: str) -> None:
     """Raise if ``input`` is a DTensor that is sharded along ``sample_dim``, where each row needs an id."""
+    input = unwrapped(input)
     if is_dtensor(input) and (local := local_of(input).size(sample_dim)) != input.size(sample_dim):
         raise RuntimeError(
             f"the site {path!r} was given a DTensor of shape {tuple(input.shape)}, sharded along dimension "
