@@ -285,6 +285,20 @@ def test_a_process_outside_of_the_mesh_has_no_mask(world: World) -> None:
     assert world.run(outside_of_the_mesh) == [(8, 8), (0,)]
 
 
+def predicted() -> str:
+    try:
+        thinned.montecarlo.predict(torch.nn.Sequential(thinned.Dropout(0.5)), sharded(), samples=2)
+    except TypeError as error:
+        return str(error)
+    return "no error"
+
+
+@worlds
+def test_predictions_are_of_plain_tensors(world: World) -> None:
+    for message in world.run(predicted):
+        assert "got a DTensor of shape (8, 8)" in message
+
+
 def with_p_in_summands() -> Any:
     p: Any = DTensor.from_local(torch.tensor(0.25), mesh(2), [Partial()])
     y: Any = dropout(sharded(), p, key=KEY)
