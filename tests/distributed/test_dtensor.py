@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -24,7 +25,7 @@ import thinned
 from distributed.placements import mesh
 from distributed.world import World
 from thinned import torch_state
-from thinned.distributed.shards import parts_of, runs_of
+from thinned.distributed.shards import Run, parts_of, runs_of
 from thinned.functional import dropout, gaussian_dropout
 
 KEY = thinned.Key(7)
@@ -69,9 +70,9 @@ def test_runs_are_the_positions_of_pytorchs_shards(size: int, dims: list[tuple[A
             if not isinstance(placement, Replicate):
                 expected = split(expected, placement, count, index)
         (runs,) = runs_of((size,), Mesh(counts, coordinate), tuple(placement for placement, _ in dims))
-        assert [position for run in runs for position in run] == expected.tolist()
+        assert [position for run in runs for position in range(*run)] == expected.tolist()
         assert all(
-            run and earlier.stop < run.start for earlier, run in itertools.pairwise([range(-1), *runs])
+            earlier.stop < run.start < run.stop for earlier, run in itertools.pairwise([Run(-2, -1), *runs])
         )
 
 
@@ -256,6 +257,48 @@ def test_a_shard_of_another_size_has_no_known_position(world: World) -> None:
     for rank, message in enumerate(world.run(of_other_sizes)):
         assert "has a shard of shape (3, 8) in this process" in message
         assert f"got one of ({2 + 2 * rank}, 8)" in message
+
+
+def of_dynamic_sizes(function: Any) -> list[Tensor]:
+    """The results of compiled code for batches of several sizes."""
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    inputs = [distribute_tensor(x[:size], mesh(2), [Shard(0)], src_data_rank=None) for size in (6, 8, 5)]
+    return [compiled(each, 0.5, key=KEY).full_tensor() for each in inputs]
+
+
+@worlds
+@pytest.mark.parametrize("function", [dropout, gaussian_dropout])
+def test_compiled_code_takes_batches_of_any_size(world: World, function: Any) -> None:
+    for found in world.run(of_dynamic_sizes, function):
+        for y in found:
+            assert y.equal(function(x[: y.shape[0]], 0.5, key=KEY))
+
+
+def outside_of_the_mesh() -> tuple[int, ...]:
+    """The shape of this process's shard of a DTensor on the first process."""
+    alone = DTensor.from_local(x, DeviceMesh("cpu", [0]), [Shard(0)])
+    y: Any = dropout(dropout(alone, 0.5), 0.5, key=KEY)
+    return tuple(y.to_local().shape)
+
+
+@worlds
+def test_a_process_outside_of_the_mesh_has_no_mask(world: World) -> None:
+    assert world.run(outside_of_the_mesh) == [(8, 8), (0,)]
+
+
+def predicted() -> str:
+    try:
+        thinned.montecarlo.predict(torch.nn.Sequential(thinned.Dropout(0.5)), sharded(), samples=2)
+    except TypeError as error:
+        return str(error)
+    return "no error"
+
+
+@worlds
+def test_predictions_are_of_plain_tensors(world: World) -> None:
+    for message in world.run(predicted):
+        assert "got a DTensor of shape (8, 8)" in message
 
 
 def with_p_in_summands() -> Any:

@@ -66,7 +66,9 @@ def _checked_in_this_world() -> set[tuple[Any, str]]:
 
 
 def _of_all(mesh: Any, found: list[Any]) -> list[Any]:
-    """What the processes of a mesh have found."""
+    """What the processes of a mesh have found. A process outside of it, which has no shard, asks none."""
+    if mesh.get_coordinate() is None:
+        return found
     with without_transforms():
         for group in mesh.get_all_groups():
             parts: list[Any] = [None] * dist.get_world_size(group)

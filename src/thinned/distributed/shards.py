@@ -10,9 +10,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["Part", "Runs", "is_dtensor", "parts_of", "runs_of"]
+__all__ = ["Part", "Run", "Runs", "is_dtensor", "length", "parts_of", "runs_of"]
 
-Runs = list[list[range]]
+
+class Run(NamedTuple):
+    """Neighbours in the whole tensor. Not a ``range``, for which a symbolic size would become a number."""
+
+    start: int
+    stop: int
+
+
+Runs = list[list[Run]]
 
 
 def is_dtensor(x: Tensor) -> bool:
@@ -37,7 +45,7 @@ def runs_of(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Runs:
 
 
 def _compute(shape: Sequence[int], mesh: Any, placements: Sequence[Any], coordinate: Sequence[int]) -> Runs:
-    runs = [[range(size)] if size else [] for size in shape]
+    runs = [[Run(0, size)] if size else [] for size in shape]
     for index, count, placement in zip(coordinate, mesh.shape, placements, strict=True):
         if hasattr(placement, "dim"):  # Shard and _StridedShard
             whole = runs[placement.dim]
@@ -50,23 +58,31 @@ def _compute(shape: Sequence[int], mesh: Any, placements: Sequence[Any], coordin
 _cached = lru_cache(maxsize=1024)(_compute)
 
 
-def _chunk(runs: list[range], count: int, index: int) -> list[range]:
+def length(runs: list[Run]) -> int:
+    """The number of positions in the runs."""
+    return sum(stop - start for start, stop in runs)
+
+
+def _chunk(runs: list[Run], count: int, index: int) -> list[Run]:
     """The chunk ``index`` of ``count`` that :func:`torch.chunk` makes of positions; empty beyond the last."""
-    each = -(-sum(map(len, runs)) // count)
-    start, stop = each * index, each * (index + 1)
-    taken, before = [], 0
-    for run in runs:
-        taken.append(run[max(0, start - before) : max(0, stop - before)])
-        before += len(run)
-    return [run for run in taken if run]
+    each = (length(runs) + count - 1) // count
+    begin = each * index
+    taken = []
+    for start, stop in runs:
+        run = Run(max(start, start + begin), min(stop, start + begin + each))
+        if run.start < run.stop:
+            taken.append(run)
+        begin -= stop - start
+    return taken
 
 
-def _joined(runs: list[range]) -> list[range]:
+def _joined(runs: list[Run]) -> list[Run]:
     """The runs, of which adjacent ones are one."""
-    joined: list[range] = []
+    joined: list[Run] = []
     for run in runs:
-        if joined and joined[-1].stop == run.start:
-            joined[-1] = range(joined[-1].start, run.stop)
+        # A comparison of symbolic positions would make numbers of them.
+        if joined and isinstance(run.start, int) and joined[-1].stop == run.start:
+            joined[-1] = Run(joined[-1].start, run.stop)
         else:
             joined.append(run)
     return joined
@@ -90,8 +106,9 @@ def parts_of(runs: Runs) -> Iterator[Part]:
     for dim in runs:
         start, places = 0, []
         for run in dim:
-            places.append((slice(start, start + len(run)), run.start))
-            start += len(run)
+            stop = start + run.stop - run.start
+            places.append((slice(start, stop), run.start))
+            start = stop
         placed.append(places)
     for each in product(*placed):
         yield Part(tuple(place for place, _ in each), tuple(offset for _, offset in each))

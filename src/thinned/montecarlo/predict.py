@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from thinned.checks import check_integer, check_real, got
+from thinned.distributed.shards import is_dtensor
 from thinned.keys import Key
 from thinned.models.address import ids_of
 from thinned.models.address.hooks import hooks_of
@@ -528,6 +529,11 @@ def rows_of(args: Mapping[int | str, Any]) -> int:
     """The number of examples in the arguments of a model: the length of the first tensor."""
     for value in args.values():
         if isinstance(value, Tensor) and value.dim():
+            if is_dtensor(value):
+                raise TypeError(
+                    f"inputs must be plain tensors, got a DTensor of shape {tuple(value.shape)}; give each "
+                    "process all examples, of which shard='examples' takes its own"
+                )
             return len(value)
     kinds = [type(value).__name__ for value in args.values()]
     raise TypeError(f"inputs need a tensor with an example in each row, got {kinds}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thinned.distributed.same_key import check_same_generators, check_same_key
-from thinned.distributed.shards import Part, Runs, is_dtensor, parts_of, runs_of
+from thinned.distributed.shards import Part, Run, Runs, is_dtensor, length, parts_of, runs_of
 from thinned.geometry import Geometry, shared
 from thinned.op.registered import call_backend, library
 from thinned.torch_state import (
@@ -104,8 +104,8 @@ def _masked_affine(operation: Any, x: Any, key: Tensor, strides: Sequence[int], 
             return call_backend(x, rows, of_shard, *rest)
         return operation(x, rows, *of_shard, *rest)  # type: ignore[no-any-return]
 
-    sizes = tuple(sum(map(len, dim)) for dim in runs)
-    if is_eager(local) and local.shape != sizes:
+    sizes = tuple(map(length, runs))
+    if is_eager(local) and local.shape != sizes and local.numel():
         raise RuntimeError(
             f"a DTensor of shape {tuple(x.shape)} with placements {tuple(x.placements)} has a shard of shape "
             f"{sizes} in this process, got one of {tuple(local.shape)}: its elements have no known position"
@@ -130,7 +130,7 @@ def _uniform_for(
     strata: int = 1,
 ) -> Any:
     runs, geometry = _runs_like(x, shape), Geometry(tuple(strides), base)
-    u = torch.empty([sum(map(len, dim)) for dim in runs], dtype=torch.int32, device=x.device)
+    u = torch.empty([*map(length, runs)], dtype=torch.int32, device=x.device)
     for part in parts_of(runs):
         sizes = [place.stop - place.start for place in part.place]
         drawn = None if draw is None else _rows(draw, part)
@@ -143,7 +143,7 @@ def _shard_like(operation: Any, whole: Tensor, x: Any) -> Any:  # noqa: ARG001
     shape = (*(1,) * (x.dim() - whole.dim()), *whole.shape)
     whole = whole.reshape(shape)
     for dim, runs in enumerate(_runs_like(x, shape)):
-        kept = [whole.narrow(dim, run.start, len(run)) for run in runs] or [whole.narrow(dim, 0, 0)]
+        kept = [whole.narrow(dim, run.start, length([run])) for run in runs] or [whole.narrow(dim, 0, 0)]
         whole = kept[0] if len(kept) == 1 else torch.cat(kept, dim)
     return _placed_like(x, whole.clone(), shape)
 
@@ -160,7 +160,8 @@ def _runs_like(x: Any, shape: Sequence[int]) -> Runs:
     """The runs of a tensor of ``shape`` that broadcasts to ``x``: all of it along its own dimensions of 1."""
     runs = runs_of(x.shape, x.device_mesh, x.placements)
     return [
-        dim if size == whole else [range(size)] for dim, size, whole in zip(runs, shape, x.shape, strict=True)
+        dim if size == whole else [Run(0, size)]
+        for dim, size, whole in zip(runs, shape, x.shape, strict=True)
     ]
 
 
