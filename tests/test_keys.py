@@ -156,6 +156,7 @@ def test_a_tensor_that_is_no_key_of_torch(tensor: Tensor) -> None:
 
 
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="PyTorch 2.14 made it run on the CPU")
+@pytest.mark.filterwarnings("ignore:.*_philox_key_fold_in")  # in 2.15
 def test_keys_that_torch_makes() -> None:
     random = importlib.import_module("torch.func._random")
     key = random.key(7)

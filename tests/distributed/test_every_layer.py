@@ -176,4 +176,6 @@ def compiled(name: str) -> str:
     ],
 )
 def test_compiled_code_is_one_graph_with_the_same_result(worlds: dict[int, World], name: str) -> None:
+    if torch.__version__ < "2.13" and name in ("VariationalLSTM", "VariationalGRU", "MultiSampleDropout"):
+        pytest.skip("PyTorch 2.11 flattens no dimensions of which the second is sharded")
     assert worlds.setdefault(2, World(2)).run(compiled, name) == [""] * 2
