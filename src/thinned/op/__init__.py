@@ -22,7 +22,8 @@ functionalize                  ``functionalizing``      ``torch.ops.thinned``   
 =============================  =======================  ===============================  =====================
 
 ``is_traced`` also covers meta tensors and ZeroTensors. In place, other paths copy their result into ``x``.
-Jagged tensors come here as their values, from :mod:`thinned.nested`.
+Jagged tensors come here as their values, from :mod:`thinned.nested`. A DTensor is a subclass, whose rules for
+``torch.ops.thinned`` are in :mod:`thinned.op.dtensor`.
 """
 
 from thinned.op.affine import choose, masked_affine, masked_affine_, refuse_layout
