@@ -53,15 +53,18 @@ class Case(NamedTuple):
 
 @cache
 def mesh(*shape: int) -> DeviceMesh:
-    made = init_device_mesh("cpu", shape)
-    # The first mask on a mesh compares the keys of its processes, and so communicates.
-    dropout(place(torch.ones(1), made, [Replicate()] * made.ndim), key=thinned.Key(0))
-    return made
+    return compared(init_device_mesh("cpu", shape))
 
 
 @cache
 def mesh_of(*ranks: int) -> DeviceMesh:
-    return DeviceMesh("cpu", ranks)
+    return compared(DeviceMesh("cpu", ranks))
+
+
+def compared(made: DeviceMesh) -> DeviceMesh:
+    """A mesh after its first mask, which compares the keys of its processes and so communicates."""
+    dropout(place(torch.ones(1), made, [Replicate()] * made.ndim), key=thinned.Key(0))
+    return made
 
 
 def on_one_dimension(dims: int) -> Iterator[Place]:
