@@ -34,11 +34,6 @@ DEVICES = [
 ONES = torch.ones(8, 8)
 
 
-@pytest.fixture
-def world(worlds: dict[int, World]) -> World:
-    return worlds.setdefault(2, World(2))
-
-
 def plain(x: Tensor) -> Tensor:
     return F.dropout(x, 0.5)
 

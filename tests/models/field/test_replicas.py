@@ -13,11 +13,6 @@ from distributed.world import World
 from models.field.halves import in_torch
 
 
-@pytest.fixture
-def world(worlds: dict[int, World]) -> World:
-    return worlds.setdefault(2, World(2))
-
-
 def masks(dropout: nn.Module) -> Tensor:
     """Those of two steps of a rank, after the same seed in each."""
     torch.manual_seed(40)
