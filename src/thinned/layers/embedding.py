@@ -108,15 +108,18 @@ def embedding_dropout(
     def drop(words: Tensor, key: Key | None) -> Tensor:
         y = look_up(words)
         key = key_for(words, key)
-        keep = keep_mask(key, (*key.shape, len(weight)), p)
+        mask = keep_mask(key, (*key.shape, len(weight)), p)
         if is_dtensor(words):
-            rows = torch.arange(words.shape[0], device=words.device).view(-1, *(1,) * (words.dim() - 1))
-            at = (words, op.shard_like(rows, words)) if key.shape else (words,)
-            keep = op.locally(lambda *at, keep=keep: keep[at[::-1]], *at, shape=words.shape)
+            if key.shape:
+                rows = torch.arange(words.shape[0], device=words.device).view(-1, *(1,) * (words.dim() - 1))
+                at = words, op.shard_like(rows, words)
+                keep = op.locally(lambda words, rows: mask[rows, words], *at, shape=words.shape)
+            else:
+                keep = op.locally(lambda words: mask[words], words, shape=words.shape)
         elif key.shape:
-            keep = keep.gather(1, words.flatten(1).long()).reshape(words.shape)
+            keep = mask.gather(1, words.flatten(1).long()).reshape(words.shape)
         else:
-            keep = keep[words]
+            keep = mask[words]
         # By parts, as y * scale would be NaN beside an infinite part.
         y = torch.view_as_complex(torch.view_as_real(y) * scale) if y.is_complex() else y * scale
         return torch.where(keep.unsqueeze(-1), y, 0)

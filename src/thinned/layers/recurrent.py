@@ -124,8 +124,8 @@ class _VariationalRNN(Scriptable, nn.RNNBase):
     def _run(self, x: Any, states: States, key: Key | None) -> Result:
         """All layers; ``key`` is None where there is no mask, as in evaluation."""
         zoned = any(getattr(self, f"{which}_zoneout_p") for which in self._states)
-        looped = zoned or (key is not None and self.recurrent_p) or compiling() or transforming()
-        looped = looped or (isinstance(x, Tensor) and is_dtensor(x))
+        in_python = compiling() or transforming() or is_dtensor(x)
+        looped = zoned or (key is not None and self.recurrent_p) or in_python
         # One kernel call for all layers takes the parameters where cuDNN wants them, without a copy.
         by_layer = looped or (key is not None and (self.layer_p or self.weight_p))
         calls = [[layer] for layer in range(self.num_layers)] if by_layer else [range(self.num_layers)]

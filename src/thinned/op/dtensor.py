@@ -1,6 +1,7 @@
 """The operations on a DTensor: each process computes its shard by the whole tensor's mask indices.
 
-Nothing is communicated, in the forward and in the backward pass.
+Only the first mask on a mesh communicates, to compare the processes' keys. No later one does, in the forward
+and in the backward pass.
 """
 
 from __future__ import annotations

@@ -359,12 +359,7 @@ class _Running(Counting):
 
     _title = "thinned.address"
 
-    def __init__(
-        self,
-        address: Address,
-        joined: bool = False,
-        **counting: Any,
-    ) -> None:
+    def __init__(self, address: Address, joined: bool = False, **counting: Any) -> None:
         self.address, self.hooks_id, self.joined = address, address.hooks.id, joined
         self._reset(**counting)
 
