@@ -15,6 +15,7 @@ from thinned.layers.masksembles import masksembles, masksembles_masks
 from thinned.layers.multi_sample import multi_sample_dropout
 from thinned.layers.path import drop_path, drop_path_rates, stochastic_depth
 from thinned.layers.rdrop import r_drop_loss
+from thinned.layers.residual import residual
 from thinned.layers.targeted import targeted_dropout
 from thinned.layers.tokens import patch_dropout, token_dropout
 from thinned.layers.weights import drop_connect
@@ -48,6 +49,7 @@ __all__ = [
     "multi_sample_dropout",
     "patch_dropout",
     "r_drop_loss",
+    "residual",
     "stochastic_depth",
     "targeted_dropout",
     "token_dropout",

@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from thinned.distributed.ranks import has_peers
 from thinned.keys import Key
 
-__all__ = ["KeySource", "active", "ranks_draw"]
+__all__ = ["KeySource", "Rows", "Seeing", "active", "ranks_draw"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a batch that a residual branch sees.
+
+    Attributes:
+        index: their places in the batch, ascending: an int64 tensor of one dimension.
+        size: the number of rows of the batch.
+    """
+
+    index: Tensor
+    size: int
+
+    def of(self, seen: int) -> Rows:
+        """The rows for an input of ``seen`` rows: several for each of the branch, such as its windows."""
+        count = self.index.shape[0]
+        each = seen // max(count, 1)
+        if each * count != seen:
+            raise RuntimeError(
+                f"a residual branch computes {count} kept rows of a batch of {self.size}, and a dropout in "
+                f"it was given {seen} rows, which is no multiple; compute this branch for all rows"
+            )
+        if each == 1:
+            return self
+        first = self.index.unsqueeze(1) * each
+        return Rows((first + torch.arange(each, device=first.device)).flatten(), self.size * each)
 
 
 class KeySource(Protocol):
@@ -44,14 +73,34 @@ class KeySource(Protocol):
 
 
 class _Active(threading.local):
-    """The active key source of each thread. Every call reads it, in compiled code too."""
+    """The active key source of each thread. Every call reads it, in compiled code too.
+
+    Attributes:
+        rows: the rows of the batch that the running code sees, in a residual branch that is computed for the
+            kept rows alone; None for all.
+    """
 
     def __init__(self) -> None:
         # Not a class attribute: Dynamo would read the class's default instead of the thread's own value.
         self.key_source: KeySource | None = None
+        self.rows: Rows | None = None
 
 
 active = _Active()
+
+
+class Seeing:
+    """A context whose code sees these rows of the batch, or all rows if None."""
+
+    def __init__(self, rows: Rows | None) -> None:
+        self.rows = rows
+
+    def __enter__(self) -> None:
+        self._outer = active.rows
+        active.rows = self.rows
+
+    def __exit__(self, *_: object) -> None:
+        active.rows = self._outer
 
 
 def ranks_draw() -> bool:

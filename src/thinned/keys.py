@@ -29,10 +29,12 @@ from thinned.torch_state import (
 
 __all__ = [
     "Key",
+    "RowsKey",
     "StratifiedKey",
     "as_key",
     "draw",
     "draw_int",
+    "key_of_rows",
     "key_of_seed",
     "not_a_key",
     "on_device",
@@ -297,7 +299,42 @@ class StratifiedKey(Key):
         return StratifiedKey, (self.of, self.draw, self.strata)
 
 
+class RowsKey(Key):
+    """One key for a tensor that has only some rows of a batch: their mask is that of the batch.
+
+    Its ``bits`` cannot be read, so a layer that does not know such keys raises and draws no other mask.
+
+    Attributes:
+        of: the key.
+        index: the rows' places in the batch.
+        size: the number of rows of the batch.
+        dim: the dimension of the rows.
+    """
+
+    def __init__(self, of: Key, index: Tensor, size: int, dim: int) -> None:
+        self.of, self.index, self.size, self.dim = of, index, size, dim
+
+    @property
+    def bits(self) -> Tensor:  # type: ignore[override]
+        raise RuntimeError(
+            "this dropout is within a residual branch that is computed for the kept rows alone, and cannot "
+            "make the mask of those rows under one key; give thinned.address samples=, or compute this "
+            "branch for all rows"
+        )
+
+
 torch.serialization.add_safe_globals([Key, StratifiedKey])
+
+
+def key_of_rows(key: Key, index: Tensor, size: int, dim: int) -> Key:
+    """The key for some rows of a batch of ``size`` rows along ``dim``, given that of the batch."""
+    if not key.shape:
+        return RowsKey(key, index, size, dim)
+    index = to_device(index, key.bits.device)
+    if isinstance(key, StratifiedKey):
+        draw = key.draw.index_select(0, index) if key.draw.dim() else key.draw
+        return StratifiedKey(key.of.index_select(0, index), draw, key.strata)
+    return Key.from_bits(key.bits.index_select(0, index))
 
 
 def packed(key: Key) -> tuple[Tensor, int]:

@@ -15,6 +15,7 @@ from thinned.layers.multi_sample import MultiSampleDropout
 from thinned.layers.path import DropPath, StochasticDepth
 from thinned.layers.rdrop import RDrop
 from thinned.layers.recurrent import VariationalGRU, VariationalLSTM
+from thinned.layers.residual import Residual
 from thinned.layers.targeted import TargetedDropout
 from thinned.layers.tokens import PatchDropout, TokenDropout
 from thinned.layers.weights import DropConnect, WeightDrop
@@ -43,6 +44,7 @@ __all__ = [
     "MultiSampleDropout",
     "PatchDropout",
     "RDrop",
+    "Residual",
     "StochasticDepth",
     "TargetedDropout",
     "TokenDropout",

@@ -15,7 +15,7 @@ from thinned.checks import got, integers
 from thinned.distributed.shards import is_dtensor
 from thinned.geometry import Geometry, dims_of, shared, shared_cached
 from thinned.key_source import active
-from thinned.keys import Key, StratifiedKey, as_key, savable
+from thinned.keys import Key, RowsKey, StratifiedKey, as_key, savable
 from thinned.op.from_key import apply_linear
 from thinned.op.noise import numbers
 from thinned.torch_state import compiling, tracing
@@ -83,6 +83,9 @@ def apply(
             bits = bits_for(key, input)
         else:
             key = as_key(key)
+            if isinstance(key, RowsKey):
+                y = _of_rows(input, key, broadcast_dims, T, scale, shift, fill)
+                return input.copy_(y) if inplace else y
             bits = bits_for(key, input)
             if isinstance(key, StratifiedKey) and not input.is_nested and input.layout is torch.strided:
                 y = _stratified(input, key, broadcast_dims, T, scale, shift, fill)
@@ -108,11 +111,28 @@ def _stratified(
     return apply_linear(affine, input, key.to(input.device), partial(affine, shift=shift, fill=fill))
 
 
+def _of_rows(
+    input: Tensor,
+    key: RowsKey,
+    broadcast_dims: tuple[int, ...],
+    T: int,
+    scale: float,
+    shift: float,
+    fill: float,
+) -> Tensor:
+    keep = kept(key, input, broadcast_dims, T)
+    return op.masked_affine(input, 0, None, 2**32, scale, shift).masked_fill(~keep, fill)
+
+
 def kept(key: Key, like: Tensor | Sequence[int], broadcast_dims: Sequence[int], T: int) -> Tensor:
     """The mask that :func:`apply` makes for a dense tensor, or a shape, in a shape that broadcasts to it."""
     if isinstance(key, StratifiedKey) or (isinstance(like, Tensor) and is_dtensor(like)):
         return numbers(key, like, broadcast_dims).to(torch.int64) < T - 2**31
     shape = like.shape if isinstance(like, Tensor) else like
+    if isinstance(key, RowsKey):
+        batch = (*shape[: key.dim], key.size, *shape[key.dim + 1 :])
+        keep = kept(key.of, batch, broadcast_dims, T)
+        return keep if keep.shape[key.dim] == 1 != key.size else keep.index_select(key.dim, key.index)
     once = dims_of(shape, broadcast_dims).difference(range(key.bits.dim()))
     drawn = tuple(1 if dim in once else size for dim, size in enumerate(shape))
     return op.keep_mask(key.bits, drawn, shared(shape, broadcast_dims, key.bits.dim()), T)
@@ -305,6 +325,8 @@ def key_for(
     if key is not None:
         if type(key) is not Key:
             key = as_key(key)
+        if isinstance(key, RowsKey):
+            return key
         bits = bits_for(key, input)
     op.accept(input, bits)
     if isinstance(key, StratifiedKey):

@@ -51,7 +51,8 @@ def register(functions: Iterable[Callable[..., Any]]) -> None:
     """:func:`operation` for each function that draws and has one result."""
     for function in functions:
         draws = any(parameter.annotation == "Key | None" for parameter in _parameters(function))
-        if draws and not function.__annotations__["return"].startswith("tuple"):
+        has_branch = "branch" in inspect.signature(function).parameters  # TorchScript has no functions
+        if draws and not has_branch and not function.__annotations__["return"].startswith("tuple"):
             operation(function)
 
 

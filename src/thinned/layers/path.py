@@ -16,7 +16,15 @@ from thinned.layers._overrides import module_node, overridden
 from thinned.layers._torchscript import Scriptable
 from thinned.torch_state import compiling
 
-__all__ = ["DropPath", "StochasticDepth", "drop_path", "drop_path_rates", "stochastic_depth"]
+__all__ = [
+    "DropPath",
+    "StochasticDepth",
+    "check_mode",
+    "drop_path",
+    "drop_path_rates",
+    "drops_rows",
+    "stochastic_depth",
+]
 
 
 def drop_path(
@@ -55,7 +63,7 @@ def drop_path(
     if has_torch_function_unary(input) and not compiling():
         return overridden(drop_path, locals())
     T, scale = threshold_and_scale(drop_prob, "drop_prob")
-    if not _drops("drop_path", input, drop_prob, training, key):
+    if not drops_rows("drop_path", input, drop_prob, training, key):
         return input
     return apply(input, key, range(1, input.dim()), False, T, scale if scale_by_keep else 1.0)
 
@@ -113,8 +121,8 @@ def stochastic_depth(
     if has_torch_function_unary(input) and not compiling():
         return overridden(stochastic_depth, locals())
     T, scale = threshold_and_scale(p)
-    _check_mode(mode)
-    if not _drops("stochastic_depth", input, p, training, key):
+    check_mode(mode)
+    if not drops_rows("stochastic_depth", input, p, training, key):
         return input
     dims = range(mode == "row", input.dim())
     return apply(input, key, dims, False, T, scale, sample_dim=0 if mode == "row" else None)
@@ -137,7 +145,7 @@ class StochasticDepth(Layer):
 
     def __init__(self, p: float, mode: Literal["batch", "row"]) -> None:
         super().__init__(p)
-        _check_mode(mode)
+        check_mode(mode)
         self.mode = mode
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
@@ -162,12 +170,14 @@ def drop_path_rates(depth: int, max_rate: float) -> list[float]:
     return [max_rate * block / max(1, depth - 1) for block in range(depth)]
 
 
-def _check_mode(mode: str) -> None:
+def check_mode(mode: str) -> None:
+    """Raise ValueError for another mode than "batch" and "row"."""
     if mode not in ("batch", "row"):
         raise ValueError(f"mode has to be either 'batch' or 'row', but got {mode!r}")
 
 
-def _drops(name: str, input: Tensor, p: float, training: bool, key: Key | None) -> bool:
+def drops_rows(name: str, input: Tensor, p: float, training: bool, key: Key | None) -> bool:
+    """Whether the call drops; RuntimeError if it does and ``input`` has no dimension."""
     active = drops(name, input, p, training, key)
     if active and not input.dim():
         raise RuntimeError(f"{name} needs a batch dimension, got an input of shape ()")

@@ -25,6 +25,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from thinned.key_source import Seeing, active
 from thinned.torch_state import (
     MODULE_CALL,
     checkpoint_generator,
@@ -167,11 +168,12 @@ class _Region:
         self._remaining: list[tuple[str, int, int]] = []
         # torch's reentrant checkpoint repeats the calls in order, and may not restore the random state.
         self._in_order = function_of(ctx) is torch_checkpoint.CheckpointFunction
-        stack = ExitStack()
+        stack, rows = ExitStack(), active.rows
 
         def begin(_: Any) -> None:
             close_failed()
             self._remaining = list(self._calls)
+            stack.enter_context(Seeing(rows))
             stack.enter_context(counting.resumed(counting.calls, self.stack or (), self))
             _thread.recomputing.append(stack)
 
@@ -292,9 +294,11 @@ class _CheckpointPatch:
         torch passes its generator the region for recomputation alone, and makes the first run itself.
         """
         contexts = [counting.again() for counting in _thread.counting]
+        rows = active.rows
 
         def recompute(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:
+                stack.enter_context(Seeing(rows))
                 for context in contexts:
                     stack.enter_context(context())
                 return region(*args, **kwargs)

@@ -20,7 +20,7 @@ from thinned.distributed.ranks import DataParallel, Replica, replica_of
 from thinned.distributed.shards import is_dtensor
 from thinned.functional import keep_mask
 from thinned.key_source import KeySource, active
-from thinned.keys import Key, key_of_seed
+from thinned.keys import Key, key_of_rows, key_of_seed
 from thinned.models.address.hooks import ModuleHooks, hook_wrapper, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.walk import check_model, is_ours
@@ -430,6 +430,8 @@ class _Running(Counting):
         if ndim > 2 and path in address.hooks.sample_dims:
             return address.hooks.sample_dims[path]
         count, size = address.samples.shape[0], shape[0]
+        if (rows := active.rows) is not None and size % max(1, rows.index.shape[0]) == 0:
+            size = rows.of(size).size
         if size != count and size != 1 and shape[1] == count:
             raise RuntimeError(
                 f"the site {path!r} was given a tensor of shape {tuple(shape)}, which may have its {count} "
@@ -446,14 +448,22 @@ class _Running(Counting):
         path = self.stack[-1] if self.stack else ""
         address = self.address
         root, samples = address.parts(input.device)
+        rows = active.rows if input.dim() else None
+        if rows is not None and sample_dim is not None:
+            seen = input.size(sample_dim)
+            # A tensor of one row that all samples share has the mask that it has outside of the branch.
+            rows = None if seen == 1 != rows.index.shape[0] else rows.of(seen)
         if address.replica is not None and sample_dim is not None:
             root = address._root_for(input, root)
         key = root.fold(_site(path, self.number(path)))
         if samples is not None and sample_dim is not None and input.dim():
-            key = _of_samples(key, samples, input, sample_dim, path)
+            key = _of_samples(key, samples, input, sample_dim, path, None if rows is None else rows.size)
         if key.shape and key.bits.device != input.device:
             key = key.to(input.device)
-        return address.finish(key_per_call(key))
+        key = address.finish(key_per_call(key))
+        if rows is None or sample_dim is None:
+            return key
+        return key_of_rows(key, rows.index, rows.size, sample_dim)
 
 
 _MODEL = "."  # under which the model's calls are counted; no module has this path
@@ -522,9 +532,15 @@ def _within(running: _Running, around: AbstractContextManager[Any] | None = None
             running.end()
 
 
-def _of_samples(key: Key, samples: Tensor, input: Tensor, sample_dim: int, path: str) -> Key:
-    """A key for each row of ``input`` along ``sample_dim``, or ``key`` for one row that all samples share."""
-    count, size = samples.shape[0], input.size(sample_dim)  # .shape, since a symbolic size has no len()
+def _of_samples(
+    key: Key, samples: Tensor, input: Tensor, sample_dim: int, path: str, size: int | None = None
+) -> Key:
+    """A key for each row of ``input`` along ``sample_dim``, or ``key`` for one row that all samples share.
+
+    ``size`` is the number of rows, where ``input`` has only some of the batch.
+    """
+    count = samples.shape[0]  # since a symbolic size has no len()
+    size = input.size(sample_dim) if size is None else size
     if size == 1 != count:
         return key
     rows_each = size // max(count, 1)  # an empty batch has no samples

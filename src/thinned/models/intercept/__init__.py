@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from thinned import functional as F
 from thinned.checks import got
+from thinned.key_source import active
 from thinned.keys import Key, as_key
 from thinned.layers._arguments import threshold_and_scale
 from thinned.layers._overrides import module_node
@@ -131,6 +132,11 @@ class Intercept(Counting, TorchFunctionMode):
         if self.key is None:
             self.note("", 0)
             return None
+        if active.rows is not None:
+            raise RuntimeError(
+                "thinned.intercept(key=) does not know the masks of a dropout within a residual branch that "
+                "is computed for the kept rows alone; use thinned.address, or compute it for all rows"
+            )
         return self.key.fold(self.number(""))
 
     def _within(self, region: Callable[..., Any]) -> Callable[..., Any]:
