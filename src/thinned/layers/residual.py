@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from thinned.keys import Key
 from thinned.layers._arguments import apply, check_tensor, kept, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node
-from thinned.layers.path import check_mode, drops_rows
+from thinned.layers.path import check_mode, drops_rows, stochastic_depth
 from thinned.torch_state import assume, compiling, is_eager, version_of
 
 __all__ = ["Branch", "Residual", "computes_rows", "refuse_batch_norm", "residual"]
@@ -93,13 +93,16 @@ def residual(
         raise TypeError(f"branch must be a function of a tensor, {got(branch)}")
     T, scale = threshold_and_scale(p)
     check_mode(mode)
+    by_row = mode == "row"
+    if isinstance(x, Proxy):
+        y = stochastic_depth(branch(x), p, mode, training, key=key)
+        return x + (y if scale_by_keep or not T else y * (1 / scale))
     check_tensor("residual", "x", x)
     if not drops_rows("residual", x, p, training, key):
         return x + branch(x)
     if not allow_batch_norm:
         refuse_batch_norm(branch)
     scale = scale if scale_by_keep else 1.0
-    by_row = mode == "row"
     key = key_for(x, key, sample_dim=0 if by_row else None)
     if not computes_rows(x):
         y = branch(x)
@@ -317,6 +320,15 @@ class Residual(Layer):
         self.mode = mode
         self.scale_by_keep = scale_by_keep
         self.allow_batch_norm = allow_batch_norm
+
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        # The mask is drawn before the branch draws, and in a dtype that rounds no scale.
+        keep = torch.ones([input.size(0)] + [1] * (input.dim() - 1), dtype=torch.float64, device=input.device)
+        keep = torch.ops.thinned.stochastic_depth(keep, float(self.p), self.mode, self.training)
+        if not self.scale_by_keep:
+            keep = (keep != 0).to(keep.dtype)
+        y = self.branch(input)
+        return input + torch.where(keep != 0, (y * keep).to(y.dtype), torch.zeros_like(y))
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
