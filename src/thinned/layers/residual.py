@@ -20,7 +20,7 @@ from thinned.layers._arguments import apply, check_tensor, kept, key_for, thresh
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node
 from thinned.layers.path import check_mode, drops_rows, stochastic_depth
-from thinned.torch_state import assume, compiling, is_eager, version_of
+from thinned.torch_state import SingleLevelFunction, assume, compiling, is_eager, version_of
 
 __all__ = ["Branch", "Residual", "computes_rows", "refuse_batch_norm", "residual"]
 
@@ -107,10 +107,10 @@ def residual(
     if not computes_rows(x):
         y = branch(x)
         return x + apply(y, key, range(by_row, y.dim()), False, T, scale)
-    part = Branch.decide(x, T, scale, mode, key)
+    part = Branch.decide(x.shape[0], T, scale, mode, key)
     if part.is_dropped and not (has_peers() or active.key_source is not None):
         return x.clone()
-    rows = part.take(x)
+    rows, x = part.take(x)
     version = None if compiling() or rows.is_inference() else version_of(rows)
     with part:
         y = branch(rows)
@@ -146,11 +146,12 @@ class Branch(Seeing):
         self.is_dropped = is_dropped
 
     @classmethod
-    def decide(cls, x: Tensor, T: int, scale: float, mode: str, key: Key | None) -> Branch:
-        """Draw the decisions for ``x``: those of :func:`~thinned.functional.stochastic_depth` for the key."""
-        size, by_row = x.shape[0], mode == "row"
-        key = key_for(x, key, sample_dim=0 if by_row else None)
-        keep = kept(key, x, range(by_row, x.dim()), T).flatten().expand(size)
+    def decide(cls, size: int, T: int, scale: float, mode: str, key: Key) -> Branch:
+        """The decisions of :func:`~thinned.functional.stochastic_depth` about ``size`` rows.
+
+        The key is that of :func:`~thinned.layers._arguments.key_for`.
+        """
+        keep = kept(key, (size,), () if mode == "row" else (0,), T).expand(size)
         # One row would look like one that all rows share to a key source. Compiled code would have a graph of
         # its own for one row, and for none.
         least = 2 if compiling() or active.key_source is not None else 1
@@ -168,15 +169,13 @@ class Branch(Seeing):
             assume(index.shape[0] <= size)
         return cls(index, keep.index_select(0, index), size, scale, not compiling() and not count)
 
-    def take(self, x: Tensor) -> Tensor:
-        """The rows of ``x`` that the branch computes."""
-        index = self.index
-        if index is None:
-            return x
-        order = _memory_order(x)
-        if order is None:
-            return x.index_select(0, index)
-        return x.permute(order).index_select(0, index).permute(_inverse(order))
+    def take(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of ``x`` that the branch computes, and ``x`` for :meth:`plus`."""
+        if self.index is None:
+            return x, x
+        if _records(x):
+            return _Take.apply(x, self.index)  # type: ignore[attr-defined, no-any-return]
+        return _rows(x, self.index), x
 
     def plus(self, x: Tensor, y: Tensor) -> Tensor:
         """``x`` and what the branch computed, ``y``."""
@@ -185,13 +184,12 @@ class Branch(Seeing):
             return torch.add(x, y, alpha=self.scale)
         if x.shape[1:] != y.shape[1:] or x.shape[0] != self.size:
             return x + self._put(index, y)
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        x, y = x.to(dtype), y.to(dtype)
-        order = _memory_order(x)
-        if order is None:
-            return x.index_add(0, index, y, alpha=self.scale)
-        x, y = x.permute(order), y.permute(order)
-        return x.index_add(0, index, y, alpha=self.scale).permute(_inverse(order))
+        if x.dtype != y.dtype:
+            dtype = torch.promote_types(x.dtype, y.dtype)
+            x, y = x.to(dtype), y.to(dtype)
+        if _records(x) or _records(y):
+            return _Plus.apply(x, y, index, self.scale)  # type: ignore[attr-defined, no-any-return]
+        return _with_rows(x, index, y, self.scale)
 
     def put(self, y: Tensor) -> Tensor:
         """What the branch computed, in its rows of the batch, with zeros in the others."""
@@ -213,8 +211,28 @@ class Branch(Seeing):
         return full.index_add(0, index, y, alpha=self.scale)
 
 
+def _records(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled() and not compiling()
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    order = _memory_order(x)
+    if order is None:
+        return x.index_select(0, index)
+    return x.permute(order).index_select(0, index).permute(_inverse(order))
+
+
+def _with_rows(x: Tensor, index: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+    """A copy of ``x``, in its memory format, with ``y * scale`` added to some of its rows."""
+    if x.is_contiguous():
+        return x.index_add(0, index, y, alpha=scale)
+    if (order := _memory_order(x)) is None:
+        return x.clone().index_add_(0, index, y, alpha=scale)
+    return x.permute(order).index_add(0, index, y.permute(order), alpha=scale).permute(_inverse(order))
+
+
 def _memory_order(x: Tensor) -> tuple[int, ...] | None:
-    """The dimensions in the order of memory, for a tensor in one piece that is not contiguous; else None.
+    """The dimensions of a channels_last tensor in the order of memory; None for another tensor.
 
     Along a channels_last tensor as it stands ``index_select`` and ``index_add`` take 10 times as long.
     """
@@ -226,6 +244,35 @@ def _memory_order(x: Tensor) -> tuple[int, ...] | None:
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(dim) for dim in range(len(order)))
+
+
+class _Take(SingleLevelFunction):
+    """Rows of ``x``, and ``x``: one pass of backward adds the gradients of both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(index)
+        ctx.set_materialize_grads(False)
+        return _rows(x, index), x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_x: Tensor) -> tuple[Tensor, None]:
+        return grad_x if grad is None else _with_rows(grad_x, ctx.saved_tensors[0], grad), None
+
+
+class _Plus(SingleLevelFunction):
+    """:func:`_with_rows`; that of ``index_add`` would save ``y`` for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, index: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.scale = scale
+        return _with_rows(x, index, y, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        rows = _rows(grad, ctx.saved_tensors[0]) * ctx.scale if ctx.needs_input_grad[1] else None
+        return grad, rows, None, None
 
 
 def refuse_batch_norm(branch: Any) -> None:
