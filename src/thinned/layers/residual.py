@@ -124,7 +124,7 @@ def residual(
 
 def computes_rows(x: Tensor) -> bool:
     """Whether Python, or Dynamo, can know which rows of ``x`` are kept."""
-    return is_eager(x) or (compiling() and type(x) is Tensor)
+    return not x.is_nested and (is_eager(x) or (compiling() and type(x) is Tensor))
 
 
 class Branch(Seeing):
