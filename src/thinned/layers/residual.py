@@ -252,12 +252,11 @@ class _Take(SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(index)
-        ctx.set_materialize_grads(False)
         return _rows(x, index), x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_x: Tensor) -> tuple[Tensor, None]:
-        return grad_x if grad is None else _with_rows(grad_x, ctx.saved_tensors[0], grad), None
+    def backward(ctx: Any, grad: Tensor, grad_x: Tensor) -> tuple[Tensor, None]:
+        return _with_rows(grad_x, ctx.saved_tensors[0], grad), None
 
 
 class _Plus(SingleLevelFunction):

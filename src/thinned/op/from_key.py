@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinned.keys import Key, packed, unpacked
+from thinned.keys import Key, RowsKey, packed, unpacked
 from thinned.torch_state import SingleLevelFunction, compiling, dense, is_eager
 
 __all__ = ["KeyedMap", "apply_linear", "modes_of", "result_of"]
@@ -60,6 +60,13 @@ def apply_linear(linear: KeyedMap, x: Tensor, key: Key, value: KeyedMap | None =
         key: one key, or a batch of keys.
         value: a function whose derivative is ``linear``, to be called in its place.
     """
+    if isinstance(key, RowsKey):
+        index, size, dim = key.index, key.size, key.dim
+
+        def of_rows(function: KeyedMap) -> KeyedMap:
+            return lambda x, of: function(x, RowsKey(of, index, size, dim))
+
+        return apply_linear(of_rows(linear), x, key.of, value and of_rows(value))
     eager = is_eager(x)
     if eager and not (x.requires_grad and torch.is_grad_enabled()):
         return (value or linear)(x, key)

@@ -208,6 +208,8 @@ class Address:
         return parts
 
     def __enter__(self) -> Address:
+        if not compiling():
+            close_failed()
         if active.rows is not None:
             raise RuntimeError(
                 "thinned.address is entered within a residual branch that is computed for the kept rows "
