@@ -137,7 +137,7 @@ try:
     _kinds_of_modes = torch._C._TorchDispatchModeKey
     _TRACERS = _kinds_of_modes.FAKE, _kinds_of_modes.PROXY, _kinds_of_modes.FUNCTIONAL
     _tracing = torch._C._is_tracing
-    assume = torch._check
+    assume: Callable[[bool], None] = torch._check
     MODULE_CALL = nn.Module._call_impl.__code__  # the code object of a frame that calls a module's forward
     # From 2.13 on; PyTorch 2.11 has no budgets of regions.
     _budget_of_region: Callable[[Any], Any]

@@ -1,4 +1,4 @@
-"""A residual branch that is computed for the kept rows alone: masks, values and gradients of the masked form."""
+"""A residual branch that is computed for the kept rows alone: its masks, values and gradients."""
 
 from __future__ import annotations
 

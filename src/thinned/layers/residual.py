@@ -26,7 +26,7 @@ __all__ = ["Branch", "Residual", "computes_rows", "refuse_batch_norm", "residual
 
 
 def residual(
-    x: Tensor,
+    input: Tensor,
     branch: Callable[[Tensor], Tensor],
     p: float = 0.0,
     *,
@@ -36,17 +36,22 @@ def residual(
     training: bool = True,
     key: Key | None = None,
 ) -> Tensor:
-    r"""Add a branch to ``x`` that is dropped with probability ``p`` for each row, and computed only if kept.
+    r"""Add a branch to ``input`` that is dropped with probability ``p`` row by row, and computed only if kept.
 
     .. math:: y_n = \begin{cases} x_n + f(x)_n / q & u(n) < T \\ x_n & \text{otherwise} \end{cases}
 
-    This is ``x + drop_path(branch(x), p)`` with the same mask, to the order of floating-point sums, in
-    ``1 - p`` of the branch's time and memory. ``branch`` gets the kept rows of ``x`` alone, and is not called
-    if none is kept, so each row of its result must depend on the same row of ``x`` only.
+    This is ``input + drop_path(branch(input), p)`` with the same mask, to the order of floating-point sums,
+    in ``1 - p`` of the branch's time and memory. ``branch`` gets the kept rows of ``input`` alone, and is not
+    called if none is kept, so each row of its result must depend on the same row of ``input`` only.
 
     Without ``key`` the call draws one before the branch draws its own. Within :func:`thinned.address` a
-    dropout of the branch has the masks of the rows that it sees. A key that the branch gives to a dropout is
-    for the tensor that the dropout gets, as everywhere.
+    dropout of the branch has the masks that its rows have in the whole batch, or raises. Its input has the
+    rows in dimension 0, or several consecutive rows for each, such as windows. Outside of an address, and
+    with a key that the branch gives it, a dropout has the mask of the tensor that it gets, as everywhere.
+
+    :func:`torch.compile` makes one graph for all numbers of rows if
+    ``torch._dynamo.config.capture_dynamic_output_shape_ops`` is True. Otherwise it breaks the graph at the
+    branch, and compiles no more after the first steps. Compiled code computes at least two rows.
 
     The branch is computed for all rows, and its result masked, where Python cannot know the rows: under
     :func:`torch.vmap` and other transforms, in traces, and for nested tensors and DTensors.
@@ -57,13 +62,13 @@ def residual(
     ``find_unused_parameters``, and no process of FSDP waits for another.
 
     Args:
-        x: a floating-point or complex tensor of shape ``(N, *)``.
+        input: a floating-point or complex tensor of shape ``(N, *)``.
         branch: a function of a tensor of shape ``(K, *)``; its result has ``K`` rows and broadcasts with it.
         p: the probability of dropping the branch, in [0, 1].
         mode: ``"row"``, a decision for each row, or ``"batch"``, one for all.
         scale_by_keep: divide what is kept by the keep probability ``q``.
         allow_batch_norm: let a batch normalization take its statistics over the kept rows alone.
-        training: False returns ``x + branch(x)``, and so does ``p = 0``.
+        training: False returns ``input + branch(input)``, and so does ``p = 0``.
         key: as for :func:`~thinned.functional.drop_path`.
 
     Returns:
@@ -94,23 +99,23 @@ def residual(
     T, scale = threshold_and_scale(p)
     check_mode(mode)
     by_row = mode == "row"
-    if isinstance(x, Proxy):
-        y = stochastic_depth(branch(x), p, mode, training, key=key)
-        return x + (y if scale_by_keep or not T else y * (1 / scale))
-    check_tensor("residual", "x", x)
-    if not drops_rows("residual", x, p, training, key):
-        return x + branch(x)
+    if isinstance(input, Proxy):
+        y = stochastic_depth(branch(input), p, mode, training, key=key)
+        return input + (y if scale_by_keep or not T or not training else y * (1 / scale))
+    check_tensor("residual", "input", input)
+    if not drops_rows("residual", input, p, training, key):
+        return input + branch(input)
     if not allow_batch_norm:
         refuse_batch_norm(branch)
     scale = scale if scale_by_keep else 1.0
-    key = key_for(x, key, sample_dim=0 if by_row else None)
-    if not computes_rows(x):
-        y = branch(x)
-        return x + apply(y, key, range(by_row, y.dim()), False, T, scale)
-    part = Branch.decide(x.shape[0], T, scale, mode, key)
+    key = key_for(input, key, sample_dim=0 if by_row else None)
+    if not computes_rows(input):
+        y = branch(input)
+        return input + apply(y, key, range(by_row, y.dim()), False, T, scale)
+    part = Branch.decide(input.shape[0], T, scale, mode, key)
     if part.is_dropped and not (has_peers() or active.key_source is not None):
-        return x.clone()
-    rows, x = part.take(x)
+        return input.clone()
+    rows, input = part.take(input)
     version = None if compiling() or rows.is_inference() else version_of(rows)
     with part:
         y = branch(rows)
@@ -119,7 +124,7 @@ def residual(
             "a residual branch has overwritten its input, which is a copy for some numbers of kept rows and "
             "for others not; use no in-place operation on the input, such as ReLU(inplace=True)"
         )
-    return part.plus(x, y)
+    return part.plus(input, y)
 
 
 def computes_rows(x: Tensor) -> bool:

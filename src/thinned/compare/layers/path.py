@@ -45,7 +45,8 @@ class MaskedResidual(nn.Module):
         self.branch, self.drop = branch, drop
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop(self.branch(x))
+        y: Tensor = self.drop(self.branch(x))
+        return x + y
 
 
 def _branch(width: int) -> nn.Module:
