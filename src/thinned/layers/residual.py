@@ -36,7 +36,7 @@ def residual(
     training: bool = True,
     key: Key | None = None,
 ) -> Tensor:
-    r"""Add a branch to ``input`` that is dropped with probability ``p`` row by row, and computed only if kept.
+    r"""Add a branch to ``input`` that is dropped with probability ``p`` row by row, and not computed then.
 
     .. math:: y_n = \begin{cases} x_n + f(x)_n / q & u(n) < T \\ x_n & \text{otherwise} \end{cases}
 
