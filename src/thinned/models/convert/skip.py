@@ -170,6 +170,8 @@ def _judge(module: nn.Module, kind: type, call: Call, one: Cut | Refused, allow_
         children = children_of(module)
         names = tuple(each for each in children if each in used and children[each] is not None)
         for each in names:
+            if any(inner is children[call.path] for inner in children[each].modules()):  # type: ignore[union-attr]
+                raise Refused("the same DropPath drops in its branch, before it")
             _check_module(each, children[each], allow_batch_norm)
         if not names:
             raise Refused("its branch has no module")

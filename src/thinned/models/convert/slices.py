@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from thinned.models.inspect.source import Source
@@ -47,15 +47,11 @@ class Cut:
 
     Attributes:
         name: of the function that computes it.
-        values: the names that it takes, those of the rows first.
-        rows: how many of these are known to have a row for each row of the batch.
         nodes: its syntax trees.
     """
 
     name: str
-    values: list[str]
-    rows: int
-    nodes: list[ast.AST] = field(default_factory=list)
+    nodes: list[ast.AST]
 
 
 class Flow:
@@ -101,7 +97,7 @@ class Flow:
                     self._then(*_names(item))
                 inner = Flow(body)
                 self._then(inner.reads, inner.perhaps, inner.surely)
-            case ast.Try() | ast.Match() | ast.AsyncFor() | ast.AsyncWith() | ast.TryStar():
+            case ast.Try() | ast.Match() | ast.AsyncFor() | ast.AsyncWith():
                 reads, writes, _ = _names(statement)
                 self._then(reads, writes, set())
             case ast.FunctionDef(name) | ast.AsyncFunctionDef(name) | ast.ClassDef(name):
@@ -151,15 +147,9 @@ def _changed(node: ast.AST) -> Iterator[str]:
         case ast.Call(args=args, keywords=keywords) if any(
             each.arg in ("inplace", "out") for each in keywords
         ):
-            found = [
-                _root(each.value) if each.arg == "out" else args and _root(args[0])
-                for each in keywords
-                if each.arg == "out"
-                or (
-                    each.arg == "inplace"
-                    and not (isinstance(each.value, ast.Constant) and not each.value.value)
-                )
-            ]
+            found = [_root(each.value) for each in keywords if each.arg == "out"]
+            if any(each.arg == "inplace" and _literal(each.value) is not False for each in keywords):
+                found += [_root(each) for each in args[:1]]
         case _:
             return
     yield from (name for name in found if name and name != "self")
@@ -242,7 +232,7 @@ def is_mixing(tree: ast.AST) -> str:
 
 def _literal(node: ast.AST) -> Any:
     try:
-        value = ast.literal_eval(node)  # type: ignore[arg-type]
+        value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError):
         return None
     return tuple(value) if isinstance(value, list) else value
@@ -391,17 +381,17 @@ class _Cutting:
             raise
         self._check_order(inside)
         rows = self._rows(values, inside)
-        values = [*rows, *sorted(values - set(rows))]
+        ordered = [*rows, *sorted(values - set(rows))]
         nodes: list[ast.AST] = [self.block[i] for i in everything]
         body = [copy.deepcopy(self.block[i]) if i in repeated else self.block[i] for i in everything]
         result = ast.copy_location(ast.Return(self.branch), self.call)
         function = ast.copy_location(
-            ast.FunctionDef(name, _arguments(["self", *values]), [*body, result], []), self.call
+            ast.FunctionDef(name, _arguments(["self", *ordered]), [*body, result], []), self.call
         )
         if hasattr(self.function, "type_params"):
             function.type_params = []  # type: ignore[attr-defined]
-        self._replace(name, values, len(rows), inside)
-        return ast.fix_missing_locations(function), Cut(name, values, len(rows), [*nodes, self.branch])
+        self._replace(name, ordered, len(rows), inside)
+        return ast.fix_missing_locations(function), Cut(name, [*nodes, self.branch])
 
     def _nodes(self, inside: set[int]) -> Iterator[ast.AST]:
         for i in sorted(inside):
