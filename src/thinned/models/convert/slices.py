@@ -19,7 +19,7 @@ __all__ = ["Cut", "Refused", "attributes_of_self", "cut", "drop_calls", "is_mixi
 
 # Calls that draw nothing and write nothing.
 QUIET = {"size", "dim", "ndimension", "numel", "stride", "len", "int", "float", "bool", "min", "max", "tuple"}
-QUIET |= {"list", "range", "any", "all", "isinstance", "hasattr", "getattr"}
+QUIET |= {"range", "any", "all", "isinstance", "hasattr", "getattr"}
 QUIET |= {"is_scripting", "is_tracing", "is_exporting"}
 UNKNOWN = (
     ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Return | ast.Raise | ast.Yield | ast.YieldFrom
@@ -137,7 +137,7 @@ def _names(tree: ast.AST) -> tuple[set[str], set[str], set[str]]:
     return reads - bound, writes - bound, writes - bound
 
 
-def _changed(node: ast.AST) -> Iterator[str]:
+def _changed(node: ast.AST) -> list[str]:
     """The names of objects that a node changes in place, other than ``self``."""
     match node:
         case ast.Subscript(ctx=ast.Store() | ast.Del()) | ast.Attribute(ctx=ast.Store() | ast.Del()):
@@ -150,9 +150,11 @@ def _changed(node: ast.AST) -> Iterator[str]:
             found = [_root(each.value) for each in keywords if each.arg == "out"]
             if any(each.arg == "inplace" and _literal(each.value) is not False for each in keywords):
                 found += [_root(each) for each in args[:1]]
+        case ast.Expr(ast.Call(ast.Attribute(owner))):  # such as features.append(x)
+            found = [_root(owner)]
         case _:
-            return
-    yield from (name for name in found if name and name != "self")
+            return []
+    return [name for name in found if name not in ("", "self")]
 
 
 def _root(node: ast.AST) -> str:
@@ -343,6 +345,7 @@ class _Cutting:
         self.block, self.index = self.places[-1].block, self.places[-1].index
         self.statement = self.block[self.index]
         self.conditional = self._is_conditional()
+        self.local, self.functions = _local_names(function)
         self.flows = [Flow([statement]) for statement in self.block[: self.index]]
         self.of_branch = _names(self.branch)[0]
         if any(isinstance(node, ast.NamedExpr) for node in ast.walk(self.statement)):
@@ -400,6 +403,8 @@ class _Cutting:
 
     def _reach(self, name: str, before: int) -> int:
         """The last statement before another that may write a name; -1 for none of the block."""
+        if name not in self.local:
+            return -1
         return next((i for i in reversed(range(before)) if name in self.flows[i].perhaps), -1)
 
     def _reads(self, i: int) -> set[str]:
@@ -501,11 +506,11 @@ class _Cutting:
 
     def _values(self, inside: set[int], everything: list[int]) -> set[str]:
         """The local names that the branch takes from outside."""
-        k, local = self.index, self._locals()
+        k = self.index
         taken: dict[str, int] = {}
         for j in [*everything, k]:
             names = self.of_branch if j == k else self._reads(j)
-            for name in names & local:
+            for name in names & self.local:
                 i = self._reach(name, j)
                 if i in everything:
                     continue
@@ -531,22 +536,6 @@ class _Cutting:
             for name in {*_changed(node)} & taken.keys():
                 raise Refused(f"{_text(self.branch)} changes {name!r} in place")
         return set(taken) - {"self"}
-
-    def _locals(self) -> set[str]:
-        """The names of the function that are local, and in ``functions`` those of nested functions."""
-        found = {each.arg for each in ast.walk(self.function.args) if isinstance(each, ast.arg)}
-        self.functions = set[str]()
-        for node in ast.walk(self.function):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                found.add(node.id)
-            elif isinstance(node, ast.FunctionDef | ast.ClassDef) and node is not self.function:
-                found.add(node.name)
-                self.functions.add(node.name)
-            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
-                self.functions |= {each.id for each in node.targets if isinstance(each, ast.Name)}
-            elif isinstance(node, ast.alias):
-                found.add(node.asname or node.name.partition(".")[0])
-        return found
 
     def _defined(self, inside: set[int]) -> set[str]:
         """The local names that surely have a value at the DropPath when the branch is cut out."""
@@ -687,27 +676,39 @@ class _Put(ast.NodeTransformer):
         return self.new if node is self.old else super().generic_visit(node)
 
 
+def _local_names(function: ast.FunctionDef) -> tuple[set[str], set[str]]:
+    """The names that are local in a function, and those of nested functions and classes."""
+    found = {each.arg for each in ast.walk(function.args) if isinstance(each, ast.arg)}
+    nested = set[str]()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, NESTED) and node is not function and not isinstance(node, ast.Lambda):
+            nested.add(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            nested |= {each.id for each in node.targets if isinstance(each, ast.Name)}
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name.partition(".")[0])
+    return found | nested, nested
+
+
 def _arguments(names: Sequence[str]) -> ast.arguments:
     return ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
 
 
 def _is_shape(statement: ast.stmt) -> bool:
     """Whether a statement only names other values, or their sizes, so that it can run twice."""
-    match statement:
-        case ast.Assign(targets, value) if all(
-            isinstance(node, ast.Name | ast.Tuple | ast.List | ast.Starred | ast.expr_context)
-            for target in targets
-            for node in ast.walk(target)
-        ):
-            mentions = [
-                node for node in ast.walk(value) if isinstance(node, ast.Call | ast.BinOp | ast.Lambda)
-            ]
-            return all(
-                _is_quiet(node)
-                or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod))
-                for node in mentions
-            )
-    return False
+    if not isinstance(statement, ast.Assign):
+        return False
+    pure = ast.Name | ast.Attribute | ast.Subscript | ast.Slice | ast.Tuple | ast.Constant | ast.keyword
+    pure |= ast.UnaryOp | ast.unaryop | ast.FloorDiv | ast.Mod | ast.expr_context | ast.Starred
+    return all(
+        isinstance(node, pure)
+        or (isinstance(node, ast.Call) and _is_quiet(node))
+        or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod))
+        for part in (*statement.targets, statement.value)
+        for node in ast.walk(part)
+    ) and not any(_changed(node) for node in ast.walk(statement))
 
 
 def _is_quiet(node: ast.AST) -> bool:
