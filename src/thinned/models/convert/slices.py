@@ -48,10 +48,12 @@ class Cut:
     Attributes:
         name: of the function that computes it.
         nodes: its syntax trees.
+        outside: why its first statement does not begin earlier; empty if nothing comes before it.
     """
 
     name: str
     nodes: list[ast.AST]
+    outside: str
 
 
 class Flow:
@@ -394,7 +396,7 @@ class _Cutting:
         if hasattr(self.function, "type_params"):
             function.type_params = []  # type: ignore[attr-defined]
         self._replace(name, ordered, len(rows), inside)
-        return ast.fix_missing_locations(function), Cut(name, [*nodes, self.branch])
+        return ast.fix_missing_locations(function), Cut(name, [*nodes, self.branch], _last(outside))
 
     def _nodes(self, inside: set[int]) -> Iterator[ast.AST]:
         for i in sorted(inside):
@@ -501,7 +503,7 @@ class _Cutting:
 
     def _refuse_empty(self, outside: dict[int, str]) -> None:
         if outside:
-            raise Refused(f"its branch is used outside too: {outside[max(outside)]}")
+            raise Refused(_last(outside))
         raise Refused(f"{_text(self.branch)} is computed outside of the block of {_text(self.statement)}")
 
     def _values(self, inside: set[int], everything: list[int]) -> set[str]:
@@ -694,6 +696,10 @@ def _local_names(function: ast.FunctionDef) -> tuple[set[str], set[str]]:
 
 def _arguments(names: Sequence[str]) -> ast.arguments:
     return ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
+
+
+def _last(outside: dict[int, str]) -> str:
+    return f"its branch is used outside too: {outside[max(outside)]}" if outside else ""
 
 
 def _is_shape(statement: ast.stmt) -> bool:
