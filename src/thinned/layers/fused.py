@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch.nn.functional as F
@@ -23,6 +21,7 @@ from thinned.layers._arguments import (
     threshold_and_scale,
 )
 from thinned.layers._overrides import overridden
+from thinned.op.fused import ACTIVATIONS
 from thinned.torch_state import compiling
 
 __all__ = ["bias_dropout_add", "dropout_add", "gelu_dropout", "relu_dropout", "silu_dropout"]
@@ -236,20 +235,12 @@ def bias_dropout_add(
     return residual + (input if bias is None else input + bias)
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
-
-
 def _activated(function: str, x: Tensor, key: Key | None, T: int, scale: float) -> Tensor:
     if op.fuses(x):
         fits, key = flat_key(x, key)
         if fits:
             return op.fused(function, x, None if key is None else bits_for(key, x), T, scale)
-    return apply(_FUNCTIONS[function](x), key, (), False, T, scale, elementwise=True)
+    return apply(ACTIVATIONS[function](x), key, (), False, T, scale, elementwise=True)
 
 
 def _added(x: Tensor, bias: Tensor | None, residual: Tensor, key: Key | None, T: int, scale: float) -> Tensor:
