@@ -66,7 +66,7 @@ def numbers(dtype: torch.dtype) -> Tensor:
     if dtype.itemsize == 2:
         return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     large = torch.logspace(-38, 38, 3000, dtype=dtype)
-    common = torch.linspace(-20, 20, 2**16 + 1, dtype=dtype)
+    common = torch.linspace(-20, 20, 2**14 + 1, dtype=dtype)
     return torch.cat([common, large, -large, torch.linspace(-110, 110, 5000, dtype=dtype)])
 
 
@@ -80,7 +80,8 @@ def reference(name: str, x: Tensor) -> Tensor:
         return x * torch.special.erfc(-x * math.sqrt(0.5)) / 2
     if name == "gelu_tanh":
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
-    return ACTIVATIONS[name][1](x)
+    step = ACTIVATIONS[name][1]
+    return step(x)
 
 
 def with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,12 +92,8 @@ def with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tens
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @each_activation
-def test_errors_are_at_most_twice_those_of_torch(
-    name: str, dtype: torch.dtype, backend: BackendUnderTest
-) -> None:
+def test_errors_are_at_most_twice_those_of_torch(name: str, dtype: torch.dtype) -> None:
     """Over all magnitudes of the input, and for the gradients too. T is 2**32, and everything is kept."""
-    if backend.slow:
-        pytest.skip("as for the portable backend")
     ours, step = ACTIVATIONS[name]
     x = numbers(dtype)
     x = x[x.isfinite()]
@@ -123,9 +120,7 @@ def test_errors_are_at_most_twice_those_of_torch(
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @each_activation
-def test_special_numbers(name: str, dtype: torch.dtype, backend: BackendUnderTest) -> None:
-    if backend.slow:
-        pytest.skip("as for the portable backend")
+def test_special_numbers(name: str, dtype: torch.dtype) -> None:
     ours, step = ACTIVATIONS[name]
     x = specials(dtype)
     expected = with_gradient(lambda x: dropout(step(x), 0.5, key=KEY), x)
@@ -135,7 +130,7 @@ def test_special_numbers(name: str, dtype: torch.dtype, backend: BackendUnderTes
     for one, other in zip(result, expected, strict=True):
         torch.testing.assert_close(one[sure], other[sure], equal_nan=True)
     # In two steps the gradient of a dropped element is 0 * NaN.
-    for each in result if hasattr(backend.module, "fused") else result[:1]:
+    for each in result if op.fuses(x) else result[:1]:
         oracle.assert_same(each[~kept], torch.zeros_like(each[~kept]))
 
 
@@ -405,8 +400,7 @@ def test_what_fuses() -> None:
         pytest.skip(backends.missing()["native"])
     x = torch.randn(4, 6)
     assert op.fuses(x)
-    assert op.fuses(nn.Parameter(x), x, None)
+    assert op.fuses(nn.Parameter(x))
     assert op.fuses(torch.empty(0))
     for odd in x.t(), x.to(torch.complex64), x.to("meta"), torch._neg_view(x), x.int():
         assert not op.fuses(odd)
-        assert not op.fuses(x, odd)

@@ -36,15 +36,14 @@ def _kernel(*arguments: Any) -> Tensor:
     return backend.fused(*arguments)  # type: ignore[no-any-return]
 
 
-def fuses(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernel serves ``x``, and other tensors beside it."""
+def fuses(x: Tensor) -> bool:
+    """Whether the kernel serves ``x``."""
     return (
         is_eager(x)
         and x.is_cpu
         and x.dtype in _DTYPES
         and x.is_contiguous()
         and not x.is_neg()
-        and all(other is None or (other.dtype is x.dtype and fuses(other)) for other in others)
         and hasattr(backends.for_device_type("cpu"), "fused")
     )
 
