@@ -8,6 +8,7 @@ from thinned.layers.channels import dropout1d, dropout2d, dropout3d
 from thinned.layers.concrete import concrete_dropout, concrete_regularization
 from thinned.layers.dropout import dropout, keep_mask
 from thinned.layers.embedding import embedding_dropout
+from thinned.layers.fused import bias_dropout_add, dropout_add, gelu_dropout, relu_dropout, silu_dropout
 from thinned.layers.gaussian import gaussian_dropout, variational_dropout, variational_kl
 from thinned.layers.graph import dropout_edge, dropout_node
 from thinned.layers.locked import locked_dropout
@@ -23,6 +24,7 @@ from thinned.layers.zoneout import zoneout
 
 __all__ = [
     "alpha_dropout",
+    "bias_dropout_add",
     "concrete_dropout",
     "concrete_regularization",
     "drop_block1d",
@@ -37,11 +39,13 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "dropout_add",
     "dropout_edge",
     "dropout_node",
     "embedding_dropout",
     "feature_alpha_dropout",
     "gaussian_dropout",
+    "gelu_dropout",
     "keep_mask",
     "locked_dropout",
     "masksembles",
@@ -49,7 +53,9 @@ __all__ = [
     "multi_sample_dropout",
     "patch_dropout",
     "r_drop_loss",
+    "relu_dropout",
     "residual",
+    "silu_dropout",
     "stochastic_depth",
     "targeted_dropout",
     "token_dropout",

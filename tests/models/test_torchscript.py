@@ -118,6 +118,9 @@ def _functions(x: Tensor, training: bool) -> list[Tensor]:
         F.drop_block2d(maps, 0.3, (2, 3), couple_channels=True, training=training),
         F.zoneout(x, -x, training=training),
         F.multi_sample_dropout(x, samples=3, training=training),
+        F.relu_dropout(x, training=training),
+        F.gelu_dropout(x, 0.3, training, approximate="tanh"),
+        F.bias_dropout_add(x, None, -x, training=training),
     ]
 
 

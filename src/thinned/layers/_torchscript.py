@@ -44,7 +44,17 @@ _TYPES = {
 }
 _STRING = ("str", "str")
 # The functions that do more in evaluation than to return their input.
-_MORE_IN_EVALUATION = ("dropout1d", "embedding_dropout", "multi_sample_dropout", "zoneout")
+_MORE_IN_EVALUATION = (
+    "bias_dropout_add",
+    "dropout1d",
+    "dropout_add",
+    "embedding_dropout",
+    "gelu_dropout",
+    "multi_sample_dropout",
+    "relu_dropout",
+    "silu_dropout",
+    "zoneout",
+)
 
 
 def register(functions: Iterable[Callable[..., Any]]) -> None:
