@@ -45,6 +45,7 @@ def report_converted(
     numbers: int,
     p: float | None,
     chosen: Chosen,
+    fused: int,
 ) -> None:
     """Log what a conversion did, at INFO, and what still drops, at WARNING; never raises.
 
@@ -55,6 +56,7 @@ def report_converted(
         numbers: how many numbers ``p`` set.
         p: the probability that was asked for.
         chosen: whether a module takes part.
+        fused: how many layers became one with the activation before them.
     """
     if not LOG.isEnabledFor(logging.WARNING):
         return  # the reading of the source takes the most time
@@ -73,6 +75,7 @@ def report_converted(
     done = [f"{count(swapped, 'dropout module')} became thinned's"]
     done += [f"{count(ours, 'module')} already {'was' if ours == 1 else 'were'} thinned's"] * bool(ours)
     done += [f"{count(numbers, 'number')} set to p={p}"] * bool(numbers)
+    done += [f"{fused} fused with the activation before"] * bool(fused)
     LOG.info("%s: %s", caller, ", ".join(done))
 
     modules = dict(model.named_modules(remove_duplicate=False))
