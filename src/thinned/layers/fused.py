@@ -257,10 +257,11 @@ def _check_residual(name: str, residual: Tensor, input: Tensor) -> None:
 
 
 class ReLUDropout(Layer):
-    """An ``nn.ReLU`` and the :class:`Dropout` behind it as one layer, with the masks of :class:`Dropout`.
+    """``nn.ReLU`` and the dropout behind it in one pass over memory.
 
-    Use this layer in place of the two, or let :func:`thinned.convert` with ``fuse=True`` put it there. In
-    evaluation it is the activation alone.
+    Use this layer in place of the two between fully connected layers, with the p and the masks of
+    :class:`Dropout`; :func:`thinned.convert` with ``fuse=True`` puts it there. In evaluation it is the
+    activation alone.
 
     :func:`thinned.functional.relu_dropout` has the formula.
 
@@ -284,10 +285,11 @@ class ReLUDropout(Layer):
 
 
 class GELUDropout(Layer):
-    """An ``nn.GELU`` and the :class:`Dropout` behind it as one layer, with the masks of :class:`Dropout`.
+    """``nn.GELU`` and the dropout behind it in one pass over memory.
 
-    Use this layer in the MLP of a transformer, in place of the two, or let :func:`thinned.convert` with
-    ``fuse=True`` put it there. In evaluation it is the activation alone.
+    Use this layer in place of the two in the MLP of a transformer, with the p and the masks of
+    :class:`Dropout`; :func:`thinned.convert` with ``fuse=True`` puts it there. In evaluation it is the
+    activation alone.
 
     :func:`thinned.functional.gelu_dropout` has the formula.
 
@@ -314,10 +316,10 @@ class GELUDropout(Layer):
 
 
 class SiLUDropout(Layer):
-    """An ``nn.SiLU`` and the :class:`Dropout` behind it as one layer, with the masks of :class:`Dropout`.
+    """``nn.SiLU`` and the dropout behind it in one pass over memory.
 
-    Use this layer in place of the two, or let :func:`thinned.convert` with ``fuse=True`` put it there. In
-    evaluation it is the activation alone.
+    Use this layer in place of the two in an MLP, with the p and the masks of :class:`Dropout`;
+    :func:`thinned.convert` with ``fuse=True`` puts it there. In evaluation it is the activation alone.
 
     :func:`thinned.functional.silu_dropout` has the formula.
 
@@ -341,10 +343,10 @@ class SiLUDropout(Layer):
 
 
 class DropoutAdd(Layer):
-    """A sum with a residual whose other summand is dropped, with the masks of :class:`Dropout`.
+    """Dropout and the sum with a residual in one pass over memory.
 
-    Use this layer at the end of a transformer's sublayer, in place of ``residual + Dropout(p)(input)``. In
-    evaluation it is the sum alone.
+    Use this layer at the end of a transformer's sublayer, in place of the sum of a residual and a
+    :class:`Dropout`, whose p and masks it has. In evaluation it is the sum alone.
 
     :func:`thinned.functional.dropout_add` has the formula.
 
