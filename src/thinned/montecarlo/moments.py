@@ -72,8 +72,8 @@ def moments(model: nn.Module, input: Tensor) -> Moments:
         model: a model that :class:`torch.fx.Tracer` can trace and that returns one tensor. After its first
             dropout it may have Linear, Conv1d to Conv3d with padding by zeros, BatchNorm1d to BatchNorm3d,
             ReLU, average and adaptive average pooling, ``mean``, Flatten and Identity; Dropout and Dropout1d
-            to Dropout3d of torch and thinned, DropPath, StochasticDepth and LockedDropout; the functions of
-            these; and sums of two tensors that depend on different dropouts.
+            to Dropout3d of torch and thinned, ReLUDropout, DropPath, StochasticDepth and LockedDropout; the
+            functions of these; and sums of two tensors that depend on different dropouts.
         input: a tensor of shape ``(N, *)``.
 
     Returns:
