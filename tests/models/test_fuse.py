@@ -89,7 +89,8 @@ def test_each_activation(activation: Callable[[], nn.Module], layer: str) -> Non
     "dropout", [thinned.Dropout, lambda: nn.Dropout(inplace=True), lambda: thinned.Dropout(inplace=True)]
 )
 def test_each_dropout(dropout: Callable[[], nn.Module]) -> None:
-    assert_fused(mlp(nn.SiLU, dropout), "2")
+    model: Any = assert_fused(mlp(nn.SiLU, dropout), "2")
+    assert not hasattr(model[2], "inplace")  # it writes over nothing
 
 
 def hooked(place: int, register: str) -> nn.Module:
@@ -175,15 +176,17 @@ def test_choice() -> None:
         assert fused_in(thinned.convert(pair(), fuse=True, **options)) == paths  # type: ignore[arg-type]
 
 
-def test_p() -> None:
+def test_p(caplog: pytest.LogCaptureFixture) -> None:
     """It is set, scheduled and found at the dropout's path; revert restores that of a dropout of thinned."""
-    model = nn.Sequential(mlp(), mlp(dropout=thinned.Dropout))
+    caplog.set_level(logging.INFO, "thinned")
+    model: Any = nn.Sequential(mlp(), mlp(dropout=thinned.Dropout))
     thinned.convert(model, p=0.2, fuse=True)
     assert {rate.key: rate.value for rate in rates_of(model)} == {"0.2": 0.2, "1.2": 0.2}
     assert [site.type for site in thinned.inspect(model)] == ["thinned.ReLUDropout"] * 2
     assert [site.was for site in thinned.inspect(model)] == ["torch.nn.Dropout", "thinned.Dropout"]
     thinned.revert(model)
     assert [model[0][2].p, model[1][2].p] == [0.2, 0.5]
+    assert caplog.messages[-1] == "thinned.revert(Sequential): 4 modules and 1 number came back"
     schedule = thinned.DropoutSchedule(model, thinned.schedules.linear(0.0, 1.0, steps=2))
     thinned.convert(model, fuse=True)
     schedule.step()
