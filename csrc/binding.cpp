@@ -214,6 +214,42 @@ void choose(uintptr_t x, uintptr_t y, int dtype, int64_t n, uintptr_t numbers, i
                         reinterpret_cast<const int32_t*>(numbers), n, static_cast<uint64_t>(T), scale, shift, fill});
 }
 
+constexpr const char* functions[] = {"relu",       "gelu",       "gelu_tanh",       "silu",      "add",
+                                     "relu_slope", "gelu_slope", "gelu_tanh_slope", "silu_slope"};
+constexpr int function_count = sizeof functions / sizeof *functions;
+
+// `other` is read by functions from `add` on, and `bias` by `add` unless it is 0. `keys` is 0 for the one `key` of the
+// one row.
+void fused(int function, uintptr_t x, uintptr_t other, uintptr_t bias, uintptr_t y, int dtype, int64_t rows, int64_t n,
+           int64_t columns, int64_t T, double scale, int64_t key, uintptr_t keys) {
+    const Dtype type = checked(dtype, T);
+    if (type > Dtype::f64) refuse("dtype must be real, got " + std::string(dtypes[dtype]));
+    if (function < 0 || function >= function_count)
+        refuse("function must be 0 .. " + std::to_string(function_count - 1) + ", got " + std::to_string(function));
+    check_count("rows", rows);
+    check_count("n", n);
+    if (rows == 0 || n == 0) return;
+    if (rows > most_items / n)
+        refuse(std::to_string(rows) + " rows of " + std::to_string(n) + " elements are more than 2**44");
+    if (!keys && rows != 1) refuse("one key is for one row, got " + std::to_string(rows));
+    const Function called = static_cast<Function>(function);
+    const int64_t item_size = item_sizes[dtype];
+    const Memory to{"y", y, rows * n, item_size, alignments[dtype]};
+    check_apart(to, {"x", x, rows * n, item_size, alignments[dtype]});
+    if (called >= Function::add) check_apart(to, {"other", other, rows * n, item_size, alignments[dtype]});
+    if (called == Function::add && bias) {
+        if (columns < 1 || n % columns)
+            refuse("n must be a multiple of columns, got " + std::to_string(n) + " and " + std::to_string(columns));
+        check_apart(to, {"bias", bias, columns, item_size, alignments[dtype]});
+    }
+    if (keys) check_apart(to, {"keys", keys, rows, 8, 8});
+    const uint64_t bits = static_cast<uint64_t>(key);
+    run_released(Fusion{called, type, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(other),
+                        reinterpret_cast<const void*>(bias), reinterpret_cast<void*>(y),
+                        keys ? reinterpret_cast<const uint64_t*>(keys) : &bits, rows, n, columns,
+                        static_cast<uint64_t>(T), scale});
+}
+
 // A step is 0 for one key, or one datum, for all.
 void fold_many(uintptr_t y, uintptr_t keys, int64_t key_step, uintptr_t data, int64_t data_step, int64_t n) {
     check_count("n", n);
@@ -240,6 +276,7 @@ NB_MODULE(_native, module) {
     module.def("numbers", &numbers);
     module.def("strata", &strata);
     module.def("choose", &choose);
+    module.def("fused", &fused);
     module.def("fold", &fold_one);
     module.def("fold_many", &fold_many);
     module.def("philox", [](uint64_t key, uint64_t counter) { return philox(key, counter, 0); });
@@ -251,6 +288,9 @@ NB_MODULE(_native, module) {
     nb::list names;
     for (const char* name : dtypes) names.append(name);
     module.attr("dtypes") = nb::tuple(names);
+    nb::list function_names;
+    for (const char* name : functions) function_names.append(name);
+    module.attr("functions") = nb::tuple(function_names);
     module.attr("compiler") = THINNED_COMPILER;
     module.attr("flags") = THINNED_FLAGS;
 }

@@ -1,6 +1,7 @@
 #include "isa.h"
 #include "simd/generic.h"
 #include "choose.h"
+#include "fused.h"
 #include "numbers.h"
 #include "strata.h"
 #include "walk.h"
@@ -11,5 +12,6 @@ void walk_baseline(const Plan& plan, int64_t from, int64_t to) { walk(plan, from
 void numbers_baseline(const Numbers& task, int64_t from, int64_t to) { numbers(task, from, to); }
 void strata_baseline(const Strata& task, int64_t from, int64_t to) { strata(task, from, to); }
 void choose_baseline(const Choice& task, int64_t from, int64_t to) { choose(task, from, to); }
+void fuse_baseline(const Fusion& task, int64_t from, int64_t to) { fuse(task, from, to); }
 
 }  // namespace thinned

@@ -25,15 +25,16 @@ struct Isa {
     void (*numbers)(const Numbers&, int64_t, int64_t);
     void (*strata)(const Strata&, int64_t, int64_t);
     void (*choose)(const Choice&, int64_t, int64_t);
+    void (*fuse)(const Fusion&, int64_t, int64_t);
     bool (*supported)();
 };
 
 const Isa isas[] = {
-    {"baseline", walk_baseline, numbers_baseline, strata_baseline, choose_baseline, [] { return true; }},
+    {"baseline", walk_baseline, numbers_baseline, strata_baseline, choose_baseline, fuse_baseline, [] { return true; }},
 #ifdef THINNED_X86
-    {"avx2", walk_avx2, numbers_avx2, strata_avx2, choose_avx2,
+    {"avx2", walk_avx2, numbers_avx2, strata_avx2, choose_avx2, fuse_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }},
-    {"avx512", walk_avx512, numbers_avx512, strata_avx512, choose_avx512,
+    {"avx512", walk_avx512, numbers_avx512, strata_avx512, choose_avx512, fuse_avx512,
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
@@ -147,6 +148,10 @@ uint32_t Strata::prime() const {
 
 void run(const Strata& task) {
     share(task, chosen().load()->strata, task.rows * task.parts(), task.rows * task.count);
+}
+
+void run(const Fusion& task) {
+    share(task, chosen().load()->fuse, task.rows * task.parts(), task.rows * task.n);
 }
 
 void run(const Choice& task) {

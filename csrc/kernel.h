@@ -5,6 +5,7 @@
 //   numbers:        y[i] = u(m(i)) - 2^31
 //   strata:         y[i] = u'(m(i), draw) - 2^31           (from the numbers under two keys)
 //   choice:         y[i] = u[i] < T ? x[i] * scale + shift : fill     (under numbers that are given)
+//   fusion:         y[i] = keep(i) ? f(x[i]) * scale : 0, its derivative, and sums with a masked term
 //
 // keep(m) holds when u(m), the 32-bit number of mask index m under the key, is below T.
 #pragma once
@@ -78,12 +79,39 @@ struct Choice {
     double scale, shift, fill;
 };
 
+enum class Function { relu, gelu, gelu_tanh, silu, add, relu_slope, gelu_slope, gelu_tanh_slope, silu_slope };
+
+// Rows of n consecutive elements, each under a key and with mask indices 0 .. n - 1:
+//
+//   relu ... silu              y[i] = keep(i) ? f(x[i]) * scale : 0
+//   gelu_slope ... silu_slope  y[i] = keep(i) ? other[i] * scale * f'(x[i]) : 0
+//   relu_slope                 y[i] = x[i] <= 0 ? 0 : other[i] * scale           (x is relu's y, which knows the mask)
+//   add                        y[i] = other[i] + (keep(i) ? (x[i] + bias[i % columns]) * scale : 0)
+struct Fusion {
+    static constexpr int64_t part = 16384;  // elements of a row that one thread takes at a time
+
+    Function function;
+    Dtype dtype;  // a real one
+    const void* x;
+    const void* other;
+    const void* bias;  // none: null
+    void* y;
+    const uint64_t* keys;
+    int64_t rows, n;
+    int64_t columns;  // n is a multiple
+    uint64_t T;       // 0 .. 2^32
+    double scale;
+
+    int64_t parts() const { return (n + part - 1) / part; }
+};
+
 // x and y are the same memory or do not overlap, and no product of a size and a stride exceeds 2^61; nothing of it
 // is checked here. Results depend on neither threads nor instruction set.
 void run(const Task& task);
 void run(const Numbers& task);
 void run(const Strata& task);
 void run(const Choice& task);
+void run(const Fusion& task);  // y overlaps nothing
 
 // Words 0 and 1 of philox10((lo32(counter), hi32(counter), 0, last), key).
 uint64_t philox(uint64_t key, uint64_t counter, uint32_t last);

@@ -185,9 +185,15 @@ struct Compared {
     Pair below0, below1, equal0, equal1;
 };
 
+// Work between one plane and the next: none.
+struct Nothing {
+    void operator()(int) const {}
+};
+
 // A plane further up decides over those below it, so they are taken from the least significant on.
-template <class Source>
-inline Compared compare(const Source& source, Pair number, Pair key, uint64_t T, int from, int to) {
+template <class Source, class Meanwhile = Nothing>
+inline Compared compare(const Source& source, Pair number, Pair key, uint64_t T, int from, int to,
+                        Meanwhile meanwhile = {}) {
     const typename Source::Lanes lanes(source, number, key);
     const Pair none = Pair::all(0), every = Pair::all(~0ull);
     Compared result{none, none, every, every};
@@ -198,20 +204,21 @@ inline Compared compare(const Source& source, Pair number, Pair key, uint64_t T,
         result.below1 = below_above(result.below1, plane.second, bit);
         result.equal0 = equal_above(result.equal0, plane.first, bit);
         result.equal1 = equal_above(result.equal1, plane.second, bit);
+        meanwhile(to - from);
     }
     return result;
 }
 
 // The planes that every block needs.
-template <class Source>
-void common(Blocks& blocks, const Source& source, uint64_t T, int planes, bool more) {
+template <class Source, class Meanwhile>
+void common(Blocks& blocks, const Source& source, uint64_t T, int planes, bool more, Meanwhile meanwhile) {
     uint64_t counting[Pair::lanes];
     std::iota(counting, counting + Pair::lanes, 0);
     const Pair iota = Pair::load(counting);
     blocks.open.count = 0;
     for (int at = 0; at < blocks.count; at += Pair::lanes) {
         const Pair number = Pair::load(blocks.number + at), key = Pair::load(blocks.key + at);
-        const Compared c = compare(source, number, key, T, 0, planes);
+        const Compared c = compare(source, number, key, T, 0, planes, meanwhile);
         Pair::store_pairs(blocks.below + 2 * at, c.below0, c.below1);
         if (more) blocks.open.add<Source::keyed>(add(iota, Pair::all(at)), number, key, c.equal0, c.equal1);
     }
@@ -243,25 +250,27 @@ void rest(Blocks& blocks, const Source& source, uint64_t T, int from, int planes
     }
 }
 
-template <class Source>
-void generate_with(Blocks& blocks, uint64_t T) {
+template <class Source, class Meanwhile>
+void generate_with(Blocks& blocks, uint64_t T, Meanwhile meanwhile) {
     int planes = 32;
     while (!(T >> (32 - planes) & 1)) --planes;  // below T's last set bit nothing can be decided any more
     const int first = std::min(planes, common_planes);
     blocks.pad();
     const Source source(blocks);
-    common(blocks, source, T, first, planes > first);
+    common(blocks, source, T, first, planes > first, meanwhile);
     rest(blocks, source, T, first, planes);
 }
 
-// Fill `below` for the blocks added.
-void generate(Blocks& blocks, uint64_t T) {
+// Fill `below` for the blocks added. `meanwhile(planes)` is called once for each of the planes that every block needs
+// and each Pair::lanes blocks: loads and stores in it cost little, as the multiplications wait for each other.
+template <class Meanwhile = Nothing>
+void generate(Blocks& blocks, uint64_t T, Meanwhile meanwhile = {}) {
     if (T == 0 || T > low)
         std::fill_n(blocks.below, 2 * blocks.count, T ? ~0ull : 0);
     else if (blocks.mixed)
-        generate_with<Mixed>(blocks, T);
+        generate_with<Mixed>(blocks, T, meanwhile);
     else
-        generate_with<Uniform>(blocks, T);
+        generate_with<Uniform>(blocks, T, meanwhile);
 }
 
 }  // namespace

@@ -65,6 +65,7 @@ struct Floats {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
     }
     void store(float* to) const { _mm256_storeu_ps(to, v); }
+    void stream(void* to) const { _mm256_stream_ps(static_cast<float*>(to), v); }
     void store(Half* to) const {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
     }
@@ -80,6 +81,16 @@ struct Floats {
     }
     friend Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
     friend Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
+    friend Floats subtract(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
+    friend Floats divide(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
+    friend Floats larger(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
+    friend Floats smaller(Floats a, Floats b) { return {_mm256_min_ps(a.v, b.v)}; }
+    friend Floats if_less(Floats a, Floats b, Floats then, Floats otherwise) {
+        return {_mm256_blendv_ps(otherwise.v, then.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+    }
+    friend Floats to_exponent(Floats a) {
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
+    }
     static __m256 expand(unsigned mask) {
         const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit);
@@ -100,7 +111,14 @@ struct Doubles {
     static Doubles load(const double* from) { return {_mm256_loadu_pd(from)}; }
     void store(double* to) const { _mm256_storeu_pd(to, v); }
     friend Doubles multiply(Doubles a, Doubles b) { return {_mm256_mul_pd(a.v, b.v)}; }
+    void stream(void* to) const { _mm256_stream_pd(static_cast<double*>(to), v); }
     friend Doubles add(Doubles a, Doubles b) { return {_mm256_add_pd(a.v, b.v)}; }
+    friend Doubles subtract(Doubles a, Doubles b) { return {_mm256_sub_pd(a.v, b.v)}; }
+    friend Doubles divide(Doubles a, Doubles b) { return {_mm256_div_pd(a.v, b.v)}; }
+    friend Doubles larger(Doubles a, Doubles b) { return {_mm256_max_pd(a.v, b.v)}; }
+    friend Doubles if_less(Doubles a, Doubles b, Doubles then, Doubles otherwise) {
+        return {_mm256_blendv_pd(otherwise.v, then.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
+    }
     static __m256d expand(unsigned mask) {
         const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
         const __m256i set = _mm256_and_si256(_mm256_set1_epi64x(static_cast<long long>(mask)), bit);
@@ -111,6 +129,8 @@ struct Doubles {
     }
     friend Doubles keep(unsigned mask, Doubles a) { return {_mm256_and_pd(a.v, expand(mask))}; }
 };
+
+inline void finish_streams() { _mm_sfence(); }
 
 inline void store_bools(uint64_t mask, uint8_t* to) {
     const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));

@@ -61,6 +61,7 @@ struct Floats {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
     }
     void store(float* to) const { _mm512_storeu_ps(to, v); }
+    void stream(void* to) const { _mm512_stream_ps(static_cast<float*>(to), v); }
     void store(Half* to) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
     }
@@ -75,6 +76,16 @@ struct Floats {
     }
     friend Floats multiply(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
     friend Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+    friend Floats subtract(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+    friend Floats divide(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+    friend Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+    friend Floats smaller(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+    friend Floats if_less(Floats a, Floats b, Floats then, Floats otherwise) {
+        return {_mm512_mask_mov_ps(otherwise.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), then.v)};
+    }
+    friend Floats to_exponent(Floats a) {
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+    }
     friend Floats select(unsigned mask, Floats kept, Floats dropped) {
         return {_mm512_mask_mov_ps(dropped.v, static_cast<__mmask16>(mask), kept.v)};
     }
@@ -92,7 +103,14 @@ struct Doubles {
     static Doubles load(const double* from) { return {_mm512_loadu_pd(from)}; }
     void store(double* to) const { _mm512_storeu_pd(to, v); }
     friend Doubles multiply(Doubles a, Doubles b) { return {_mm512_mul_pd(a.v, b.v)}; }
+    void stream(void* to) const { _mm512_stream_pd(static_cast<double*>(to), v); }
     friend Doubles add(Doubles a, Doubles b) { return {_mm512_add_pd(a.v, b.v)}; }
+    friend Doubles subtract(Doubles a, Doubles b) { return {_mm512_sub_pd(a.v, b.v)}; }
+    friend Doubles divide(Doubles a, Doubles b) { return {_mm512_div_pd(a.v, b.v)}; }
+    friend Doubles larger(Doubles a, Doubles b) { return {_mm512_max_pd(a.v, b.v)}; }
+    friend Doubles if_less(Doubles a, Doubles b, Doubles then, Doubles otherwise) {
+        return {_mm512_mask_mov_pd(otherwise.v, _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), then.v)};
+    }
     friend Doubles select(unsigned mask, Doubles kept, Doubles dropped) {
         return {_mm512_mask_mov_pd(dropped.v, static_cast<__mmask8>(mask), kept.v)};
     }
@@ -100,6 +118,8 @@ struct Doubles {
         return {_mm512_maskz_mov_pd(static_cast<__mmask8>(mask), a.v)};
     }
 };
+
+inline void finish_streams() { _mm_sfence(); }
 
 inline void store_bools(uint64_t mask, uint8_t* to) { _mm512_storeu_si512(to, _mm512_maskz_set1_epi8(mask, 1)); }
 

@@ -88,6 +88,34 @@ struct Lanes {
         for (int i = 0; i < N; ++i) a.lane[i] += b.lane[i];
         return a;
     }
+    friend Lanes subtract(Lanes a, Lanes b) {
+        for (int i = 0; i < N; ++i) a.lane[i] -= b.lane[i];
+        return a;
+    }
+    friend Lanes divide(Lanes a, Lanes b) {
+        for (int i = 0; i < N; ++i) a.lane[i] /= b.lane[i];
+        return a;
+    }
+    // The second where they are equal or not ordered.
+    friend Lanes larger(Lanes a, Lanes b) {
+        for (int i = 0; i < N; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+        return a;
+    }
+    friend Lanes smaller(Lanes a, Lanes b) {
+        for (int i = 0; i < N; ++i) a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+        return a;
+    }
+    friend Lanes if_less(Lanes a, Lanes b, Lanes then, Lanes otherwise) {
+        for (int i = 0; i < N; ++i) a.lane[i] = a.lane[i] < b.lane[i] ? then.lane[i] : otherwise.lane[i];
+        return a;
+    }
+    // The lowest 9 bits as the sign and the exponent: 2^n of the number whose bits end in n + 127.
+    friend Lanes to_exponent(Lanes a) {
+        for (int i = 0; i < N; ++i) a.lane[i] = float_of(bits_of(a.lane[i]) << 23);
+        return a;
+    }
+    // A store that leaves the cache as it is, where an instruction set has it; `to` is aligned to 64 bytes.
+    void stream(void* to) const { std::memcpy(to, lane, sizeof lane); }
     friend Lanes select(unsigned mask, Lanes kept, Lanes dropped) {
         Bits chosen[N], other[N];
         std::memcpy(chosen, kept.lane, sizeof chosen);
@@ -104,6 +132,8 @@ struct Lanes {
 
 using Floats = Lanes<float, 8>;
 using Doubles = Lanes<double, 8>;
+
+inline void finish_streams() {}
 
 void store_bools(uint64_t mask, uint8_t* to) {
     for (int i = 0; i < 64; ++i) to[i] = mask >> i & 1;

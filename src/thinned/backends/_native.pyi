@@ -3,6 +3,7 @@ from collections.abc import Sequence
 compiler: str
 dtypes: tuple[str, ...]
 flags: str
+functions: tuple[str, ...]
 
 def choose(
     x: int,
@@ -31,6 +32,22 @@ def flat(
 ) -> None: ...
 def fold(y: int, key: int, data: int, /) -> None: ...
 def fold_many(y: int, keys: int, key_step: int, data: int, data_step: int, n: int, /) -> None: ...
+def fused(
+    function: int,
+    x: int,
+    other: int,
+    bias: int,
+    y: int,
+    dtype: int,
+    rows: int,
+    n: int,
+    columns: int,
+    T: int,
+    scale: float,
+    key: int,
+    keys: int,
+    /,
+) -> None: ...
 def isa() -> str: ...
 def numbers(y: int, keys: int, starts: int, rows: int, count: int, /) -> None: ...
 def philox(key: int, counter: int, /) -> int: ...

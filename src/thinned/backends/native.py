@@ -1,5 +1,8 @@
 """The operations by the compiled kernel: the CPU's backend.
 
+:func:`fused` is this backend's own: where it does not serve, :mod:`thinned.op.fused` composes the same values
+of the operations that every backend has.
+
 ``THINNED_ISA`` in the environment forces a lower instruction set than the processor has; the bits are equal.
 """
 
@@ -20,7 +23,7 @@ from thinned.backends.rows import by_rows
 from thinned.backends.strata import name, once
 from thinned.geometry import Geometry, shared_cached
 
-__all__ = ["choose", "fold", "instruction_set", "keep_mask", "masked_affine", "uniform"]
+__all__ = ["choose", "fold", "fused", "instruction_set", "keep_mask", "masked_affine", "uniform"]
 
 
 def _force_isa(wanted: str) -> str:
@@ -55,6 +58,7 @@ WANTED_ISA = _force_isa(os.environ.get("THINNED_ISA", ""))
 
 _MASK = _native.dtypes.index("bool")
 _CODES = {getattr(torch, name): code for code, name in enumerate(_native.dtypes) if code != _MASK}
+_FUNCTIONS = {name: code for code, name in enumerate(_native.functions)}
 _COMPLEX = frozenset(code for dtype, code in _CODES.items() if dtype.is_complex)
 
 
@@ -169,6 +173,40 @@ def choose(x: Tensor, numbers: Tensor, T: int, scale: float, shift: float, fill:
         x.data_ptr(), target.data_ptr(), _CODES[x.dtype], x.numel(), numbers.data_ptr(), T, scale, shift, fill
     )
     return target
+
+
+def fused(
+    function: str,
+    x: Tensor,
+    other: Tensor | None,
+    bias: Tensor | None,
+    key: int | Tensor,
+    T: int,
+    scale: float,
+) -> Tensor:
+    """An activation, its derivative or a sum, and a mask, in one pass; csrc/kernel.h has the formulas.
+
+    Args:
+        function: one of ``_native.functions``.
+        x: a contiguous real tensor.
+        other: the residual or the gradient, like ``x``.
+        bias: of ``x``'s dtype and last dimension.
+        key: one key, or an int64 tensor of one for each row.
+        T: the threshold.
+        scale: the factor of what is kept.
+    """
+    y = torch.empty_like(x)
+    rows, keys = 1, 0
+    if isinstance(key, Tensor):
+        key = key.contiguous()
+        rows, keys, key = key.shape[0], key.data_ptr(), 0
+    beside = 0 if other is None else other.data_ptr()
+    biases, columns = (0, 0) if bias is None else (bias.data_ptr(), bias.shape[0])
+    _native.fused(
+        _FUNCTIONS[function], x.data_ptr(), beside, biases, y.data_ptr(), _CODES[x.dtype], rows,
+        x.numel() // max(rows, 1), columns, T, scale, key, keys,
+    )  # fmt: skip
+    return y
 
 
 def uniform(

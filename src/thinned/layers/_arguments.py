@@ -31,6 +31,7 @@ __all__ = [
     "check_parameter",
     "check_tensor",
     "drops",
+    "flat_key",
     "kept",
     "key_for",
     "number",
@@ -222,6 +223,22 @@ def drops(
     if key is not None:
         check_key(key, nested.shape_of(input) if input.is_nested else input.shape)
     return active
+
+
+def flat_key(input: Tensor, key: Key | None) -> tuple[bool, Key | None]:
+    """The key that :func:`apply` would take for an elementwise layer without shared dimensions.
+
+    Returns:
+        Whether the mask is that of the key, or of a key for each row, in the order of ``input``'s elements;
+        and the key, which the layer has to go on with in either case.
+    """
+    if key is None and active.key_source is not None:
+        if active.key_source.sample_dim(input):
+            return False, None
+        key = active.key_source.key_for(input, 0)
+    elif key is not None:
+        key = as_key(key)
+    return not isinstance(key, RowsKey | StratifiedKey), key
 
 
 def check_tensor(function: str, name: str, value: Any) -> None:

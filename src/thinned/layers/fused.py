@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,9 +12,18 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import has_torch_function, has_torch_function_unary
 
+from thinned import op
 from thinned.checks import got
 from thinned.keys import Key
-from thinned.layers._arguments import apply, check_device, check_tensor, drops, threshold_and_scale
+from thinned.layers._arguments import (
+    apply,
+    bits_for,
+    check_device,
+    check_tensor,
+    drops,
+    flat_key,
+    threshold_and_scale,
+)
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
 from thinned.torch_state import compiling
@@ -62,9 +73,9 @@ def relu_dropout(input: Tensor, p: float = 0.5, training: bool = True, *, key: K
     if has_torch_function_unary(input) and not compiling():
         return overridden(relu_dropout, locals())
     T, scale = threshold_and_scale(p)
-    active = drops("relu_dropout", input, p, training, key)
-    y = F.relu(input)
-    return apply(y, key, (), False, T, scale, elementwise=True) if active else y
+    if not drops("relu_dropout", input, p, training, key):
+        return F.relu(input)
+    return _activated("relu", input, key, T, scale)
 
 
 def gelu_dropout(
@@ -107,9 +118,9 @@ def gelu_dropout(
         return overridden(gelu_dropout, locals())
     T, scale = threshold_and_scale(p)
     _check_approximate(approximate)
-    active = drops("gelu_dropout", input, p, training, key)
-    y = F.gelu(input, approximate=approximate)
-    return apply(y, key, (), False, T, scale, elementwise=True) if active else y
+    if not drops("gelu_dropout", input, p, training, key):
+        return F.gelu(input, approximate=approximate)
+    return _activated("gelu" if approximate == "none" else "gelu_tanh", input, key, T, scale)
 
 
 def silu_dropout(input: Tensor, p: float = 0.5, training: bool = True, *, key: Key | None = None) -> Tensor:
@@ -140,9 +151,9 @@ def silu_dropout(input: Tensor, p: float = 0.5, training: bool = True, *, key: K
     if has_torch_function_unary(input) and not compiling():
         return overridden(silu_dropout, locals())
     T, scale = threshold_and_scale(p)
-    active = drops("silu_dropout", input, p, training, key)
-    y = F.silu(input)
-    return apply(y, key, (), False, T, scale, elementwise=True) if active else y
+    if not drops("silu_dropout", input, p, training, key):
+        return F.silu(input)
+    return _activated("silu", input, key, T, scale)
 
 
 def dropout_add(
@@ -180,7 +191,7 @@ def dropout_add(
     T, scale = threshold_and_scale(p)
     active = drops("dropout_add", input, p, training, key)
     _check_residual("dropout_add", residual, input)
-    return residual + (apply(input, key, (), False, T, scale, elementwise=True) if active else input)
+    return _added(input, None, residual, key, T, scale) if active else residual + input
 
 
 def bias_dropout_add(
@@ -225,7 +236,6 @@ def bias_dropout_add(
     T, scale = threshold_and_scale(p)
     active = drops("bias_dropout_add", input, p, training, key)
     _check_residual("bias_dropout_add", residual, input)
-    x = input
     if bias is not None:
         check_tensor("bias_dropout_add", "bias", bias)
         check_device("bias", bias, input)
@@ -234,8 +244,35 @@ def bias_dropout_add(
                 f"bias must have the size of input's last dimension, got shape {tuple(bias.shape)} for an "
                 f"input of shape {tuple(input.shape)}"
             )
-        x = input + bias
-    return residual + (apply(x, key, (), False, T, scale, elementwise=True) if active else x)
+    if active:
+        return _added(input, bias, residual, key, T, scale)
+    return residual + (input if bias is None else input + bias)
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def _activated(function: str, x: Tensor, key: Key | None, T: int, scale: float) -> Tensor:
+    if op.fuses(x):
+        fits, key = flat_key(x, key)
+        if fits:
+            return op.fused(function, x, None if key is None else bits_for(key, x), T, scale)
+    return apply(_FUNCTIONS[function](x), key, (), False, T, scale, elementwise=True)
+
+
+def _added(x: Tensor, bias: Tensor | None, residual: Tensor, key: Key | None, T: int, scale: float) -> Tensor:
+    if x.shape == residual.shape and op.fuses(x, residual, bias):
+        fits, key = flat_key(x, key)
+        if fits:
+            bits = None if key is None else bits_for(key, x)
+            return op.fused_add(x, residual, bias, bits, T, scale)
+    x = x if bias is None else x + bias
+    return residual + apply(x, key, (), False, T, scale, elementwise=True)
 
 
 def _check_approximate(approximate: str) -> None:

@@ -22,17 +22,23 @@ functionalize                  ``functionalizing``      ``torch.ops.thinned``   
 =============================  =======================  ===============================  =====================
 
 ``is_traced`` also covers meta tensors and ZeroTensors. In place, other paths copy their result into ``x``.
+``fused`` and ``fused_add`` are ``masked_affine`` and the step beside it, for plain tensors on the CPU.
+
 Jagged tensors come here as their values, from :mod:`thinned.nested`. A DTensor is a subclass, whose rules for
 ``torch.ops.thinned`` are in :mod:`thinned.op.dtensor`.
 """
 
 from thinned.op.affine import choose, masked_affine, masked_affine_, refuse_layout
 from thinned.op.dtensor import accept, locally, shard_like, uniform_for, unsharded, whole
+from thinned.op.fused import fused, fused_add, fuses
 from thinned.op.registered import keep_mask, key_tensor, uniform
 
 __all__ = [
     "accept",
     "choose",
+    "fused",
+    "fused_add",
+    "fuses",
     "keep_mask",
     "key_tensor",
     "locally",

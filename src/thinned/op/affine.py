@@ -55,7 +55,7 @@ def masked_affine(
         if key is None and x.is_cpu:
             key = draw_int()
         elif not isinstance(key, int):
-            key = _eager_key(key, x)
+            key = eager_key(key, x)
         if x.requires_grad and torch.is_grad_enabled():
             return _apply_eager(x, (key, geometry, T, scale, shift, fill))  # type: ignore[no-any-return]
         return call_backend(x, key, geometry, T, scale, shift, fill)
@@ -112,7 +112,7 @@ def masked_affine_(
     if not is_eager(x) or x.is_conj() or x.is_neg():
         return x.copy_(masked_affine(x, key, geometry, T, scale, shift, fill))
     refuse_overlap(x)
-    key = _eager_key(key, x)
+    key = eager_key(key, x)
     if torch.is_grad_enabled() and x.requires_grad:
         refuse_leaf(x)
         # Autograd checks x within this call; the data is written once the checks have passed.
@@ -146,7 +146,7 @@ def refuse_layout(x: Tensor) -> None:
         )
 
 
-def _eager_key(key: int | Tensor | None, x: Tensor) -> int | Tensor:
+def eager_key(key: int | Tensor | None, x: Tensor) -> int | Tensor:
     if key is None:
         return draw_int() if x.is_cpu else cuda_draws.draw(x.device)
     if isinstance(key, int) or key.dim():
@@ -176,7 +176,7 @@ def _sparse(
     return torch.sparse_coo_tensor(indices, kept, x.shape, is_coalesced=True, check_invariants=False)
 
 
-def _derivative(
+def derivative(
     grad: Tensor,
     key: int | Tensor,
     geometry: Geometry | None,
@@ -229,7 +229,7 @@ class _ReverseMode(SingleLevelFunction):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         key, geometry, T, scale, layout = ctx.derivative
         key = ctx.saved_tensors[0] if key is None else key
-        return _derivative(grad, key, geometry, T, scale, layout), None
+        return derivative(grad, key, geometry, T, scale, layout), None
 
 
 # Skips the functorch checks of torch.autograd.Function.apply, 1.4 us; no transform is active for eager calls.
@@ -266,11 +266,11 @@ class _BothModes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _derivative(grad, ctx.saved_tensors[0], *ctx.derivative), *(None,) * 7
+        return derivative(grad, ctx.saved_tensors[0], *ctx.derivative), *(None,) * 7
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _derivative(tangent, ctx.saved_tensors[0], *ctx.derivative)
+        return derivative(tangent, ctx.saved_tensors[0], *ctx.derivative)
 
     @staticmethod
     def vmap(
