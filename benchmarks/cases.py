@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import thinned
 from benchmarks.case import MULTIPLY, Bound, Case, Work
 from benchmarks.dtensor import dtensor_cases
+from benchmarks.fused import fused_cases
 from benchmarks.layers import layer_cases
 from benchmarks.montecarlo import montecarlo_cases
 from benchmarks.peers import backward, elsewhere, layers
@@ -37,6 +38,7 @@ def cases() -> Iterator[Case]:
         yield from _layouts(threads)
         yield from _rows(threads)
         yield from layer_cases(threads)
+        yield from fused_cases(threads)
     yield from _small()
     yield from _addressed()
     yield from _compiled()

@@ -153,6 +153,8 @@ def test_thinned_dropouts() -> None:
     x = torch.randn(5, 8)
     check(nn.Sequential(nn.Linear(8, 30), thinned.Dropout(), nn.Linear(30, 4)), x)
     check(nn.Sequential(nn.Linear(8, 30), thinned.Dropout(broadcast_dims=(1,)), nn.Linear(30, 4)), x, "vmap")
+    for fused in (thinned.ReLUDropout(), thinned.GELUDropout(0.3, "tanh"), thinned.SiLUDropout(0.0)):
+        check(nn.Sequential(nn.Linear(8, 30), nn.Dropout(), fused, nn.Linear(30, 4)), x)
 
 
 def test_modules_that_occur_twice() -> None:

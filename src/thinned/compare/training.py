@@ -23,7 +23,7 @@ from thinned.compare.implementation import Implementation
 from thinned.compare.settings import Settings
 from thinned.compare.timing import middle_half
 
-__all__ = ["EPOCHS", "WITHOUT", "Run", "train_all"]
+__all__ = ["BATCH", "EPOCHS", "LEARNING_RATE", "MOMENTUM", "WITHOUT", "Run", "network", "train_all"]
 
 P = ParamSpec("P")
 
@@ -87,7 +87,7 @@ class Trainee:
 
     def prepare(self, steps: int) -> None:
         torch.manual_seed(self.settings.seed)
-        self.model = _network(self.implementation).to(self.settings.device)
+        self.model = network(self.implementation).to(self.settings.device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), LEARNING_RATE, MOMENTUM)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=steps)
 
@@ -171,7 +171,9 @@ def _is_tested(epoch: int, epochs: int) -> bool:
     return epoch in FIRST_TESTS or epoch % TEST_EVERY == 0 or epoch == epochs
 
 
-def _network(implementation: Implementation | None) -> nn.Sequential:
+def network(implementation: Implementation | None) -> nn.Sequential:
+    """The network that is trained, with the dropout of an implementation or without."""
+
     def dropout(p: float) -> list[nn.Module]:
         return [implementation.make(p=p)] if implementation else []
 

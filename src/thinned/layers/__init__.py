@@ -7,6 +7,7 @@ from thinned.layers.channels import Dropout1d, Dropout2d, Dropout3d
 from thinned.layers.concrete import ConcreteDropout
 from thinned.layers.dropout import Dropout
 from thinned.layers.embedding import EmbeddingDropout
+from thinned.layers.fused import DropoutAdd, GELUDropout, ReLUDropout, SiLUDropout
 from thinned.layers.gaussian import GaussianDropout, VariationalDropout
 from thinned.layers.layer_drop import LayerDrop
 from thinned.layers.locked import LockedDropout
@@ -35,8 +36,10 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutAdd",
     "EmbeddingDropout",
     "FeatureAlphaDropout",
+    "GELUDropout",
     "GaussianDropout",
     "LayerDrop",
     "LockedDropout",
@@ -44,7 +47,9 @@ __all__ = [
     "MultiSampleDropout",
     "PatchDropout",
     "RDrop",
+    "ReLUDropout",
     "Residual",
+    "SiLUDropout",
     "StochasticDepth",
     "TargetedDropout",
     "TokenDropout",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.overrides import has_torch_function, has_torch_function_unary
 
 from thinned import op
@@ -20,11 +22,23 @@ from thinned.layers._arguments import (
     flat_key,
     threshold_and_scale,
 )
-from thinned.layers._overrides import overridden
+from thinned.layers._module import Layer
+from thinned.layers._overrides import module_node, overridden
 from thinned.op.fused import ACTIVATIONS
 from thinned.torch_state import compiling
 
-__all__ = ["bias_dropout_add", "dropout_add", "gelu_dropout", "relu_dropout", "silu_dropout"]
+__all__ = [
+    "DropoutAdd",
+    "GELUDropout",
+    "ReLUDropout",
+    "SiLUDropout",
+    "activation_of",
+    "bias_dropout_add",
+    "dropout_add",
+    "gelu_dropout",
+    "relu_dropout",
+    "silu_dropout",
+]
 
 
 def relu_dropout(input: Tensor, p: float = 0.5, training: bool = True, *, key: Key | None = None) -> Tensor:
@@ -102,8 +116,7 @@ def gelu_dropout(
     if has_torch_function_unary(input) and not compiling():
         return overridden(gelu_dropout, locals())
     T, scale = threshold_and_scale(p)
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f'approximate must be "none" or "tanh", {got(approximate)}')
+    _check_approximate(approximate)
     if not drops("gelu_dropout", input, p, training, key):
         return F.gelu(input, approximate=approximate)
     return _activated("gelu" if approximate == "none" else "gelu_tanh", input, key, T, scale)
@@ -271,3 +284,125 @@ def _check(name: str, x: Tensor, bias: Tensor | None, residual: Tensor) -> None:
             f"residual of shape {tuple(residual.shape)} does not broadcast with an input of shape "
             f"{tuple(x.shape)}"
         )
+
+
+def _check_approximate(approximate: str) -> None:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'approximate must be "none" or "tanh", {got(approximate)}')
+
+
+class ReLUDropout(Layer):
+    """``nn.ReLU`` and the dropout behind it in one pass over memory.
+
+    Use this layer in place of the two between fully connected layers, with the p and the masks of
+    :class:`Dropout`; :func:`thinned.convert` with ``fuse=True`` puts it there. In evaluation it is the
+    activation alone.
+
+    :func:`thinned.functional.relu_dropout` has the formula.
+
+    Source: Srivastava et al. 2014, as the function.
+
+    >>> import torch, thinned
+    >>> thinned.ReLUDropout(0.5)(torch.ones(6), key=thinned.Key(7))
+    tensor([0., 0., 0., 2., 2., 2.])
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        return torch.ops.thinned.relu_dropout(input, float(self.p), self.training)  # type: ignore[no-any-return]
+
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
+        return relu_dropout(input, self.p, self.training, key=key)
+
+
+class GELUDropout(Layer):
+    """``nn.GELU`` and the dropout behind it in one pass over memory.
+
+    Use this layer in place of the two in the MLP of a transformer, with the p and the masks of
+    :class:`Dropout`; :func:`thinned.convert` with ``fuse=True`` puts it there. In evaluation it is the
+    activation alone.
+
+    :func:`thinned.functional.gelu_dropout` has the formula.
+
+    Source: Hendrycks and Gimpel 2016, as the function.
+
+    >>> import torch, thinned
+    >>> thinned.GELUDropout(0.5)(torch.ones(6), key=thinned.Key(7))
+    tensor([0.0000, 0.0000, 0.0000, 1.6827, 1.6827, 1.6827])
+    """
+
+    def __init__(self, p: float = 0.5, approximate: Literal["none", "tanh"] = "none") -> None:
+        super().__init__(p)
+        _check_approximate(approximate)
+        self.approximate = approximate
+
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        p, approximate = float(self.p), self.approximate
+        return torch.ops.thinned.gelu_dropout(input, p, self.training, approximate=approximate)  # type: ignore[no-any-return]
+
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
+        return gelu_dropout(input, self.p, self.training, approximate=self.approximate, key=key)
+
+
+class SiLUDropout(Layer):
+    """``nn.SiLU`` and the dropout behind it in one pass over memory.
+
+    Use this layer in place of the two in an MLP, with the p and the masks of :class:`Dropout`;
+    :func:`thinned.convert` with ``fuse=True`` puts it there. In evaluation it is the activation alone.
+
+    :func:`thinned.functional.silu_dropout` has the formula.
+
+    Source: Hendrycks and Gimpel 2016, as the function.
+
+    >>> import torch, thinned
+    >>> thinned.SiLUDropout(0.5)(torch.ones(6), key=thinned.Key(7))
+    tensor([0.0000, 0.0000, 0.0000, 1.4621, 1.4621, 1.4621])
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        return torch.ops.thinned.silu_dropout(input, float(self.p), self.training)  # type: ignore[no-any-return]
+
+    def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
+            return node
+        return silu_dropout(input, self.p, self.training, key=key)
+
+
+class DropoutAdd(Layer):
+    """Dropout and the sum with a residual in one pass over memory.
+
+    Use this layer at the end of a transformer's sublayer, in place of the sum of a residual and a
+    :class:`Dropout`, whose p and masks it has. In evaluation it is the sum alone.
+
+    :func:`thinned.functional.dropout_add` has the formula.
+
+    Source: Vaswani et al. 2017, as the function.
+
+    >>> import torch, thinned
+    >>> thinned.DropoutAdd(0.5)(torch.ones(6), torch.ones(6), key=thinned.Key(7))
+    tensor([1., 1., 1., 3., 3., 3.])
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+
+    def forward(self, input: Tensor, residual: Tensor, *, key: Key | None = None) -> Tensor:
+        if (node := module_node(self, input, residual, key=key)) is not None:
+            return node
+        return dropout_add(input, residual, self.p, self.training, key=key)
+
+
+def activation_of(layer: nn.Module) -> nn.Module:
+    """The activation alone of a layer that is one with its dropout."""
+    if isinstance(layer, GELUDropout):
+        return nn.GELU(layer.approximate)
+    return nn.ReLU() if isinstance(layer, ReLUDropout) else nn.SiLU()

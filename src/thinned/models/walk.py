@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from types import UnionType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ __all__ = [
     "check_model",
     "chooser",
     "is_ours",
+    "is_sequential",
     "join",
     "modules_in_containers",
     "modules_with_paths",
@@ -41,6 +42,15 @@ PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 def is_ours(module: nn.Module) -> bool:
     """Whether ``module`` is a layer of thinned."""
     return any(base.__module__.startswith("thinned.layers.") for base in type(module).__mro__)
+
+
+def is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether ``module`` calls its children in a row and does nothing else."""
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and "forward" not in vars(module)
+    )
 
 
 def original(module: nn.Module) -> nn.Module:

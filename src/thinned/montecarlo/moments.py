@@ -72,8 +72,8 @@ def moments(model: nn.Module, input: Tensor) -> Moments:
         model: a model that :class:`torch.fx.Tracer` can trace and that returns one tensor. After its first
             dropout it may have Linear, Conv1d to Conv3d with padding by zeros, BatchNorm1d to BatchNorm3d,
             ReLU, average and adaptive average pooling, ``mean``, Flatten and Identity; Dropout and Dropout1d
-            to Dropout3d of torch and thinned, DropPath, StochasticDepth and LockedDropout; the functions of
-            these; and sums of two tensors that depend on different dropouts.
+            to Dropout3d of torch and thinned, ReLUDropout, DropPath, StochasticDepth and LockedDropout; the
+            functions of these; and sums of two tensors that depend on different dropouts.
         input: a tensor of shape ``(N, *)``.
 
     Returns:
@@ -527,6 +527,10 @@ def _dropout(module: Any, x: Random, node: fx.Node) -> Random:
     return _drop(module, x, node, dims_of(x.mean.shape, module.broadcast_dims), module.p)
 
 
+def _relu_dropout(module: Any, x: Random, node: fx.Node) -> Random:
+    return _drop(module, _relu(module, x), node, set(), module.p)
+
+
 def _channels(batched: int | None, module: Any, x: Random, node: fx.Node) -> Random:
     """``batched`` is the number of dimensions with a batch, and None if there always is one."""
     dims = channel_dims(x.mean, module.p, batched=batched in (None, x.mean.dim()))
@@ -590,6 +594,7 @@ RULES: dict[type, Callable[[Any, Random], Random]] = {
 }
 DROPOUTS: dict[type, Callable[[Any, Random, fx.Node], Random]] = {
     layers.Dropout: _dropout,
+    layers.ReLUDropout: _relu_dropout,
     layers.Dropout1d: partial(_channels, 3),
     layers.Dropout2d: partial(_channels, None),
     layers.Dropout3d: partial(_channels, 5),

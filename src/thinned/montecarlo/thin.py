@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from thinned.keys import Key
-from thinned.layers import Dropout
+from thinned.layers import Dropout, GELUDropout, ReLUDropout, SiLUDropout
 from thinned.layers._arguments import threshold_and_scale
+from thinned.layers.fused import activation_of
 from thinned.models.address import Address
 from thinned.models.address.hooks import has_other_hooks
+from thinned.models.walk import is_sequential
 
 __all__ = ["POINTWISE", "OneRow", "Thinned"]
 
@@ -23,7 +25,8 @@ POINTWISE = (
     nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold,
     nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign,
 )  # fmt: skip
-DROPOUTS = (nn.Dropout, Dropout)
+FUSED = (ReLUDropout, GELUDropout, SiLUDropout)
+DROPOUTS = (nn.Dropout, Dropout, *FUSED)
 GATHER = 8  # an element that is gathered takes as long as 8 multiply-adds of a product (AVX-512, 1 thread)
 
 
@@ -75,7 +78,9 @@ class Stage:
         for module in self.elementwise:
             if type(module) not in DROPOUTS:
                 h = module(h)
-            elif module.training:
+            elif type(module) in FUSED:
+                h = activation_of(module)(h)
+            if type(module) in DROPOUTS and module.training:
                 h = h * _scale(module)
         return h
 
@@ -216,7 +221,7 @@ class Thinned:
         self._parts: dict[nn.Module, Sequence[nn.Module | Chain]] = {}
         within: set[nn.Module] = set()
         for module in model.modules():
-            if module not in within and _is_sequential(module):
+            if module not in within and is_sequential(module):
                 parts = _parts(_flat(module, within))
                 if any(isinstance(part, Chain) for part in parts):
                     self._parts[module] = parts
@@ -236,18 +241,10 @@ class Thinned:
                 vars(module).pop("forward", None)
 
 
-def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    return (
-        isinstance(module, nn.Sequential)
-        and type(module).forward is nn.Sequential.forward
-        and "forward" not in vars(module)
-    )
-
-
 def _flat(sequential: nn.Sequential, within: set[nn.Module]) -> Iterator[nn.Module]:
     """The modules that it calls, also through others, which are added to ``within``."""
     for module in sequential:
-        if _is_sequential(module) and not has_other_hooks(module):
+        if is_sequential(module) and not has_other_hooks(module):
             within.add(module)
             yield from _flat(module, within)
         else:

@@ -10,6 +10,7 @@ from thinned.compare.layers import (
     concrete,
     dropout,
     embedding,
+    fused,
     gaussian,
     layer_drop,
     locked,
@@ -31,6 +32,7 @@ __all__ = ["ENTRIES", "Entry", "entry_of"]
 FAMILIES = (
     *(
         dropout,
+        fused,
         channels,
         alpha,
         path,

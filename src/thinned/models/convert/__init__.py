@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
+from thinned.layers import Dropout
 from thinned.layers._arguments import check_p
+from thinned.models.convert.fuse import fused
 from thinned.models.convert.report import report_converted, report_reverted
 from thinned.models.convert.rules import is_known, make, probability_name, unit_of
 from thinned.models.convert.skip import Skips, plan, unskip
@@ -31,6 +33,7 @@ def convert(
     p: float | None = None,
     include: Choice | None = None,
     exclude: Choice | None = None,
+    fuse: bool = False,
     inplace: bool = True,
     skip: bool = False,
     allow_batch_norm: bool = False,
@@ -91,6 +94,10 @@ def convert(
             of several suffices. An attribute is chosen with its module, and that of a config with the modules
             that read it.
         exclude: leave these.
+        fuse: in each ``nn.Sequential``, let one layer be a dropout of elements and the ``nn.ReLU``,
+            ``nn.GELU`` or ``nn.SiLU`` before it, such as :class:`thinned.ReLUDropout`, which is one pass over
+            memory. It stands at the dropout's place, with its masks, and an ``nn.Identity`` at the
+            activation's. A pair is chosen by its dropout.
         inplace: change ``model``; otherwise change a deep copy, with a copy of its config.
         skip: compute the branches before DropPath and StochasticDepth for the rows that these keep.
         allow_batch_norm: with ``skip``, let a batch normalization of a branch take its statistics over the
@@ -152,13 +159,28 @@ def convert(
         news[id(module)] = new
     skips = plan(found, chosen, allow_batch_norm) if skip else Skips()
     numbers = 0 if p is None else _set_all(model, float(p), chosen, news)
+    drops = {
+        id(new)
+        for old, paths in (found if fuse else ())
+        if isinstance(new := news.get(id(old), old), Dropout) and chosen(paths, old)
+    }
     # From here on nothing raises.
     for new, origin in origins:
         origin.carry_over(new)
     model = _replace(model, news)
+    pairs = fused(model, drops)
+    for old, new in pairs.values():
+        _Origin(old, _raw_probability(old), _raw_probability(new), 1.0).carry_over(new)
+        vars(new).pop("inplace", None)  # neither new module writes over its input
+        if ORIGIN in vars(old):  # it comes back, and not a layer of ours between
+            vars(new)[ORIGIN] = vars(old)[ORIGIN]
+    twins = {key: new for key, (_, new) in pairs.items()}
+    model = _replace(model, twins)
+    news = {key: twins.get(id(new), new) for key, new in news.items()}
     for block, skipping in skips.classes:
         block.__class__ = skipping
-    report_converted(model, found, news, numbers, p, chosen, skips if skip else None)
+    pairs_fused = sum(map(is_ours, twins.values()))
+    report_converted(model, found, news, numbers, p, chosen, pairs_fused, skips if skip else None)
     return model
 
 
@@ -287,7 +309,7 @@ class _Origin:
         _share_hooks(self.module, new)
         skipped = probability_name(self.module)  # do not copy the old probability: nothing would read it
         for name, value in vars(self.module).items():
-            if name != skipped:
+            if name not in (skipped, BEFORE):
                 vars(new).setdefault(name, value)
         vars(new)[ORIGIN] = self
 

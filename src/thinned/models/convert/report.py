@@ -46,6 +46,7 @@ def report_converted(
     numbers: int,
     p: float | None,
     chosen: Chosen,
+    fused: int,
     skips: Skips | None = None,
 ) -> None:
     """Log what a conversion did, at INFO, and what still drops, at WARNING; never raises.
@@ -58,6 +59,7 @@ def report_converted(
         p: the probability that was asked for.
         chosen: whether a module takes part.
         skips: what was found by ``skip=True``; None without it.
+        fused: how many layers became one with the activation before them.
     """
     if not LOG.isEnabledFor(logging.WARNING):
         return  # the reading of the source takes the most time
@@ -78,6 +80,7 @@ def report_converted(
     done += [f"{count(numbers, 'number')} set to p={p}"] * bool(numbers)
     if skips is not None and (n := len(skips.done)):
         done.append(f"{n} {'branches compute their' if n > 1 else 'branch computes its'} kept rows alone")
+    done += [f"{fused} fused with the activation before"] * bool(fused)
     LOG.info("%s: %s", caller, ", ".join(done))
 
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -22,6 +22,7 @@ __all__ = [
     "is_number",
     "make",
     "numbers_of",
+    "own_names",
     "probability_name",
     "probability_of",
     "refusal",
@@ -127,10 +128,7 @@ def make(module: nn.Module) -> tuple[nn.Module, Rule]:
     if found is None:
         raise ValueError(f"no rule for a {qualified_name(type(module))}")
     base, rule = found
-    own = _own_names(module, base)
-    if rule.stateless:
-        own |= parameters_of(module).keys() | buffers_of(module).keys() | children_of(module).keys()
-    if own:
+    if own := own_names(module, base, rule.stateless):
         raise ValueError(f"a {qualified_name(base)} with its own {', '.join(sorted(own))}")
     new = rule.build(module)
     if not isinstance(new, nn.Module | None):
@@ -139,8 +137,11 @@ def make(module: nn.Module) -> tuple[nn.Module, Rule]:
     return new, rule
 
 
-def _own_names(module: nn.Module, base: type[nn.Module]) -> set[str]:
-    """The names that the class of ``module`` adds to ``base``, and those of methods set on the module."""
+def own_names(module: nn.Module, base: type[nn.Module], stateless: bool = True) -> set[str]:
+    """The names that the class of ``module`` adds to ``base``, and those of methods set on the module.
+
+    ``stateless`` adds those of its parameters, buffers and children.
+    """
     kind = type(module)
     added = {name for cls in kind.__mro__ if cls not in base.__mro__ for name in vars(cls)} - HARMLESS
     # A class may repeat what its base has, as in ``forward = Base.forward``.
@@ -149,6 +150,8 @@ def _own_names(module: nn.Module, base: type[nn.Module]) -> set[str]:
         replaces = callable(value) and hasattr(kind, name) and name not in HARMLESS
         if replaces or value is module or (isinstance(value, MethodType) and value.__self__ is module):
             own.add(name)
+    if stateless:
+        own |= parameters_of(module).keys() | buffers_of(module).keys() | children_of(module).keys()
     return own
 
 
