@@ -287,13 +287,13 @@ def unwrapped(x: Tensor) -> Tensor:
     return x
 
 
-def is_readable(x: Tensor) -> bool:
-    """Whether Python can read the values of ``x``, which all examples of a vmap share."""
-    if compiling() or is_traced(x):
-        return False
-    while is_functorch_wrapped_tensor(x) and not is_batched(x):
+def differs_by_example(x: Tensor) -> bool:
+    """Whether the examples of an active vmap have values of their own in ``x``."""
+    while not compiling() and is_functorch_wrapped_tensor(x):
+        if is_batched(x):
+            return True
         x = get_unwrapped(x)
-    return not is_batched(x)
+    return False
 
 
 def computes_values() -> bool:

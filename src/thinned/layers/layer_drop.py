@@ -20,7 +20,8 @@ from thinned.torch_state import (
     breaks_graph,
     compiling,
     constant_when_compiled,
-    is_readable,
+    differs_by_example,
+    is_traced,
     never_inlined,
     outside_graphs,
     traces_symbolically,
@@ -139,7 +140,7 @@ class LayerDrop(Scriptable, nn.ModuleList):
             if self.run_all:
                 why, instead = "run_all=True", "set run_all=False"
             raise RuntimeError(f"all layers have to run ({why}): call the LayerDrop itself, or {instead}")
-        if not compiling() and not is_readable(keep):
+        if differs_by_example(keep):
             raise RuntimeError("each example has layers of its own under vmap; call the LayerDrop itself")
         return iter([layer for layer, kept in zip(self, keep.tolist(), strict=True) if kept])
 
@@ -171,14 +172,14 @@ class LayerDrop(Scriptable, nn.ModuleList):
             for layer in self:
                 input = layer(input, *args, **kwargs)
             return input
-        if is_readable(keep) and not self._runs_all(key):
+        if not (is_traced(keep) or differs_by_example(keep) or self._runs_all(key)):
             return _run_kept(self, keep, input, args, kwargs)
         if not isinstance(input, Tensor):
             raise TypeError(
                 f"all layers run and torch.where selects, so input must be a Tensor, {got(input)}"
             )
         for index, (layer, kept) in enumerate(zip(self, keep.unbind(), strict=True)):
-            output = _run(layer, index, input, args, kwargs)
+            output = _called(layer, index, input, args, kwargs)
             input = torch.where(to_device(kept, input.device), output, input)
         return input
 
@@ -222,7 +223,7 @@ def _run_kept(
     keep = decider if isinstance(decider, Tensor) else _decide(layers, decider)
     for index, (layer, kept) in enumerate(zip(layers, keep.tolist(), strict=True)):
         if kept:
-            input = _run(layer, index, input, args, kwargs)
+            input = _called(layer, index, input, args, kwargs)
     return input
 
 
@@ -234,8 +235,8 @@ def _breaks_graph() -> bool:
 _decide = outside_graphs(LayerDrop._keep)
 
 
-def _run(layer: nn.Module, index: int, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    output = layer(input, *args, **kwargs)
+def _called(layer: nn.Module, index: int, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    output = _run(layer, input, args, kwargs)
     if isinstance(input, Tensor) and getattr(output, "shape", None) != input.shape:
         is_tensor = isinstance(output, Tensor)
         into = f"{tuple(output.shape)}" if is_tensor else f"a {type(output).__name__}"
@@ -244,3 +245,9 @@ def _run(layer: nn.Module, index: int, input: Any, args: tuple[Any, ...], kwargs
             f"layer {index} turned {tuple(input.shape)} into {into}"
         )
     return output
+
+
+def _run(layer: nn.Module, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if compiling():
+        id(layer)  # makes Dynamo guard on the layer, so that its limit of recompilations holds for each
+    return layer(input, *args, **kwargs)
