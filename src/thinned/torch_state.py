@@ -46,6 +46,7 @@ infers_shapes                         tested   ``thinned.address`` around a sche
 function_of                           tested   ``thinned.address`` in a reentrant checkpoint
 constant_when_compiled                tested   functions that Dynamo calls while it traces
 never_inlined                         tested   functions that Dynamo calls outside of its graphs
+breaks_graph                          tested   LayerDrop in compiled code: skipped layers cost nothing
 traces_symbolically                   tested   LayerDrop in a symbolic trace of torch.fx
 let_compiled_checkpoints_count        tested   ``thinned.address`` in a compiled checkpoint
 on_functionalization, is_functional   tested   Triton kernels that Inductor sees
@@ -288,6 +289,15 @@ def unwrapped(x: Tensor) -> Tensor:
     return x
 
 
+def differs_by_example(x: Tensor) -> bool:
+    """Whether the examples of an active vmap have values of their own in ``x``."""
+    while not compiling() and is_functorch_wrapped_tensor(x):
+        if is_batched(x):
+            return True
+        x = get_unwrapped(x)
+    return False
+
+
 def computes_values() -> bool:
     """Whether operations compute, and neither a compiler nor a FakeTensorMode only traces them."""
     return not compiling() and not any(map(_mode_of, _TRACERS))
@@ -329,6 +339,23 @@ def outside_graphs(function: _Function) -> _Function:
         return run(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def breaks_graph(function: Callable[..., Any]) -> bool:
+    """Whether Dynamo, which is tracing, can break its graph here at a :func:`never_inlined` function.
+
+    It cannot under ``fullgraph=True``, in an export and within a higher-order operator such as a checkpoint.
+    From now on Dynamo leaves ``function`` to Python, and compiles the functions that it calls.
+    """
+    module = sys.modules.get("torch._dynamo.symbolic_convert")
+    try:
+        tracer: Any = module.InstructionTranslator.current_tx()  # type: ignore[union-attr]
+        breaks = bool(tracer.should_compile_partial_graph() and not tracer.error_on_graph_break)
+    except AttributeError:
+        return False
+    if breaks:
+        torch.compiler.disable(function, recursive=False)
+    return breaks
 
 
 def traced_lines() -> list[tuple[str, int, str]]:

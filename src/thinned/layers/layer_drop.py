@@ -10,13 +10,23 @@ from torch import Tensor, nn
 
 from thinned.checks import got
 from thinned.devices import to_device
-from thinned.key_source import ranks_draw
+from thinned.key_source import active, ranks_draw
 from thinned.keys import Key
 from thinned.layers._arguments import check_p, key_for
 from thinned.layers._overrides import module_node
 from thinned.layers._torchscript import Scriptable, operation
 from thinned.layers.dropout import keep_mask
-from thinned.torch_state import compiling, is_batched, is_eager, traces_symbolically, tracing
+from thinned.torch_state import (
+    breaks_graph,
+    compiling,
+    constant_when_compiled,
+    differs_by_example,
+    is_traced,
+    never_inlined,
+    outside_graphs,
+    traces_symbolically,
+    tracing,
+)
 
 __all__ = ["LayerDrop"]
 
@@ -130,7 +140,7 @@ class LayerDrop(Scriptable, nn.ModuleList):
             if self.run_all:
                 why, instead = "run_all=True", "set run_all=False"
             raise RuntimeError(f"all layers have to run ({why}): call the LayerDrop itself, or {instead}")
-        if not compiling() and is_batched(keep):
+        if differs_by_example(keep):
             raise RuntimeError("each example has layers of its own under vmap; call the LayerDrop itself")
         return iter([layer for layer, kept in zip(self, keep.tolist(), strict=True) if kept])
 
@@ -155,35 +165,33 @@ class LayerDrop(Scriptable, nn.ModuleList):
         """Pass ``input`` through the surviving layers; every layer gets ``*args`` and ``**kwargs`` too."""
         if self.training and (node := module_node(self, input, *args, key=key, **kwargs)) is not None:
             return node
+        if compiling() and self._skips_when_compiled(key):
+            return _run_kept(self, key, input, args, kwargs)
         keep = self._keep(key)
         if keep is None:
             for layer in self:
                 input = layer(input, *args, **kwargs)
             return input
-        branches = is_eager(keep) and not self._runs_all(key)
-        if not branches and not isinstance(input, Tensor):
+        if not (is_traced(keep) or differs_by_example(keep) or self._runs_all(key)):
+            return _run_kept(self, keep, input, args, kwargs)
+        if not isinstance(input, Tensor):
             raise TypeError(
                 f"all layers run and torch.where selects, so input must be a Tensor, {got(input)}"
             )
-        for index, (layer, kept) in enumerate(
-            zip(self, keep.tolist() if branches else keep.unbind(), strict=True)
-        ):
-            if branches and not kept:
-                continue
-            output = layer(input, *args, **kwargs)
-            if isinstance(input, Tensor) and getattr(output, "shape", None) != input.shape:
-                is_tensor = isinstance(output, Tensor)
-                into = f"{tuple(output.shape)}" if is_tensor else f"a {type(output).__name__}"
-                raise RuntimeError(
-                    "a skipped layer passes its input on, so every layer has to keep the shape of its input; "
-                    f"layer {index} turned {tuple(input.shape)} into {into}"
-                )
-            input = output if branches else torch.where(to_device(kept, input.device), output, input)
+        for index, (layer, kept) in enumerate(zip(self, keep.unbind(), strict=True)):
+            output = _called(layer, index, input, args, kwargs)
+            input = torch.where(to_device(kept, input.device), output, input)
         return input
 
     def _runs_all(self, key: Key | None) -> bool:
         """Whether eager code has to run skipped layers too."""
         return self.run_all or (key is None and ranks_draw())
+
+    def _skips_when_compiled(self, key: Key | None) -> bool:
+        """Whether Dynamo breaks its graph here, so that Python runs the layers that are kept."""
+        drops = self.training and self.p > 0 and not self._runs_all(key)
+        # A key source counts the calls of layers. A graph of a layer would hold for one count alone.
+        return drops and active.key_source is None and _breaks_graph()
 
     def _keep(self, key: Key | None) -> Tensor | None:
         """The decision of each layer, or None if all layers run."""
@@ -205,3 +213,41 @@ class LayerDrop(Scriptable, nn.ModuleList):
         # ModuleList's own does not call extra_repr.
         name, _, layers = super().__repr__().partition("(")
         return f"{name}({self.extra_repr()}{layers}"
+
+
+@never_inlined
+def _run_kept(
+    layers: LayerDrop, decider: Key | Tensor | None, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run the layers that are kept, by decisions or those of a key. Each layer has a graph of its own."""
+    keep = decider if isinstance(decider, Tensor) else _decide(layers, decider)
+    for index, (layer, kept) in enumerate(zip(layers, keep.tolist(), strict=True)):
+        if kept:
+            input = _called(layer, index, input, args, kwargs)
+    return input
+
+
+@constant_when_compiled
+def _breaks_graph() -> bool:
+    return breaks_graph(_run_kept)
+
+
+_decide = outside_graphs(LayerDrop._keep)
+
+
+def _called(layer: nn.Module, index: int, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    output = _run(layer, input, args, kwargs)
+    if isinstance(input, Tensor) and getattr(output, "shape", None) != input.shape:
+        is_tensor = isinstance(output, Tensor)
+        into = f"{tuple(output.shape)}" if is_tensor else f"a {type(output).__name__}"
+        raise RuntimeError(
+            "a skipped layer passes its input on, so every layer has to keep the shape of its input; "
+            f"layer {index} turned {tuple(input.shape)} into {into}"
+        )
+    return output
+
+
+def _run(layer: nn.Module, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if compiling():
+        id(layer)  # makes Dynamo guard on the layer, so that its limit of recompilations holds for each
+    return layer(input, *args, **kwargs)
