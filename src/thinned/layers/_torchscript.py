@@ -44,7 +44,13 @@ _TYPES = {
 }
 _STRING = ("str", "str")
 # The functions that do more in evaluation than to return their input.
-_MORE_IN_EVALUATION = ("dropout1d", "embedding_dropout", "multi_sample_dropout", "zoneout")
+_MORE_IN_EVALUATION = (
+    "drop_head_attention",
+    "dropout1d",
+    "embedding_dropout",
+    "multi_sample_dropout",
+    "zoneout",
+)
 
 
 def register(functions: Iterable[Callable[..., Any]]) -> None:
