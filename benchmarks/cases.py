@@ -16,6 +16,7 @@ from benchmarks.dtensor import dtensor_cases
 from benchmarks.layers import layer_cases
 from benchmarks.montecarlo import montecarlo_cases
 from benchmarks.peers import backward, elsewhere, layers
+from benchmarks.tokens import tokens_cases
 from thinned.backends import _native
 
 __all__ = ["cases"]
@@ -44,6 +45,7 @@ def cases() -> Iterator[Case]:
     yield from _elsewhere()
     yield from dtensor_cases()
     yield from montecarlo_cases()
+    yield from tokens_cases()
 
 
 def _name(dtype: torch.dtype) -> str:
