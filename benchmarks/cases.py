@@ -17,6 +17,7 @@ from benchmarks.fused import fused_cases
 from benchmarks.layers import layer_cases
 from benchmarks.montecarlo import montecarlo_cases
 from benchmarks.peers import backward, elsewhere, layers
+from benchmarks.tokens import tokens_cases
 from thinned.backends import _native
 
 __all__ = ["cases"]
@@ -46,6 +47,7 @@ def cases() -> Iterator[Case]:
     yield from _elsewhere()
     yield from dtensor_cases()
     yield from montecarlo_cases()
+    yield from tokens_cases()
 
 
 def _name(dtype: torch.dtype) -> str:

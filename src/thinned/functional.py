@@ -2,7 +2,7 @@
 
 from thinned.layers._torchscript import register
 from thinned.layers.alpha import alpha_dropout, feature_alpha_dropout
-from thinned.layers.attention import drop_head, drop_key
+from thinned.layers.attention import drop_head, drop_head_attention, drop_key
 from thinned.layers.block import drop_block1d, drop_block2d, drop_block3d
 from thinned.layers.channels import dropout1d, dropout2d, dropout3d
 from thinned.layers.concrete import concrete_dropout, concrete_regularization
@@ -32,6 +32,7 @@ __all__ = [
     "drop_block3d",
     "drop_connect",
     "drop_head",
+    "drop_head_attention",
     "drop_key",
     "drop_path",
     "drop_path_rates",

@@ -19,7 +19,7 @@ from thinned.geometry import Geometry, dims_of, shared
 from thinned.keys import Key
 from thinned.torch_state import compiling, ragged_dim, seqlens
 
-__all__ = ["alike", "elementwise", "masked_affine", "of_values", "refuse", "shape_of"]
+__all__ = ["alike", "elementwise", "is_packed", "masked_affine", "of_values", "refuse", "shape_of"]
 
 
 def shape_of(x: Tensor) -> tuple[Any, ...]:
@@ -64,7 +64,7 @@ def masked_affine(
 def elementwise(name: str, function: Callable[..., Tensor], x: Any, key: Key, *others: Tensor) -> Tensor:
     """``function(x, *others, key=key)`` for nested tensors that are alike and an element-wise function."""
     one, jagged = not key.bits.dim(), x.layout is torch.jagged
-    if one and jagged and _packed(x):
+    if one and is_packed(x):
         return of_values(x, function(x.values(), *(other.values() for other in others), key=key))
     if compiling() or (jagged and x.lengths() is not None):
         refuse(
@@ -99,9 +99,9 @@ def of_values(x: Any, values: Tensor) -> Tensor:
     )
 
 
-def _packed(x: Any) -> bool:
-    """Whether the components of a jagged tensor are consecutive rows of its values."""
-    return ragged_dim(x) == 1 and x.lengths() is None
+def is_packed(x: Any) -> bool:
+    """Whether the components of a nested tensor are consecutive rows of its values."""
+    return x.layout is torch.jagged and ragged_dim(x) == 1 and x.lengths() is None
 
 
 def _jagged(x: Tensor, bits: Tensor | None, shared_dims: list[int], *constants: Any) -> Tensor:
@@ -118,7 +118,7 @@ def _jagged(x: Tensor, bits: Tensor | None, shared_dims: list[int], *constants: 
 
 def _affine(x: Any, key: Tensor, shared_dims: list[int], *constants: Any) -> Tensor:
     values = x.values()
-    if not key.dim() and _packed(x) and 0 not in shared_dims and 1 not in shared_dims:
+    if not key.dim() and is_packed(x) and 0 not in shared_dims and 1 not in shared_dims:
         geometry = shared(values.shape, [dim - 1 for dim in shared_dims]) if shared_dims else None
         return of_values(x, op.masked_affine(values, key, geometry, *constants))
     components = x.offsets(), x.lengths(), ragged_dim(x)

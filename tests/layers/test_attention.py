@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
 import chance
 import oracle
+import thinned
 from thinned import Key, keep_mask
 from thinned.compare.layers.attention import ENTRIES, DropHeadFormula, DropKeyFormula
 from thinned.geometry import shared
-from thinned.layers.attention import DropHead, DropKey, drop_head, drop_key
+from thinned.layers.attention import DropHead, DropKey, drop_head, drop_head_attention, drop_key
+from thinned.layers.residual import residual
 from verdicts import breaks
 
 KEY = Key(7)
@@ -76,6 +79,118 @@ def test_the_heads_dimension(normalize: Any) -> None:
     assert drop_head(x[0], 0.5, dim=0, normalize=normalize, key=KEY).equal(y[0])
 
 
+def both_attentions(
+    call: Callable[..., Tensor], key: Key | None, p: float = 0.5, heads: int = 4, **options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Value and gradients of ``call``, and those of drop_head after attention, of 6 samples with 4 heads."""
+    normalize, mask = options.pop("normalize", "kept"), options.get("attn_mask")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(6, length, n, size, generator=generator).transpose(1, 2).requires_grad_()
+        for length, n, size in ((5, 4, 8), (7, heads, 8), (7, heads, 3))
+    )
+    upstream = torch.randn(6, 4, 5, 3, generator=generator)
+
+    def drop_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(q, k, v, **options)
+        return drop_head(y, p, normalize=normalize, key=key)
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return call(q, k, v, p, normalize=normalize, key=key, **options)
+
+    leaves = [x for x in (q, k, v, mask) if x is not None and x.requires_grad]
+    results = []
+    for each in (both, drop_after):
+        torch.manual_seed(3)
+        y = each(q, k, v)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, upstream), torch.get_rng_state()])
+    return results[0], results[1]
+
+
+def close(one: list[Tensor], other: list[Tensor]) -> None:
+    for mine, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+ALLOWED = torch.rand(6, 4, 5, 7, generator=torch.Generator().manual_seed(1)) < 0.7
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "none kept": {"p": 1.0},
+    "expected, causal, scale": {"normalize": "expected", "is_causal": True, "scale": 0.7},
+    "groups": {"heads": 2, "enable_gqa": True, "attn_mask": ALLOWED[0, 0]},
+    "mask of all": {"attn_mask": ALLOWED},
+    "mask of samples": {"attn_mask": ALLOWED[:, :1, :1]},
+    "mask of heads": {"attn_mask": ALLOWED[0].double().neg().float().requires_grad_()},
+}
+
+
+@pytest.mark.parametrize("key", [*KEYS.values(), None], ids=[*KEYS, "drawn"])
+@pytest.mark.parametrize("options", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_attention_of_kept_heads_is_attention_with_heads_dropped(
+    options: dict[str, Any], key: Key | None
+) -> None:
+    close(*both_attentions(drop_head_attention, key, **options))
+
+
+def test_attention_computes_kept_heads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, computed = F.scaled_dot_product_attention, []
+
+    def counting(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        computed.append(q.shape[0])
+        return attend(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
+    q = torch.randn(6, 4, 5, 8)
+    y = drop_head_attention(q, q, q, 0.5, key=KEY)
+    assert computed == [int(keep_mask(KEY, (6, 4), 0.5).sum())]
+    assert y.transpose(1, 2).is_contiguous()
+    assert drop_head_attention(q, q, q, 0.5, training=False).equal(attend(q, q, q))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_attention_has_one_graph_for_any_number_of_heads() -> None:
+    fast = torch.compile(drop_head_attention, fullgraph=True, backend="aot_eager")
+    close(*both_attentions(fast, KEY, attn_mask=ALLOWED))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for i in range(3):
+            close(*both_attentions(fast, KEY.fold(i), attn_mask=ALLOWED))
+
+
+def test_attention_in_address_and_in_a_residual_branch() -> None:
+    """The masks are those of drop_head, for all rows of the batch and for some."""
+    x, samples = torch.randn(6, 4, 5, 8), torch.arange(6)
+
+    def masked(x: Tensor) -> Tensor:
+        return drop_head(F.scaled_dot_product_attention(x, x, x), 0.5)
+
+    class Model(nn.Module):
+        def __init__(self, branch: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.branch = branch
+
+        def forward(self, x: Tensor) -> Tensor:
+            return residual(self.branch(x), self.branch, 0.5)
+
+    for given in (samples, None):
+        results = []
+        for branch in (masked, lambda x: drop_head_attention(x, x, x, 0.5)):
+            model = Model(branch)
+            with thinned.address(model, seed=0, step=0, samples=given):
+                results.append(model(x))
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop"
+)  # PyTorch's attention on the CPU has no rule
+def test_attention_under_vmap_is_masked() -> None:
+    x = torch.randn(3, 2, 4, 5, 8)
+    y = torch.func.vmap(lambda x: drop_head_attention(x, x, x, 0.5, key=KEY))(x)
+    torch.testing.assert_close(
+        y, torch.stack([drop_head_attention(each, each, each, 0.5, key=KEY) for each in x])
+    )
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dims", [(), (1,), (1, 2), (-1,), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
@@ -128,7 +243,14 @@ def test_compiled(call: Callable[..., Tensor]) -> None:
 
 
 def test_wrong_arguments() -> None:
-    x = torch.ones(2, 3)
+    x, q = torch.ones(2, 3), torch.ones(2, 4, 5, 8)
+    for k, options in ((q[:, :2], {}), (q[:1], {"attn_mask": q[:, :3]}), (q[:, :3], {"enable_gqa": True})):
+        with pytest.raises(RuntimeError, match=r"does not fit q of shape \(2, 4, 5, 8\)"):
+            drop_head_attention(q, k, k, **options)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"q of shape \(N, H, L, E\), got \(4, 5, 8\)"):
+        drop_head_attention(q[0], q[0], q[0])
+    with pytest.raises(ValueError, match="either 'kept' or 'expected'"):
+        drop_head_attention(q, q, q, normalize="all")  # type: ignore[arg-type]
     for call in (lambda: DropHead(normalize="all"), lambda: drop_head(x, normalize="all")):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="either 'kept' or 'expected', but got 'all'"):
             call()

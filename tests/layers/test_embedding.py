@@ -86,6 +86,31 @@ def test_gradient(arguments: dict[str, object]) -> None:
     torch.testing.assert_close(grad.to_dense(), expected.to_dense())
 
 
+@pytest.mark.parametrize("keys", [KEY, KEY.fold(torch.arange(6))], ids=["one key", "a key a row"])
+@pytest.mark.parametrize(
+    "options", [{"sparse": True}, {"scale_grad_by_freq": True, "padding_idx": 3}], ids=str
+)
+def test_a_dropped_word_has_no_row_of_the_gradient(options: dict[str, object], keys: thinned.Key) -> None:
+    """Frequencies are those of all places, also of the rows that drop the word."""
+    words, upstream = torch.randint(20, (6, 30)), torch.randn(6, 30, 4)
+    weight = torch.randn(20, 4, requires_grad=True)
+    y = embedding_dropout(words, weight, 0.5, key=keys, **options)
+    (grad,) = torch.autograd.grad(y, weight, upstream)
+    mask = thinned.keep_mask(keys, (*keys.shape, 20), 0.5).expand(6, 20)
+    kept = mask.gather(1, words)[..., None]
+    plain = nn.functional.embedding(words, weight, **options)
+    (expected,) = torch.autograd.grad(plain, weight, torch.where(kept, 2 * upstream, 0))
+    torch.testing.assert_close(grad.to_dense(), expected.to_dense())
+    if grad.is_sparse:
+        assert grad._indices()[0].equal(words[kept[..., 0]])
+
+
+def test_words_outside_of_the_embedding_are_refused_though_dropped() -> None:
+    for words in (torch.tensor([0, 9]), torch.tensor([-1, 0])):
+        with pytest.raises(IndexError, match="out of range"):
+            embedding_dropout(words, torch.ones(9, 2), 1.0)
+
+
 def test_second_derivative() -> None:
     weight, words = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 1, 4])
     torch.autograd.gradgradcheck(lambda w: embedding_dropout(words, w, 0.5, key=KEY), weight)
@@ -95,7 +120,9 @@ def test_max_norm_shortens_the_weight_itself() -> None:
     weight, words = torch.full((6, 4), 5.0), torch.tensor([0, 3])
     y = embedding_dropout(words, weight, 0.5, max_norm=1.0, key=KEY)
     assert weight.norm(dim=1).round().tolist() == [1, 10, 10, 1, 10, 10]
-    oracle.assert_same(y, torch.where(thinned.keep_mask(KEY, (6,), 0.5)[words, None], 2 * weight[words], 0))
+    kept = thinned.keep_mask(KEY, (6,), 0.5)[words]
+    assert kept.tolist() == [False, True]  # the norm of a dropped word is shortened too
+    oracle.assert_same(y, torch.where(kept[:, None], 2 * weight[words], 0))
 
 
 def test_p_0_is_the_embedding_and_draws_no_number() -> None:

@@ -43,6 +43,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "patch_dropout": ((x234, 0.3), {"return_indices": True}),
     "token_dropout": ((x234, 0.3), {"scale": False}),
     "drop_head": ((x234, 0.3), {"normalize": "expected"}),
+    "drop_head_attention": ((x2345, x2345, x2345, 0.3), {"is_causal": True}),
     "drop_key": ((x234, 0.3), {"broadcast_dims": (1,)}),
     "drop_block1d": ((x234, 0.3, 2), {}),
     "drop_block2d": ((x2345, 0.3, (2, 3)), {"scale": "counted"}),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
@@ -135,6 +136,94 @@ def test_tokens_agree_with_torch_in_distribution() -> None:
         for layer in (TokenDropout(0.5), nn.Dropout1d(0.5))
     ]
     assert stats.chi2_contingency(torch.stack(counts).numpy()).pvalue > chance.FALSE_ALARM
+
+
+without_warning = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
+
+def keep_of(key: Key, prefix: int) -> Tensor:
+    """Of 4 samples with 5 tokens; without a prefix, a sample of :data:`KEY` loses all."""
+    keep = keep_mask(key, (4, 5), 0.7)
+    keep[:, :prefix] = True
+    return keep
+
+
+@without_warning
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_jagged_tokens_are_those_that_the_masked_form_keeps(key: Key, prefix: int) -> None:
+    keep, results = keep_of(key, prefix), []
+    assert prefix or key.shape or not keep.any(1).all()
+    x = torch.randn(4, 5, 3).requires_grad_()
+    upstream = torch.randn(4, 5, 3)[keep]
+    for layout in (torch.jagged, torch.strided):
+        y = TokenDropout(0.7, num_prefix_tokens=prefix, layout=layout)(x, key=key)
+        if layout is torch.jagged:
+            assert y.layout is torch.jagged
+            assert y.offsets().diff().equal(keep.sum(1))
+        y = y.values() if layout is torch.jagged else y[keep]
+        results.append((y.detach(), *torch.autograd.grad(y, x, upstream)))
+    for jagged, masked in zip(*results, strict=True):
+        oracle.assert_same(jagged, masked)
+
+
+@without_warning
+def test_jagged_tokens_of_a_jagged_tensor() -> None:
+    x = torch.nested.nested_tensor([torch.randn(size, 3) for size in (4, 0, 2, 6)], layout=torch.jagged)
+    for key in KEYS.values():
+        y = token_dropout(x, 0.5, layout=torch.jagged, key=key)
+        for jagged, masked in zip(y.unbind(), token_dropout(x, 0.5, key=key).unbind(), strict=True):
+            oracle.assert_same(jagged, masked[masked.any(1)])
+
+
+@without_warning
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of Dynamo, for any jagged tensor
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_of_jagged_tokens_is_attention_with_dropped_tokens_masked(compiled: bool) -> None:
+    """Values and gradients; one sample keeps no token. Another mask compiles nothing anew."""
+    linear = nn.Linear(6, 6)
+
+    def jagged(x: Tensor, key: Key) -> Tensor:
+        x = F.layer_norm(linear(token_dropout(x, 0.7, layout=torch.jagged, key=key)), (6,))
+        heads = x.unflatten(-1, (2, 3)).transpose(1, 2)
+        y: Tensor = F.scaled_dot_product_attention(heads, heads, heads)
+        return y.transpose(1, 2).values()
+
+    def masked(x: Tensor, key: Key) -> Tensor:
+        keep = keep_of(key, 0)
+        heads = (
+            F.layer_norm(linear(token_dropout(x, 0.7, key=key)), (6,)).unflatten(-1, (2, 3)).transpose(1, 2)
+        )
+        y = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=keep[:, None, None])
+        return y.transpose(1, 2)[keep]
+
+    x = torch.randn(4, 5, 6).requires_grad_()
+    fast = torch.compile(jagged, backend="aot_eager") if compiled else jagged
+    for i, key in enumerate((KEY, KEY.fold(1), KEY.fold(2))):
+        with torch.compiler.set_stance("fail_on_recompile" if i and compiled else "default"):
+            y = fast(x, key)
+        expected = masked(x, key)
+        torch.testing.assert_close(y, expected)
+        (grad,), (wanted,) = (torch.autograd.grad(each.square().sum(), x) for each in (y, expected))
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_jagged_tokens_are_refused_where_their_number_has_to_be_known() -> None:
+    layer, x = TokenDropout(layout=torch.jagged), torch.ones(2, 3, 4)
+    assert repr(layer).endswith("layout=torch.jagged)")
+    assert layer.eval()(x) is x
+    layer.train()
+    for call in (
+        lambda: torch.func.vmap(partial(layer, key=KEY))(x[None]),
+        lambda: layer(x.to("meta")),
+        lambda: layer(torch.nested.nested_tensor([x[0], x[1]], layout=torch.jagged).transpose(1, 2)),
+        lambda: layer.__prepare_scriptable__(),
+    ):
+        with pytest.raises(NotImplementedError, match=r"layout=torch\.jagged"):
+            call()
+    with pytest.raises(ValueError, match=r"but got torch\.sparse_coo"):
+        TokenDropout(layout=torch.sparse_coo)
 
 
 def test_nothing_to_drop_returns_the_input_itself() -> None:

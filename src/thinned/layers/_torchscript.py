@@ -46,6 +46,7 @@ _STRING = ("str", "str")
 # The functions that do more in evaluation than to return their input.
 _MORE_IN_EVALUATION = (
     "bias_dropout_add",
+    "drop_head_attention",
     "dropout1d",
     "dropout_add",
     "embedding_dropout",
@@ -90,9 +91,9 @@ def operation(function: Drawing) -> Drawing:
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters that an operation has; with ``return_indices`` it would have two results."""
+    """The parameters that an operation has: not those by which its result would be no plain tensor."""
     parameters = inspect.signature(function).parameters.values()
-    return [parameter for parameter in parameters if parameter.name != "return_indices"]
+    return [parameter for parameter in parameters if parameter.name not in ("return_indices", "layout")]
 
 
 def _type(parameter: inspect.Parameter) -> tuple[str, str]:
@@ -161,8 +162,8 @@ class Scriptable(Named, SeenByTracer):
                 raise NotImplementedError(
                     f"{kind.__name__} is not available in TorchScript; {self._instead_of_script}"
                 )
-            if getattr(self, "return_indices", False):
-                raise NotImplementedError(f"{self} has two results, and TorchScript's operation has one")
+            if not _has_plain_result(self):
+                raise NotImplementedError(f"{self} has another result than TorchScript's operation, a tensor")
             # The scripted module gets this forward; the next eager call takes it off the eager module. To
             # return another module would put that into the eager model.
             vars(self)["forward"] = ScriptedForward.of(self, forward)
@@ -170,10 +171,16 @@ class Scriptable(Named, SeenByTracer):
 
     def _traced_forward(self) -> Callable[..., Any] | None:
         """The function that :func:`torch.jit.trace` records; None for ``forward``, as in evaluation."""
-        if not self.training or active.key_source is not None or getattr(self, "return_indices", False):
+        if not self.training or active.key_source is not None or not _has_plain_result(self):
             return None
         kind = _definer(type(self))
         return None if kind is None else _forward_of(kind, self)
+
+
+def _has_plain_result(module: nn.Module) -> bool:
+    """Whether a layer has one result, which is no nested tensor."""
+    layout = getattr(module, "layout", torch.strided)
+    return layout is torch.strided and not getattr(module, "return_indices", False)
 
 
 def _definer(kind: type) -> type | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from operator import index
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
-from torch.overrides import has_torch_function_unary
+from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
 from thinned import op
 from thinned.checks import check_integer, integers
@@ -19,12 +21,13 @@ from thinned.keys import Key
 from thinned.layers._arguments import apply, drops, kept, key_for, threshold_and_scale
 from thinned.layers._module import Layer, checked_dims
 from thinned.layers._overrides import module_node, overridden
+from thinned.layers.residual import computes_rows
 from thinned.nested import shape_of
 from thinned.op.from_key import apply_linear
 from thinned.op.noise import opmath
 from thinned.torch_state import compiling, is_eager
 
-__all__ = ["DropHead", "DropKey", "drop_head", "drop_key"]
+__all__ = ["DropHead", "DropKey", "drop_head", "drop_head_attention", "drop_key"]
 
 
 def drop_head(
@@ -92,8 +95,7 @@ def drop_head(
 
     def by_kept(x: Tensor, key: Key) -> Tensor:
         y = apply(x, key, shared_dims, False, T, 1.0)
-        keep = kept(key, x.shape, shared_dims, T)
-        factor = op.shard_like(x.shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1).to(opmath(x.dtype)), x)
+        factor = op.shard_like(_share(kept(key, x.shape, shared_dims, T), dim, x.dtype), x)
         if y.is_complex():
             # A complex product would make NaN of the finite part beside an infinite one.
             torch.view_as_real(y).mul_(factor.unsqueeze(-1))
@@ -102,6 +104,110 @@ def drop_head(
         return y
 
     return apply_linear(by_kept, input, key_for(input, key))
+
+
+def _share(keep: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The number of heads over that of kept heads, for values of ``dtype``."""
+    return keep.shape[dim] / keep.sum(dim, keepdim=True).clamp(min=1).to(opmath(dtype))
+
+
+def drop_head_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: float = 0.5,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    normalize: Literal["kept", "expected"] = "kept",
+    training: bool = True,
+    key: Key | None = None,
+) -> Tensor:
+    r"""Attention in which each head is dropped with probability ``p``, and computed only if it is kept.
+
+    .. math:: y_{n,h} = \begin{cases} s_n\, \operatorname{softmax}(c\, Q_{n,h} K_{n,h}^\top + B_{n,h})\,
+        V_{n,h} & u(nH + h) < T \\ 0 & \text{otherwise} \end{cases}
+
+    This is ``drop_head(scaled_dot_product_attention(q, k, v), p)`` with the same mask, to the order of
+    floating-point sums, in about ``1 - p`` of the time of attention. ``s`` is that of :func:`drop_head`.
+
+    All heads are computed, and the result masked, where Python cannot know which are kept: under
+    :func:`torch.vmap` and other transforms, in traces, and for DTensors. Compiled code has one graph for any
+    number of kept heads.
+
+    Args:
+        q: the queries, of shape ``(N, H, L, E)``.
+        k: the keys of attention, of shape ``(N, H, S, E)``.
+        v: the values, of shape ``(N, H, S, E_v)``.
+        p: the probability of dropping a head, in [0, 1].
+        attn_mask: as for :func:`torch.nn.functional.scaled_dot_product_attention`, as are the three arguments
+            after it; it broadcasts to ``(N, H, L, S)``.
+        is_causal: forbid a query to attend to later keys.
+        scale: the factor ``c`` of the logits; by default ``1 / sqrt(E)``.
+        enable_gqa: let ``k`` and ``v`` have fewer heads than ``q``.
+        normalize: ``"kept"`` or ``"expected"``, as for :func:`drop_head`.
+        training: False computes attention without dropout, and so does ``p = 0``.
+        key: the mask's key, as for :func:`~thinned.functional.dropout`.
+
+    Returns:
+        A tensor of shape ``(N, H, L, E_v)``; in memory ``(N, L, H, E_v)``, so that heads join without a copy.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1] or NaN, or another ``normalize``.
+        NotImplementedError: nested tensors.
+        TypeError, RuntimeError: as :func:`~thinned.functional.dropout` and as
+            :func:`torch.nn.functional.scaled_dot_product_attention`; ``q`` has not four dimensions.
+
+    Source: Zhou et al., "Scheduled DropHead: a regularization method for transformer models", Findings of
+    EMNLP 2020, section 3.
+
+    >>> import torch, thinned
+    >>> q, v = torch.zeros(2, 3, 4, 2), torch.ones(2, 3, 4, 1)
+    >>> thinned.functional.drop_head_attention(q, q, v, 0.5, key=thinned.Key(3))[:, :, 0].squeeze(-1)
+    tensor([[0., 0., 3.],
+            [1., 1., 1.]])
+    """
+    if has_torch_function_variadic(q, k, v) and not compiling():
+        return overridden(drop_head_attention, locals())
+    T, inverse = threshold_and_scale(p)
+    _check_normalize(normalize)
+    active = drops("drop_head_attention", q, p, training, key, dense=True, argument="q")
+    attend = partial(F.scaled_dot_product_attention, is_causal=is_causal, scale=scale)
+    if not active:
+        return attend(q, k, v, attn_mask, enable_gqa=enable_gqa)
+    if q.dim() != 4:
+        raise RuntimeError(f"drop_head_attention needs q of shape (N, H, L, E), got {tuple(q.shape)}")
+    if not all(computes_rows(x) for x in (q, k, v, attn_mask) if x is not None):
+        y = attend(q, k, v, attn_mask, enable_gqa=enable_gqa)
+        return drop_head(y, p, normalize=normalize, key=key)
+    samples, heads = q.shape[:2]
+    keep = kept(key_for(q, key), (samples, heads), (), T)
+    sample, head = keep.nonzero().unbind(1)
+
+    def of_kept(name: str, x: Tensor) -> Tensor:
+        rows, own = x.shape[:2]
+        grouped = enable_gqa and own and not heads % own
+        if rows not in (1, samples) or not (own in (1, heads) or grouped):
+            raise RuntimeError(
+                f"drop_head_attention got {name} of shape {tuple(x.shape)}, which does not fit q of shape "
+                f"{tuple(q.shape)}"
+            )
+        # A dimension of size 1 broadcasts; consecutive heads of q share one of k and v.
+        place = sample % rows * own + head * own // heads
+        return x.flatten(0, 1).index_select(0, place).unsqueeze(1)
+
+    if attn_mask is not None and attn_mask.shape[:-2].numel() > 1:
+        attn_mask = of_kept("attn_mask", attn_mask[(None,) * (4 - attn_mask.dim())])
+    y = attend(of_kept("q", q), of_kept("k", k), of_kept("v", v), attn_mask).squeeze(1)
+    if normalize == "expected":
+        y = y * inverse
+    else:
+        y = (y * _share(keep, 1, y.dtype)[sample].unsqueeze(-1)).to(y.dtype)
+    shape = samples, heads, *y.shape[1:]
+    zeros = torch.empty_permuted(shape, (0, 2, 1, 3), dtype=y.dtype, device=y.device).zero_()
+    return zeros.index_put_((sample, head), y)
 
 
 def _check_normalize(normalize: str) -> None:
@@ -122,7 +228,8 @@ class DropHead(Layer):
     heads. The paper varies p by :func:`thinned.schedules.v_shape`. For single attention weights use
     :class:`DropKey`.
 
-    :func:`thinned.functional.drop_head` has the formula.
+    :func:`thinned.functional.drop_head` has the formula. :func:`thinned.functional.drop_head_attention` does
+    not compute dropped heads.
 
     Source: Zhou et al., "Scheduled DropHead", Findings of EMNLP 2020, section 3.
 

@@ -24,7 +24,7 @@ from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers.dropout import keep_mask
 from thinned.nested import elementwise, shape_of
-from thinned.torch_state import compiling
+from thinned.torch_state import compiling, is_eager
 
 __all__ = ["EmbeddingDropout", "embedding_dropout"]
 
@@ -58,7 +58,8 @@ def embedding_dropout(
         max_norm: longer vectors are shortened to this norm, in ``weight`` itself.
         norm_type: the p of the p-norm used with ``max_norm``.
         scale_grad_by_freq: divide a word's gradient by the number of its positions.
-        sparse: the gradient of ``weight`` is a sparse tensor.
+        sparse: the gradient of ``weight`` is a sparse tensor. It has no entries for dropped words, except in
+            compiled code, which has no sparse gradients.
         key: as for :func:`~thinned.functional.dropout`; under a batch of keys each index of ``input``'s
             dimension 0, such as a sequence, has its own dropped words.
 
@@ -106,7 +107,9 @@ def embedding_dropout(
         return F.embedding(words, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
     def drop(words: Tensor, key: Key | None) -> Tensor:
-        y = look_up(words)
+        # To know the places of kept words, Python waits for a GPU; only sparse gradients are worth that.
+        by_place = (sparse or words.is_cpu) and is_eager(words) and is_eager(weight)
+        y = None if by_place else look_up(words)
         key = key_for(words, key)
         mask = keep_mask(key, (*key.shape, len(weight)), p)
         if is_dtensor(words):
@@ -119,10 +122,18 @@ def embedding_dropout(
         elif key.shape:
             keep = mask.gather(1, words.flatten(1).long()).reshape(words.shape)
         else:
-            keep = mask[words]
-        # By parts, as y * scale would be NaN beside an infinite part.
-        y = torch.view_as_complex(torch.view_as_real(y) * scale) if y.is_complex() else y * scale
-        return torch.where(keep.unsqueeze(-1), y, 0)
+            keep = F.embedding(words, mask.unsqueeze(1)).squeeze(-1)  # its errors for what is no word
+        if not by_place or (scale_grad_by_freq and key.shape):  # frequencies are those of all places
+            return torch.where(keep.unsqueeze(-1), _scaled(look_up(words) if y is None else y, scale), 0)
+        if max_norm is not None:
+            torch.embedding_renorm_(weight.detach(), words.contiguous(), max_norm, norm_type)
+        places = keep.flatten().nonzero().squeeze(1)
+        kept = words.flatten().index_select(0, places)
+        y = _scaled(
+            F.embedding(kept, weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse), scale
+        )
+        zeros = y.new_zeros(words.numel(), weight.shape[1])
+        return zeros.index_copy_(0, places, y).view(*words.shape, weight.shape[1])
 
     if not active:
         return look_up(input)
@@ -130,6 +141,11 @@ def embedding_dropout(
     if input.is_nested:
         return elementwise("embedding_dropout", drop, input, key_for(input, key))
     return drop(input, key)
+
+
+def _scaled(y: Tensor, scale: float) -> Tensor:
+    # By parts, as y * scale would be NaN beside an infinite part.
+    return torch.view_as_complex(torch.view_as_real(y) * scale) if y.is_complex() else y * scale
 
 
 class EmbeddingDropout(Layer):

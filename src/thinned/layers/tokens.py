@@ -1,11 +1,12 @@
-"""Token dropout: PatchDropout removes tokens from the sequence, TokenDropout zeroes them in place."""
+"""Token dropout: PatchDropout removes tokens from the sequence, TokenDropout zeroes or removes them."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
@@ -18,9 +19,9 @@ from thinned.keys import Key
 from thinned.layers._arguments import apply, check_p, drops, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
-from thinned.nested import shape_of
+from thinned.nested import is_packed, of_values, refuse, shape_of
 from thinned.op.from_key import apply_linear
-from thinned.torch_state import compiling
+from thinned.torch_state import compiling, is_eager, outside_graphs
 
 __all__ = ["PatchDropout", "TokenDropout", "patch_dropout", "token_dropout"]
 
@@ -67,6 +68,9 @@ def patch_dropout(
     numbers, which a pair has with probability ``2**-32``. All subsets are equally likely. Kept tokens are
     not rescaled, because attention averages over the tokens that are present.
 
+    The result is a dense tensor, so every layer that follows computes ``P + k`` tokens, attention included,
+    and needs no mask. The second example puts tokens back at their places.
+
     Args:
         input: a floating-point or complex tensor of shape ``(N, L, *)``.
         p: the share of tokens to remove, in [0, 1]. ``k`` is computed in floating point, as in timm; at
@@ -98,6 +102,11 @@ def patch_dropout(
     >>> kept
     tensor([[4, 2, 3],
             [3, 4, 0]])
+
+    >>> patches = torch.zeros(2, 6, 1)  # or a learned vector for what was removed
+    >>> patches.scatter(1, kept.unsqueeze(-1).expand(y[:, 1:].shape), y[:, 1:]).squeeze(-1)
+    tensor([[ 0.,  0.,  3.,  4.,  5.,  0.],
+            [ 8.,  0.,  0., 11., 12.,  0.]])
     """
     if has_torch_function_unary(input) and not compiling():
         return overridden(patch_dropout, locals())
@@ -140,7 +149,8 @@ class PatchDropout(Layer):
     """Remove tokens from a sequence, with timm's arguments in timm's order.
 
     Use this layer in a vision transformer after the position embedding: at p = 0.5 each block computes on
-    half of the patches. Where every token has a target, as in segmentation, use :class:`TokenDropout`.
+    half of the patches. Where every token has a target, as in segmentation, use :class:`TokenDropout`, or
+    put the tokens back by ``return_indices``, as the function's example does.
 
     :func:`thinned.functional.patch_dropout` has the formula. With ``return_indices`` the layer is timm's
     ``PatchDropoutWithIndices``.
@@ -193,6 +203,7 @@ def token_dropout(
     *,
     num_prefix_tokens: int = 0,
     scale: bool = True,
+    layout: torch.layout = torch.strided,
     training: bool = True,
     key: Key | None = None,
 ) -> Tensor:
@@ -204,16 +215,30 @@ def token_dropout(
     The first ``P`` tokens are neither zeroed nor scaled. The mask is ``thinned.keep_mask(key, (N, L), p)``
     for every ``P``. Without a prefix this is :class:`torch.nn.Dropout1d` with tokens in place of channels.
 
+    With ``layout=torch.jagged`` the result has the kept tokens alone: a nested tensor of shape ``(N, j, *)``,
+    in which ``j`` differs from sample to sample. Linear layers, normalizations,
+    :func:`torch.nn.functional.scaled_dot_product_attention` and the layers of thinned take it, and compute
+    the kept tokens only. A sample that keeps no token has length 0, which attention takes too. On the CPU
+    PyTorch attends sample by sample; ``to_padded_tensor`` and a mask of the lengths can take less time.
+
     Args:
-        input: a floating-point or complex tensor of shape ``(N, L, *)``.
+        input: a floating-point or complex tensor of shape ``(N, L, *)``; also a nested one of layout
+            torch.jagged, if there is no prefix.
         p: the probability of dropping a token, in [0, 1].
         num_prefix_tokens: the number of leading tokens to leave alone, such as a class token.
         scale: divide kept tokens by the keep probability ``q``; False leaves them unscaled.
+        layout: ``torch.strided`` puts zeros in place of dropped tokens, ``torch.jagged`` leaves them out.
         training: False returns ``input`` itself, and so does ``p = 0``.
         key: as for :func:`~thinned.functional.dropout`.
 
     Returns:
-        A tensor of ``input``'s shape, dtype and memory format. The errors are :func:`patch_dropout`'s.
+        A tensor of ``input``'s shape, dtype and memory format, or a nested tensor.
+
+    Raises:
+        ValueError: another ``layout``. The other errors are :func:`patch_dropout`'s.
+        NotImplementedError: ``layout=torch.jagged`` for DTensors, for nested tensors that are not jagged in
+            dimension 1 or have holes, under :func:`torch.vmap` and other transforms, and in traces. Under
+            :func:`torch.compile` it breaks the graph.
 
     Source: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
     networks", NIPS 2016, section 4.2, which zeroes word embeddings. There all places of a word share one
@@ -226,13 +251,59 @@ def token_dropout(
              [2., 2.],
              [2., 2.],
              [2., 2.]]])
+
+    With a key, :func:`~thinned.functional.keep_mask` tells which tokens were kept. So a loss over kept tokens
+    has their targets, and a model puts tokens back at their places:
+
+    >>> x, key = torch.arange(1.0, 9).view(2, 4, 1), thinned.Key(3)
+    >>> y = thinned.functional.token_dropout(x, 0.5, layout=torch.jagged, key=key)
+    >>> keep = thinned.keep_mask(key, (2, 4), 0.5)  # with a prefix: keep[:, :num_prefix_tokens] = True
+    >>> targets = torch.arange(8).view(2, 4)
+    >>> y.values().squeeze(-1), targets[keep]
+    (tensor([ 6.,  8., 10., 12., 14., 16.]), tensor([2, 3, 4, 5, 6, 7]))
+    >>> torch.zeros(2, 4, 1).index_put((keep,), y.values()).squeeze(-1)
+    tensor([[ 0.,  0.,  6.,  8.],
+            [10., 12., 14., 16.]])
     """
     if has_torch_function_unary(input) and not compiling():
         return overridden(token_dropout, locals())
     T, factor = threshold_and_scale(p)
+    _check_layout(layout)
     if not _drops("token_dropout", input, p, training, key, num_prefix_tokens, dense=num_prefix_tokens != 0):
         return input
     factor = factor if scale else 1.0
+    if layout is not torch.jagged:
+        return _masked_tokens(input, key, num_prefix_tokens, T, factor)
+    return _kept_tokens(input, key, num_prefix_tokens, T, factor)
+
+
+@outside_graphs  # PyTorch compiles layers of nested tensors, but not in the graph that makes them
+def _kept_tokens(x: Any, key: Key | None, num_prefix_tokens: int, T: int, factor: float) -> Tensor:
+    if x.is_nested and not is_packed(x):
+        refuse("token_dropout with layout=torch.jagged", x, "a jagged one, ragged in 1 and without holes")
+    rows = x.values() if x.is_nested else x.flatten(0, 1)
+    if not is_eager(rows):
+        raise NotImplementedError(
+            f"token_dropout with layout=torch.jagged got a {type(x).__name__} under a transform or in a "
+            "trace; accepted: a plain tensor, not on the meta device; or use layout=torch.strided"
+        )
+    key = key_for(x, key)
+    y, ones = _masked_tokens(x, key, num_prefix_tokens, T, factor), rows.new_ones(rows.shape[0])
+    if x.is_nested:
+        offsets, rows = x.offsets(), y.values()
+        keep = apply(of_values(x, ones), key, (), False, T, 1.0).values()
+    else:
+        samples, tokens = x.shape[:2]
+        offsets, rows = torch.arange(samples + 1, device=x.device) * tokens, y.flatten(0, 1)
+        keep = apply(ones.view(samples, tokens), key, (), False, T, 1.0)
+        keep[:, :num_prefix_tokens] = 1
+        keep = keep.flatten()
+    before = F.pad((keep != 0).cumsum(0), (1, 0))
+    kept = rows.index_select(0, keep.nonzero().squeeze(1))
+    return torch.nested.nested_tensor_from_jagged(kept, before[offsets])
+
+
+def _masked_tokens(input: Tensor, key: Key | None, num_prefix_tokens: int, T: int, factor: float) -> Tensor:
     shared_dims = range(2, input.dim())
     if not num_prefix_tokens:
         return apply(input, key, shared_dims, False, T, factor)
@@ -251,8 +322,9 @@ def token_dropout(
 class TokenDropout(Layer):
     """Zero whole tokens of a sequence, which keeps its length.
 
-    Use this layer on embeddings where every token has a target, as in tagging. :class:`PatchDropout` removes
-    tokens and saves their time. :class:`EmbeddingDropout` drops a word at all of its places.
+    Use this layer on embeddings where every token has a target, as in tagging. With ``layout=torch.jagged``
+    the layers that follow compute the kept tokens alone. :class:`PatchDropout` keeps the same number of
+    tokens in every sample. :class:`EmbeddingDropout` drops a word at all of its places.
 
     :func:`thinned.functional.token_dropout` has the formula.
 
@@ -263,11 +335,23 @@ class TokenDropout(Layer):
     tensor([[1., 0., 2., 2., 2.]])
     """
 
-    def __init__(self, p: float = 0.5, *, num_prefix_tokens: int = 0, scale: bool = True) -> None:
+    layout: torch.layout = torch.strided  # on the class, so that layers pickled without it still run
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        *,
+        num_prefix_tokens: int = 0,
+        scale: bool = True,
+        layout: torch.layout = torch.strided,
+    ) -> None:
         super().__init__(p)
         _check_prefix(num_prefix_tokens)
+        _check_layout(layout)
         self.num_prefix_tokens = num_prefix_tokens
         self.scale = scale
+        if layout is not torch.strided:
+            self.layout = layout
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:
@@ -277,6 +361,7 @@ class TokenDropout(Layer):
             self.p,
             num_prefix_tokens=self.num_prefix_tokens,
             scale=self.scale,
+            layout=self.layout,
             training=self.training,
             key=key,
         )
@@ -284,6 +369,11 @@ class TokenDropout(Layer):
 
 def _check_prefix(num_prefix_tokens: int) -> None:
     check_integer("num_prefix_tokens", num_prefix_tokens, least=0)
+
+
+def _check_layout(layout: torch.layout) -> None:
+    if layout not in (torch.strided, torch.jagged):
+        raise ValueError(f"layout has to be either torch.strided or torch.jagged, but got {layout!r}")
 
 
 def _drops(

@@ -144,6 +144,7 @@ _heads, _keys = partial(Law, "heads"), partial(Law, "keys")
 ENTRIES = [
     Entry(
         DropHead,
+        functional="drop_head, drop_head_attention",
         mask="(N, H, 1, 1)",
         source="Zhou et al. 2020, section 3",
         peer=Implementation("formula", DropHeadFormula),
