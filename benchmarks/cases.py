@@ -16,6 +16,7 @@ from benchmarks.dtensor import dtensor_cases
 from benchmarks.layers import layer_cases
 from benchmarks.montecarlo import montecarlo_cases
 from benchmarks.peers import backward, elsewhere, layers
+from benchmarks.residual import residual_cases
 from thinned.backends import _native
 
 __all__ = ["cases"]
@@ -37,6 +38,7 @@ def cases() -> Iterator[Case]:
         yield from _layouts(threads)
         yield from _rows(threads)
         yield from layer_cases(threads)
+        yield from residual_cases(threads)
     yield from _small()
     yield from _addressed()
     yield from _compiled()

@@ -181,9 +181,8 @@ class Branch(Seeing):
         x, y = x.to(dtype), y.to(dtype)
         order = _memory_order(x)
         if order is None:
-            return x.index_add(0, index, y, alpha=self.scale)
-        x, y = x.permute(order), y.permute(order)
-        return x.index_add(0, index, y, alpha=self.scale).permute(_inverse(order))
+            return _add(x, index, y, self.scale)
+        return _add(x.permute(order), index, y.permute(order), self.scale).permute(_inverse(order))
 
     def put(self, y: Tensor) -> Tensor:
         """What the branch computed, in its rows of the batch, with zeros in the others."""
@@ -202,7 +201,30 @@ class Branch(Seeing):
 
     def _put(self, index: Tensor, y: Tensor) -> Tensor:
         full = y.new_zeros(()).expand(self.size, *y.shape[1:])
-        return full.index_add(0, index, y, alpha=self.scale)
+        return _add(full, index, y, self.scale)
+
+
+def _add(x: Tensor, index: Tensor, y: Tensor, scale: float) -> Tensor:
+    """``x.index_add(0, index, y, alpha=scale)``, without the copy of ``y`` that it saves for its shape."""
+    if compiling():  # which saves the shape alone
+        return x.index_add(0, index, y, alpha=scale)
+    return _Add.apply(x, index, y, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, y: Tensor, scale: float) -> Tensor:
+        return x.index_add(0, index, y, alpha=scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], _: Tensor) -> None:
+        _, index, _, ctx.scale = inputs
+        ctx.save_for_backward(index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
+        (index,) = ctx.saved_tensors
+        return grad, None, grad.index_select(0, index) * ctx.scale if ctx.needs_input_grad[2] else None, None
 
 
 def _memory_order(x: Tensor) -> tuple[int, ...] | None:
