@@ -205,7 +205,7 @@ class Branch(Seeing):
 
 
 def _add(x: Tensor, index: Tensor, y: Tensor, scale: float) -> Tensor:
-    """``x.index_add(0, index, y, alpha=scale)``, without the copy of ``y`` that it saves for its shape."""
+    """``x.index_add(0, index, y, alpha=scale)``, which would save ``y`` for backward, for its shape alone."""
     if compiling():  # which saves the shape alone
         return x.index_add(0, index, y, alpha=scale)
     return _Add.apply(x, index, y, scale)  # type: ignore[no-any-return, no-untyped-call]
@@ -213,13 +213,10 @@ def _add(x: Tensor, index: Tensor, y: Tensor, scale: float) -> Tensor:
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, index: Tensor, y: Tensor, scale: float) -> Tensor:
-        return x.index_add(0, index, y, alpha=scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], _: Tensor) -> None:
-        _, index, _, ctx.scale = inputs
+    def forward(ctx: Any, x: Tensor, index: Tensor, y: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
         ctx.save_for_backward(index)
+        return x.index_add(0, index, y, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
