@@ -28,7 +28,7 @@ class Bound:
     subject: str = "thinned"
 
     def __str__(self) -> str:
-        if self.limit < 0.5:
+        if self.limit < 1:
             return f"{1 / self.limit:.3g}x faster than {self.other}"
         return f"at most {self.limit:.3g}x of {self.other}"
 

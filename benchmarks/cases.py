@@ -17,6 +17,7 @@ from benchmarks.fused import fused_cases
 from benchmarks.layers import layer_cases
 from benchmarks.montecarlo import montecarlo_cases
 from benchmarks.peers import backward, elsewhere, layers
+from benchmarks.residual import residual_cases
 from benchmarks.tokens import tokens_cases
 from thinned.backends import _native
 
@@ -40,6 +41,7 @@ def cases() -> Iterator[Case]:
         yield from _rows(threads)
         yield from layer_cases(threads)
         yield from fused_cases(threads)
+        yield from residual_cases(threads)
     yield from _small()
     yield from _addressed()
     yield from _compiled()

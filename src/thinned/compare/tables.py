@@ -228,7 +228,7 @@ def layers_page() -> str:
         "",
         "Every layer of `thinned`, its function in `thinned.functional`, the shape of its mask, where it",
         "comes from, and what `thinned compare --layer NAME` shows beside it. `thinned layers --markdown`",
-        "writes this page.",
+        "writes this page. Layers that do not compute what they drop: [faster.md](faster.md).",
         "",
         f"| layer | {' | '.join(COLUMNS_OF_LAYERS)} |",
         f"| --- {'| --- ' * len(COLUMNS_OF_LAYERS)}|",
