@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from thinned.models.convert.rules import is_dropout, is_known, make, numbers_of, probability_of, refusal
+from thinned.models.convert.skip import skippable, skipped_calls
 from thinned.models.inspect.by_reading import calls_in_source
 from thinned.models.inspect.by_running import TORCH, Event, run_once
 from thinned.models.inspect.names import UNCONDITIONAL
@@ -70,6 +71,10 @@ class Site:
         function, file, line: where a call stands.
         note: a warning, such as that it drops in evaluation too, or the reason why convert leaves it.
         calls: the number of times that it dropped in a run in training; None without a run.
+        skip: for a DropPath, what :func:`thinned.convert` with ``skip=True`` does: ``"can skip norm1, attn"``,
+            afterwards ``"skips norm1, attn"``, or ``"cannot skip: "`` and the reason. Empty for other sites.
+        saves: the share of the model's floating-point operations that skipping saves on average: ``p`` times
+            the branch's share. None without a run, and for a site that cannot skip.
     """
 
     paths: tuple[str, ...]
@@ -84,6 +89,8 @@ class Site:
     line: int = 0
     note: str = ""
     calls: int | None = None
+    skip: str = ""
+    saves: float | None = None
 
     @property
     def path(self) -> str:
@@ -99,7 +106,8 @@ class Site:
         """The words of its row in the table."""
         status = f"was {self.was}" if self.was else f"becomes {self.becomes}" if self.becomes else ""
         status = status or WORDS[self.status][0].removeprefix("is ")
-        notes = "" if self.status == "off" else self.note
+        skip = self.skip if self.saves is None else f"{self.skip} ({_percent(self.saves)} of the FLOPs)"
+        notes = "" if self.status == "off" else "; ".join(filter(None, [self.note, skip]))
         return [
             format_paths(self.paths),
             ", ".join(filter(None, [self.type, self.where])),
@@ -173,7 +181,8 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
     found = modules_with_paths(model)
     hidden = modules_in_containers(found)
     orphans = {id(module) for module, _ in hidden}
-    events = run_once(model, args, kwargs, orphans) if args or kwargs else None
+    skips, flops = {id(drop): each for block, _ in found for drop, each in _skips_of(block)}, Counter[int]()
+    events = run_once(model, args, kwargs, orphans, flops if skips else None) if args or kwargs else None
     wrapped = {id(inner) for each, _ in found if isinstance(each, Intercepted) for inner in each.modules()}
     sites: list[Site] = []
     for module, paths in [*found, *hidden]:
@@ -184,6 +193,8 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
             if id(module) in orphans:
                 status = "intercept" if site.status == "convert" else site.status
                 site = _noted(replace(site, status=status, becomes=""), NO_CHILD)
+            if (skip := skips.get(id(module))) is not None:
+                site = replace(site, skip=str(skip), saves=skip.share(flops) and (site.p or 0.0) * skip.share(flops))
             is_off = site.p == 0 and site.status not in ("thinned", "convert")
             sites.append(replace(site, status="off") if is_off else site)
     return Inspection(sites)
