@@ -543,6 +543,16 @@ def pre_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
     return module._forward_pre_hooks
 
 
+def post_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The hooks that run after ``module.forward``."""
+    return module._forward_hooks
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a backward pass through ``module`` runs a hook of it."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def forward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run before and after ``module.forward``."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]

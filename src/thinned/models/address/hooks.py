@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,16 @@ from thinned.torch_state import (
     compiling,
     forward_hooks_of,
     graph_task_is_running,
+    has_backward_hooks,
     is_replica,
     outside_graphs,
+    post_hooks_of,
     pre_hooks_of,
 )
 
-__all__ = ["ModuleHooks", "has_other_hooks", "hooks_of", "module_at"]
+__all__ = ["ModuleHooks", "call_as", "has_only_hooks_of_address", "has_other_hooks", "hooks_of", "module_at"]
+
+Result = TypeVar("Result")
 
 
 class Joinable(Protocol):
@@ -277,3 +281,19 @@ def _register(module: nn.Module, hooks: ModuleHooks, path: str) -> None:
 def has_other_hooks(module: nn.Module) -> bool:
     """Whether ``module`` has forward hooks that are none of an address."""
     return not all(isinstance(hook, _Hook) for hook in forward_hooks_of(module))
+
+
+def has_only_hooks_of_address(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does nothing but its forward and the hooks of an address."""
+    return not has_other_hooks(module) and not has_backward_hooks(module)
+
+
+def call_as(module: nn.Module, function: Callable[..., Result], *args: Any) -> Result:
+    """Call a function as if ``module`` called it, for the address that is active."""
+    for hook in pre_hooks_of(module).values():
+        hook(module)
+    try:
+        return function(*args)
+    finally:
+        for hook in post_hooks_of(module).values():
+            hook(module)

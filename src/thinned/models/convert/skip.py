@@ -1,0 +1,341 @@
+"""Residual blocks that compute their branches for the rows that a DropPath keeps, and for no others.
+
+A block gets a subclass of its class, of the same name, whose methods :mod:`.slices` made of the source.
+"""
+
+from __future__ import annotations
+
+import __future__
+
+import ast
+import copyreg
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from thinned.layers import DropPath, Masksembles, RDrop, StochasticDepth
+from thinned.models.convert.rows import run
+from thinned.models.convert.rules import is_known, make
+from thinned.models.convert.slices import RUN, Cut, Refused, attributes_of_self, cut, drop_calls, is_mixing
+from thinned.models.inspect.source import Source, parsed
+from thinned.models.walk import qualified_name
+from thinned.torch_state import ScriptedForward, children_of
+
+__all__ = ["Call", "Skip", "is_skipping", "make_skip", "skippable", "skipped_calls", "unskip"]
+
+FUTURE = functools.reduce(int.__or__, (getattr(__future__, each).compiler_flag for each in __future__.all_feature_names))
+SEGMENTS = {"n_segment", "num_segments", "n_segments", "fold_div"}
+ROUTED = re.compile("moe|router|mixtureofexperts", re.IGNORECASE)
+
+
+class Call(NamedTuple):
+    """One of the calls of a DropPath in a class: the method, and the call's number there."""
+
+    method: str
+    number: int
+
+
+class Skip(NamedTuple):
+    """One call of a DropPath in a block, and whether its branch can be computed for the kept rows alone.
+
+    Attributes:
+        path: the name of the DropPath in the block.
+        modules: the names of the block's children in the branch.
+        reason: why the branch is computed for all rows; empty if it can skip.
+        call: where the call stands.
+    """
+
+    path: str
+    modules: tuple[str, ...]
+    reason: str
+    call: Call | None = None
+
+
+def skippable(module: nn.Module, *, allow_batch_norm: bool = False) -> list[Skip]:
+    """The calls of DropPaths in the methods of a block, each with the reason why it cannot skip, if any.
+
+    >>> import torch, thinned
+    >>> skippable(torch.nn.Linear(2, 2))
+    []
+    """
+    drops = {name for name, child in children_of(module).items() if _drops_rows(child)}
+    if not drops:
+        return []
+    kind = _plain(type(module))
+    found: list[Skip] = []
+    try:
+        if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
+            raise Refused("its block has a forward of its own")
+        for method, function in _methods(kind):
+            source = _source(function)
+            if source is None:
+                continue
+            calls = drop_calls(source.tree, drops)
+            if calls and (reason := _unreadable(function)):
+                raise Refused(reason)
+            _, cuts = cut(source, range(len(calls)), drops)
+            for number, (call, one) in enumerate(zip(calls, cuts, strict=True)):
+                name = call.func.attr  # type: ignore[attr-defined]
+                found.append(_judge(module, kind, name, Call(method, number), one, allow_batch_norm))
+    except Refused as error:
+        return [Skip(name, (), str(error)) for name in sorted(drops)]
+    named = {each.path for each in found}
+    missing = [name for name in drops - named if children_of(module)[name] is not None]
+    return found + [Skip(name, (), f"no method of its block calls self.{name}") for name in sorted(missing)]
+
+
+def _drops_rows(child: nn.Module | None) -> bool:
+    """Whether a child is a DropPath or a StochasticDepth, or becomes one when it is converted."""
+    if child is None:
+        return False
+    if isinstance(child, DropPath | StochasticDepth):
+        return True
+    try:
+        return is_known(child) and isinstance(make(child)[0], DropPath | StochasticDepth)
+    except (ValueError, TypeError):
+        return False
+
+
+def _methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    """``forward``, and the methods that it calls, and those that these call."""
+    todo, seen = ["forward"], set[str]()
+    while todo:
+        name = todo.pop(0)
+        function = inspect.getattr_static(kind, name, None)
+        if name in seen or not isinstance(function, FunctionType):
+            continue
+        seen.add(name)
+        yield name, function
+        source = _source(function)
+        if source is not None:
+            todo += sorted(attributes_of_self([source.tree]) or {node.attr for node in ast.walk(source.tree) if isinstance(node, ast.Attribute)})
+
+
+def _source(function: FunctionType) -> Source | None:
+    source = parsed(function)
+    return source if source is not None and isinstance(source.tree, ast.Module) else None
+
+
+def _unreadable(function: FunctionType) -> str:
+    """Why the function cannot be compiled from its source; empty if it can."""
+    if hasattr(function, "__wrapped__"):
+        return f"its {function.__name__} is wrapped by a decorator"
+    if function.__code__.co_freevars:
+        return f"its {function.__name__} uses {', '.join(function.__code__.co_freevars)} of a function around it"
+    return ""
+
+
+def _judge(
+    module: nn.Module, kind: type, name: str, call: Call, one: Cut | Refused, allow_batch_norm: bool
+) -> Skip:
+    if isinstance(one, Refused):
+        return Skip(name, (), str(one), call)
+    try:
+        used = _used(kind, one.nodes)
+        children = children_of(module)
+        names = tuple(each for each in children if each in used and children[each] is not None)
+        for each in names:
+            _check_module(each, children[each], allow_batch_norm)
+        if not names:
+            raise Refused("its branch has no module")
+        function = inspect.getattr_static(kind, call.method)
+        for node in one.nodes:
+            _check_source(node, f"its {function.__name__}")
+    except Refused as error:
+        return Skip(name, (), str(error), call)
+    return Skip(name, names, "", call)
+
+
+def _used(kind: type, nodes: Sequence[ast.AST]) -> set[str]:
+    """The attributes of the block that a branch reads, itself or by the block's methods."""
+    used = attributes_of_self(nodes)
+    if used is None:
+        raise Refused("its branch passes self on")
+    todo, seen = sorted(used), set[str]()
+    while todo:
+        name = todo.pop()
+        function = inspect.getattr_static(kind, name, None)
+        if name in seen or function is None or hasattr(nn.Module, name):
+            continue
+        seen.add(name)
+        function = function.fget if isinstance(function, property) else function
+        if isinstance(function, staticmethod):
+            continue
+        if not isinstance(function, FunctionType):
+            if callable(function):
+                raise Refused(f"the source of its {name} cannot be read")
+            continue
+        source = _source(function)
+        more = None if source is None else attributes_of_self([source.tree])
+        if source is None or more is None:
+            raise Refused(f"its {name} passes self on" if source else f"the source of its {name} cannot be read")
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and getattr(node.value, "id", "") == "self":
+                raise Refused(f"its {name} assigns to self.{node.attr}")
+        _check_source(source.tree, f"its {name}")
+        used |= more
+        todo += sorted(more)
+    return used
+
+
+def _check_source(tree: ast.AST, where: str) -> None:
+    if text := is_mixing(tree):
+        raise Refused(f"`{text}` in {where} works along dimension 0")
+
+
+def _check_module(name: str, child: Any, allow_batch_norm: bool) -> None:
+    """Raise :class:`Refused` for a module whose rows depend on each other, as far as that can be seen."""
+    for path, module in child.named_modules(prefix=name):
+        kind, shown = type(module), f"{type(module).__name__} at {path!r}"
+        has_statistics = any(each.startswith("running_") for each, _ in module.named_buffers(recurse=False))
+        if isinstance(module, _BatchNorm) or has_statistics:
+            if not allow_batch_norm:
+                raise Refused(f"{shown} takes its statistics over the batch; allow_batch_norm=True allows that")
+        elif getattr(module, "batch_first", True) is False:
+            raise Refused(f"{shown} has batch_first=False, so that dimension 0 is not the batch")
+        elif SEGMENTS & vars(module).keys():
+            raise Refused(f"{shown} shifts features between rows")
+        elif isinstance(module, RDrop | Masksembles) or getattr(module, "scale", "") == "counted":
+            raise Refused(f"{shown} depends on the number of rows")
+        elif ROUTED.search(kind.__name__) or isinstance(module, nn.modules.loss._Loss):
+            raise Refused(f"{shown} depends on all rows")
+        if not kind.__module__.startswith(("torch.nn.", "thinned.")):
+            _check_methods(kind, shown)
+
+
+@functools.lru_cache(maxsize=1024)
+def _mixing(kind: type) -> str:
+    for _, function in _methods(kind):
+        source = _source(function)
+        if source is not None and (text := is_mixing(source.tree)):
+            return text
+    return ""
+
+
+def _check_methods(kind: type, shown: str) -> None:
+    if text := _mixing(kind):
+        raise Refused(f"`{text}` in {shown} works along dimension 0")
+
+
+# The classes of blocks that skip.
+
+
+class _Skipping(NamedTuple):
+    """What the class of a block that skips was made of."""
+
+    kind: type
+    drops: frozenset[str]
+    calls: frozenset[Call]
+
+
+MARK = "_thinned_skipping"
+
+
+def is_skipping(module: nn.Module) -> bool:
+    """Whether a block computes a branch for the kept rows alone."""
+    return hasattr(type(module), MARK)
+
+
+def _plain(kind: type) -> type:
+    made: _Skipping | None = getattr(kind, MARK, None)
+    return kind if made is None else made.kind
+
+
+def skipped_calls(module: nn.Module) -> frozenset[Call]:
+    """The calls of a block that skip."""
+    made: _Skipping | None = getattr(type(module), MARK, None)
+    return frozenset() if made is None else made.calls
+
+
+def make_skip(module: nn.Module, calls: Sequence[Call], drops: Sequence[str]) -> None:
+    """Let a block skip at these calls, besides those at which it does."""
+    everything = skipped_calls(module) | set(calls)
+    module.__class__ = _class(_plain(type(module)), frozenset(drops), frozenset(everything))
+
+
+def unskip(module: nn.Module) -> None:
+    """Give a block its own class back."""
+    module.__class__ = _plain(type(module))
+
+
+@functools.cache
+def _class(kind: type, drops: frozenset[str], calls: frozenset[Call]) -> type:
+    """The subclass of a block's class that skips at these calls."""
+    methods: dict[str, Any] = {}
+    for method in sorted({call.method for call in calls}):
+        function = inspect.getattr_static(kind, method)
+        methods[method] = _compiled(function, sorted(call.number for call in calls if call.method == method), set(drops))
+    names = {
+        **methods,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "__reduce_ex__": _reduce,
+        "__prepare_scriptable__": _prepare_scriptable,
+        MARK: _Skipping(kind, drops, calls),
+    }
+    return type(kind)(kind.__name__, (kind,), names)
+
+
+def _compiled(function: FunctionType, numbers: Sequence[int], drops: set[str]) -> FunctionType:
+    """The function whose branches are functions of their own, with the lines and the file of the original."""
+    source = _source(function)
+    assert source is not None
+    trees, cuts = cut(source, numbers, drops)
+    for one in cuts:
+        if isinstance(one, Refused):
+            raise one
+    for argument in ast.walk(trees[-1].args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    trees[-1].returns = None
+    # The defaults are those of the original, which are set below.
+    trees[-1].args.defaults = [ast.Constant(None) for _ in trees[-1].args.defaults]
+    trees[-1].args.kw_defaults = [each and ast.Constant(None) for each in trees[-1].args.kw_defaults]
+    around = ast.parse(f"def around({RUN}):\n    return {function.__name__}").body[0]
+    assert isinstance(around, ast.FunctionDef)
+    around.body[:0] = trees
+    tree = ast.fix_missing_locations(ast.Module([around], []))
+    ast.increment_lineno(tree, source.before)
+    flags = function.__code__.co_flags & FUTURE
+    found: dict[str, Any] = {}
+    exec(compile(tree, function.__code__.co_filename, "exec", flags, dont_inherit=True), function.__globals__, found)
+    made: FunctionType = found["around"](run)
+    for name in ("__module__", "__qualname__", "__doc__", "__defaults__", "__kwdefaults__", "__annotations__"):
+        setattr(made, name, getattr(function, name))
+    vars(made).update(vars(function))
+    return made
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Pickle the block as one of its own class that skips at the same calls."""
+    made: _Skipping = getattr(type(self), MARK)
+    reduced = super(type(self), self).__reduce_ex__(protocol)
+    function, arguments, *rest = reduced
+    if function is not copyreg.__newobj__ or arguments[0] is not type(self):  # type: ignore[attr-defined]
+        return reduced
+    return (_unpickled, (made.kind, made.drops, made.calls, *arguments[1:]), *rest)
+
+
+def _unpickled(kind: type, drops: frozenset[str], calls: frozenset[Call], *arguments: Any) -> Any:
+    try:
+        kind = _class(kind, drops, calls)
+    except Exception:  # the source of the class has changed, and it computes all rows
+        pass
+    return kind.__new__(kind, *arguments)
+
+
+def _prepare_scriptable(self: Any) -> nn.Module:
+    """Let :func:`torch.jit.script` compile the original forward."""
+    kind = _plain(type(self))
+    if any(call.method != "forward" for call in skipped_calls(self)):
+        raise NotImplementedError(f"a {kind.__name__} that skips is not available in TorchScript; revert it before")
+    vars(self)["forward"] = ScriptedForward.of(self, kind.forward)  # type: ignore[attr-defined]
+    return self  # type: ignore[no-any-return]

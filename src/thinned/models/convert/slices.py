@@ -1,0 +1,698 @@
+"""The branch before each DropPath of a forward, cut out of its source into a function of its own.
+
+In ``y = self.norm(x); x = x + self.drop_path(self.mlp(y))`` the branch is ``self.mlp(self.norm(x))``: the
+statements whose results go nowhere else but into the DropPath, and the expression that it is given. The
+forward becomes ``x = run(self, self.drop_path, branch, ..., x)``, and ``branch(self, x)`` is a function beside it.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from thinned.models.inspect.source import Source
+
+__all__ = ["Cut", "Refused", "attributes_of_self", "cut", "drop_calls", "is_mixing"]
+
+# Calls that draw nothing and write nothing.
+QUIET = {"size", "dim", "ndimension", "numel", "stride", "len", "int", "float", "bool", "min", "max", "tuple", "list"}
+QUIET |= {"isinstance", "hasattr", "getattr", "any", "all", "is_scripting", "is_tracing", "is_exporting", "range"}
+UNKNOWN = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Return | ast.Raise | ast.Yield | ast.YieldFrom
+UNKNOWN |= ast.Await | ast.Global | ast.Nonlocal | ast.Try | ast.Match | ast.Delete | ast.Import | ast.ImportFrom
+NESTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+COMPREHENSION = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
+# Reductions, sorts and the like, which mix the rows along dimension 0.
+ALONG = {"mean", "sum", "std", "var", "var_mean", "std_mean", "softmax", "log_softmax", "sort", "argsort", "topk"}
+ALONG |= {"cumsum", "cumprod", "flip", "roll", "median", "amax", "amin", "max", "min", "argmax", "argmin", "norm"}
+ALONG |= {"logsumexp", "normalize", "unique", "scatter_add", "index_add"}
+
+
+class Refused(ValueError):
+    """A branch that cannot be cut out; the message says why."""
+
+
+@dataclass
+class Cut:
+    """A branch that was cut out.
+
+    Attributes:
+        name: of the function that computes it.
+        values: the names that it takes, those of the rows first.
+        rows: how many of these are known to have a row for each row of the batch.
+        nodes: its syntax trees.
+    """
+
+    name: str
+    values: list[str]
+    rows: int
+    nodes: list[ast.AST] = field(default_factory=list)
+
+
+class Flow:
+    """The names that some statements read before they write them, and write perhaps, and surely.
+
+    ``surely`` is None for statements that end in a return or raise.
+    """
+
+    def __init__(self, statements: Sequence[ast.stmt]) -> None:
+        self.reads: set[str] = set()
+        self.perhaps: set[str] = set()
+        self.surely: set[str] | None = set()
+        for statement in statements:
+            self._add(statement)
+            if self.surely is None:
+                return
+
+    def _then(self, reads: set[str], perhaps: set[str], surely: set[str] | None) -> None:
+        assert self.surely is not None
+        self.reads |= reads - self.surely
+        self.perhaps |= perhaps
+        self.surely = None if surely is None else self.surely | surely
+
+    def _add(self, statement: ast.stmt) -> None:
+        match statement:
+            case ast.If(test, body, orelse):
+                self._then(*_names(test))
+                one, other = Flow(body), Flow(orelse)
+                both = [each.surely for each in (one, other) if each.surely is not None]
+                surely = set.intersection(*both) if both else None
+                self._then(one.reads | other.reads, one.perhaps | other.perhaps, surely)
+            case ast.For(target, iterable, body, orelse):
+                self._then(*_names(iterable))
+                inner = Flow(body)
+                reads, writes, _ = _names(target)
+                self._then(reads | (inner.reads - writes), inner.perhaps | writes, set())
+                self._maybe(orelse)
+            case ast.While(test, body, orelse):
+                self._then(*_names(test))
+                self._maybe([*body, *orelse])
+            case ast.With(items, body):
+                for item in items:
+                    self._then(*_names(item))
+                inner = Flow(body)
+                self._then(inner.reads, inner.perhaps, inner.surely)
+            case ast.Try() | ast.Match() | ast.AsyncFor() | ast.AsyncWith() | ast.TryStar():
+                reads, writes, _ = _names(statement)
+                self._then(reads, writes, set())
+            case ast.FunctionDef(name) | ast.AsyncFunctionDef(name) | ast.ClassDef(name):
+                self._then(_names(statement)[0], {name}, {name})
+            case ast.Return() | ast.Raise():
+                self._then(*_names(statement))
+                self.surely = None
+            case _:
+                self._then(*_names(statement))
+
+    def _maybe(self, statements: list[ast.stmt]) -> None:
+        inner = Flow(statements)
+        self._then(inner.reads, inner.perhaps, set())
+
+
+def _names(tree: ast.AST) -> tuple[set[str], set[str], set[str]]:
+    """The names that an expression or a simple statement reads, and twice those that it writes or changes."""
+    reads, writes, bound = set[str](), set[str](), set[str]()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(name, ast.Load()):
+                reads.add(name)
+            case ast.Name(name, ast.Del()):
+                reads.add(name)
+                writes.add(name)
+            case ast.Name(name):
+                writes.add(name)
+            case ast.comprehension(target):
+                bound |= {each.id for each in ast.walk(target) if isinstance(each, ast.Name)}
+            case ast.arg(name):
+                bound.add(name)
+            case ast.AugAssign(ast.Name(name)):
+                reads.add(name)
+        for changed in _changed(node):
+            reads.add(changed)
+            writes.add(changed)
+    return reads - bound, writes - bound, writes - bound
+
+
+def _changed(node: ast.AST) -> Iterator[str]:
+    """The names of objects that a node changes in place, other than ``self``."""
+    match node:
+        case ast.Subscript(ctx=ast.Store() | ast.Del()) | ast.Attribute(ctx=ast.Store() | ast.Del()):
+            found = [_root(node)]
+        case ast.Call(ast.Attribute(owner, name)) if name.endswith("_") and not name.endswith("__"):
+            found = [_root(owner)]
+        case ast.Call(args=args, keywords=keywords) if any(each.arg in ("inplace", "out") for each in keywords):
+            found = [
+                _root(each.value) if each.arg == "out" else args and _root(args[0])
+                for each in keywords
+                if each.arg == "out"
+                or (each.arg == "inplace" and not (isinstance(each.value, ast.Constant) and not each.value.value))
+            ]
+        case _:
+            return
+    yield from (name for name in found if name and name != "self")
+
+
+def _root(node: ast.AST) -> str:
+    """``x`` of ``x[0].y``; empty if there is none."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Call | ast.Starred):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def drop_calls(tree: ast.AST, drops: set[str]) -> list[ast.Call]:
+    """The calls ``self.NAME(...)`` of these children, in the order of the source."""
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "self"
+        and node.func.attr in drops
+    ]
+    return sorted(calls, key=lambda node: (node.lineno, node.col_offset))
+
+
+def attributes_of_self(nodes: Sequence[ast.AST]) -> set[str] | None:
+    """What trees read of ``self``; None if they use ``self`` in another way, such as ``getattr(self, name)``."""
+    found, known = set[str](), set[ast.AST]()
+    for root in nodes:
+        for node in ast.walk(root):
+            match node:
+                case ast.Attribute(ast.Name("self") as owner, name):
+                    known.add(owner)
+                    found.add(name)
+                case ast.Call(ast.Name("getattr" | "hasattr"), [ast.Name("self") as owner, ast.Constant(str(name)), *_]):
+                    known.add(owner)
+                    found.add(name)
+                case ast.Call(ast.Name(RUN), [ast.Name("self") as owner, *_]):
+                    known.add(owner)
+                case ast.Name("self") if node not in known:
+                    return None
+    return found
+
+
+def is_mixing(tree: ast.AST) -> str:
+    """The first part of a source that works along dimension 0; empty if there is none.
+
+    >>> is_mixing(ast.parse("y = x.mean(dim=0) + x.mean(1)"))
+    'x.mean(dim=0)'
+    """
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        given = {each.arg: each.value for each in node.keywords}
+        by_name = [given[each] for each in ("dim", "dims", "axis") if each in given]
+        is_method = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") not in ("torch", "F")
+        first, *_ = [*node.args[not is_method :], None]
+        match name, [_literal(each) for each in node.args[not is_method :]]:
+            case "transpose" | "swapaxes" | "swapdims", [0, int(other)] | [int(other), 0] if other:
+                return ast.unparse(node)
+            case "permute", [int(to), *_] if to == 1:
+                return ast.unparse(node)
+            case "permute", [(1, *_)]:
+                return ast.unparse(node)
+        if name not in ALONG and name not in ("cat", "concat"):
+            continue
+        dims = [_literal(each) for each in by_name]
+        if not by_name and name in ALONG - {"roll", "flip", "max", "min", "norm", "unique"} and first is not None:
+            dims = [_literal(first)]
+        if any(dim == 0 or (isinstance(dim, tuple) and 0 in dim) for dim in dims if not isinstance(dim, bool)):
+            return ast.unparse(node)
+    return ""
+
+
+def _literal(node: ast.AST) -> Any:
+    try:
+        value = ast.literal_eval(node)  # type: ignore[arg-type]
+    except (ValueError, TypeError, SyntaxError):
+        return None
+    return tuple(value) if isinstance(value, list) else value
+
+
+RUN = "_thinned_run"
+
+
+@dataclass
+class _Place:
+    """A statement's place: the block that has it, its index there, and the statement around the block."""
+
+    block: list[ast.stmt]
+    index: int
+    around: ast.stmt | None
+
+
+def _places(function: ast.FunctionDef, wanted: ast.AST) -> list[_Place]:
+    """The way to the statement with ``wanted`` in an expression of its own, outermost first."""
+
+    def search(block: list[ast.stmt], around: ast.stmt | None) -> list[_Place] | None:
+        for index, statement in enumerate(block):
+            here = _Place(block, index, around)
+            if not any(node is wanted for node in ast.walk(statement)):
+                continue
+            for name in ("body", "orelse", "finalbody"):
+                inner = getattr(statement, name, None)
+                if isinstance(inner, list) and (found := search(inner, statement)):
+                    return [here, *found]
+            return [here]
+        return None
+
+    return search(function.body, None) or []
+
+
+def cut(source: Source, calls: Sequence[int], drops: set[str]) -> tuple[list[ast.FunctionDef], list[Cut | Refused]]:
+    """Cut the branches of some of :func:`drop_calls` out of a function.
+
+    Args:
+        source: that of the function; its tree is not changed.
+        calls: the numbers of the calls.
+        drops: the names of the children that drop.
+
+    Returns:
+        The functions of the branches and, last, the function that calls them by ``_thinned_run``; and what became
+        of each call.
+    """
+    function: ast.FunctionDef = copy.deepcopy(source.tree.body[0])  # type: ignore[attr-defined]
+    found = drop_calls(function, drops)
+    functions: list[ast.FunctionDef] = []
+    cuts: list[Cut | Refused] = []
+    for number in calls:
+        try:
+            _check(function)
+            if number >= len(found):
+                raise Refused("its source has changed")
+            made, one = _Cutting(function, found[number]).cut(f"{function.name}_branch{number}")
+            functions.append(made)
+            cuts.append(one)
+        except Refused as error:
+            cuts.append(error)
+    return [*functions, function], cuts
+
+
+def _check(function: ast.FunctionDef) -> None:
+    """Raise :class:`Refused` for a function that means something else when its parts move."""
+    if not function.args.args or function.args.args[0].arg != "self":
+        raise Refused("its function has no self")
+    for node in ast.walk(function):
+        match node:
+            case ast.Name("super" | "__class__" | "locals" | "vars" | "eval" | "exec" as name):
+                raise Refused(f"its function calls {name}()")
+            case ast.Name(name) | ast.Attribute(attr=name) if name.startswith("__") and not name.endswith("__"):
+                raise Refused(f"its function uses the private name {name}")
+            case ast.Yield() | ast.YieldFrom() | ast.Await() | ast.AsyncFor() | ast.AsyncWith():
+                raise Refused("its function is a generator or a coroutine")
+            case ast.Name("self", ast.Store()):
+                raise Refused("its function assigns to self")
+            case ast.Global() | ast.Nonlocal():
+                raise Refused("its function assigns to names outside of it")
+
+
+class _Cutting:
+    """The cutting of one branch out of a function, which is changed only if it succeeds."""
+
+    def __init__(self, function: ast.FunctionDef, call: ast.Call) -> None:
+        self.function, self.call = function, call
+        if len(call.args) != 1 or call.keywords or isinstance(call.args[0], ast.Starred):
+            raise Refused("its DropPath gets other arguments than the branch alone")
+        self.branch = call.args[0]
+        self.places = _places(function, call)
+        if not self.places:
+            raise Refused("it stands in the branch of another DropPath")
+        for place in self.places:
+            if isinstance(place.around, ast.Try | ast.Match | NESTED):
+                raise Refused(f"its branch stands in a {type(place.around).__name__.lower()} statement")
+        self.block, self.index = self.places[-1].block, self.places[-1].index
+        self.statement = self.block[self.index]
+        self.conditional = self._is_conditional()
+        self.flows = [Flow([statement]) for statement in self.block[: self.index]]
+        self.of_branch = _names(self.branch)[0]
+        if any(isinstance(node, ast.NamedExpr) for node in ast.walk(self.statement)):
+            raise Refused("its statement assigns within an expression")
+
+    def _is_conditional(self) -> bool:
+        """Whether the call may be left out of its statement."""
+        for node in ast.walk(self.statement):
+            if not any(inner is self.call for inner in ast.walk(node)):
+                continue
+            if isinstance(node, COMPREHENSION | ast.Lambda):
+                raise Refused("its DropPath is called in a comprehension or a lambda")
+            if isinstance(node, UNKNOWN) and not isinstance(node, ast.Return):
+                raise Refused(f"its branch stands in a {type(node).__name__.lower()} statement")
+            if isinstance(node, ast.If | ast.While | ast.For | ast.With):
+                raise Refused("its DropPath is called in the head of a statement")
+        return any(
+            any(inner is self.call for part in parts for inner in ast.walk(part))
+            for node in ast.walk(self.statement)
+            for parts in ([node.body, node.orelse] if isinstance(node, ast.IfExp) else [],
+                          node.values[1:] if isinstance(node, ast.BoolOp) else [])
+        )
+
+    def cut(self, name: str) -> tuple[ast.FunctionDef, Cut]:
+        inside, repeated, outside = self._slice()
+        everything = sorted(inside | repeated)
+        if not any(isinstance(node, ast.Call) for node in self._nodes(inside)):
+            self._refuse_empty(outside)
+        values = self._values(inside, everything)
+        self._check_order(inside)
+        rows = self._rows(values, inside)
+        values = [*rows, *sorted(values - set(rows))]
+        nodes: list[ast.AST] = [self.block[i] for i in everything]
+        body = [copy.deepcopy(self.block[i]) if i in repeated else self.block[i] for i in everything]
+        result = ast.copy_location(ast.Return(self.branch), self.call)
+        function = ast.FunctionDef(
+            name, _arguments(["self", *values]), [*body, result], [], lineno=self.call.lineno, col_offset=0
+        )
+        if hasattr(self.function, "type_params"):
+            function.type_params = []  # type: ignore[attr-defined]
+        self._replace(name, values, len(rows), inside)
+        return ast.fix_missing_locations(function), Cut(name, values, len(rows), [*nodes, self.branch])
+
+    def _nodes(self, inside: set[int]) -> Iterator[ast.AST]:
+        for i in sorted(inside):
+            yield from ast.walk(self.block[i])
+        yield from ast.walk(self.branch)
+
+    def _reach(self, name: str, before: int) -> int:
+        """The last statement before another that may write a name; -1 for none of the block."""
+        return next((i for i in reversed(range(before)) if name in self.flows[i].perhaps), -1)
+
+    def _reads(self, i: int) -> set[str]:
+        """The names whose values before a statement matter to it."""
+        flow = self.flows[i]
+        return flow.reads | (flow.perhaps - (flow.surely or set()))
+
+    def _slice(self) -> tuple[set[int], set[int], dict[int, str]]:
+        """The statements of the branch, those that it repeats, and what those left out of it are used for."""
+        k = self.index
+        rest = self._rest_of_statement()
+        live = self._live_after()
+        own = Flow([self.statement])
+        users: dict[int, list[tuple[str, int | str]]] = {i: [] for i in range(k)}
+        for name in self.of_branch:
+            if (i := self._reach(name, k)) >= 0:
+                users[i].append((name, "branch"))
+        for name in rest:
+            if (i := self._reach(name, k)) >= 0:
+                users[i].append((name, _text(self.statement)))
+        for name in live - (own.surely or set()):
+            if (i := self._reach(name, k)) >= 0:
+                users[i].append((name, "what follows"))
+        for j in range(k):
+            for name in self._reads(j):
+                if (i := self._reach(name, j)) >= 0:
+                    users[i].append((name, j))
+        inside, todo = set[int](), list[int]()
+        todo = [i for name in self.of_branch if (i := self._reach(name, k)) >= 0]
+        while todo:
+            i = todo.pop()
+            if i not in inside:
+                inside.add(i)
+                todo += [before for name in self._reads(i) if (before := self._reach(name, i)) >= 0]
+        repeated, outside = set[int](), dict[int, str]()
+        changed = True
+        while changed:
+            changed = False
+            for i in sorted(inside):
+                reason = self._unfit(i)
+                for name, user in users[i]:
+                    if user != "branch" and user not in inside:
+                        where = _text(self.block[user]) if isinstance(user, int) else user
+                        reason = reason or f"{name!r} is also used by {where}"
+                if reason:
+                    inside.discard(i)
+                    (repeated.add(i) if _is_shape(self.block[i]) else outside.setdefault(i, reason))
+                    changed = True
+        # A statement that only left ones need goes with them; one of shapes is repeated only if it is needed.
+        needed, todo = set[int](), [i for name in self.of_branch if (i := self._reach(name, k)) >= 0]
+        while todo:
+            i = todo.pop()
+            if i not in needed and i in inside | repeated:
+                needed.add(i)
+                todo += [before for name in self._reads(i) if (before := self._reach(name, i)) >= 0]
+        return inside & needed, repeated & needed, outside
+
+    def _unfit(self, i: int) -> str:
+        """Why a statement cannot be a part of the branch."""
+        for node in ast.walk(self.block[i]):
+            if isinstance(node, UNKNOWN):
+                kind = "nested function" if isinstance(node, NESTED) else f"{type(node).__name__.lower()} statement"
+                return f"a {kind} stands in it"
+            if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store):
+                if _root(node) == "self":
+                    return f"{_text(self.block[i])} assigns to self"
+        return ""
+
+    def _rest_of_statement(self) -> set[str]:
+        """The names that the statement of the DropPath reads, but for those in the branch."""
+        argument, self.call.args[0] = self.call.args[0], ast.Constant(None)
+        try:
+            return _names(self.statement)[0]
+        finally:
+            self.call.args[0] = argument
+
+    def _live_after(self) -> set[str]:
+        """The names that are read after the statement, before they are written."""
+        live, written = set[str](), set[str]()
+        for place in reversed(self.places):
+            flow = Flow(place.block[place.index + 1 :])
+            live |= flow.reads - written
+            if flow.surely is None:
+                break
+            written |= flow.surely
+            if isinstance(place.around, ast.For | ast.While):
+                live |= Flow([place.around]).reads - written
+        return live
+
+    def _refuse_empty(self, outside: dict[int, str]) -> None:
+        if outside:
+            raise Refused(f"its branch is used outside too: {outside[max(outside)]}")
+        raise Refused(f"{_text(self.branch)} is computed outside of the block of {_text(self.statement)}")
+
+    def _values(self, inside: set[int], everything: list[int]) -> set[str]:
+        """The local names that the branch takes from outside."""
+        k, local = self.index, self._locals()
+        taken: dict[str, int] = {}
+        for j in [*everything, k]:
+            names = self.of_branch if j == k else self._reads(j)
+            for name in names & local:
+                i = self._reach(name, j)
+                if i in everything:
+                    continue
+                if taken.setdefault(name, i) != i:
+                    raise Refused(f"two values of {name!r} reach its branch")
+        for name, i in taken.items():
+            later = [j for j in range(i + 1, k) if j not in inside and name in self.flows[j].perhaps]
+            if later:
+                raise Refused(f"{name!r} changes before the DropPath, in {_text(self.block[later[0]])}")
+            if name not in self._defined(inside):
+                raise Refused(f"{name!r} may have no value there")
+            if name in self.functions:
+                raise Refused(f"it calls {name!r}, a nested function")
+        for j in inside:
+            for node in ast.walk(self.block[j]):
+                changed = {*_changed(node)}
+                if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+                    changed.add(node.target.id)
+                for name in changed & taken.keys():
+                    if self._reach(name, j) == taken[name]:
+                        raise Refused(f"{_text(self.block[j])} changes {name!r} in place")
+        for node in ast.walk(self.branch):
+            for name in {*_changed(node)} & taken.keys():
+                raise Refused(f"{_text(self.branch)} changes {name!r} in place")
+        return set(taken) - {"self"}
+
+    def _locals(self) -> set[str]:
+        """The names of the function that are local, and in ``functions`` those of nested functions."""
+        found = {each.arg for each in ast.walk(self.function.args) if isinstance(each, ast.arg)}
+        self.functions = set[str]()
+        for node in ast.walk(self.function):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef) and node is not self.function:
+                found.add(node.name)
+                self.functions.add(node.name)
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+                self.functions |= {each.id for each in node.targets if isinstance(each, ast.Name)}
+            elif isinstance(node, ast.alias):
+                found.add(node.asname or node.name.partition(".")[0])
+        return found
+
+    def _defined(self, inside: set[int]) -> set[str]:
+        """The local names that surely have a value at the DropPath when the branch is cut out."""
+        defined = {each.arg for each in ast.walk(self.function.args) if isinstance(each, ast.arg)}
+        for place in self.places:
+            before = place.block[: place.index]
+            if place is self.places[-1]:
+                before = [statement for i, statement in enumerate(before) if i not in inside]
+            defined |= Flow(before).surely or set()
+            match place.around:
+                case ast.For(target):
+                    defined |= _names(target)[1]
+                case ast.With(items):
+                    defined |= {name for item in items for name in _names(item)[1]}
+        return defined
+
+    def _check_order(self, inside: set[int]) -> None:
+        """Refuse a branch that would move behind a call or a write."""
+        if not inside:
+            return
+        if self.conditional:
+            raise Refused("its DropPath is called under a condition, after its branch was computed")
+        for i in range(min(inside), self.index):
+            if i not in inside and (loud := _loud(self.block[i])):
+                raise Refused(f"{loud} runs between its branch and its DropPath")
+        place = (self.call.lineno, self.call.col_offset)
+        for node in ast.walk(self.statement):
+            is_before = isinstance(node, ast.Call) and (node.end_lineno, node.end_col_offset) <= place
+            if is_before and not _is_quiet(node):
+                raise Refused(f"{_text(node)} runs between its branch and its DropPath")
+
+    def _rows(self, values: set[str], inside: set[int]) -> list[str]:
+        """The values that have a row for each row of the batch, as far as the source says so."""
+        if not values:
+            raise Refused("its branch takes no value of the function")
+        found = []
+        other = self._other_summand()
+        roots = {node.id for node in ast.walk(other) if isinstance(node, ast.Name)} if other else set()
+        roots |= {alias for name in roots if (alias := self._alias(name))}
+        parameters = [each.arg for each in (*self.function.args.posonlyargs, *self.function.args.args)][1:]
+        first = sorted(roots & values) or ([*values] if len(values) == 1 else [])
+        first = first or [name for name in parameters[:1] if name in values]
+        if not first:
+            raise Refused(f"the source does not say which of {', '.join(sorted(values))} has the rows")
+        found.append(first[0])
+        for node in self._nodes(inside):
+            match node:
+                case ast.Call(ast.Attribute(ast.Name("torch"), "cat" | "concat"), [ast.Tuple(parts) | ast.List(parts), *more], keywords):
+                    dims = [_literal(each) for each in [*more, *(each.value for each in keywords if each.arg == "dim")]]
+                    names = [each.id for each in parts if isinstance(each, ast.Name)]
+                    if found[0] in names and len(dims) == 1 and dims[0] not in (None, 0):
+                        found += [name for name in names if name in values and name not in found]
+        found += sorted(
+            name for name in values if name.endswith("key_padding_mask") and name not in found
+        )
+        return found
+
+    def _alias(self, name: str) -> str:
+        """``x`` for a name that was last assigned ``x``; else empty."""
+        i = self._reach(name, self.index)
+        if i < 0:
+            return ""
+        match self.block[i]:
+            case ast.Assign(_, ast.Name(other)):
+                return other
+        return ""
+
+    def _other_summand(self) -> ast.expr | None:
+        parent = next(
+            (
+                node
+                for node in ast.walk(self.statement)
+                if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and self.call in (node.left, node.right)
+            ),
+            None,
+        )
+        if parent is not None:
+            return parent.right if parent.left is self.call else parent.left
+        if isinstance(self.statement, ast.AugAssign) and self.statement.value is self.call:
+            return self.statement.target
+        if (into := self._into()) is not None:
+            return into.value
+        return None
+
+    def _into(self) -> ast.AugAssign | None:
+        """The statement ``y += x`` right behind ``y = self.drop_path(...)``."""
+        following = self.block[self.index + 1 : self.index + 2]
+        match self.statement, following:
+            case ast.Assign([ast.Name(name)], value), [ast.AugAssign(ast.Name(same), ast.Add(), other) as found] if (
+                value is self.call and name == same and name not in _names(other)[0]
+            ):
+                return found
+        return None
+
+    def _replace(self, name: str, values: list[str], rows: int, inside: set[int]) -> None:
+        """Put the call of the branch's function in place of the DropPath's, and of the addition around it."""
+        target: ast.expr = self.call
+        kind, other = "", None
+        for node in ast.walk(self.statement):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+                if node.left is self.call:
+                    target, kind, other = node, "before", node.right
+                elif node.right is self.call:
+                    target, kind, other = node, "after", node.left
+        into = self._into() if other is None else None
+        if into is not None:
+            kind, other = "into", into.value
+        if other is not None and kind != "after" and not isinstance(other, ast.Name):
+            other = ast.Lambda(_arguments([]), other)
+        arguments = [
+            ast.Name("self", ast.Load()),
+            ast.Attribute(ast.Name("self", ast.Load()), self.call.func.attr, ast.Load()),  # type: ignore[attr-defined]
+            ast.Name(name, ast.Load()),
+            ast.Constant(kind),
+            ast.Constant(None) if other is None else other,
+            ast.Constant(rows),
+            *(ast.Name(value, ast.Load()) for value in values),
+        ]
+        made = ast.copy_location(ast.Call(ast.Name(RUN, ast.Load()), arguments, []), target)
+        _Put(target, made).visit(self.statement)
+        drop = {id(self.block[i]) for i in inside} | ({id(into)} if into is not None else set())
+        self.block[:] = [statement for statement in self.block if id(statement) not in drop]
+        ast.fix_missing_locations(self.function)
+
+
+class _Put(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> Any:
+        return self.new if node is self.old else super().generic_visit(node)
+
+
+def _arguments(names: Sequence[str]) -> ast.arguments:
+    return ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
+
+
+def _is_shape(statement: ast.stmt) -> bool:
+    """Whether a statement only names other values, or their sizes, so that it can run twice."""
+    match statement:
+        case ast.Assign(targets, value) if all(
+            isinstance(node, ast.Name | ast.Tuple | ast.List | ast.Starred | ast.expr_context)
+            for target in targets
+            for node in ast.walk(target)
+        ):
+            mentions = [node for node in ast.walk(value) if isinstance(node, ast.Call | ast.BinOp | ast.Lambda)]
+            return all(
+                _is_quiet(node) or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod))
+                for node in mentions
+            )
+    return False
+
+
+def _is_quiet(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return name in QUIET
+
+
+def _loud(statement: ast.stmt) -> str:
+    """What of a statement draws, writes or may do so; empty for none."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Call) and not _is_quiet(node):
+            return _text(node)
+        if isinstance(node, UNKNOWN | ast.AugAssign | ast.For | ast.While | ast.With):
+            return _text(statement)
+        if isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            return _text(statement)
+    return ""
+
+
+def _text(node: ast.AST | str) -> str:
+    """The first line of a node's source, shortened; other words as they are."""
+    if isinstance(node, str):
+        return node
+    line = ast.unparse(node).partition("\n")[0]
+    return f"`{line if len(line) <= 60 else line[:57] + '...'}`"
