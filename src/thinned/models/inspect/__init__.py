@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from thinned.models.convert.rules import is_dropout, is_known, make, numbers_of, probability_of, refusal
-from thinned.models.convert.skip import skippable, skipped_calls
+from thinned.models.inspect.branches import branches_of
 from thinned.models.inspect.by_reading import calls_in_source
 from thinned.models.inspect.by_running import TORCH, Event, run_once
 from thinned.models.inspect.names import UNCONDITIONAL
@@ -140,6 +140,8 @@ class Inspection(Sequence[Site]):
         counts = Counter(site.status for site in self)
         parts = [f"{n} {WORDS[status][n > 1]}" for status in WORDS if (n := counts[status])]
         summary = count(len(self), "dropout site") + f": {', '.join(parts)}" * bool(parts)
+        if saves := sum(site.saves or 0.0 for site in self):
+            summary += f"; skipping saves {_percent(saves)} of the FLOPs"
         rows = merge_paths([site.cells() for site in self])
         return "\n".join([textwrap.fill(summary, width), *([to_text(HEADINGS, rows, width)] if rows else [])])
 
@@ -181,8 +183,9 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
     found = modules_with_paths(model)
     hidden = modules_in_containers(found)
     orphans = {id(module) for module, _ in hidden}
-    skips, flops = {id(drop): each for block, _ in found for drop, each in _skips_of(block)}, Counter[int]()
-    events = run_once(model, args, kwargs, orphans, flops if skips else None) if args or kwargs else None
+    branches, flops = branches_of(module for module, _ in found), Counter[int]()
+    counted = flops if branches else None
+    events = run_once(model, args, kwargs, orphans, counted) if args or kwargs else None
     wrapped = {id(inner) for each, _ in found if isinstance(each, Intercepted) for inner in each.modules()}
     sites: list[Site] = []
     for module, paths in [*found, *hidden]:
@@ -193,11 +196,21 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
             if id(module) in orphans:
                 status = "intercept" if site.status == "convert" else site.status
                 site = _noted(replace(site, status=status, becomes=""), NO_CHILD)
-            if (skip := skips.get(id(module))) is not None:
-                site = replace(site, skip=str(skip), saves=skip.share(flops) and (site.p or 0.0) * skip.share(flops))
+            if (branch := branches.get(id(module))) is not None:
+                site = replace(
+                    site, skip=str(branch), saves=_saved(site.p, branch.flops(flops), flops[id(model)])
+                )
             is_off = site.p == 0 and site.status not in ("thinned", "convert")
             sites.append(replace(site, status="off") if is_off else site)
     return Inspection(sites)
+
+
+def _saved(p: float | None, skipped: int, whole: int) -> float | None:
+    return p * skipped / whole if p is not None and skipped else None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _sites_of(module: nn.Module, paths: tuple[str, ...], events: list[Event] | None) -> Iterator[Site]:
