@@ -13,6 +13,7 @@ from torch import nn
 from thinned.layers._arguments import check_p
 from thinned.models.convert.report import report_converted, report_reverted
 from thinned.models.convert.rules import is_known, make, probability_name, unit_of
+from thinned.models.convert.skip import Skips, plan, unskip
 from thinned.models.sites import Rate, rates_of
 from thinned.models.walk import ORIGIN, Choice, check_model, chooser, is_ours, modules_with_paths
 from thinned.torch_state import buffers_of, children_of, load_hooks_of, parameters_of
@@ -31,6 +32,8 @@ def convert(
     include: Choice | None = None,
     exclude: Choice | None = None,
     inplace: bool = True,
+    skip: bool = False,
+    allow_batch_norm: bool = False,
 ) -> Model:
     """Swap every dropout module of a model for ours: torch.nn's six, and those of timm, torchvision and
     transformers; :func:`thinned.register` adds others.
@@ -59,6 +62,26 @@ def convert(
     a list, which exempts a layer. Another number that is 0 is set, as ``nn.Dropout(0)`` is. The WARNING
     names the places that keep another probability, such as that of ``F.dropout(x, 0.5)``.
 
+    With ``skip=True``, a residual block computes the branch before a DropPath for the rows that it keeps, and
+    for no others, as :func:`thinned.functional.residual` does: at p = 0.4 in 60 % of the branch's time. The
+    masks are those of DropPath. Outputs and gradients are those of the masked branch to the order of
+    floating-point sums, if no other dropout in the branch drops: such a one draws for fewer rows, and has the
+    masks of its rows within :func:`thinned.address`.
+
+    The branch is found in the source of the block's forward, in forms such as
+    ``x = x + self.drop_path(self.mlp(self.norm(x)))``, over several statements too. The block gets a subclass
+    of its class, of the same name; hooks, ``state_dict``, copies and pickles stay. These compute all rows:
+    evaluation, p = 0, :func:`torch.vmap`, traces and exports, and calls with a further tensor that may have
+    rows of the batch, such as an attention mask whose first size is a multiple of the batch's. An argument
+    named ``key_padding_mask`` is known to have a row for each.
+
+    Each row of a branch's result must depend on the same row of its input only. The source shows batch
+    normalization, modules with ``batch_first=False``, shifts of features between rows, routed experts and
+    reductions along dimension 0 in the branch's modules, and such branches stay as they are. It does not
+    show what is hidden in compiled extensions, in state that a module keeps between calls, or in functions
+    outside the modules: exclude a DropPath behind such code. The logger says how many branches skip and, in
+    a WARNING, which do not and why.
+
     Args:
         model: any module.
         p: a probability for everything that drops.
@@ -69,6 +92,9 @@ def convert(
             that read it.
         exclude: leave these.
         inplace: change ``model``; otherwise change a deep copy, with a copy of its config.
+        skip: compute the branches before DropPath and StochasticDepth for the rows that these keep.
+        allow_batch_norm: with ``skip``, let a batch normalization of a branch take its statistics over the
+            kept rows alone. These are no longer those of the masked branch.
 
     Returns:
         ``model``; the copy if ``inplace`` is false; the new module if ``model`` is itself a dropout.
@@ -90,6 +116,11 @@ def convert(
     )
     >>> type(model[1])
     <class 'thinned.layers.dropout.Dropout'>
+
+    With ``skip=True`` and a block of timm's style:
+
+    >>> model = timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.4)  # doctest: +SKIP
+    >>> thinned.convert(model, skip=True)  # doctest: +SKIP
     """
     check_model("convert", model)
     if p is not None:
@@ -119,12 +150,15 @@ def convert(
                 raise ValueError(f"p={float(p)} has nowhere to go in {paths[0]!r}: {kind} has no probability")
             setattr(new, name, float(p))
         news[id(module)] = new
+    skips = plan(found, chosen, allow_batch_norm) if skip else Skips()
     numbers = 0 if p is None else _set_all(model, float(p), chosen, news)
     # From here on nothing raises.
     for new, origin in origins:
         origin.carry_over(new)
     model = _replace(model, news)
-    report_converted(model, found, news, numbers, p, chosen)
+    for block, kind in skips.classes:
+        block.__class__ = kind
+    report_converted(model, found, news, numbers, p, chosen, skips if skip else None)
     return model
 
 
@@ -182,7 +216,7 @@ def _remember(rate: Rate, old: float) -> None:
 
 def revert(model: Model) -> Model:
     """Undo :func:`convert`: the modules that were swapped come back, in all their places, and so do the
-    numbers that ``p=`` set in place.
+    numbers that ``p=`` set in place, and the forwards that ``skip=True`` changed.
 
     A number that was set again since, as by :class:`thinned.DropoutSchedule`, stays as it is.
 
@@ -205,9 +239,10 @@ def revert(model: Model) -> Model:
     <class 'torch.nn.modules.dropout.Dropout'>
     """
     check_model("revert", model)
-    modules = numbers = 0
+    modules = numbers = blocks = 0
     while True:
         for module in model.modules():
+            blocks += unskip(module)
             for rate, before, now in vars(module).pop(BEFORE, ()):
                 if rate.value == now:
                     rate.value = before
@@ -221,7 +256,7 @@ def revert(model: Model) -> Model:
             break
         model = _replace(model, olds)
         modules += len(olds)  # an old module may contain a module that was swapped, too
-    report_reverted(model, modules, numbers)
+    report_reverted(model, modules, numbers, blocks)
     return model
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from thinned.layers import ConcreteDropout, VariationalDropout
 from thinned.models.convert.rules import is_dropout, probability_name, probability_of, refusal
+from thinned.models.convert.skip import Skips
 from thinned.models.inspect import NO_CHILD, WORDS, Site, Status, inspect
 from thinned.models.sites import rates_of
 from thinned.models.text import count, format_p, format_paths, merge_paths
@@ -45,6 +46,7 @@ def report_converted(
     numbers: int,
     p: float | None,
     chosen: Chosen,
+    skips: Skips | None = None,
 ) -> None:
     """Log what a conversion did, at INFO, and what still drops, at WARNING; never raises.
 
@@ -55,6 +57,7 @@ def report_converted(
         numbers: how many numbers ``p`` set.
         p: the probability that was asked for.
         chosen: whether a module takes part.
+        skips: what was found by ``skip=True``; None without it.
     """
     if not LOG.isEnabledFor(logging.WARNING):
         return  # the reading of the source takes the most time
@@ -73,6 +76,8 @@ def report_converted(
     done = [f"{count(swapped, 'dropout module')} became thinned's"]
     done += [f"{count(ours, 'module')} already {'was' if ours == 1 else 'were'} thinned's"] * bool(ours)
     done += [f"{count(numbers, 'number')} set to p={p}"] * bool(numbers)
+    if skips is not None and (n := len(skips.done)):
+        done.append(f"{n} {'branches compute their' if n > 1 else 'branch computes its'} kept rows alone")
     LOG.info("%s: %s", caller, ", ".join(done))
 
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -86,6 +91,8 @@ def report_converted(
         *_old_ones(found, news),
         *_no_children(model, news, is_chosen),
     ]
+    if skips is not None:
+        told += _computed_in_full(skips)
     if p is not None:
         others = (site for site in mine if site.status != "perhaps")
         told += _with_another_p([site for site in others if not _has(site, modules[site.path], p)], p)
@@ -148,6 +155,16 @@ def _no_children(model: nn.Module, news: Mapping[int, nn.Module], is_chosen: Cho
             yield f"{paths[0]} is {NO_CHILD}"
 
 
+def _computed_in_full(skips: Skips) -> Iterator[str]:
+    """The branches that do not skip, and why."""
+    if skips.left:
+        shown = [f"{path} ({reason})" for path, reason in merge_paths(skips.left)]
+        compute = "branches compute" if len(skips.left) > 1 else "branch computes"
+        yield f"{len(skips.left)} {compute} all rows: {_listed(shown)}"
+    elif not skips.done:
+        yield "skip=True found no DropPath"
+
+
 def _has(site: Site, module: nn.Module, p: float) -> bool:
     """Whether a site drops with ``p`` or not at all, as far as the source says."""
     if isinstance(module, ConcreteDropout | VariationalDropout):
@@ -177,7 +194,8 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
 
 
-def report_reverted(model: nn.Module, modules: int, numbers: int) -> None:
+def report_reverted(model: nn.Module, modules: int, numbers: int, blocks: int) -> None:
     """Log what a revert undid, at INFO."""
     done = f"{count(modules, 'module')} and {count(numbers, 'number')} came back"
+    done += f", {count(blocks, 'block')} no longer {'skips' if blocks == 1 else 'skip'}" * bool(blocks)
     LOG.info("thinned.revert(%s): %s", type(model).__name__, done)

@@ -44,7 +44,10 @@ def run(
             y += x
             return y
         return x + y if kind == "after" else y + x
-    taken = [part.take(value) if i < rows and isinstance(value, Tensor) else value for i, value in enumerate(values)]
+    taken = [
+        part.take(value) if i < rows and isinstance(value, Tensor) else value
+        for i, value in enumerate(values)
+    ]
     version = None if compiling() or taken[0] is values[0] else taken[0]._version
     with part:
         y = branch(block, *taken)

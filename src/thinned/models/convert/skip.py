@@ -4,16 +4,17 @@ A block gets a subclass of its class, of the same name, whose methods :mod:`.sli
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
+import contextlib
 import copyreg
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FunctionType
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,20 +26,23 @@ from thinned.models.convert.rows import run
 from thinned.models.convert.rules import is_known, make
 from thinned.models.convert.slices import RUN, Cut, Refused, attributes_of_self, cut, drop_calls, is_mixing
 from thinned.models.inspect.source import Source, parsed
-from thinned.models.walk import qualified_name
+from thinned.models.walk import join
 from thinned.torch_state import ScriptedForward, children_of
 
-__all__ = ["Call", "Skip", "is_skipping", "make_skip", "skippable", "skipped_calls", "unskip"]
+__all__ = ["Call", "Skip", "Skips", "drops_rows", "plan", "skippable", "skipped_calls", "unskip"]
 
-FUTURE = functools.reduce(int.__or__, (getattr(__future__, each).compiler_flag for each in __future__.all_feature_names))
+FUTURE = functools.reduce(
+    int.__or__, (getattr(__future__, each).compiler_flag for each in __future__.all_feature_names)
+)
 SEGMENTS = {"n_segment", "num_segments", "n_segments", "fold_div"}
 ROUTED = re.compile("moe|router|mixtureofexperts", re.IGNORECASE)
 
 
 class Call(NamedTuple):
-    """One of the calls of a DropPath in a class: the method, and the call's number there."""
+    """A call of a DropPath in a class: the method, the DropPath's name, and the number of its call there."""
 
     method: str
+    path: str
     number: int
 
 
@@ -65,7 +69,7 @@ def skippable(module: nn.Module, *, allow_batch_norm: bool = False) -> list[Skip
     >>> skippable(torch.nn.Linear(2, 2))
     []
     """
-    drops = {name for name, child in children_of(module).items() if _drops_rows(child)}
+    drops = {name for name, child in children_of(module).items() if drops_rows(child)}
     if not drops:
         return []
     kind = _plain(type(module))
@@ -77,21 +81,18 @@ def skippable(module: nn.Module, *, allow_batch_norm: bool = False) -> list[Skip
             source = _source(function)
             if source is None:
                 continue
-            calls = drop_calls(source.tree, drops)
+            calls = [(name, i) for name in sorted(drops) for i, _ in enumerate(drop_calls(source.tree, name))]
             if calls and (reason := _unreadable(function)):
                 raise Refused(reason)
-            _, cuts = cut(source, range(len(calls)), drops)
-            for number, (call, one) in enumerate(zip(calls, cuts, strict=True)):
-                name = call.func.attr  # type: ignore[attr-defined]
-                found.append(_judge(module, kind, name, Call(method, number), one, allow_batch_norm))
+            for (name, number), one in zip(calls, cut(source, calls)[1], strict=True):
+                found.append(_judge(module, kind, Call(method, name, number), one, allow_batch_norm))
     except Refused as error:
         return [Skip(name, (), str(error)) for name in sorted(drops)]
-    named = {each.path for each in found}
-    missing = [name for name in drops - named if children_of(module)[name] is not None]
+    missing = drops - {each.path for each in found}
     return found + [Skip(name, (), f"no method of its block calls self.{name}") for name in sorted(missing)]
 
 
-def _drops_rows(child: nn.Module | None) -> bool:
+def drops_rows(child: nn.Module | None) -> bool:
     """Whether a child is a DropPath or a StochasticDepth, or becomes one when it is converted."""
     if child is None:
         return False
@@ -115,28 +116,55 @@ def _methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
         yield name, function
         source = _source(function)
         if source is not None:
-            todo += sorted(attributes_of_self([source.tree]) or {node.attr for node in ast.walk(source.tree) if isinstance(node, ast.Attribute)})
+            todo += sorted(
+                attributes_of_self([source.tree])
+                or {node.attr for node in ast.walk(source.tree) if isinstance(node, ast.Attribute)}
+            )
+
+
+def _inner(function: FunctionType) -> FunctionType:
+    """The function inside of decorators that hold it in a closure."""
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        if not isinstance(inner, FunctionType) or _cell(function, inner) is None:
+            break
+        function = inner
+    return function
+
+
+def _cell(function: FunctionType, value: Any) -> int | None:
+    """The number of the only cell of a closure that holds ``value``."""
+    found = [i for i, cell in enumerate(function.__closure__ or ()) if _content(cell) is value]
+    return found[0] if len(found) == 1 else None
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
 
 
 def _source(function: FunctionType) -> Source | None:
-    source = parsed(function)
-    return source if source is not None and isinstance(source.tree, ast.Module) else None
+    source = parsed(_inner(function))
+    is_function = source is not None and isinstance(source.tree, ast.Module)
+    return source if is_function and isinstance(source.tree.body[0], ast.FunctionDef) else None  # type: ignore
 
 
 def _unreadable(function: FunctionType) -> str:
     """Why the function cannot be compiled from its source; empty if it can."""
+    function = _inner(function)
     if hasattr(function, "__wrapped__"):
         return f"its {function.__name__} is wrapped by a decorator"
     if function.__code__.co_freevars:
-        return f"its {function.__name__} uses {', '.join(function.__code__.co_freevars)} of a function around it"
+        return (
+            f"its {function.__name__} uses {', '.join(function.__code__.co_freevars)} of a function around it"
+        )
     return ""
 
 
-def _judge(
-    module: nn.Module, kind: type, name: str, call: Call, one: Cut | Refused, allow_batch_norm: bool
-) -> Skip:
+def _judge(module: nn.Module, kind: type, call: Call, one: Cut | Refused, allow_batch_norm: bool) -> Skip:
     if isinstance(one, Refused):
-        return Skip(name, (), str(one), call)
+        return Skip(call.path, (), str(one), call)
     try:
         used = _used(kind, one.nodes)
         children = children_of(module)
@@ -145,12 +173,11 @@ def _judge(
             _check_module(each, children[each], allow_batch_norm)
         if not names:
             raise Refused("its branch has no module")
-        function = inspect.getattr_static(kind, call.method)
         for node in one.nodes:
-            _check_source(node, f"its {function.__name__}")
+            _check_source(node, f"its {call.method}")
     except Refused as error:
-        return Skip(name, (), str(error), call)
-    return Skip(name, names, "", call)
+        return Skip(call.path, (), str(error), call)
+    return Skip(call.path, names, "", call)
 
 
 def _used(kind: type, nodes: Sequence[ast.AST]) -> set[str]:
@@ -175,9 +202,15 @@ def _used(kind: type, nodes: Sequence[ast.AST]) -> set[str]:
         source = _source(function)
         more = None if source is None else attributes_of_self([source.tree])
         if source is None or more is None:
-            raise Refused(f"its {name} passes self on" if source else f"the source of its {name} cannot be read")
+            raise Refused(
+                f"its {name} passes self on" if source else f"the source of its {name} cannot be read"
+            )
         for node in ast.walk(source.tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and getattr(node.value, "id", "") == "self":
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and getattr(node.value, "id", "") == "self"
+            ):
                 raise Refused(f"its {name} assigns to self.{node.attr}")
         _check_source(source.tree, f"its {name}")
         used |= more
@@ -197,7 +230,9 @@ def _check_module(name: str, child: Any, allow_batch_norm: bool) -> None:
         has_statistics = any(each.startswith("running_") for each, _ in module.named_buffers(recurse=False))
         if isinstance(module, _BatchNorm) or has_statistics:
             if not allow_batch_norm:
-                raise Refused(f"{shown} takes its statistics over the batch; allow_batch_norm=True allows that")
+                raise Refused(
+                    f"{shown} takes its statistics over the batch; allow_batch_norm=True allows that"
+                )
         elif getattr(module, "batch_first", True) is False:
             raise Refused(f"{shown} has batch_first=False, so that dimension 0 is not the batch")
         elif SEGMENTS & vars(module).keys():
@@ -231,16 +266,10 @@ class _Skipping(NamedTuple):
     """What the class of a block that skips was made of."""
 
     kind: type
-    drops: frozenset[str]
     calls: frozenset[Call]
 
 
 MARK = "_thinned_skipping"
-
-
-def is_skipping(module: nn.Module) -> bool:
-    """Whether a block computes a branch for the kept rows alone."""
-    return hasattr(type(module), MARK)
 
 
 def _plain(kind: type) -> type:
@@ -249,66 +278,156 @@ def _plain(kind: type) -> type:
 
 
 def skipped_calls(module: nn.Module) -> frozenset[Call]:
-    """The calls of a block that skip."""
+    """The calls of a block that skip; empty for other modules."""
     made: _Skipping | None = getattr(type(module), MARK, None)
     return frozenset() if made is None else made.calls
 
 
-def make_skip(module: nn.Module, calls: Sequence[Call], drops: Sequence[str]) -> None:
-    """Let a block skip at these calls, besides those at which it does."""
-    everything = skipped_calls(module) | set(calls)
-    module.__class__ = _class(_plain(type(module)), frozenset(drops), frozenset(everything))
+def skipping_class(module: nn.Module, calls: Iterable[Call]) -> type:
+    """The class by which a block skips at these calls, besides those at which it does.
+
+    Raises:
+        Refused: it cannot be made.
+    """
+    try:
+        return _class(_plain(type(module)), skipped_calls(module) | frozenset(calls))
+    except Refused:
+        raise
+    except Exception as error:  # of a metaclass or an __init_subclass__
+        raise Refused(f"{type(module).__name__} cannot be subclassed: {error}") from error
 
 
-def unskip(module: nn.Module) -> None:
-    """Give a block its own class back."""
+def unskip(module: nn.Module) -> bool:
+    """Give a block its own class back; return whether it had another."""
+    if not skipped_calls(module):
+        return False
     module.__class__ = _plain(type(module))
+    return True
+
+
+@dataclass
+class Skips:
+    """What :func:`plan` found.
+
+    Attributes:
+        classes: the blocks that will skip, and their classes.
+        done: the paths of the DropPaths whose branches skip, one for each call.
+        left: the paths of the others, and the reasons.
+    """
+
+    classes: list[tuple[nn.Module, type]] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+
+def plan(
+    found: Sequence[tuple[nn.Module, tuple[str, ...]]],
+    chosen: Callable[[tuple[str, ...], nn.Module], bool],
+    allow_batch_norm: bool,
+) -> Skips:
+    """Find the branches of a model that can skip, and change nothing.
+
+    Args:
+        found: the result of :func:`~thinned.models.walk.modules_with_paths`.
+        chosen: whether a DropPath takes part.
+        allow_batch_norm: as for :func:`thinned.convert`.
+    """
+    wanted = {id(module) for module, paths in found if drops_rows(module) and chosen(paths, module)}
+    skips = Skips()
+    for module, paths in found:
+        children = children_of(module)
+        of_block = [
+            each
+            for each in skippable(module, allow_batch_norm=allow_batch_norm)
+            if id(children[each.path]) in wanted
+        ]
+        calls = [each.call for each in of_block if not each.reason and each.call is not None]
+        try:
+            kind = skipping_class(module, calls) if calls else None
+        except Refused as error:
+            of_block = [each._replace(reason=each.reason or str(error)) for each in of_block]
+            kind = None
+        if kind is not None:
+            skips.classes.append((module, kind))
+        for each in of_block:
+            path = join(paths[0], each.path)
+            if each.reason:
+                skips.left.append((path, each.reason))
+            else:
+                skips.done.append(path)
+    return skips
 
 
 @functools.cache
-def _class(kind: type, drops: frozenset[str], calls: frozenset[Call]) -> type:
+def _class(kind: type, calls: frozenset[Call]) -> type:
     """The subclass of a block's class that skips at these calls."""
-    methods: dict[str, Any] = {}
-    for method in sorted({call.method for call in calls}):
-        function = inspect.getattr_static(kind, method)
-        methods[method] = _compiled(function, sorted(call.number for call in calls if call.method == method), set(drops))
     names = {
-        **methods,
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__reduce_ex__": _reduce,
         "__prepare_scriptable__": _prepare_scriptable,
-        MARK: _Skipping(kind, drops, calls),
+        MARK: _Skipping(kind, calls),
     }
+    for method in {call.method for call in calls}:
+        function = inspect.getattr_static(kind, method)
+        names[method] = _compiled(function, [call[1:] for call in calls if call.method == method])
     return type(kind)(kind.__name__, (kind,), names)
 
 
-def _compiled(function: FunctionType, numbers: Sequence[int], drops: set[str]) -> FunctionType:
+def _compiled(function: FunctionType, calls: Sequence[tuple[str, int]]) -> FunctionType:
     """The function whose branches are functions of their own, with the lines and the file of the original."""
+    inner = _inner(function)
+    if inner is not function:
+        return _rewrapped(function, _compiled(function.__wrapped__, calls))  # type: ignore[attr-defined]
     source = _source(function)
-    assert source is not None
-    trees, cuts = cut(source, numbers, drops)
+    if source is None:
+        raise Refused("its source cannot be read")
+    trees, cuts = cut(source, calls)
     for one in cuts:
         if isinstance(one, Refused):
             raise one
-    for argument in ast.walk(trees[-1].args):
+    signature = trees[-1].args
+    for argument in ast.walk(signature):
         if isinstance(argument, ast.arg):
             argument.annotation = None
     trees[-1].returns = None
     # The defaults are those of the original, which are set below.
-    trees[-1].args.defaults = [ast.Constant(None) for _ in trees[-1].args.defaults]
-    trees[-1].args.kw_defaults = [each and ast.Constant(None) for each in trees[-1].args.kw_defaults]
+    signature.defaults = [ast.Constant(None) for _ in signature.defaults]
+    signature.kw_defaults = [each and ast.Constant(None) for each in signature.kw_defaults]
     around = ast.parse(f"def around({RUN}):\n    return {function.__name__}").body[0]
     assert isinstance(around, ast.FunctionDef)
     around.body[:0] = trees
     tree = ast.fix_missing_locations(ast.Module([around], []))
     ast.increment_lineno(tree, source.before)
-    flags = function.__code__.co_flags & FUTURE
-    found: dict[str, Any] = {}
-    exec(compile(tree, function.__code__.co_filename, "exec", flags, dont_inherit=True), function.__globals__, found)
-    made: FunctionType = found["around"](run)
-    for name in ("__module__", "__qualname__", "__doc__", "__defaults__", "__kwdefaults__", "__annotations__"):
+    code, found = function.__code__, dict[str, Any]()
+    # Names that the function does not define are those of its module.
+    made = compile(tree, code.co_filename, "exec", code.co_flags & FUTURE, dont_inherit=True)
+    exec(made, function.__globals__, found)
+    return _like(function, found["around"](run))
+
+
+def _rewrapped(wrapper: FunctionType, inner: FunctionType) -> FunctionType:
+    """A decorator's function around another function than its own."""
+    place, cells = _cell(wrapper, wrapper.__wrapped__), list(wrapper.__closure__ or ())  # type: ignore[attr-defined]
+    assert place is not None
+    cells[place] = CellType(inner)
+    made = _like(
+        wrapper, FunctionType(wrapper.__code__, wrapper.__globals__, wrapper.__name__, None, tuple(cells))
+    )
+    made.__wrapped__ = inner  # type: ignore[attr-defined]
+    return made
+
+
+def _like(function: FunctionType, made: FunctionType) -> FunctionType:
+    for name in (
+        "__module__",
+        "__qualname__",
+        "__doc__",
+        "__defaults__",
+        "__kwdefaults__",
+        "__annotations__",
+    ):
         setattr(made, name, getattr(function, name))
     vars(made).update(vars(function))
     return made
@@ -321,14 +440,13 @@ def _reduce(self: Any, protocol: Any) -> Any:
     function, arguments, *rest = reduced
     if function is not copyreg.__newobj__ or arguments[0] is not type(self):  # type: ignore[attr-defined]
         return reduced
-    return (_unpickled, (made.kind, made.drops, made.calls, *arguments[1:]), *rest)
+    return (_unpickled, (made.kind, made.calls, *arguments[1:]), *rest)
 
 
-def _unpickled(kind: type, drops: frozenset[str], calls: frozenset[Call], *arguments: Any) -> Any:
-    try:
-        kind = _class(kind, drops, calls)
-    except Exception:  # the source of the class has changed, and it computes all rows
-        pass
+def _unpickled(kind: type, calls: frozenset[Call], *arguments: Any) -> Any:
+    # If the source of the class has changed it may have no such calls, and computes all rows.
+    with contextlib.suppress(Exception):
+        kind = _class(kind, calls)
     return kind.__new__(kind, *arguments)
 
 
@@ -336,6 +454,8 @@ def _prepare_scriptable(self: Any) -> nn.Module:
     """Let :func:`torch.jit.script` compile the original forward."""
     kind = _plain(type(self))
     if any(call.method != "forward" for call in skipped_calls(self)):
-        raise NotImplementedError(f"a {kind.__name__} that skips is not available in TorchScript; revert it before")
+        raise NotImplementedError(
+            f"a {kind.__name__} that skips is not available in TorchScript; revert it before"
+        )
     vars(self)["forward"] = ScriptedForward.of(self, kind.forward)  # type: ignore[attr-defined]
     return self  # type: ignore[no-any-return]

@@ -2,14 +2,14 @@
 
 In ``y = self.norm(x); x = x + self.drop_path(self.mlp(y))`` the branch is ``self.mlp(self.norm(x))``: the
 statements whose results go nowhere else but into the DropPath, and the expression that it is given. The
-forward becomes ``x = run(self, self.drop_path, branch, ..., x)``, and ``branch(self, x)`` is a function beside it.
+forward becomes ``x = run(self, self.drop_path, branch, ..., x)``, beside a function ``branch(self, x)``.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,19 +18,26 @@ from thinned.models.inspect.source import Source
 __all__ = ["Cut", "Refused", "attributes_of_self", "cut", "drop_calls", "is_mixing"]
 
 # Calls that draw nothing and write nothing.
-QUIET = {"size", "dim", "ndimension", "numel", "stride", "len", "int", "float", "bool", "min", "max", "tuple", "list"}
-QUIET |= {"isinstance", "hasattr", "getattr", "any", "all", "is_scripting", "is_tracing", "is_exporting", "range"}
-UNKNOWN = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Return | ast.Raise | ast.Yield | ast.YieldFrom
-UNKNOWN |= ast.Await | ast.Global | ast.Nonlocal | ast.Try | ast.Match | ast.Delete | ast.Import | ast.ImportFrom
+QUIET = {"size", "dim", "ndimension", "numel", "stride", "len", "int", "float", "bool", "min", "max", "tuple"}
+QUIET |= {"list", "range", "any", "all", "isinstance", "hasattr", "getattr"}
+QUIET |= {"is_scripting", "is_tracing", "is_exporting"}
+UNKNOWN = (
+    ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Return | ast.Raise | ast.Yield | ast.YieldFrom
+)
+UNKNOWN |= (
+    ast.Await | ast.Global | ast.Nonlocal | ast.Try | ast.Match | ast.Delete | ast.Import | ast.ImportFrom
+)
 NESTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
 COMPREHENSION = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
-# Reductions, sorts and the like, which mix the rows along dimension 0.
-ALONG = {"mean", "sum", "std", "var", "var_mean", "std_mean", "softmax", "log_softmax", "sort", "argsort", "topk"}
-ALONG |= {"cumsum", "cumprod", "flip", "roll", "median", "amax", "amin", "max", "min", "argmax", "argmin", "norm"}
-ALONG |= {"logsumexp", "normalize", "unique", "scatter_add", "index_add"}
+# Reductions, sorts and the like, which mix the rows if they work along dimension 0.
+ALONG = {"mean", "sum", "std", "var", "var_mean", "std_mean", "softmax", "log_softmax", "logsumexp", "median"}
+ALONG |= {"sort", "argsort", "cumsum", "cumprod", "amax", "amin", "argmax", "argmin", "cat", "concat"}
+DIM_SECOND = set(ALONG)  # their second argument is the dimension
+ALONG |= {"norm", "normalize", "topk", "unique", "flip", "roll", "max", "min"}
+RUN = "_thinned_run"  # the function that the compiled forward calls
 
 
-class Refused(ValueError):
+class Refused(ValueError):  # noqa: N818
     """A branch that cannot be cut out; the message says why."""
 
 
@@ -141,12 +148,17 @@ def _changed(node: ast.AST) -> Iterator[str]:
             found = [_root(node)]
         case ast.Call(ast.Attribute(owner, name)) if name.endswith("_") and not name.endswith("__"):
             found = [_root(owner)]
-        case ast.Call(args=args, keywords=keywords) if any(each.arg in ("inplace", "out") for each in keywords):
+        case ast.Call(args=args, keywords=keywords) if any(
+            each.arg in ("inplace", "out") for each in keywords
+        ):
             found = [
                 _root(each.value) if each.arg == "out" else args and _root(args[0])
                 for each in keywords
                 if each.arg == "out"
-                or (each.arg == "inplace" and not (isinstance(each.value, ast.Constant) and not each.value.value))
+                or (
+                    each.arg == "inplace"
+                    and not (isinstance(each.value, ast.Constant) and not each.value.value)
+                )
             ]
         case _:
             return
@@ -160,8 +172,8 @@ def _root(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def drop_calls(tree: ast.AST, drops: set[str]) -> list[ast.Call]:
-    """The calls ``self.NAME(...)`` of these children, in the order of the source."""
+def drop_calls(tree: ast.AST, name: str) -> list[ast.Call]:
+    """The calls ``self.NAME(...)`` of a child, in the order of the source."""
     calls = [
         node
         for node in ast.walk(tree)
@@ -169,13 +181,13 @@ def drop_calls(tree: ast.AST, drops: set[str]) -> list[ast.Call]:
         and isinstance(node.func, ast.Attribute)
         and isinstance(node.func.value, ast.Name)
         and node.func.value.id == "self"
-        and node.func.attr in drops
+        and node.func.attr == name
     ]
     return sorted(calls, key=lambda node: (node.lineno, node.col_offset))
 
 
 def attributes_of_self(nodes: Sequence[ast.AST]) -> set[str] | None:
-    """What trees read of ``self``; None if they use ``self`` in another way, such as ``getattr(self, name)``."""
+    """What trees read of ``self``; None if they use it in another way, such as ``getattr(self, name)``."""
     found, known = set[str](), set[ast.AST]()
     for root in nodes:
         for node in ast.walk(root):
@@ -183,10 +195,12 @@ def attributes_of_self(nodes: Sequence[ast.AST]) -> set[str] | None:
                 case ast.Attribute(ast.Name("self") as owner, name):
                     known.add(owner)
                     found.add(name)
-                case ast.Call(ast.Name("getattr" | "hasattr"), [ast.Name("self") as owner, ast.Constant(str(name)), *_]):
+                case ast.Call(
+                    ast.Name("getattr" | "hasattr"), [ast.Name("self") as owner, ast.Constant(str(name)), *_]
+                ):
                     known.add(owner)
                     found.add(name)
-                case ast.Call(ast.Name(RUN), [ast.Name("self") as owner, *_]):
+                case ast.Call(ast.Name(name), [ast.Name("self") as owner, *_]) if name == RUN:
                     known.add(owner)
                 case ast.Name("self") if node not in known:
                     return None
@@ -205,7 +219,7 @@ def is_mixing(tree: ast.AST) -> str:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         given = {each.arg: each.value for each in node.keywords}
         by_name = [given[each] for each in ("dim", "dims", "axis") if each in given]
-        is_method = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") not in ("torch", "F")
+        is_method = isinstance(node.func, ast.Attribute) and _root(node.func) not in ("torch", "F", "nn")
         first, *_ = [*node.args[not is_method :], None]
         match name, [_literal(each) for each in node.args[not is_method :]]:
             case "transpose" | "swapaxes" | "swapdims", [0, int(other)] | [int(other), 0] if other:
@@ -214,12 +228,14 @@ def is_mixing(tree: ast.AST) -> str:
                 return ast.unparse(node)
             case "permute", [(1, *_)]:
                 return ast.unparse(node)
-        if name not in ALONG and name not in ("cat", "concat"):
+        if name not in ALONG:
             continue
         dims = [_literal(each) for each in by_name]
-        if not by_name and name in ALONG - {"roll", "flip", "max", "min", "norm", "unique"} and first is not None:
+        if not by_name and name in DIM_SECOND and first is not None:
             dims = [_literal(first)]
-        if any(dim == 0 or (isinstance(dim, tuple) and 0 in dim) for dim in dims if not isinstance(dim, bool)):
+        if any(
+            dim == 0 or (isinstance(dim, tuple) and 0 in dim) for dim in dims if not isinstance(dim, bool)
+        ):
             return ast.unparse(node)
     return ""
 
@@ -230,9 +246,6 @@ def _literal(node: ast.AST) -> Any:
     except (ValueError, TypeError, SyntaxError):
         return None
     return tuple(value) if isinstance(value, list) else value
-
-
-RUN = "_thinned_run"
 
 
 @dataclass
@@ -262,33 +275,45 @@ def _places(function: ast.FunctionDef, wanted: ast.AST) -> list[_Place]:
     return search(function.body, None) or []
 
 
-def cut(source: Source, calls: Sequence[int], drops: set[str]) -> tuple[list[ast.FunctionDef], list[Cut | Refused]]:
-    """Cut the branches of some of :func:`drop_calls` out of a function.
+def cut(
+    source: Source, calls: Sequence[tuple[str, int]]
+) -> tuple[list[ast.FunctionDef], list[Cut | Refused]]:
+    """Cut the branches of some calls of DropPaths out of a function.
 
     Args:
         source: that of the function; its tree is not changed.
-        calls: the numbers of the calls.
-        drops: the names of the children that drop.
+        calls: each by the name of the child, and by its number in :func:`drop_calls` of this child.
 
     Returns:
-        The functions of the branches and, last, the function that calls them by ``_thinned_run``; and what became
-        of each call.
+        The functions of the branches and, last, the function that calls them by ``_thinned_run``; and what
+        became of each call.
     """
     function: ast.FunctionDef = copy.deepcopy(source.tree.body[0])  # type: ignore[attr-defined]
-    found = drop_calls(function, drops)
+    found = {name: drop_calls(function, name) for name, _ in calls}
     functions: list[ast.FunctionDef] = []
-    cuts: list[Cut | Refused] = []
-    for number in calls:
+    cuts: dict[tuple[str, int], Cut | Refused] = {}
+    done: dict[str, Cut] = {}
+    # Those that stand first are cut first: a later branch may contain them.
+    for name, number in sorted(calls, key=lambda call: _position(found, *call)):
         try:
             _check(function)
-            if number >= len(found):
+            if number >= len(found[name]):
                 raise Refused("its source has changed")
-            made, one = _Cutting(function, found[number]).cut(f"{function.name}_branch{number}")
+            made, one = _Cutting(function, found[name][number]).cut(f"{function.name}_{name}{number}")
+            mentioned = [
+                node.id for each in one.nodes for node in ast.walk(each) if isinstance(node, ast.Name)
+            ]
+            one.nodes += [node for each in mentioned if each in done for node in done[each].nodes]
             functions.append(made)
-            cuts.append(one)
+            cuts[name, number] = done[one.name] = one
         except Refused as error:
-            cuts.append(error)
-    return [*functions, function], cuts
+            cuts[name, number] = error
+    return [*functions, function], [cuts[call] for call in calls]
+
+
+def _position(found: Mapping[str, list[ast.Call]], name: str, number: int) -> tuple[int, int]:
+    call = found[name][number] if number < len(found[name]) else None
+    return (0, 0) if call is None else (call.lineno, call.col_offset)
 
 
 def _check(function: ast.FunctionDef) -> None:
@@ -299,7 +324,9 @@ def _check(function: ast.FunctionDef) -> None:
         match node:
             case ast.Name("super" | "__class__" | "locals" | "vars" | "eval" | "exec" as name):
                 raise Refused(f"its function calls {name}()")
-            case ast.Name(name) | ast.Attribute(attr=name) if name.startswith("__") and not name.endswith("__"):
+            case ast.Name(name) | ast.Attribute(attr=name) if name.startswith("__") and not name.endswith(
+                "__"
+            ):
                 raise Refused(f"its function uses the private name {name}")
             case ast.Yield() | ast.YieldFrom() | ast.Await() | ast.AsyncFor() | ast.AsyncWith():
                 raise Refused("its function is a generator or a coroutine")
@@ -345,8 +372,10 @@ class _Cutting:
         return any(
             any(inner is self.call for part in parts for inner in ast.walk(part))
             for node in ast.walk(self.statement)
-            for parts in ([node.body, node.orelse] if isinstance(node, ast.IfExp) else [],
-                          node.values[1:] if isinstance(node, ast.BoolOp) else [])
+            for parts in (
+                [node.body, node.orelse] if isinstance(node, ast.IfExp) else [],
+                node.values[1:] if isinstance(node, ast.BoolOp) else [],
+            )
         )
 
     def cut(self, name: str) -> tuple[ast.FunctionDef, Cut]:
@@ -354,15 +383,20 @@ class _Cutting:
         everything = sorted(inside | repeated)
         if not any(isinstance(node, ast.Call) for node in self._nodes(inside)):
             self._refuse_empty(outside)
-        values = self._values(inside, everything)
+        try:
+            values = self._values(inside, everything)
+        except Refused:
+            if outside:
+                self._refuse_empty(outside)
+            raise
         self._check_order(inside)
         rows = self._rows(values, inside)
         values = [*rows, *sorted(values - set(rows))]
         nodes: list[ast.AST] = [self.block[i] for i in everything]
         body = [copy.deepcopy(self.block[i]) if i in repeated else self.block[i] for i in everything]
         result = ast.copy_location(ast.Return(self.branch), self.call)
-        function = ast.FunctionDef(
-            name, _arguments(["self", *values]), [*body, result], [], lineno=self.call.lineno, col_offset=0
+        function = ast.copy_location(
+            ast.FunctionDef(name, _arguments(["self", *values]), [*body, result], []), self.call
         )
         if hasattr(self.function, "type_params"):
             function.type_params = []  # type: ignore[attr-defined]
@@ -379,9 +413,9 @@ class _Cutting:
         return next((i for i in reversed(range(before)) if name in self.flows[i].perhaps), -1)
 
     def _reads(self, i: int) -> set[str]:
-        """The names whose values before a statement matter to it."""
+        """The names whose values before a statement matter to it, or go through it to later ones."""
         flow = self.flows[i]
-        return flow.reads | (flow.perhaps - (flow.surely or set()))
+        return flow.reads | (flow.perhaps - (flow.surely or set())) & {name for name, _ in self.users[i]}
 
     def _slice(self) -> tuple[set[int], set[int], dict[int, str]]:
         """The statements of the branch, those that it repeats, and what those left out of it are used for."""
@@ -390,6 +424,7 @@ class _Cutting:
         live = self._live_after()
         own = Flow([self.statement])
         users: dict[int, list[tuple[str, int | str]]] = {i: [] for i in range(k)}
+        self.users = users
         for name in self.of_branch:
             if (i := self._reach(name, k)) >= 0:
                 users[i].append((name, "branch"))
@@ -399,7 +434,7 @@ class _Cutting:
         for name in live - (own.surely or set()):
             if (i := self._reach(name, k)) >= 0:
                 users[i].append((name, "what follows"))
-        for j in range(k):
+        for j in reversed(range(k)):  # the users of a statement come after it
             for name in self._reads(j):
                 if (i := self._reach(name, j)) >= 0:
                     users[i].append((name, j))
@@ -437,11 +472,15 @@ class _Cutting:
         """Why a statement cannot be a part of the branch."""
         for node in ast.walk(self.block[i]):
             if isinstance(node, UNKNOWN):
-                kind = "nested function" if isinstance(node, NESTED) else f"{type(node).__name__.lower()} statement"
+                kind = (
+                    "nested function"
+                    if isinstance(node, NESTED)
+                    else f"{type(node).__name__.lower()} statement"
+                )
                 return f"a {kind} stands in it"
-            if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store):
-                if _root(node) == "self":
-                    return f"{_text(self.block[i])} assigns to self"
+            stores = isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store)
+            if stores and _root(node) == "self":
+                return f"{_text(self.block[i])} assigns to self"
         return ""
 
     def _rest_of_statement(self) -> set[str]:
@@ -565,14 +604,19 @@ class _Cutting:
         found.append(first[0])
         for node in self._nodes(inside):
             match node:
-                case ast.Call(ast.Attribute(ast.Name("torch"), "cat" | "concat"), [ast.Tuple(parts) | ast.List(parts), *more], keywords):
-                    dims = [_literal(each) for each in [*more, *(each.value for each in keywords if each.arg == "dim")]]
+                case ast.Call(
+                    ast.Attribute(ast.Name("torch"), "cat" | "concat"),
+                    [ast.Tuple(parts) | ast.List(parts), *more],
+                    keywords,
+                ):
+                    dims = [
+                        _literal(each)
+                        for each in [*more, *(each.value for each in keywords if each.arg == "dim")]
+                    ]
                     names = [each.id for each in parts if isinstance(each, ast.Name)]
                     if found[0] in names and len(dims) == 1 and dims[0] not in (None, 0):
                         found += [name for name in names if name in values and name not in found]
-        found += sorted(
-            name for name in values if name.endswith("key_padding_mask") and name not in found
-        )
+        found += sorted(name for name in values if name.endswith("key_padding_mask") and name not in found)
         return found
 
     def _alias(self, name: str) -> str:
@@ -590,7 +634,9 @@ class _Cutting:
             (
                 node
                 for node in ast.walk(self.statement)
-                if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and self.call in (node.left, node.right)
+                if isinstance(node, ast.BinOp)
+                and isinstance(node.op, ast.Add)
+                and self.call in (node.left, node.right)
             ),
             None,
         )
@@ -606,9 +652,9 @@ class _Cutting:
         """The statement ``y += x`` right behind ``y = self.drop_path(...)``."""
         following = self.block[self.index + 1 : self.index + 2]
         match self.statement, following:
-            case ast.Assign([ast.Name(name)], value), [ast.AugAssign(ast.Name(same), ast.Add(), other) as found] if (
-                value is self.call and name == same and name not in _names(other)[0]
-            ):
+            case ast.Assign([ast.Name(name)], value), [
+                ast.AugAssign(ast.Name(same), ast.Add(), other) as found
+            ] if value is self.call and name == same and name not in _names(other)[0]:
                 return found
         return None
 
@@ -663,9 +709,12 @@ def _is_shape(statement: ast.stmt) -> bool:
             for target in targets
             for node in ast.walk(target)
         ):
-            mentions = [node for node in ast.walk(value) if isinstance(node, ast.Call | ast.BinOp | ast.Lambda)]
+            mentions = [
+                node for node in ast.walk(value) if isinstance(node, ast.Call | ast.BinOp | ast.Lambda)
+            ]
             return all(
-                _is_quiet(node) or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod))
+                _is_quiet(node)
+                or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod))
                 for node in mentions
             )
     return False
