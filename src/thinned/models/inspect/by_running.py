@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import thinned
 from thinned.models.convert.rules import is_dropout, probability_of
@@ -83,6 +82,8 @@ def run_once(
 @contextlib.contextmanager
 def _counted(flops: Counter[int]) -> Iterator[None]:
     """Count the floating-point operations of each module, those of its children among them."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports triton
+
     counter = FlopCounterMode(display=False)
     begun: list[int] = []
 
