@@ -47,11 +47,15 @@ def branches_of(modules: Iterable[nn.Module]) -> dict[int, Branches]:
         children = children_of(block)
         if isinstance(block, Residual):
             found[id(block)] = Branches({"branch": block.branch}, {}, [])
+        skipped = skipped_calls(block)
+        # A branch that skips may have a batch normalization.
+        all_that_skip = {each.call: each for each in skippable(block, allow_batch_norm=True)} if skipped else {}
         for skip in skippable(block):
             branches = found.setdefault(id(children[skip.path]), Branches({}, {}, []))
-            if skip.reason:
-                branches.reasons.append(skip.reason)
+            if skip.call in skipped:
+                names, to = all_that_skip[skip.call].modules, branches.skipped
             else:
-                to = branches.skipped if skip.call in skipped_calls(block) else branches.others
-                to.update((name, children[name]) for name in skip.modules)  # type: ignore[misc]
+                names, to = skip.modules, branches.others
+                branches.reasons += [skip.reason] * bool(skip.reason)
+            to.update((name, child) for name in names if (child := children[name]) is not None)
     return found
