@@ -1,0 +1,235 @@
+"""Models of timm, torchvision and transformers with ``thinned.convert(model, skip=True)``: ``make bench-models``.
+
+For each model: its DropPaths that skip and those that do not, with the reason; the largest difference of
+outputs and gradients to the masked form, in float64, under one address; and seconds a training step by turns.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import thinned
+from benchmarks import record
+from benchmarks.case import Bound, Case, Work
+from thinned.compare.figures import duration
+from thinned.compare.timing import load
+from thinned.models.convert.skip import skippable
+
+P, SMALL = 0.4, 1e-3
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a library, by name, and the images that it gets."""
+
+    library: str
+    name: str
+    size: int = 64
+    batch: int = 16
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def make(self) -> nn.Module:
+        """The model with random weights, and with the library's own DropPaths: p rises with the depth to 0.4."""
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return MAKERS[self.library](self).train()
+
+
+def _of_timm(model: Model) -> nn.Module:
+    import timm
+
+    made: nn.Module = timm.create_model(model.name, drop_path_rate=P, num_classes=10, **model.arguments)
+    return made
+
+
+def _of_torchvision(model: Model) -> nn.Module:
+    import torchvision
+
+    made: nn.Module = torchvision.models.get_model(model.name, num_classes=10, **model.arguments)
+    sites = [each for each in made.modules() if isinstance(each, torchvision.ops.StochasticDepth)]
+    most = max(site.p for site in sites)
+    for site in sites:  # some of its functions fix the probability
+        site.p *= P / most
+    return made
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(images).logits
+
+
+def _of_transformers(model: Model) -> nn.Module:
+    import transformers
+
+    config = getattr(transformers, f"{model.name}Config")(
+        drop_path_rate=P, image_size=model.size, num_labels=10, **model.arguments
+    )
+    return _Logits(getattr(transformers, f"{model.name}ForImageClassification")(config))
+
+
+MAKERS: dict[str, Callable[[Model], nn.Module]] = {
+    "timm": _of_timm,
+    "torchvision": _of_torchvision,
+    "transformers": _of_transformers,
+}
+SIZED = {"img_size": 64}
+THIN = {"hidden_size": 192, "num_attention_heads": 3}
+MODELS = (
+    Model("timm", "vit_tiny_patch16_224", 128, arguments={"img_size": 128}),
+    Model("timm", "beit_base_patch16_224", batch=8, arguments=SIZED),
+    Model("timm", "eva02_tiny_patch14_224", 112, arguments={"img_size": 112}),
+    Model("timm", "cait_xxs24_224", arguments=SIZED),
+    Model("timm", "mixer_s32_224", 224, 8),
+    Model("timm", "convnext_atto"),
+    Model("timm", "swin_tiny_patch4_window7_224", 112, 8, {"img_size": 112}),
+    Model("timm", "pvt_v2_b0"),
+    Model("timm", "caformer_s18"),
+    Model("timm", "efficientnet_b0"),
+    Model("torchvision", "convnext_tiny"),
+    Model("torchvision", "swin_t"),
+    Model("torchvision", "swin_v2_t"),
+    Model("torchvision", "maxvit_t", 224, 2),
+    Model("transformers", "Swin", arguments={"window_size": 2}),
+    Model("transformers", "ConvNext", batch=8),
+    Model("transformers", "Dinov2", 112, arguments=THIN),
+    Model("transformers", "Beit", 112, arguments=THIN | {"intermediate_size": 768}),
+)
+LINEAR, CONSTANT = "p rises to 0.4", "p = 0.4"
+
+
+def _with_p(model: nn.Module, rule: str) -> nn.Module:
+    """The model with 0.4 in all of its DropPaths, or with their own p."""
+    if rule == CONSTANT:
+        for module in model.modules():
+            for name in ("drop_prob", "p"):
+                if type(module).__name__.endswith(("DropPath", "StochasticDepth")) and hasattr(module, name):
+                    setattr(module, name, P)
+    return model
+
+
+def step(model: nn.Module, x: Tensor) -> Tensor:
+    """A forward pass and a backward pass that gives each parameter its gradient."""
+    model.zero_grad()
+    y: Tensor = model(x)
+    y.square().sum().backward()
+    return y
+
+
+def difference(model: nn.Module, x: Tensor) -> float:
+    """The largest difference of outputs and gradients between the masked and the skipping form.
+
+    It is in units of the tensor's largest value. Both forms have float64, one address, a sample's ids, and
+    parameters that are far from 0, as LayerScale's are not.
+    """
+    model = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.abs().max() < SMALL:
+                parameter.normal_(0, 0.5)
+    results = []
+    for skip in (False, True):
+        other = thinned.convert(copy.deepcopy(model), skip=skip)
+        inputs = x.double().requires_grad_()
+        with thinned.address(other, seed=7, step=1, samples=torch.arange(len(x)) + 100):
+            y = step(other, inputs)
+        grads = {name: parameter.grad for name, parameter in other.named_parameters()}
+        results.append({"output": y, "input": inputs.grad, **grads})
+    masked, skipping = results
+    if masked.keys() != skipping.keys():
+        raise RuntimeError("the parameters have other names")
+    whole = max(float(value.abs().max()) for value in masked.values() if value is not None)
+    zero = torch.zeros(())
+    return max(
+        float((a - b).abs().max()) / max(float(a.abs().max()), 1e-9 * whole)
+        for name in masked
+        for a, b in [(zero if masked[name] is None else masked[name], skipping[name])]
+        if b is not None or a is not zero
+    )
+
+
+def _work(model: Model, rule: str) -> Work:
+    theirs = _with_p(model.make(), rule)
+    without = copy.deepcopy(theirs)
+    thinned.convert(without, p=0)
+    forms = {
+        "p = 0": without,
+        model.library: theirs,
+        "thinned, masked": thinned.convert(theirs, inplace=False),
+        "thinned": thinned.convert(theirs, skip=True, inplace=False),
+    }
+    x = torch.randn(model.batch, 3, model.size, model.size)
+    return {name: partial(step, form, x) for name, form in forms.items()}
+
+
+def _cases(model: Model, rounds: int) -> Iterator[Case]:
+    for rule in (LINEAR, CONSTANT):
+        yield Case(
+            "convert(skip=True), training step",
+            f"{model.library} {version(model.library)} {model.name}, {model.batch} x 3 x {model.size}², {rule}",
+            partial(_work, model, rule),
+            (Bound("thinned, masked", 1),),
+            rounds=rounds,
+            elements=model.batch,
+        )
+
+
+def main(
+    only: Annotated[str, typer.Option(help="run only models whose library or name contains this")] = "",
+    rounds: Annotated[int, typer.Option(help="steps of each form")] = 7,
+    save: Annotated[bool, typer.Option(help="append to benchmarks/results.csv")] = True,
+) -> None:
+    """Print a table, and why DropPaths stay masked; append the times to results.csv."""
+    logging.getLogger("thinned").setLevel("ERROR")
+    torch.set_num_threads(1)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    table = Table("model", "sites", "difference", "p", "no dropout", "theirs", "masked", "skipping", "ratio")
+    reasons: list[str] = []
+    for model in MODELS:
+        if only not in f"{model.library} {model.name}":
+            continue
+        made = model.make()
+        sites = skippable(made)
+        refused = Counter(site.reason for site in sites if site.reason)
+        reasons += [f"{model.library} {model.name}: {n} x {reason}" for reason, n in refused.items()]
+        found = f"{len(sites) - refused.total()} of {len(sites)}"
+        about = [f"{model.library} {model.name} {model.size}²", found]
+        about.append(f"{difference(made, torch.randn(6, 3, model.size, model.size)):.1e}")
+        if refused.total() == len(sites):
+            table.add_row(*about)
+            continue
+        for case in _cases(model, rounds):
+            result = case.run()
+            spent = [duration(result.nanoseconds(name) * model.batch / 1e9) for name in result.seconds]
+            rule = case.setting.rpartition(", ")[2]
+            ratio = 1 / result.ratio("thinned", "thinned, masked")
+            table.add_row(*about, rule, *spent, f"{ratio:.2f}x")
+            about = ["", "", ""]
+            if save:
+                record.append(record.timed(result, record.on_cpu(case)))
+    console.print(table)
+    console.print(*reasons, sep="\n")
+    console.print(f"1 thread, load of the machine at the end {load()} a core, PyTorch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
