@@ -49,7 +49,9 @@ def branches_of(modules: Iterable[nn.Module]) -> dict[int, Branches]:
             found[id(block)] = Branches({"branch": block.branch}, {}, [])
         skipped = skipped_calls(block)
         # A branch that skips may have a batch normalization.
-        all_that_skip = {each.call: each for each in skippable(block, allow_batch_norm=True)} if skipped else {}
+        all_that_skip = (
+            {each.call: each for each in skippable(block, allow_batch_norm=True)} if skipped else {}
+        )
         for skip in skippable(block):
             branches = found.setdefault(id(children[skip.path]), Branches({}, {}, []))
             if skip.call in skipped:
