@@ -165,7 +165,6 @@ OTHERS_WORDS = (
     "^RuntimeError: Expected tensor for argument #1 'indices' to have one of",
     "^RuntimeError: Expected hidden size",
     "^RuntimeError: Expected all tensors to be on the same device",
-    "^RuntimeError: mat1 and mat2 shapes cannot be multiplied",
     "^RuntimeError: a and b must have same reduction dim",
     "^RuntimeError: Found no NVIDIA driver",  # 7 is the number of a GPU
     "^AssertionError: Padding_idx must be within num_embeddings",
@@ -175,6 +174,7 @@ OTHERS_WORDS = (
 HANDED_ON = {
     "LayerDrop.forward": "input",
     "WeightDrop.forward": "args",
+    "functional.residual": "branch",
     "DropoutSchedule": "schedule",
     "a call within address": "model",
 }
