@@ -182,6 +182,10 @@ class Branch(Seeing):
             return _Take.apply(x, self.index)  # type: ignore[attr-defined, no-any-return]
         return _rows(x, self.index), x
 
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The rows of another tensor of the batch."""
+        return x if self.index is None else _rows(x, self.index)
+
     def plus(self, x: Tensor, y: Tensor) -> Tensor:
         """``x`` and what the branch computed, ``y``."""
         index, y = self._kept(y)
