@@ -123,7 +123,8 @@ class Fuse {
 
     void whole(int64_t at, int64_t column, const uint8_t* mask) const {
         Element buffer[chunk];
-        apply<streamed>(x_ + at, other_ + at, bias(column, buffer), y_ + at, mask, chunk);
+        const Element* other = function >= Function::add ? other_ + at : nullptr;
+        apply<streamed>(x_ + at, other, bias(column, buffer), y_ + at, mask, chunk);
     }
 
     void part(int64_t at, int64_t column, const uint8_t* mask, int n) const {

@@ -202,6 +202,24 @@ def choose() -> Call:
     return Call("choose", arguments | any_constants(dtype), (x, y, numbers))
 
 
+def fused() -> Call:
+    function, dtype = rng.randrange(len(native.functions)), rng.randrange(4)
+    rows, columns = rng.choice([0, 1, 1, 3, 40]), rng.choice([1, 3, 64, 77])
+    n = columns * rng.choice([0, 1, 2, 9])
+    if rng.random() < 0.01:
+        n = columns * 2000  # by several threads
+    x, y, other = (numbers_of(rows * n, DTYPES[dtype]) for _ in range(3))
+    bias, keys = numbers_of(columns, DTYPES[dtype]), numbers_of(rows, LONG)
+    add = native.functions.index("add")
+    arguments = {
+        "function": function, "x": x.at, "other": other.at if function >= add else 0,
+        "bias": bias.at if function == add and rng.random() < 0.5 else 0, "y": y.at, "dtype": dtype,
+        "rows": rows, "n": n, "columns": columns, "T": any_threshold(), "scale": 1.0, "key": any_key(),
+        "keys": keys.at if rows != 1 or rng.random() < 0.5 else 0,
+    }  # fmt: skip
+    return Call("fused", arguments, (x, y, other, bias, keys))
+
+
 def fold() -> Call:
     y, key = Memory(1, LONG), numbers_of(1, LONG)
     return Call("fold", {"y": y.at, "key": key.at, "data": any_key()}, (y, key))
@@ -268,6 +286,28 @@ def expected(call: Call) -> NDArray[Any]:
         y = call.memory[1].items.copy()
         y[dense[1]] = affine(call.memory[0].items[dense[0]], keep, get("scale"), get("shift"), get("fill"))
         return y
+    if call.function == "fused":
+        x, _, other, bias, keys = (memory.items for memory in call.memory)
+        rows, n, function = get("rows"), get("n"), native.functions[get("function")]
+        if function in ("relu", "add", "relu_slope"):
+            if get("dtype") == BFLOAT16:  # all numbers are ones
+                x, other, bias = (memory.astype(np.float32) / 0x3F80 for memory in (x, other, bias))
+            each = keys if get("keys") else np.full(rows, get("key"))
+            index = np.tile(np.arange(n, dtype=np.uint64), rows)
+            keep = uniform(each.repeat(n), index) < np.uint64(get("T"))
+            wide = np.float64 if x.dtype == np.float64 else np.float32
+            x, other = x.astype(wide), other.astype(wide)
+            if function == "relu":
+                y = np.where(keep, np.where(x < 0, wide(0), x), wide(0))
+            elif function == "relu_slope":
+                y = np.where(x <= 0, wide(0), other)
+            else:
+                x = x + np.tile(bias.astype(wide), len(x) // max(get("columns"), 1)) if get("bias") else x
+                y = other + np.where(keep, x, wide(0))
+            if get("dtype") == BFLOAT16:
+                return (y.view(np.uint32) >> 16).astype(np.uint16)
+            return y.astype(call.memory[1].items.dtype)
+        return call.memory[1].items[:0]  # csrc/tests/test_kernel.cpp has the values
     if call.function == "numbers":
         keys, starts = (memory.items.repeat(get("count")) for memory in call.memory[1:])
         columns = np.tile(np.arange(get("count"), dtype=np.uint64), get("rows"))
@@ -311,6 +351,7 @@ def bad(call: Call) -> Iterator[dict[str, Any]]:
         "flat": ("n",),
         "choose": ("n",),
         "numbers": ("rows", "count"),
+        "fused": ("rows", "n"),
         "strata": ("rows", "count", "source_rows"),
         "fold_many": ("n",),
     }
@@ -318,12 +359,15 @@ def bad(call: Call) -> Iterator[dict[str, Any]]:
         yield from ({name: value} for value in (-1, -(2**63), MOST + 1, LAST, 2**63, 1.5, None))
     sizes = {memory.at: memory.items.nbytes for memory in call.memory}
     names = ("x", "y", "key", "keys", "starts", "data", "u", "v", "draws", "sources", "numbers")
+    names += ("other", "bias")
     addresses = {name: sizes[arguments[name]] for name in names if arguments.get(name) in sizes}
     for name, size in addresses.items():
         yield from ({name: value} for value in (-1, 2**64, None))
         if size >= 8:
             yield {name: 2**64 - 8}
-        if not (function == "strided" and name == "keys" and not arguments["key_strides"]):
+        one_key = function == "strided" and not arguments["key_strides"]
+        one_key |= function == "fused" and arguments["rows"] == 1
+        if not (name == "keys" and one_key) and name != "bias":
             yield {name: 0}
         if not (name in ("x", "y") and arguments.get("dtype") == MASK):
             yield {name: arguments[name] + 1}
@@ -339,6 +383,15 @@ def bad(call: Call) -> Iterator[dict[str, Any]]:
         yield from ({name: step} for name in ("key_step", "data_step") for step in (-1, 2, LAST))
     if function == "numbers":
         yield {"rows": 2**40, "count": 2**40}
+    if function == "fused":
+        yield from ({"function": value} for value in (-1, len(native.functions), 2**31))
+        yield from ({"dtype": value} for value in (4, 5, 6))
+        yield {"rows": 2**40, "n": 2**40}
+        yield {"y": arguments["x"]}
+        if not arguments["keys"]:
+            yield {"rows": 2}
+        if arguments["bias"]:
+            yield from ({"columns": value} for value in (0, -1, arguments["n"] + 1, 2**63))
     if function == "strata":
         yield {"rows": 2**40, "count": 2**40}
         yield from ({"strata": value} for value in (0, -1, 65522, 2**63, 1.5))
@@ -393,6 +446,7 @@ def main() -> None:
         numbers,
         strata,
         choose,
+        fused,
         fold,
         fold_many,
     )

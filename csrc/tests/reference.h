@@ -142,6 +142,37 @@ inline void element(const thinned::Task& task, int64_t x, int64_t y, bool kept) 
     }
 }
 
+// An element of a fusion, as a double that has not been rounded to the type of y, and a size for its error.
+struct Value {
+    double value, size;
+};
+
+template <class T>
+Value fused(const thinned::Fusion& task, bool kept, T x, T other, T bias) {
+    using thinned::Function;
+    const T scale = static_cast<T>(task.scale);
+    const double z = x, tanh_argument = 0.79788456080286535588 * (z + 0.044715 * z * z * z);
+    const double below = 0.5 * std::erfc(-z * 0.70710678118654752440), bell = 0.39894228040143267794 * std::exp(-z * z / 2);
+    const double sigmoid = 1 / (1 + std::exp(-z)), tanh_sigmoid = 1 / (1 + std::exp(-2 * tanh_argument));
+    const double given = static_cast<double>(other * scale), none = 0;
+    const auto masked = [&](double value, double size) { return kept ? Value{value, size} : Value{none, none}; };
+    switch (task.function) {
+        case Function::relu: return masked((x < 0 ? 0 : x) * scale, 0);
+        case Function::gelu: return masked(z * below * task.scale, z * task.scale);
+        case Function::gelu_tanh: return masked(z * tanh_sigmoid * task.scale, z * task.scale);
+        case Function::silu: return masked(z * sigmoid * task.scale, z * task.scale);
+        case Function::add: return {other + (kept ? (task.bias ? x + bias : x) * scale : T(0)), 0};
+        case Function::relu_slope: return {x <= 0 ? 0 : given, 0};
+        case Function::gelu_slope: return masked(given * (below + z * bell), given);
+        case Function::gelu_tanh_slope:
+            return masked(given * (tanh_sigmoid + z * tanh_sigmoid * (1 - tanh_sigmoid) * 1.59576912160573071176 *
+                                                     (1 + 3 * 0.044715 * z * z)),
+                          given);
+        case Function::silu_slope: return masked(given * (sigmoid + z * sigmoid * (1 - sigmoid)), given);
+    }
+    return {NAN, 0};
+}
+
 inline void run(const thinned::Task& task, size_t dim = 0, int64_t x = 0, int64_t y = 0, uint64_t mask = 0,
                 int64_t key = 0) {
     if (dim == task.dims.size())

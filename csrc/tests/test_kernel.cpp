@@ -420,6 +420,72 @@ void choices(Random& random) {
             }
 }
 
+const Function functions[] = {Function::relu,       Function::gelu,       Function::gelu_tanh,
+                              Function::silu,       Function::add,        Function::relu_slope,
+                              Function::gelu_slope, Function::gelu_tanh_slope, Function::silu_slope};
+
+double real(Dtype dtype, const void* memory, int64_t i) {
+    switch (dtype) {
+        case Dtype::f16: return reference::half.decode(reference::at<uint16_t>(memory, i));
+        case Dtype::bf16: return reference::bfloat.decode(reference::at<uint16_t>(memory, i));
+        case Dtype::f32: return reference::at<float>(memory, i);
+        default: return reference::at<double>(memory, i);
+    }
+}
+
+// Whether y[i] is the reference's value, rounded to y's type: to the bit where that is defined, which is where its
+// error has no size.
+bool near(const Fusion& task, int64_t i, bool kept) {
+    const double x = real(task.dtype, task.x, i), y = real(task.dtype, task.y, i);
+    const double other = task.other ? real(task.dtype, task.other, i) : 0;
+    const double bias = task.bias ? real(task.dtype, task.bias, i % task.columns) : 0;
+    const bool wide = task.dtype == Dtype::f64;
+    const reference::Value value = wide ? reference::fused<double>(task, kept, x, other, bias)
+                                        : reference::fused<float>(task, kept, x, other, bias);
+    double rounded = value.value;
+    if (task.dtype == Dtype::f32) rounded = static_cast<float>(rounded);
+    if (task.dtype == Dtype::f16) rounded = reference::half.decode(reference::half.encode(rounded));
+    if (task.dtype == Dtype::bf16) rounded = reference::bfloat.decode(reference::bfloat.encode(rounded));
+    if (std::isnan(rounded)) return std::isnan(y);
+    if (rounded == y) return std::signbit(rounded) == std::signbit(y) || value.size != 0;
+    const double epsilons[] = {0x1p-10, 0x1p-7, 0x1p-23, 0x1p-52};
+    // Far out the derivatives are differences of large numbers, and an overflow in float is none in double.
+    return value.size != 0 &&
+           (std::fabs(x) > 100 || std::fabs(y - rounded) <= 4 * epsilons[static_cast<int>(task.dtype)] * std::fabs(value.size) + 1e-37);
+}
+
+void fusions(Random& random) {
+    for (int number = 0; number < 600; ++number) {
+        const Dtype dtype = dtypes[random.below(4)];
+        const Function function = random.of(functions);
+        const int64_t rows = random.of({1, 1, 2, 5, 150}), columns = random.of({1, 3, 64, 77, 400});
+        const int64_t n = number % 50 ? columns * random.of({1, 2, 5}) : 16384 + columns * 10 - 16384 % columns;
+        const bool biased = function == Function::add && random.one_in(2);
+        const uint64_t T = random.of({uint64_t{0}, uint64_t{1}, tenth, one / 2, one - 1, one});
+        const Memory x = numbers(dtype, rows * n, random), other = numbers(dtype, rows * n, random), bias = numbers(dtype, columns, random);
+        const std::unique_ptr<uint64_t[]> keys(new uint64_t[rows]);
+        for (int64_t row = 0; row < rows; ++row) keys[row] = random.next() >> random.of({0, 32, 63});
+        Memory first(x.count), y(x.count);
+        for (const std::string& isa : supported_isas()) {
+            set_isa(isa);
+            const bool reads_other = function >= Function::add;
+            Fusion task{function, dtype, x.at(0), reads_other ? other.at(0) : nullptr, biased ? bias.at(0) : nullptr, y.at(0),
+                        keys.get(), rows, n, columns, T, 1.25};
+            run(task);
+            const std::string what = "fusion " + std::to_string(static_cast<int>(function)) + " of " + name(dtype) + " under " + isa +
+                                     ", " + std::to_string(rows) + " x " + std::to_string(n);
+            if (isa == supported_isas().front()) {
+                std::memcpy(first.at(0), y.at(0), y.count);
+                int64_t wrong = -1;
+                for (int64_t i = 0; i < rows * n && wrong < 0; ++i)
+                    if (!near(task, i, reference::keep(i % n, keys[i / n], T))) wrong = i;
+                check(wrong < 0, what + " at " + std::to_string(wrong) + ", x " + std::to_string(wrong < 0 ? 0 : real(dtype, x.at(0), wrong)));
+            }
+            check(same(dtype, y, first), what + " is that of the first instruction set");
+        }
+    }
+}
+
 void folds(Random& random) {
     for (int i = 0; i < 1000; ++i) {
         const uint64_t key = random.next() >> random.of({0, 32, 63}), data = random.next() >> random.of({0, 32, 63});
@@ -544,6 +610,7 @@ int main(int count, char** arguments) {
     numbers_of_positions(random);
     stratified_draws(random);
     choices(random);
+    fusions(random);
     folds(random);
     nothing_is_nothing();
     threads_agree(random);

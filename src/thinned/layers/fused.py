@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
@@ -26,6 +24,7 @@ from thinned.layers._arguments import (
 )
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
+from thinned.op.fused import ACTIVATIONS
 from thinned.torch_state import compiling
 
 __all__ = [
@@ -188,10 +187,7 @@ def dropout_add(
     """
     if has_torch_function((input, residual)) and not compiling():
         return overridden(dropout_add, locals())
-    T, scale = threshold_and_scale(p)
-    active = drops("dropout_add", input, p, training, key)
-    _check_residual("dropout_add", residual, input)
-    return _added(input, None, residual, key, T, scale) if active else residual + input
+    return _add("dropout_add", input, None, residual, p, training, key)
 
 
 def bias_dropout_add(
@@ -233,28 +229,7 @@ def bias_dropout_add(
     """
     if has_torch_function((input, bias, residual)) and not compiling():
         return overridden(bias_dropout_add, locals())
-    T, scale = threshold_and_scale(p)
-    active = drops("bias_dropout_add", input, p, training, key)
-    _check_residual("bias_dropout_add", residual, input)
-    if bias is not None:
-        check_tensor("bias_dropout_add", "bias", bias)
-        check_device("bias", bias, input)
-        if bias.dim() != 1 or not input.dim() or bias.shape[0] != input.shape[-1]:
-            raise RuntimeError(
-                f"bias must have the size of input's last dimension, got shape {tuple(bias.shape)} for an "
-                f"input of shape {tuple(input.shape)}"
-            )
-    if active:
-        return _added(input, bias, residual, key, T, scale)
-    return residual + (input if bias is None else input + bias)
-
-
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
+    return _add("bias_dropout_add", input, bias, residual, p, training, key)
 
 
 def _activated(function: str, x: Tensor, key: Key | None, T: int, scale: float) -> Tensor:
@@ -262,17 +237,22 @@ def _activated(function: str, x: Tensor, key: Key | None, T: int, scale: float) 
         fits, key = flat_key(x, key)
         if fits:
             return op.fused(function, x, None if key is None else bits_for(key, x), T, scale)
-    return apply(_FUNCTIONS[function](x), key, (), False, T, scale, elementwise=True)
+    return apply(ACTIVATIONS[function](x), key, (), False, T, scale, elementwise=True)
 
 
-def _added(x: Tensor, bias: Tensor | None, residual: Tensor, key: Key | None, T: int, scale: float) -> Tensor:
-    if x.shape == residual.shape and op.fuses(x, residual, bias):
+def _add(
+    name: str, x: Tensor, bias: Tensor | None, residual: Tensor, p: float, training: bool, key: Key | None
+) -> Tensor:
+    T, scale = threshold_and_scale(p)
+    active = drops(name, x, p, training, key)
+    if active and _fuse(x, bias, residual):
         fits, key = flat_key(x, key)
         if fits:
-            bits = None if key is None else bits_for(key, x)
-            return op.fused_add(x, residual, bias, bits, T, scale)
+            return op.fused_add(x, residual, bias, None if key is None else bits_for(key, x), T, scale)
+    else:
+        _check(name, x, bias, residual)
     x = x if bias is None else x + bias
-    return residual + apply(x, key, (), False, T, scale, elementwise=True)
+    return residual + (apply(x, key, (), False, T, scale, elementwise=True) if active else x)
 
 
 def _check_approximate(approximate: str) -> None:
@@ -280,16 +260,34 @@ def _check_approximate(approximate: str) -> None:
         raise ValueError(f'approximate must be "none" or "tanh", {got(approximate)}')
 
 
-def _check_residual(name: str, residual: Tensor, input: Tensor) -> None:
+def _fuse(x: Tensor, bias: Tensor | None, residual: Tensor) -> bool:
+    if not (op.fuses(x) and op.fuses(residual) and x.dtype is residual.dtype and x.shape == residual.shape):
+        return False
+    return bias is None or (op.fuses(bias) and bias.dtype is x.dtype and _is_bias(bias, x))
+
+
+def _is_bias(bias: Tensor, x: Tensor) -> bool:
+    return bias.dim() == 1 and bias.shape == x.shape[-1:]
+
+
+def _check(name: str, x: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    if bias is not None:
+        check_tensor(name, "bias", bias)
+        check_device("bias", bias, x)
+        if not _is_bias(bias, x):
+            raise RuntimeError(
+                f"bias must have the size of input's last dimension, got shape {tuple(bias.shape)} for an "
+                f"input of shape {tuple(x.shape)}"
+            )
     check_tensor(name, "residual", residual)
-    check_device("residual", residual, input)
-    if residual.is_nested or input.is_nested or residual.shape == input.shape:
+    check_device("residual", residual, x)
+    if residual.is_nested or x.is_nested:
         return
-    sizes = zip(reversed(residual.shape), reversed(input.shape), strict=False)
+    sizes = zip(reversed(residual.shape), reversed(x.shape), strict=False)
     if not all(one == other or 1 in (one, other) for one, other in sizes):
         raise RuntimeError(
             f"residual of shape {tuple(residual.shape)} does not broadcast with an input of shape "
-            f"{tuple(input.shape)}"
+            f"{tuple(x.shape)}"
         )
 
 

@@ -6,9 +6,12 @@ and of :func:`~thinned.op.masked_affine`, with the same mask.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from thinned import backends
@@ -16,22 +19,32 @@ from thinned.geometry import shared_cached
 from thinned.op.affine import derivative, eager_key, masked_affine
 from thinned.torch_state import SingleLevelFunction, is_eager
 
-__all__ = ["fused", "fused_add", "fuses"]
+__all__ = ["ACTIVATIONS", "fused", "fused_add", "fuses"]
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-_backend: Any = backends.for_device_type
 
 
-def fuses(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernel serves ``x``, and other tensors beside it."""
+def _kernel(*arguments: Any) -> Tensor:
+    """:func:`thinned.backends.native.fused`."""
+    backend: Any = backends.for_device_type("cpu")
+    return backend.fused(*arguments)  # type: ignore[no-any-return]
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether the kernel serves ``x``."""
     return (
         is_eager(x)
         and x.is_cpu
         and x.dtype in _DTYPES
         and x.is_contiguous()
         and not x.is_neg()
-        and all(other is None or (other.dtype is x.dtype and fuses(other)) for other in others)
-        and hasattr(_backend("cpu"), "fused")
+        and hasattr(backends.for_device_type("cpu"), "fused")
     )
 
 
@@ -48,7 +61,7 @@ def fused(function: str, x: Tensor, key: Tensor | None, T: int, scale: float) ->
     bits = eager_key(key, x)
     if x.requires_grad and torch.is_grad_enabled():
         return _apply_activation(x, function, bits, T, scale)  # type: ignore[no-any-return]
-    return _backend("cpu").fused(function, x, None, None, bits, T, scale)  # type: ignore[no-any-return]
+    return _kernel(function, x, None, None, bits, T, scale)
 
 
 def fused_add(
@@ -59,7 +72,7 @@ def fused_add(
     needs_grad = x.requires_grad or residual.requires_grad or (bias is not None and bias.requires_grad)
     if needs_grad and torch.is_grad_enabled():
         return _apply_sum(x, residual, bias, bits, T, scale)  # type: ignore[no-any-return]
-    return _backend("cpu").fused("add", x, residual, bias, bits, T, scale)  # type: ignore[no-any-return]
+    return _kernel("add", x, residual, bias, bits, T, scale)
 
 
 class _Activation(SingleLevelFunction):
@@ -67,7 +80,7 @@ class _Activation(SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: str, key: int | Tensor, T: int, scale: float) -> Tensor:
-        y: Tensor = _backend("cpu").fused(function, x, None, None, key, T, scale)
+        y = _kernel(function, x, None, None, key, T, scale)
         if function == "relu":
             ctx.save_for_backward(y)
         elif isinstance(key, Tensor):
@@ -86,16 +99,17 @@ class _Activation(SingleLevelFunction):
             grad, saved = grad.contiguous(), saved.contiguous()
             # The key has no part in the derivative of relu.
             bits = 0 if key is None else key
-            return _backend("cpu").fused(f"{function}_slope", saved, grad, None, bits, T, scale), *(None,) * 4
+            return _kernel(f"{function}_slope", saved, grad, None, bits, T, scale), *(None,) * 4
         if function == "relu":
             kept = masked_affine(grad, 0, None, 2**32, scale)
             return torch.ops.aten.threshold_backward(kept, saved.detach(), 0), *(None,) * 4
         geometry = shared_cached(saved.shape, (), 1) if keys else None
         kept = masked_affine(grad, key, geometry, T, scale)
-        if function == "silu":
-            return torch.ops.aten.silu_backward(kept, saved), *(None,) * 4
-        approximate = "tanh" if function == "gelu_tanh" else "none"
-        return torch.ops.aten.gelu_backward(kept, saved, approximate=approximate), *(None,) * 4
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y = ACTIVATIONS[function](saved)
+            (slope,) = torch.autograd.grad(y, saved, kept, create_graph=differentiable)
+        return slope, *(None,) * 4
 
 
 class _Sum(SingleLevelFunction):
@@ -115,7 +129,7 @@ class _Sum(SingleLevelFunction):
             ctx.save_for_backward(key)
         geometry = shared_cached(x.shape, (), 1) if isinstance(key, Tensor) else None
         ctx.derivative = key if isinstance(key, int) else None, geometry, T, scale
-        return _backend("cpu").fused("add", x, residual, bias, key, T, scale)  # type: ignore[no-any-return]
+        return _kernel("add", x, residual, bias, key, T, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
