@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,36 +27,16 @@ COMPOSED, WITHOUT = "thinned, composed", "without dropout"
 SIZES = (1_000_000, 4_000_000, 32_000_000)
 # A step's time varies by more than dropout adds to it.
 ROUNDS, STEP_ROUNDS = {1_000_000: 15, 4_000_000: 9, 32_000_000: 5}, 101
-
-
-class Fused(NamedTuple):
-    """A function with dropout, and the one that it has besides; ``alone`` limits the ratio to the latter."""
-
-    other: Callable[[Tensor], Tensor]
-    fused: Callable[..., Tensor]
-    alone: float | None = None
-
-
-def plus_itself(x: Tensor) -> Tensor:
-    return x + x
-
-
-def dropout_add(x: Tensor, p: float) -> Tensor:
-    return functional.dropout_add(x, x, p)
-
-
-FUNCTIONS = {
-    "relu": Fused(F.relu, functional.relu_dropout, 1.05),
-    "gelu": Fused(F.gelu, functional.gelu_dropout, 1.05),
-    "silu": Fused(F.silu, functional.silu_dropout, 1.05),
-    "add": Fused(plus_itself, dropout_add),
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
+    "relu": (F.relu, functional.relu_dropout),
+    "gelu": (F.gelu, functional.gelu_dropout),
+    "silu": (F.silu, functional.silu_dropout),
 }
 
 
 def fused_cases(threads: int) -> Iterator[Case]:
     """Each function, size, probability and direction; then the training steps."""
-    for name, elements, p, with_backward in product(FUNCTIONS, SIZES, (0.1, 0.5), (False, True)):
-        alone = FUNCTIONS[name].alone
+    for name, elements, p, with_backward in product((*FUNCTIONS, "add"), SIZES, (0.1, 0.5), (False, True)):
         case = partial(
             Case,
             "fused, forward + backward" if with_backward else "fused",
@@ -67,9 +46,11 @@ def fused_cases(threads: int) -> Iterator[Case]:
         )
         setting = f"{name}, float32, {elements:,} elements, p = {p}"
         make = partial(_work, name, elements, p, with_backward)
+        alone, composed = Bound(name, 1.05), Bound(COMPOSED, 1 / 1.5)
+        promised = name == "relu"
         # Apart, because what peers allocate changes what the allocator costs both.
-        yield case(f"{setting}, alone", partial(make, peers=False), (Bound(name, alone),) if alone else ())
-        yield case(f"{setting}, peers", partial(make, peers=True), (Bound(COMPOSED, 1 / 1.5),))
+        yield case(f"{setting}, alone", partial(make, peers=False), (alone,) * promised)
+        yield case(f"{setting}, peers", partial(make, peers=True), (composed,) * promised)
     yield Case(
         "training step",
         "the MLP of thinned compare",
@@ -81,14 +62,18 @@ def fused_cases(threads: int) -> Iterator[Case]:
 
 
 def _work(name: str, elements: int, p: float, with_backward: bool, peers: bool) -> Work:
-    other, fused, _ = FUNCTIONS[name]
+    def composed(dropout: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        if name == "add":
+            return lambda x: residual + dropout(x, p)
+        return lambda x: dropout(other(x), p)
+
+    residual = torch.randn(elements if name == "add" else 0)
+    add = partial(torch.add, residual), partial(functional.dropout_add, residual=residual)
+    other, fused = FUNCTIONS.get(name, add)
     functions: dict[str, Callable[[Tensor], Tensor]] = {"thinned": partial(fused, p=p)}
-    if peers and name == "add":
-        functions[COMPOSED] = lambda x: x + functional.dropout(x, p)
-        functions["torch, composed"] = lambda x: x + F.dropout(x, p)
-    elif peers:
-        functions[COMPOSED] = lambda x: functional.dropout(other(x), p)
-        functions["torch, composed"] = lambda x: F.dropout(other(x), p)
+    if peers:
+        functions[COMPOSED] = composed(functional.dropout)
+        functions["torch, composed"] = composed(F.dropout)
     else:
         functions[name] = other
     x = torch.randn(elements)

@@ -255,6 +255,11 @@ def _add(
     return residual + (apply(x, key, (), False, T, scale, elementwise=True) if active else x)
 
 
+def _check_approximate(approximate: str) -> None:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'approximate must be "none" or "tanh", {got(approximate)}')
+
+
 def _fuse(x: Tensor, bias: Tensor | None, residual: Tensor) -> bool:
     if not (op.fuses(x) and op.fuses(residual) and x.dtype is residual.dtype and x.shape == residual.shape):
         return False
@@ -284,11 +289,6 @@ def _check(name: str, x: Tensor, bias: Tensor | None, residual: Tensor) -> None:
             f"residual of shape {tuple(residual.shape)} does not broadcast with an input of shape "
             f"{tuple(x.shape)}"
         )
-
-
-def _check_approximate(approximate: str) -> None:
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f'approximate must be "none" or "tanh", {got(approximate)}')
 
 
 class ReLUDropout(Layer):
