@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from thinned.checks import got
 from thinned.distributed.ranks import has_peers
@@ -21,6 +20,8 @@ from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node
 from thinned.layers.path import check_mode, drops_rows, stochastic_depth
 from thinned.torch_state import SingleLevelFunction, assume, compiling, is_eager, version_of
+
+BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 __all__ = ["Branch", "Residual", "computes_rows", "refuse_batch_norm", "residual"]
 
@@ -297,8 +298,8 @@ def refuse_batch_norm(branch: Any) -> None:
 def _takes_statistics(module: nn.Module) -> bool:
     """Whether a call computes, or updates, statistics of the batch."""
     if module.training:
-        return isinstance(module, _BatchNorm) or getattr(module, "running_var", None) is not None
-    return isinstance(module, _BatchNorm) and module.running_mean is None
+        return isinstance(module, BATCH_NORMS) or getattr(module, "running_var", None) is not None
+    return isinstance(module, BATCH_NORMS) and module.running_mean is None
 
 
 def _modules_of(value: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
