@@ -68,7 +68,8 @@ class LayerDrop(Scriptable, nn.ModuleList):
     within the layer is infinite or NaN, because 0 times infinity is NaN. All layers run without the option
 
     - under :func:`torch.compile` where the graph cannot break: with ``fullgraph=True``, in
-      :func:`torch.export` and in a compiled checkpoint; and within :func:`thinned.address`, which counts calls;
+      :func:`torch.export` and in a compiled checkpoint; and within :func:`thinned.address`, which counts
+      calls;
     - under :func:`torch.func.vmap` if the examples have decisions of their own, and under tracers;
     - in several processes of torch.distributed, for a call without a key outside :func:`thinned.address`:
       each process draws decisions of its own, and FSDP waits forever for a layer that one process skips.
@@ -132,8 +133,8 @@ class LayerDrop(Scriptable, nn.ModuleList):
     def surviving(self, *, key: Key | None = None) -> Iterator[nn.Module]:
         """The layers that one forward pass runs, in order; all layers in evaluation.
 
-        Python reads the decisions here. :func:`torch.compile` breaks its graph, and compiles the caller's loop
-        once for each choice of layers; a call of the LayerDrop itself compiles each layer once.
+        Python reads the decisions here. :func:`torch.compile` breaks its graph, and compiles the caller's
+        loop once for each choice of layers; a call of the LayerDrop itself compiles each layer once.
 
         Args:
             key: one key, or a batch of ``len(self)`` keys, one per layer. Without a key, one is drawn from
