@@ -347,15 +347,15 @@ def breaks_graph(function: Callable[..., Any]) -> bool:
     It cannot under ``fullgraph=True``, in an export and within a higher-order operator such as a checkpoint.
     From now on Dynamo leaves ``function`` to Python, and compiles the functions that it calls.
     """
-    module = sys.modules.get("torch._dynamo.symbolic_convert")
+    dynamo: Any = sys.modules.get("torch._dynamo")
     try:
-        tracer: Any = module.InstructionTranslator.current_tx()  # type: ignore[union-attr]
-        breaks = bool(tracer.should_compile_partial_graph() and not tracer.error_on_graph_break)
+        tracer = dynamo.symbolic_convert.InstructionTranslator.current_tx()
+        breaks = tracer.should_compile_partial_graph() and not tracer.error_on_graph_break
+        if breaks:
+            dynamo.decorators.skip(function)
     except AttributeError:
         return False
-    if breaks:
-        torch.compiler.disable(function, recursive=False)
-    return breaks
+    return bool(breaks)
 
 
 def traced_lines() -> list[tuple[str, int, str]]:

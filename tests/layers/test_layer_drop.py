@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import thinned
 from thinned.compare.laws import Verdict
@@ -66,6 +69,119 @@ def test_compiled_selects_the_same() -> None:
             results.append((y, *gradients(y, layers)))
         torch.testing.assert_close(*results)
     assert not compiled(x, key=thinned.Key(0)).equal(compiled(x, key=thinned.Key(1)))
+
+
+@torch.library.custom_op("thinned_tests::record", mutates_args=())
+def record(x: Tensor, number: int) -> Tensor:
+    """A copy of ``x``; Python sees each execution, in compiled code too."""
+    executed.append(number)
+    return x.clone()
+
+
+record.register_fake(lambda x, number: torch.empty_like(x))  # noqa: ARG005
+record.register_autograd(lambda ctx, grad: (grad, None))  # noqa: ARG005
+executed: list[int] = []
+
+
+class Recorded(nn.Module):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.linear, self.dropout = number, nn.Linear(4, 4), thinned.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(record(self.linear(x), self.number))
+
+
+class Around(nn.Module):
+    """A model of 10 layers that differ, where Dynamo's limit is 8 graphs for a line of code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.layers = LayerDrop([Recorded(number) for number in range(10)], p=0.5)
+
+    def forward(self, x: Tensor, key: thinned.Key | None = None) -> Tensor:
+        return self.layers(self.first(x), key=key) * 2
+
+    def results(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> list[Any]:
+        """Which layers are executed, the output and the gradients."""
+        executed.clear()
+        self.zero_grad()
+        y = call(*args, **kwargs)
+        ran = executed[:]
+        y.sum().backward()
+        assert executed == ran
+        return [ran, y, *(parameter.grad for parameter in self.parameters())]
+
+
+def assert_same(actual: list[Any], expected: list[Any]) -> None:
+    assert [each is None for each in actual] == [each is None for each in expected]
+    for each, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(each, other)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's, after a break
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_code_skips() -> None:
+    model, x, graphs = Around(), torch.randn(5, 4), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=graphs)
+    counts = []
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for seed in range(8):
+            results = []
+            for call in (compiled, model):
+                torch.manual_seed(seed)
+                results.append(model.results(call, x))
+            assert_same(*results)
+            counts.append(graphs.frame_count)
+    # One for each layer, one before the LayerDrop, and one behind it.
+    assert counts[-3:] == [12] * 3
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("why", ["fullgraph", "a checkpoint", "an address", "run_all"])
+def test_compiled_code_that_cannot_skip(why: str) -> None:
+    model, x, graphs = Around(), torch.randn(5, 4), CompileCounterWithBackend("eager")
+    model.layers.run_all = why == "run_all"
+
+    def checkpointed(x: Tensor, key: thinned.Key) -> Tensor:
+        return checkpoint(model, x, key, use_reentrant=False)  # type: ignore[no-any-return]
+
+    call = checkpointed if why == "a checkpoint" else model
+    compiled = torch.compile(call, backend=graphs, fullgraph=why == "fullgraph")
+    for step in range(2):
+        key = KEY.fold(step)
+        results = []
+        for each in (compiled, model):
+            executed.clear()
+            with thinned.address(model, seed=7, step=step) if why == "an address" else nullcontext():
+                results.append(each(x, key))
+            assert each is model or executed == list(range(10))
+        if why == "an address":
+            torch.testing.assert_close(*results)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_transforms_skip_what_all_examples_skip(transform: str) -> None:
+    x, layers = torch.randn(5, 4), stack()
+    ran: list[int] = []
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    if transform == "vmap":
+        state = torch.get_rng_state()
+        y = torch.func.vmap(layers, randomness="same")(x)
+        vmapped = ran[:]
+        ran.clear()
+        torch.set_rng_state(state)
+        torch.testing.assert_close(y, layers(x))
+        assert ran == vmapped != []
+        return
+    if transform == "grad":
+        torch.func.grad(lambda x: layers(x, key=KEY).sum())(x)
+    else:
+        torch.func.jvp(lambda x: layers(x, key=KEY), (x,), (x,))
+    assert ran == [2, 3, 4, 5]
 
 
 def test_run_all_selects_the_same() -> None:

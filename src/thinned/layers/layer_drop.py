@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +56,28 @@ class LayerDrop(Scriptable, nn.ModuleList):
     scaled. Evaluation runs all layers. A skipped layer does not run and its parameters get no gradient, so
     DistributedDataParallel needs ``find_unused_parameters=True``.
 
+    Code of :func:`torch.compile` skips too, by a break of its graph: each layer that runs has a graph of its
+    own, compiled when it first runs, and no step recompiles. ``torch.cond`` would need no break, but its
+    backward pass runs the layer again with new random numbers, so gradients of a layer with a dropout are
+    wrong (seen in PyTorch 2.13 and 2.15).
+
     With ``run_all=True`` all layers run, and :func:`torch.where` selects a layer's output or its input. The
     result under one key is the same. A skipped layer saves no time then, and advances the generator if it
-    draws random numbers of its own. Its parameters get gradients of 0, which an optimizer with momentum or
-    weight decay acts on; they are NaN if a number within the layer is infinite or NaN, because 0 times
-    infinity is NaN. All layers run without the option
+    draws random numbers of its own. Its parameters get gradients of 0, where a layer that does not run leaves
+    them None. An optimizer with momentum or weight decay acts on a gradient of 0; it is NaN if a number
+    within the layer is infinite or NaN, because 0 times infinity is NaN. All layers run without the option
 
-    - under :func:`torch.compile`, :func:`torch.func.vmap` and tracers, where Python cannot branch;
+    - under :func:`torch.compile` where the graph cannot break: with ``fullgraph=True``, in
+      :func:`torch.export` and in a compiled checkpoint; and within :func:`thinned.address`, which counts
+      calls;
+    - under :func:`torch.func.vmap` if the examples have decisions of their own, and under tracers;
     - in several processes of torch.distributed, for a call without a key outside :func:`thinned.address`:
       each process draws decisions of its own, and FSDP waits forever for a layer that one process skips.
 
     Processes skip the same layers if all get one ``key``, or enter :func:`thinned.address` with one seed and
-    step. Use ``run_all=True`` for DistributedDataParallel without ``find_unused_parameters``, and for engines
-    that wait for the gradient of each parameter.
+    step. Use ``run_all=True`` for DistributedDataParallel without ``find_unused_parameters``, for engines
+    that wait for the gradient of each parameter, and with ``mode="reduce-overhead"`` of
+    :func:`torch.compile`: CUDA graphs are recorded anew for each order of layers.
 
     A graph of torch.fx that is traced in training calls the stack as one node; one that is traced in
     evaluation has a node for each layer.
@@ -121,8 +133,8 @@ class LayerDrop(Scriptable, nn.ModuleList):
     def surviving(self, *, key: Key | None = None) -> Iterator[nn.Module]:
         """The layers that one forward pass runs, in order; all layers in evaluation.
 
-        Python reads the decisions here, so :func:`torch.compile` breaks its graph and :func:`torch.func.vmap`
-        refuses. Both can call the LayerDrop itself.
+        Python reads the decisions here. :func:`torch.compile` breaks its graph, and compiles the caller's
+        loop once for each choice of layers; a call of the LayerDrop itself compiles each layer once.
 
         Args:
             key: one key, or a batch of ``len(self)`` keys, one per layer. Without a key, one is drawn from
@@ -172,15 +184,19 @@ class LayerDrop(Scriptable, nn.ModuleList):
             for layer in self:
                 input = layer(input, *args, **kwargs)
             return input
-        if not (is_traced(keep) or differs_by_example(keep) or self._runs_all(key)):
-            return _run_kept(self, keep, input, args, kwargs)
-        if not isinstance(input, Tensor):
+        branches = not (is_traced(keep) or differs_by_example(keep) or self._runs_all(key))
+        if not branches and not isinstance(input, Tensor):
             raise TypeError(
                 f"all layers run and torch.where selects, so input must be a Tensor, {got(input)}"
             )
-        for index, (layer, kept) in enumerate(zip(self, keep.unbind(), strict=True)):
-            output = _called(layer, index, input, args, kwargs)
-            input = torch.where(to_device(kept, input.device), output, input)
+        for index, (layer, kept) in enumerate(
+            zip(self, keep.tolist() if branches else keep.unbind(), strict=True)
+        ):
+            if branches and not kept:
+                continue
+            output = layer(input, *args, **kwargs)
+            _check_shape(index, input, output)
+            input = output if branches else torch.where(to_device(kept, input.device), output, input)
         return input
 
     def _runs_all(self, key: Key | None) -> bool:
@@ -217,14 +233,21 @@ class LayerDrop(Scriptable, nn.ModuleList):
 
 @never_inlined
 def _run_kept(
-    layers: LayerDrop, decider: Key | Tensor | None, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layers: LayerDrop, key: Key | None, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run the layers that are kept, by decisions or those of a key. Each layer has a graph of its own."""
-    keep = decider if isinstance(decider, Tensor) else _decide(layers, decider)
-    for index, (layer, kept) in enumerate(zip(layers, keep.tolist(), strict=True)):
+    """Run the layers that are kept. Dynamo leaves this function to Python, and compiles what it calls."""
+    keep = _decide(layers, key)
+    for index, (layer, kept) in enumerate(zip(layers, keep, strict=True)):
         if kept:
-            input = _called(layer, index, input, args, kwargs)
+            output = _caller(layer)(layer, input, args, kwargs)
+            _check_shape(index, input, output)
+            input = output
     return input
+
+
+@outside_graphs
+def _decide(layers: LayerDrop, key: Key | None) -> list[bool]:
+    return surviving_layers(len(layers), layers.p, key=key).tolist()
 
 
 @constant_when_compiled
@@ -232,11 +255,23 @@ def _breaks_graph() -> bool:
     return breaks_graph(_run_kept)
 
 
-_decide = outside_graphs(LayerDrop._keep)
+def _call(layer: nn.Module, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return layer(input, *args, **kwargs)
 
 
-def _called(layer: nn.Module, index: int, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    output = _run(layer, input, args, kwargs)
+_callers: WeakKeyDictionary[nn.Module, Callable[..., Any]] = WeakKeyDictionary()
+_numbers = count()
+
+
+def _caller(layer: nn.Module) -> Callable[..., Any]:
+    """:func:`_call` with code of its own: Dynamo stops to compile after 8 graphs for one code object."""
+    if layer not in _callers:
+        code = _call.__code__.replace(co_name=f"layer_{next(_numbers)}")
+        _callers[layer] = FunctionType(code, globals())
+    return _callers[layer]
+
+
+def _check_shape(index: int, input: Any, output: Any) -> None:
     if isinstance(input, Tensor) and getattr(output, "shape", None) != input.shape:
         is_tensor = isinstance(output, Tensor)
         into = f"{tuple(output.shape)}" if is_tensor else f"a {type(output).__name__}"
@@ -244,10 +279,3 @@ def _called(layer: nn.Module, index: int, input: Any, args: tuple[Any, ...], kwa
             "a skipped layer passes its input on, so every layer has to keep the shape of its input; "
             f"layer {index} turned {tuple(input.shape)} into {into}"
         )
-    return output
-
-
-def _run(layer: nn.Module, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if compiling():
-        id(layer)  # makes Dynamo guard on the layer, so that its limit of recompilations holds for each
-    return layer(input, *args, **kwargs)

@@ -132,7 +132,9 @@ class StochasticDepth(Layer):
     """Drop a residual branch, with torchvision's arguments.
 
     Use this layer at the end of a residual branch of a model in torchvision's style. ``"row"`` decides for
-    each sample, as :class:`DropPath` does, and ``"batch"`` for the batch, as the paper does.
+    each sample, as :class:`DropPath` does, and ``"batch"`` for the batch, as the paper does. The branch is
+    computed before this layer drops it; ``Residual(branch, p, mode="batch")`` does not compute it, nor does a
+    model after ``thinned.convert(model, skip=True)``.
 
     :func:`thinned.functional.stochastic_depth` has the formula.
 
