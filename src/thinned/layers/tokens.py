@@ -239,7 +239,8 @@ def token_dropout(
         ValueError: another ``layout``. The other errors are :func:`patch_dropout`'s.
         NotImplementedError: ``layout=torch.jagged`` for DTensors, for nested tensors that are not jagged in
             dimension 1 or have holes, under :func:`torch.vmap` and other transforms, and in traces. Under
-            :func:`torch.compile` it breaks the graph.
+            :func:`torch.compile` it breaks the graph, and :func:`torch.utils.checkpoint.checkpoint` takes the
+            layers that follow, but not the call itself: PyTorch gives each nested tensor other symbolic sizes.
 
     Source: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
     networks", NIPS 2016, section 4.2, which zeroes word embeddings. There all places of a word share one
