@@ -64,7 +64,7 @@ def masked_affine(
 def elementwise(name: str, function: Callable[..., Tensor], x: Any, key: Key, *others: Tensor) -> Tensor:
     """``function(x, *others, key=key)`` for nested tensors that are alike and an element-wise function."""
     one, jagged = not key.bits.dim(), x.layout is torch.jagged
-    if one and is_packed(x):
+    if one and jagged and is_packed(x):
         return of_values(x, function(x.values(), *(other.values() for other in others), key=key))
     if compiling() or (jagged and x.lengths() is not None):
         refuse(
@@ -100,8 +100,8 @@ def of_values(x: Any, values: Tensor) -> Tensor:
 
 
 def is_packed(x: Any) -> bool:
-    """Whether the components of a nested tensor are consecutive rows of its values."""
-    return x.layout is torch.jagged and ragged_dim(x) == 1 and x.lengths() is None
+    """Whether the components of a jagged tensor are consecutive rows of its values."""
+    return ragged_dim(x) == 1 and x.lengths() is None
 
 
 def _jagged(x: Tensor, bits: Tensor | None, shared_dims: list[int], *constants: Any) -> Tensor:

@@ -15,10 +15,19 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
 from thinned import op
-from thinned.checks import check_integer, integers
+from thinned.checks import check_integer, check_real, integers
 from thinned.geometry import dims_of
 from thinned.keys import Key
-from thinned.layers._arguments import apply, drops, kept, key_for, threshold_and_scale
+from thinned.layers._arguments import (
+    apply,
+    broadcasts,
+    check_device,
+    check_tensor,
+    drops,
+    kept,
+    key_for,
+    threshold_and_scale,
+)
 from thinned.layers._module import Layer, checked_dims
 from thinned.layers._overrides import module_node, overridden
 from thinned.layers.residual import computes_rows
@@ -177,8 +186,9 @@ def drop_head_attention(
     attend = partial(F.scaled_dot_product_attention, is_causal=is_causal, scale=scale)
     if not active:
         return attend(q, k, v, attn_mask, enable_gqa=enable_gqa)
-    if q.dim() != 4:
-        raise RuntimeError(f"drop_head_attention needs q of shape (N, H, L, E), got {tuple(q.shape)}")
+    _check_attention(q, k, v, attn_mask, enable_gqa)
+    if scale is not None:
+        check_real("scale", scale)
     if not all(computes_rows(x) for x in (q, k, v, attn_mask) if x is not None):
         y = attend(q, k, v, attn_mask, enable_gqa=enable_gqa)
         return drop_head(y, p, normalize=normalize, key=key)
@@ -186,21 +196,15 @@ def drop_head_attention(
     keep = kept(key_for(q, key), (samples, heads), (), T)
     sample, head = keep.nonzero().unbind(1)
 
-    def of_kept(name: str, x: Tensor) -> Tensor:
-        rows, own = x.shape[:2]
-        grouped = enable_gqa and own and not heads % own
-        if rows not in (1, samples) or not (own in (1, heads) or grouped):
-            raise RuntimeError(
-                f"drop_head_attention got {name} of shape {tuple(x.shape)}, which does not fit q of shape "
-                f"{tuple(q.shape)}"
-            )
+    def of_kept(x: Tensor) -> Tensor:
         # A dimension of size 1 broadcasts; consecutive heads of q share one of k and v.
+        rows, own = x.shape[:2]
         place = sample % rows * own + head * own // heads
         return x.flatten(0, 1).index_select(0, place).unsqueeze(1)
 
     if attn_mask is not None and attn_mask.shape[:-2].numel() > 1:
-        attn_mask = of_kept("attn_mask", attn_mask[(None,) * (4 - attn_mask.dim())])
-    y = attend(of_kept("q", q), of_kept("k", k), of_kept("v", v), attn_mask).squeeze(1)
+        attn_mask = of_kept(attn_mask[(None,) * (4 - attn_mask.dim())])
+    y = attend(of_kept(q), of_kept(k), of_kept(v), attn_mask).squeeze(1)
     if normalize == "expected":
         y = y * inverse
     else:
@@ -208,6 +212,26 @@ def drop_head_attention(
     shape = samples, heads, *y.shape[1:]
     zeros = torch.empty_permuted(shape, (0, 2, 1, 3), dtype=y.dtype, device=y.device).zero_()
     return zeros.index_put_((sample, head), y)
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> None:
+    if q.dim() != 4:
+        raise RuntimeError(f"drop_head_attention needs q of shape (N, H, L, E), got {tuple(q.shape)}")
+    samples, heads, queries, _ = q.shape
+    others = {"k": k, "v": v} | ({} if attn_mask is None else {"attn_mask": attn_mask})
+    for name, x in others.items():
+        check_tensor("drop_head_attention", name, x)
+        check_device(name, x, q, "q")
+        if name == "attn_mask":
+            fits = broadcasts(x.shape, (samples, heads, queries, k.shape[2]))
+        else:
+            fits = x.dim() == 4 and x.shape[0] in (1, samples)
+            fits = fits and (x.shape[1] in (1, heads) or (enable_gqa and not heads % max(x.shape[1], 1)))
+        if not fits:
+            raise RuntimeError(
+                f"drop_head_attention got {name} of shape {tuple(x.shape)}, which does not fit q of shape "
+                f"{tuple(q.shape)}"
+            )
 
 
 def _check_normalize(normalize: str) -> None:

@@ -109,7 +109,10 @@ def embedding_dropout(
     def drop(words: Tensor, key: Key | None) -> Tensor:
         # To know the places of kept words, Python waits for a GPU; only sparse gradients are worth that.
         by_place = (sparse or words.is_cpu) and is_eager(words) and is_eager(weight)
-        y = None if by_place else look_up(words)
+        if by_place:
+            F.embedding(words, weight.detach()[:, :1], padding_idx)  # raises before a key is drawn
+        else:
+            y = look_up(words)
         key = key_for(words, key)
         mask = keep_mask(key, (*key.shape, len(weight)), p)
         if is_dtensor(words):
@@ -122,9 +125,9 @@ def embedding_dropout(
         elif key.shape:
             keep = mask.gather(1, words.flatten(1).long()).reshape(words.shape)
         else:
-            keep = F.embedding(words, mask.unsqueeze(1)).squeeze(-1)  # its errors for what is no word
+            keep = mask[words]
         if not by_place or (scale_grad_by_freq and key.shape):  # frequencies are those of all places
-            return torch.where(keep.unsqueeze(-1), _scaled(look_up(words) if y is None else y, scale), 0)
+            return torch.where(keep.unsqueeze(-1), _scaled(look_up(words) if by_place else y, scale), 0)
         if max_norm is not None:
             torch.embedding_renorm_(weight.detach(), words.contiguous(), max_norm, norm_type)
         places = keep.flatten().nonzero().squeeze(1)

@@ -219,7 +219,8 @@ def token_dropout(
     in which ``j`` differs from sample to sample. Linear layers, normalizations,
     :func:`torch.nn.functional.scaled_dot_product_attention` and the layers of thinned take it, and compute
     the kept tokens only. A sample that keeps no token has length 0, which attention takes too. On the CPU
-    PyTorch attends sample by sample; ``to_padded_tensor`` and a mask of the lengths can take less time.
+    PyTorch attends sample by sample, without a fused kernel: a block of ViT-T takes 0.74 of the masked form's
+    time at p = 0.5, and 1.2 times that time at p = 0.2. There ``to_padded_tensor`` and a mask can be better.
 
     Args:
         input: a floating-point or complex tensor of shape ``(N, L, *)``; also a nested one of layout
@@ -238,7 +239,8 @@ def token_dropout(
         ValueError: another ``layout``. The other errors are :func:`patch_dropout`'s.
         NotImplementedError: ``layout=torch.jagged`` for DTensors, for nested tensors that are not jagged in
             dimension 1 or have holes, under :func:`torch.vmap` and other transforms, and in traces. Under
-            :func:`torch.compile` it breaks the graph.
+            :func:`torch.compile` it breaks the graph, and :func:`torch.utils.checkpoint.checkpoint` takes the
+            layers that follow, but not the call itself: PyTorch gives each nested tensor other symbolic sizes.
 
     Source: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
     networks", NIPS 2016, section 4.2, which zeroes word embeddings. There all places of a word share one
@@ -279,7 +281,7 @@ def token_dropout(
 
 @outside_graphs  # PyTorch compiles layers of nested tensors, but not in the graph that makes them
 def _kept_tokens(x: Any, key: Key | None, num_prefix_tokens: int, T: int, factor: float) -> Tensor:
-    if x.is_nested and not is_packed(x):
+    if x.is_nested and not (x.layout is torch.jagged and is_packed(x)):
         refuse("token_dropout with layout=torch.jagged", x, "a jagged one, ragged in 1 and without holes")
     rows = x.values() if x.is_nested else x.flatten(0, 1)
     if not is_eager(rows):
