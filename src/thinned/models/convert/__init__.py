@@ -156,8 +156,8 @@ def convert(
     for new, origin in origins:
         origin.carry_over(new)
     model = _replace(model, news)
-    for block, kind in skips.classes:
-        block.__class__ = kind
+    for block, skipping in skips.classes:
+        block.__class__ = skipping
     report_converted(model, found, news, numbers, p, chosen, skips if skip else None)
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def run(
         y = drop(branch(block, *values))
         if not kind:
             return y
-        x = other() if _is_function(other) else other
+        x = other() if isinstance(other, FunctionType) else other
         if kind == "into":
             y += x
             return y
@@ -58,16 +59,12 @@ def run(
         )
     if not kind:
         return part.put(y)
-    x = other() if _is_function(other) else other
+    x = other() if isinstance(other, FunctionType) else other
     if not isinstance(x, Tensor) or not x.dim():
         y = part.put(y)
         return y + x
     z = part.plus(x, y)
     return z.to(y.dtype) if kind == "into" else z
-
-
-def _is_function(other: Any) -> bool:
-    return callable(other) and not isinstance(other, Tensor)
 
 
 def _decide(drop: Any, rows: int, values: Sequence[Any]) -> Branch | None:

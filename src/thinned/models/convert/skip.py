@@ -155,6 +155,8 @@ def _unreadable(function: FunctionType) -> str:
     function = _inner(function)
     if hasattr(function, "__wrapped__"):
         return f"its {function.__name__} is wrapped by a decorator"
+    if "__class__" in function.__code__.co_freevars:
+        return f"its {function.__name__} calls super()"
     if function.__code__.co_freevars:
         return (
             f"its {function.__name__} uses {', '.join(function.__code__.co_freevars)} of a function around it"
@@ -170,9 +172,11 @@ def _judge(module: nn.Module, kind: type, call: Call, one: Cut | Refused, allow_
         children = children_of(module)
         names = tuple(each for each in children if each in used and children[each] is not None)
         for each in names:
+            if any(inner is children[call.path] for inner in children[each].modules()):  # type: ignore[union-attr]
+                raise Refused("the same DropPath drops in its branch, before it")
             _check_module(each, children[each], allow_batch_norm)
         if not names:
-            raise Refused("its branch has no module")
+            raise Refused(one.outside or "its branch has no module")
         for node in one.nodes:
             _check_source(node, f"its {call.method}")
     except Refused as error:

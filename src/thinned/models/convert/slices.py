@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from thinned.models.source import Source
@@ -19,7 +19,7 @@ __all__ = ["Cut", "Refused", "attributes_of_self", "cut", "drop_calls", "is_mixi
 
 # Calls that draw nothing and write nothing.
 QUIET = {"size", "dim", "ndimension", "numel", "stride", "len", "int", "float", "bool", "min", "max", "tuple"}
-QUIET |= {"list", "range", "any", "all", "isinstance", "hasattr", "getattr"}
+QUIET |= {"range", "any", "all", "isinstance", "hasattr", "getattr"}
 QUIET |= {"is_scripting", "is_tracing", "is_exporting"}
 UNKNOWN = (
     ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Return | ast.Raise | ast.Yield | ast.YieldFrom
@@ -47,15 +47,13 @@ class Cut:
 
     Attributes:
         name: of the function that computes it.
-        values: the names that it takes, those of the rows first.
-        rows: how many of these are known to have a row for each row of the batch.
         nodes: its syntax trees.
+        outside: why its first statement does not begin earlier; empty if nothing comes before it.
     """
 
     name: str
-    values: list[str]
-    rows: int
-    nodes: list[ast.AST] = field(default_factory=list)
+    nodes: list[ast.AST]
+    outside: str
 
 
 class Flow:
@@ -101,7 +99,7 @@ class Flow:
                     self._then(*_names(item))
                 inner = Flow(body)
                 self._then(inner.reads, inner.perhaps, inner.surely)
-            case ast.Try() | ast.Match() | ast.AsyncFor() | ast.AsyncWith() | ast.TryStar():
+            case ast.Try() | ast.Match() | ast.AsyncFor() | ast.AsyncWith():
                 reads, writes, _ = _names(statement)
                 self._then(reads, writes, set())
             case ast.FunctionDef(name) | ast.AsyncFunctionDef(name) | ast.ClassDef(name):
@@ -141,7 +139,7 @@ def _names(tree: ast.AST) -> tuple[set[str], set[str], set[str]]:
     return reads - bound, writes - bound, writes - bound
 
 
-def _changed(node: ast.AST) -> Iterator[str]:
+def _changed(node: ast.AST) -> list[str]:
     """The names of objects that a node changes in place, other than ``self``."""
     match node:
         case ast.Subscript(ctx=ast.Store() | ast.Del()) | ast.Attribute(ctx=ast.Store() | ast.Del()):
@@ -151,18 +149,14 @@ def _changed(node: ast.AST) -> Iterator[str]:
         case ast.Call(args=args, keywords=keywords) if any(
             each.arg in ("inplace", "out") for each in keywords
         ):
-            found = [
-                _root(each.value) if each.arg == "out" else args and _root(args[0])
-                for each in keywords
-                if each.arg == "out"
-                or (
-                    each.arg == "inplace"
-                    and not (isinstance(each.value, ast.Constant) and not each.value.value)
-                )
-            ]
+            found = [_root(each.value) for each in keywords if each.arg == "out"]
+            if any(each.arg == "inplace" and _literal(each.value) is not False for each in keywords):
+                found += [_root(each) for each in args[:1]]
+        case ast.Expr(ast.Call(ast.Attribute(owner))):  # such as features.append(x)
+            found = [_root(owner)]
         case _:
-            return
-    yield from (name for name in found if name and name != "self")
+            return []
+    return [name for name in found if name not in ("", "self")]
 
 
 def _root(node: ast.AST) -> str:
@@ -242,7 +236,7 @@ def is_mixing(tree: ast.AST) -> str:
 
 def _literal(node: ast.AST) -> Any:
     try:
-        value = ast.literal_eval(node)  # type: ignore[arg-type]
+        value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError):
         return None
     return tuple(value) if isinstance(value, list) else value
@@ -353,6 +347,7 @@ class _Cutting:
         self.block, self.index = self.places[-1].block, self.places[-1].index
         self.statement = self.block[self.index]
         self.conditional = self._is_conditional()
+        self.local, self.functions = _local_names(function)
         self.flows = [Flow([statement]) for statement in self.block[: self.index]]
         self.of_branch = _names(self.branch)[0]
         if any(isinstance(node, ast.NamedExpr) for node in ast.walk(self.statement)):
@@ -391,17 +386,17 @@ class _Cutting:
             raise
         self._check_order(inside)
         rows = self._rows(values, inside)
-        values = [*rows, *sorted(values - set(rows))]
+        ordered = [*rows, *sorted(values - set(rows))]
         nodes: list[ast.AST] = [self.block[i] for i in everything]
         body = [copy.deepcopy(self.block[i]) if i in repeated else self.block[i] for i in everything]
         result = ast.copy_location(ast.Return(self.branch), self.call)
         function = ast.copy_location(
-            ast.FunctionDef(name, _arguments(["self", *values]), [*body, result], []), self.call
+            ast.FunctionDef(name, _arguments(["self", *ordered]), [*body, result], []), self.call
         )
         if hasattr(self.function, "type_params"):
             function.type_params = []  # type: ignore[attr-defined]
-        self._replace(name, values, len(rows), inside)
-        return ast.fix_missing_locations(function), Cut(name, values, len(rows), [*nodes, self.branch])
+        self._replace(name, ordered, len(rows), inside)
+        return ast.fix_missing_locations(function), Cut(name, [*nodes, self.branch], _last(outside))
 
     def _nodes(self, inside: set[int]) -> Iterator[ast.AST]:
         for i in sorted(inside):
@@ -410,6 +405,8 @@ class _Cutting:
 
     def _reach(self, name: str, before: int) -> int:
         """The last statement before another that may write a name; -1 for none of the block."""
+        if name not in self.local:
+            return -1
         return next((i for i in reversed(range(before)) if name in self.flows[i].perhaps), -1)
 
     def _reads(self, i: int) -> set[str]:
@@ -506,16 +503,16 @@ class _Cutting:
 
     def _refuse_empty(self, outside: dict[int, str]) -> None:
         if outside:
-            raise Refused(f"its branch is used outside too: {outside[max(outside)]}")
+            raise Refused(_last(outside))
         raise Refused(f"{_text(self.branch)} is computed outside of the block of {_text(self.statement)}")
 
     def _values(self, inside: set[int], everything: list[int]) -> set[str]:
         """The local names that the branch takes from outside."""
-        k, local = self.index, self._locals()
+        k = self.index
         taken: dict[str, int] = {}
         for j in [*everything, k]:
             names = self.of_branch if j == k else self._reads(j)
-            for name in names & local:
+            for name in names & self.local:
                 i = self._reach(name, j)
                 if i in everything:
                     continue
@@ -541,22 +538,6 @@ class _Cutting:
             for name in {*_changed(node)} & taken.keys():
                 raise Refused(f"{_text(self.branch)} changes {name!r} in place")
         return set(taken) - {"self"}
-
-    def _locals(self) -> set[str]:
-        """The names of the function that are local, and in ``functions`` those of nested functions."""
-        found = {each.arg for each in ast.walk(self.function.args) if isinstance(each, ast.arg)}
-        self.functions = set[str]()
-        for node in ast.walk(self.function):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                found.add(node.id)
-            elif isinstance(node, ast.FunctionDef | ast.ClassDef) and node is not self.function:
-                found.add(node.name)
-                self.functions.add(node.name)
-            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
-                self.functions |= {each.id for each in node.targets if isinstance(each, ast.Name)}
-            elif isinstance(node, ast.alias):
-                found.add(node.asname or node.name.partition(".")[0])
-        return found
 
     def _defined(self, inside: set[int]) -> set[str]:
         """The local names that surely have a value at the DropPath when the branch is cut out."""
@@ -697,27 +678,43 @@ class _Put(ast.NodeTransformer):
         return self.new if node is self.old else super().generic_visit(node)
 
 
+def _local_names(function: ast.FunctionDef) -> tuple[set[str], set[str]]:
+    """The names that are local in a function, and those of nested functions and classes."""
+    found = {each.arg for each in ast.walk(function.args) if isinstance(each, ast.arg)}
+    nested = set[str]()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, NESTED) and node is not function and not isinstance(node, ast.Lambda):
+            nested.add(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            nested |= {each.id for each in node.targets if isinstance(each, ast.Name)}
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name.partition(".")[0])
+    return found | nested, nested
+
+
 def _arguments(names: Sequence[str]) -> ast.arguments:
     return ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
 
 
+def _last(outside: dict[int, str]) -> str:
+    return f"its branch is used outside too: {outside[max(outside)]}" if outside else ""
+
+
 def _is_shape(statement: ast.stmt) -> bool:
     """Whether a statement only names other values, or their sizes, so that it can run twice."""
-    match statement:
-        case ast.Assign(targets, value) if all(
-            isinstance(node, ast.Name | ast.Tuple | ast.List | ast.Starred | ast.expr_context)
-            for target in targets
-            for node in ast.walk(target)
-        ):
-            mentions = [
-                node for node in ast.walk(value) if isinstance(node, ast.Call | ast.BinOp | ast.Lambda)
-            ]
-            return all(
-                _is_quiet(node)
-                or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod))
-                for node in mentions
-            )
-    return False
+    if not isinstance(statement, ast.Assign):
+        return False
+    pure = ast.Name | ast.Attribute | ast.Subscript | ast.Slice | ast.Tuple | ast.Constant | ast.keyword
+    pure |= ast.UnaryOp | ast.unaryop | ast.FloorDiv | ast.Mod | ast.expr_context | ast.Starred
+    return all(
+        isinstance(node, pure)
+        or (isinstance(node, ast.Call) and _is_quiet(node))
+        or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod))
+        for part in (*statement.targets, statement.value)
+        for node in ast.walk(part)
+    ) and not any(_changed(node) for node in ast.walk(statement))
 
 
 def _is_quiet(node: ast.AST) -> bool:
