@@ -1,8 +1,7 @@
 """Models of timm, torchvision and transformers after ``thinned.convert(model, skip=True)``.
 
 For each model: its DropPaths that skip and those that do not, with the reason; the largest difference of
-outputs and gradients to the masked form, in float64, under one address; and the CPU time of a training step, by
-turns.
+outputs and gradients to the masked form, in float64, under one address; and the CPU time of a training step.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -46,11 +46,11 @@ class Model:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def make(self) -> nn.Module:
-        """The model with random weights and the library's own DropPaths, whose p rises to 0.4."""
+        """The model with random weights, and with p = 0.4 in each of the library's own DropPaths."""
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return MAKERS[self.library](self).train()
+            return _with_p(MAKERS[self.library](self).train(), P)
 
 
 def _of_timm(model: Model) -> nn.Module:
@@ -64,10 +64,6 @@ def _of_torchvision(model: Model) -> nn.Module:
     import torchvision
 
     made: nn.Module = torchvision.models.get_model(model.name, num_classes=10, **model.arguments)
-    sites = [each for each in made.modules() if isinstance(each, torchvision.ops.StochasticDepth)]
-    most = max(site.p for site in sites)
-    for site in sites:  # some of its functions fix the probability
-        site.p *= P / most
     return made
 
 
@@ -96,28 +92,26 @@ MAKERS: dict[str, Callable[[Model], nn.Module]] = {
 }
 THIN = {"hidden_size": 192, "num_attention_heads": 3}
 MODELS = (
-    Model("timm", "vit_tiny_patch16_224", 128, 8, {"img_size": 128}),
-    Model("timm", "eva02_tiny_patch14_224", 112, 4, {"img_size": 112}),
-    Model("timm", "cait_xxs24_224", 64, 8, {"img_size": 64}),
-    Model("timm", "mixer_s32_224", 224, 4),
-    Model("timm", "convnext_atto"),
-    Model("timm", "pvt_v2_b0"),
-    Model("timm", "caformer_s18", 64, 8),
+    Model("timm", "vit_tiny_patch16_224", 128, arguments={"img_size": 128}),
+    Model("timm", "eva02_tiny_patch14_224", 112, arguments={"img_size": 112}),
+    Model("timm", "cait_xxs24_224", 128, 8, {"img_size": 128}),
+    Model("timm", "convnext_atto", 96),
+    Model("timm", "pvt_v2_b0", 96),
+    Model("timm", "mixer_s32_224", 224, 8),
+    Model("timm", "caformer_s18", batch=8),
     Model("timm", "efficientnet_b0"),
-    Model("torchvision", "convnext_tiny", 64, 4),
-    Model("torchvision", "swin_t", 64, 4),
-    Model("torchvision", "swin_v2_t", 64, 4),
-    Model("transformers", "Dinov2", 112, 4, THIN),
-    Model("transformers", "Beit", 112, 4, THIN | {"intermediate_size": 768}),
+    Model("torchvision", "convnext_tiny", batch=8),
+    Model("torchvision", "swin_t", batch=8),
+    Model("transformers", "Dinov2", 112, 8, THIN),
+    Model("transformers", "Beit", 112, 8, THIN | {"intermediate_size": 768}),
     Model("transformers", "Swin", arguments={"window_size": 2}),
 )
-CONSTANT, LINEAR = "p = 0.4", "p rises to 0.4"
 
 
-def _with_p(model: nn.Module, p: float | None) -> nn.Module:
-    """The model with ``p`` in all of its DropPaths; None leaves theirs."""
+def _with_p(model: nn.Module, p: float) -> nn.Module:
+    """The model with ``p`` in all of its DropPaths. A first block that has none stays without."""
     for module in model.modules():
-        if p is not None and type(module).__name__.endswith(("DropPath", "StochasticDepth")):
+        if type(module).__name__.endswith(("DropPath", "StochasticDepth")):
             setattr(module, "p" if hasattr(module, "p") else "drop_prob", p)
     return model
 
@@ -167,10 +161,11 @@ def _outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
 
 
-def _work(model: Model, p: float | None) -> Work:
-    theirs = _with_p(model.make(), p)
+def _work(model: Model) -> Work:
+    theirs = model.make()
     forms = {
-        **({"p = 0": _with_p(model.make(), 0.0), model.library: theirs} if p is not None else {}),
+        "p = 0": _with_p(model.make(), 0.0),
+        model.library: theirs,
         "thinned, masked": thinned.convert(theirs, inplace=False),
         "thinned": thinned.convert(theirs, skip=True, inplace=False),
     }
@@ -178,18 +173,17 @@ def _work(model: Model, p: float | None) -> Work:
     return {name: partial(step, form, x) for name, form in forms.items()}
 
 
-def _cases(model: Model, rounds: int) -> Iterator[Case]:
-    for rule, p in ((CONSTANT, P), (LINEAR, None)):
-        about = f"{model.library} {version(model.library)} {model.name}"
-        yield Case(
-            "convert(skip=True), CPU time of a training step",
-            f"{about}, {model.batch} x 3 x {model.size} x {model.size}, {rule}",
-            partial(_work, model, p),
-            (Bound("thinned, masked", 1),),
-            rounds=rounds,
-            elements=model.batch,
-            clock=_cpu_clock,
-        )
+def _case(model: Model, rounds: int) -> Case:
+    about = f"{model.library} {version(model.library)} {model.name}"
+    return Case(
+        "convert(skip=True), CPU time of a training step",
+        f"{about}, {model.batch} x 3 x {model.size} x {model.size}, p = {P}",
+        partial(_work, model),
+        (Bound("thinned, masked", 1),),
+        rounds=rounds,
+        elements=model.batch,
+        clock=_cpu_clock,
+    )
 
 
 def main(
@@ -202,33 +196,26 @@ def main(
     torch.set_num_threads(1)
     console = Console(width=None if sys.stdout.isatty() else 150)
     table = Table(
-        "model", "sites", "difference", "p", "no dropout", "library's", "masked", "skipping", "ratio"
+        "model", "batch", "sites", "difference", "p = 0", "library's", "masked", "skipping", "ratio"
     )
     reasons: list[str] = []
-    for model in MODELS:
+    for model in track(MODELS, "measuring", console=Console(stderr=True)):
         if only not in f"{model.library} {model.name}":
             continue
         made = model.make()
         sites = [site for block in made.modules() for site in skippable(block)]
         refused = Counter(site.reason for site in sites if site.reason)
         reasons += [f"{model.library} {model.name}: {n} x {reason}" for reason, n in refused.items()]
-        found = f"{len(sites) - refused.total()} of {len(sites)}"
-        x = torch.randn(6, 3, model.size, model.size)
-        about = [f"{model.library} {model.name} {model.size}²", found, f"{difference(made, x):.1e}"]
-        if refused.total() == len(sites):
-            table.add_row(*about)
-            continue
-        for case in _cases(model, rounds):
-            result = case.run()
-            spent = [duration(result.nanoseconds(name) * model.batch / 1e9) for name in result.seconds]
-            spent = [*[""] * (4 - len(spent)), *spent]
-            rule = case.setting.rpartition(", ")[2]
-            ratio = 1 / result.ratio("thinned", "thinned, masked")
-            table.add_row(*about, rule, *spent, f"{ratio:.2f}x")
-            about = ["", "", ""]
-            console.print(*(f"{each}" for each in (model.name, rule, *spent, f"{ratio:.2f}x")))
+        about = [f"{model.library} {model.name}", f"{model.batch} x {model.size}²"]
+        about += [f"{len(sites) - refused.total()} of {len(sites)}"]
+        about += [f"{difference(made, torch.randn(6, 3, model.size, model.size)):.1e}"]
+        if refused.total() < len(sites):
+            result = _case(model, rounds).run()
+            about += [duration(result.nanoseconds(name) * model.batch / 1e9) for name in result.seconds]
+            about += [f"{1 / result.ratio('thinned', 'thinned, masked'):.2f}x"]
             if save:
-                record.append(record.timed(result, record.on_cpu(case)))
+                record.append(record.timed(result, record.on_cpu(result.case)))
+        table.add_row(*about)
     console.print(table)
     console.print(*reasons, sep="\n")
     console.print(f"1 thread, load of the machine at the end {load()} a core, PyTorch {torch.__version__}")
