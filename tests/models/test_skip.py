@@ -1,4 +1,4 @@
-"""thinned.convert(skip=True): blocks compute their branches for the rows that a DropPath keeps, and no others."""
+"""thinned.convert(skip=True): blocks compute their branches for the rows that a DropPath keeps alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Counts(nn.Linear):
         super().__init__(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        COUNTED.append(x.shape[:-1].numel())
+        if not torch.compiler.is_compiling():
+            COUNTED.append(x.shape[:-1].numel())
         return super().forward(x)
 
 
@@ -72,8 +73,7 @@ class ViT(Base):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         x = x + self.drop_path1(self.f(self.attn(self.norm1(x), mask=attn_mask)))
-        x = x + self.drop_path2(self.g(self.norm2(x)))
-        return x
+        return x + self.drop_path2(self.g(self.norm2(x)))
 
 
 class Swin(Base):
@@ -108,8 +108,7 @@ class ConvNeXt(Base):
             x = self.f(x.transpose(1, 2))
         if self.gamma is not None:
             x = x.mul(self.gamma)
-        x = self.drop_path(x) + self.shortcut(shortcut)
-        return x
+        return self.drop_path(x) + self.shortcut(shortcut)
 
 
 class Torchvision(Base):
@@ -138,8 +137,7 @@ class Mixer(Base):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.f(self.norm1(x).transpose(1, 2).transpose(1, 2)))
-        x = x + self.drop_path(self.gamma * self.g(self.norm2(x)))
-        return x
+        return x + self.drop_path(self.gamma * self.g(self.norm2(x)))
 
 
 class NoSum(Base):
@@ -625,7 +623,7 @@ class Writes(Base):
 def test_refuses_a_branch_that_writes_to_its_input() -> None:
     block = thinned.convert(Writes(), skip=True)
     torch.manual_seed(1)
-    with pytest.raises(RuntimeError, match="DropPath in a Writes writes to its input"):
+    with pytest.raises(RuntimeError, match="DropPath in a Writes overwrites its input"):
         block(data())
 
 
@@ -666,7 +664,7 @@ def test_vmap_sees_the_masked_form(make: Callable[[], nn.Module]) -> None:
 def test_a_symbolic_trace_sees_the_masked_form(make: Callable[[], nn.Module]) -> None:
     masked, skipping = pair(make)
     tracer = torch.fx.Tracer()
-    tracer.is_leaf_module = lambda module, name: (
+    tracer.is_leaf_module = lambda module, _: (
         isinstance(module, Attention) or not isinstance(module, Base | nn.Sequential)
     )  # type: ignore[method-assign]
     targets = [[str(node.target) for node in tracer.trace(each).nodes] for each in (skipping, masked)]
@@ -676,19 +674,23 @@ def test_a_symbolic_trace_sees_the_masked_form(make: Callable[[], nn.Module]) ->
 # Compiled, checkpointed, in mixed precision.
 
 
-@pytest.mark.parametrize("around", [seeded, addressed, with_samples])
-@pytest.mark.parametrize("make", [ViT, ConvNeXt, Torchvision])
+@pytest.mark.parametrize(
+    ("make", "around"),
+    [
+        (Torchvision, with_samples),
+        pytest.param(ConvNeXt, addressed, marks=pytest.mark.slow),
+        pytest.param(ViT, seeded, marks=pytest.mark.slow),
+        pytest.param(Cat, seeded, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_without_a_recompilation_a_step(make: Callable[[], nn.Module], around: Around) -> None:
-    masked, skipping = pair(make)
+    masked, skipping = (each[0] for each in pair(make))
     if around is not seeded:
-        around(masked), around(skipping)
+        around(masked)
+        around(skipping)
     compiled = torch.compile(skipping, backend="aot_eager", fullgraph=True)
     for seed in range(4):
-        if seed:
-            stance = torch.compiler.set_stance("fail_on_recompile")
-        else:
-            stance = nullcontext()
-        with stance:
+        with torch.compiler.set_stance("fail_on_recompile" if seed else "default"):
             found = gradients(compiled, data(seed=seed), lambda _, s=seed: within(around, skipping, s))
         wanted = gradients(masked, data(seed=seed), lambda _, s=seed: within(around, masked, s))
         assert_equal(found, wanted)
@@ -730,7 +732,8 @@ def test_checkpointed(around: Around, reentrant: bool) -> None:
 def test_autocast_keeps_the_dtypes() -> None:
     for make in (ViT, ConvNeXt, Torchvision, NoSum):
         masked, skipping = pair(make)
-        masked.float(), skipping.float()
+        masked.float()
+        skipping.float()
         for dtype in (torch.float32, torch.bfloat16):
             outputs = []
             for model in (masked, skipping):
@@ -750,23 +753,29 @@ def test_the_block_looks_as_before(caplog: pytest.LogCaptureFixture) -> None:
     keys, text = list(model.state_dict()), repr(model)
     assert thinned.convert(model, skip=True) is model
     assert "4 branches compute their kept rows alone" in caplog.text
-    assert model[0] is block and isinstance(block, kind) and type(block) is not kind
-    assert type(block).__name__ == "ViT" and type(block).__qualname__ == kind.__qualname__
-    assert list(model.state_dict()) == keys and repr(model) == text
+    assert model[0] is block
+    assert isinstance(block, kind)
+    assert type(block) is not kind
+    assert type(block).__name__ == "ViT"
+    assert type(block).__qualname__ == kind.__qualname__
+    assert list(model.state_dict()) == keys
+    assert repr(model) == text
     assert inspect.getsource(block.forward) == inspect.getsource(forward)
     assert inspect.signature(block.forward) == inspect.signature(forward.__get__(block))
     classes = [type(each) for each in model.modules()]
     thinned.convert(model, skip=True)
     assert [type(each) for each in model.modules()] == classes
     thinned.revert(model)
-    assert type(block) is kind and type(model[1][0]) is Mixer
+    assert type(block) is kind
+    assert type(model[1][0]) is Mixer
     assert "2 blocks no longer skip" in caplog.text
 
 
 def test_include_and_exclude_choose_drop_paths() -> None:
     model = nn.Sequential(ViT(), Mixer())
     thinned.convert(model, skip=True, exclude="1.*")
-    assert skipped_calls(model[0]) and not skipped_calls(model[1])
+    assert skipped_calls(model[0])
+    assert not skipped_calls(model[1])
     thinned.convert(model, skip=True, include="*.drop_path")
     assert skipped_calls(model[1])
     thinned.revert(model)

@@ -177,6 +177,10 @@ class Branch(Seeing):
             return _Take.apply(x, self.index)  # type: ignore[attr-defined, no-any-return]
         return _rows(x, self.index), x
 
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The rows of another tensor of the batch."""
+        return x if self.index is None else _rows(x, self.index)
+
     def plus(self, x: Tensor, y: Tensor) -> Tensor:
         """``x`` and what the branch computed, ``y``."""
         index, y = self._kept(y)
@@ -252,12 +256,17 @@ class _Take(SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(index)
+        ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         return _rows(x, index), x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_x: Tensor) -> tuple[Tensor, None]:
-        return grad_x if grad is None else _with_rows(grad_x, ctx.saved_tensors[0], grad), None
+    def backward(ctx: Any, grad: Tensor | None, grad_x: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return grad_x, None
+        if grad_x is None:
+            grad_x = grad.new_zeros(ctx.shape)
+        return _with_rows(grad_x, ctx.saved_tensors[0], grad), None
 
 
 class _Plus(SingleLevelFunction):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from thinned.backends.arguments import DTYPES
 from thinned.layers import DropPath, StochasticDepth
-from thinned.layers._arguments import threshold_and_scale
+from thinned.layers._arguments import key_for, threshold_and_scale
 from thinned.layers.residual import Branch, computes_rows
 from thinned.models.address.hooks import call_as, has_only_hooks_of_address
-from thinned.torch_state import compiling
+from thinned.torch_state import compiling, version_of
 
 __all__ = ["run"]
 
@@ -45,24 +46,26 @@ def run(
             y += x
             return y
         return x + y if kind == "after" else y + x
-    taken = [
-        part.take(value) if i < rows and isinstance(value, Tensor) else value
-        for i, value in enumerate(values)
-    ]
-    version = None if compiling() or taken[0] is values[0] else taken[0]._version
+    taken, passed = part.take(values[0])
+    others = (
+        part.rows_of(value) if i < rows and isinstance(value, Tensor) else value
+        for i, value in enumerate(values[1:], 1)
+    )
+    version = None if compiling() or taken.is_inference() else version_of(taken)
     with part:
-        y = branch(block, *taken)
-    if version is not None and taken[0]._version != version:
+        y = branch(block, taken, *others)
+    if version is not None and version_of(taken) != version:
         raise RuntimeError(
-            f"the branch before {type(drop).__name__} in a {type(block).__name__} writes to its input, which "
-            "thinned.convert(skip=True) cannot follow; exclude this DropPath"
+            f"the branch before a {type(drop).__name__} in a {type(block).__name__} overwrites its input, "
+            "which is a copy for some numbers of kept rows and for others not; exclude it from the conversion"
         )
     if not kind:
         return part.put(y)
     x = other() if isinstance(other, FunctionType) else other
+    if x is values[0]:
+        x = passed
     if not isinstance(x, Tensor) or not x.dim():
-        y = part.put(y)
-        return y + x
+        return part.put(y) + x
     z = part.plus(x, y)
     return z.to(y.dtype) if kind == "into" else z
 
@@ -86,7 +89,8 @@ def _decide(drop: Any, rows: int, values: Sequence[Any]) -> Branch | None:
     if not all(_fits(value, size, i < rows) for i, value in enumerate(values)):
         return None
     T, scale = threshold_and_scale(p)
-    return call_as(drop, Branch.decide, x, T, scale if scales else 1.0, mode, None)
+    key = call_as(drop, partial(key_for, x, None, sample_dim=0 if mode == "row" else None))
+    return Branch.decide(size, T, scale if scales else 1.0, mode, key)
 
 
 def _fits(value: Any, size: int, has_rows: bool) -> bool:
