@@ -71,10 +71,10 @@ class Site:
         function, file, line: where a call stands.
         note: a warning, such as that it drops in evaluation too, or the reason why convert leaves it.
         calls: the number of times that it dropped in a run in training; None without a run.
-        skip: for a DropPath, what :func:`thinned.convert` with ``skip=True`` does: ``"can skip norm1, attn"``,
-            afterwards ``"skips norm1, attn"``, or ``"cannot skip: "`` and the reason. Empty for other sites.
-        saves: the share of the model's floating-point operations that skipping saves on average: ``p`` times
-            the branch's share. None without a run, and for a site that cannot skip.
+        skip: what :func:`thinned.convert` with ``skip=True`` does to a DropPath: ``"can skip norm1, attn"``,
+            after it ``"skips norm1, attn"``, or ``"cannot skip: "`` and the reason. Empty for other sites.
+        saves: the share of a forward pass's floating-point operations that skipping saves on average, which is
+            ``p`` times that of the modules in ``skip``. None without a run, and if nothing can be skipped.
     """
 
     paths: tuple[str, ...]
@@ -158,7 +158,8 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
     transformers chooses; ``p`` is read if it is plainly written. So is layerdrop, which skips layers at
     random. Given inputs, the model also runs once in training and once in evaluation: each function that
     drops and each other use of random numbers is reported with its module, its ``p`` and the number of its
-    calls.
+    calls. For a DropPath it says which modules ``convert(model, skip=True)`` skips, or why it cannot; given
+    inputs also which share of the floating-point operations of a forward pass that saves.
 
     Args:
         model: any module; it is not changed.

@@ -49,13 +49,11 @@ def branches_of(modules: Iterable[nn.Module]) -> dict[int, Branches]:
             found[id(block)] = Branches({"branch": block.branch}, {}, [])
         skipped = skipped_calls(block)
         # A branch that skips may have a batch normalization.
-        all_that_skip = (
-            {each.call: each for each in skippable(block, allow_batch_norm=True)} if skipped else {}
-        )
+        lenient = {each.call: each for each in skippable(block, allow_batch_norm=True)} if skipped else {}
         for skip in skippable(block):
             branches = found.setdefault(id(children[skip.path]), Branches({}, {}, []))
             if skip.call in skipped:
-                names, to = all_that_skip[skip.call].modules, branches.skipped
+                names, to = lenient[skip.call].modules, branches.skipped
             else:
                 names, to = skip.modules, branches.others
                 branches.reasons += [skip.reason] * bool(skip.reason)
