@@ -12,7 +12,7 @@ from torch import Tensor
 from thinned.distributed.ranks import has_peers
 from thinned.keys import Key
 
-__all__ = ["KeySource", "Rows", "Seeing", "active", "ranks_draw"]
+__all__ = ["KeySource", "Rows", "Seeing", "active", "ranks_draw", "refuse_rows"]
 
 
 @dataclass(frozen=True)
@@ -22,24 +22,29 @@ class Rows:
     Attributes:
         index: their places in the batch, ascending: an int64 tensor of one dimension.
         size: the number of rows of the batch.
+        outer: the rows that this batch is, where one branch is within another.
     """
 
     index: Tensor
     size: int
+    outer: Rows | None = None
 
     def of(self, seen: int) -> Rows:
         """The rows for an input of ``seen`` rows: several for each of the branch, such as its windows."""
         count = self.index.shape[0]
-        each = seen // max(count, 1)
+        each = seen // count
         if each * count != seen:
             raise RuntimeError(
                 f"a residual branch computes {count} kept rows of a batch of {self.size}, and a dropout in "
                 f"it was given {seen} rows, which is no multiple; compute this branch for all rows"
             )
-        if each == 1:
-            return self
-        first = self.index.unsqueeze(1) * each
-        return Rows((first + torch.arange(each, device=first.device)).flatten(), self.size * each)
+        index, size = self.index, self.size * each
+        if each > 1:
+            index = (index.unsqueeze(1) * each + torch.arange(each, device=index.device)).flatten()
+        if self.outer is None:
+            return Rows(index, size)
+        outer = self.outer.of(size)
+        return Rows(outer.index[index], outer.size)
 
 
 class KeySource(Protocol):
@@ -101,6 +106,15 @@ class Seeing:
 
     def __exit__(self, *_: object) -> None:
         active.rows = self._outer
+
+
+def refuse_rows(what: str) -> None:
+    """Raise where the active key source has a mask for all rows, and the running code sees only some."""
+    if active.rows is not None and active.key_source is not None:
+        raise RuntimeError(
+            f"{what} within a residual branch that is computed for the kept rows alone cannot have the mask "
+            "that these rows have in the whole batch; compute this branch for all rows"
+        )
 
 
 def ranks_draw() -> bool:

@@ -26,6 +26,7 @@ forward_mode                          needed   forward-mode differentiation
 base_of, is_odd_view, version_of      needed   in-place checks
 on_proxies, node_of, budget_of        needed   the tag on random draws in compiled graphs
 graph_task_is_running                 needed   the refusal of dropouts called within a backward pass
+assume                                needed   a fact about a size that compiled code cannot know
 MODULE_CALL                           needed   frames of running modules
 children_of ... load_hooks_of         needed   dictionaries of a module
 is_replica                            needed   modules of ``DataParallel``
@@ -136,6 +137,7 @@ try:
     _kinds_of_modes = torch._C._TorchDispatchModeKey
     _TRACERS = _kinds_of_modes.FAKE, _kinds_of_modes.PROXY, _kinds_of_modes.FUNCTIONAL
     _tracing = torch._C._is_tracing
+    assume = torch._check
     MODULE_CALL = nn.Module._call_impl.__code__  # the code object of a frame that calls a module's forward
     # From 2.13 on; PyTorch 2.11 has no budgets of regions.
     _budget_of_region: Callable[[Any], Any]

@@ -69,14 +69,16 @@ def apply(
         if broadcast_dims and not input.is_nested:
             # Raises before the key source counts this call.
             shared_dims = dims_of(input.shape, broadcast_dims)
-        if elementwise and (dim := active.key_source.sample_dim(input)):
+        if elementwise:
+            sample_dim = active.key_source.sample_dim(input)
+        key = active.key_source.key_for(input, None if sample_dim in shared_dims else sample_dim)
+        if sample_dim and key is not None and type(key) is not RowsKey and key.shape:
             ndim = input.dim()
-            order = [dim, *(d for d in range(ndim) if d != dim)]
+            order = [sample_dim, *(d for d in range(ndim) if d != sample_dim)]
             # A batch of keys belongs to dimension 0.
             moved = tuple(order.index(d % ndim) for d in broadcast_dims)
-            y = apply(input.movedim(dim, 0), None, moved, inplace, T, scale, shift, fill)
-            return input if inplace else y.movedim(0, dim)
-        key = active.key_source.key_for(input, None if sample_dim in shared_dims else sample_dim)
+            y = apply(input.movedim(sample_dim, 0), key, moved, inplace, T, scale, shift, fill)
+            return input if inplace else y.movedim(0, sample_dim)
     bits = None
     if key is not None:
         if type(key) is Key:
@@ -273,6 +275,8 @@ def check_key(key: Key, shape: Sequence[int]) -> Key:
     """:func:`as_key`; raise if it is no key, or a batch of keys that does not fit a tensor of ``shape``."""
     if not isinstance(key, Key):
         key = as_key(key)
+    if isinstance(key, RowsKey):
+        return key
     if key.bits.dim() > 1 or (key.bits.dim() and key.shape[:1] != tuple(shape[:1]) and not tracing()):
         batch = f", or a batch of shape ({shape[0]},), one for each row" if shape else ""
         raise RuntimeError(

@@ -14,6 +14,7 @@ from torch.overrides import has_torch_function
 from thinned import op
 from thinned.checks import check_integer, check_real, got
 from thinned.geometry import shared
+from thinned.key_source import active
 from thinned.keys import Key
 from thinned.layers._arguments import check_device, check_tensor, drops
 from thinned.layers._overrides import module_node, overridden
@@ -82,7 +83,11 @@ def masksembles(
         )
     masks, rows = op.whole(masks), input.shape[0]
     if member is None:
-        member = torch.arange(rows, device=input.device) * members // rows
+        place, size = torch.arange(rows, device=input.device), rows
+        if active.rows is not None:
+            seen = active.rows.of(rows)
+            place, size = seen.index, seen.size
+        member = place * members // size
     if isinstance(member, Tensor):
         _check_members(member, input)
         keep = masks.index_select(0, op.whole(member).reshape(-1))

@@ -15,6 +15,7 @@ from thinned import op
 from thinned.checks import check_integer, got
 from thinned.devices import to_device
 from thinned.distributed.shards import is_dtensor
+from thinned.key_source import refuse_rows
 from thinned.keys import Key
 from thinned.layers._arguments import check_key, check_p, drops, key_for
 from thinned.layers._overrides import module_node
@@ -78,6 +79,8 @@ class _VariationalRNN(Scriptable, nn.RNNBase):
             if self.weight_p:
                 check_one_key(key)
         if self.training and any(getattr(self, name) for name in self._p_names):
+            if self.weight_p and key is None:
+                refuse_rows(f"a {type(self).__name__} with weight_p")  # one key for weights and rows
             sample_dim = 1 if batched and not self.weight_p else None
             key = key_for(states[0] if is_packed else x, key, sample_dim=sample_dim)
         else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,8 @@ from thinned.keys import Key
 from thinned.layers._arguments import apply, check_tensor, kept, key_for, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node
-from thinned.layers.path import check_mode, drops_rows
-from thinned.torch_state import compiling, is_eager
+from thinned.layers.path import check_mode, drops_rows, stochastic_depth
+from thinned.torch_state import SingleLevelFunction, assume, compiling, is_eager, version_of
 
 __all__ = ["Branch", "Residual", "computes_rows", "refuse_batch_norm", "residual"]
 
@@ -93,19 +93,32 @@ def residual(
         raise TypeError(f"branch must be a function of a tensor, {got(branch)}")
     T, scale = threshold_and_scale(p)
     check_mode(mode)
+    by_row = mode == "row"
+    if isinstance(x, Proxy):
+        y = stochastic_depth(branch(x), p, mode, training, key=key)
+        return x + (y if scale_by_keep or not T else y * (1 / scale))
     check_tensor("residual", "x", x)
     if not drops_rows("residual", x, p, training, key):
         return x + branch(x)
     if not allow_batch_norm:
         refuse_batch_norm(branch)
     scale = scale if scale_by_keep else 1.0
+    key = key_for(x, key, sample_dim=0 if by_row else None)
     if not computes_rows(x):
-        return x + _masked(branch(x), T, scale, mode, key)
-    part = Branch.decide(x, T, scale, mode, key)
+        y = branch(x)
+        return x + apply(y, key, range(by_row, y.dim()), False, T, scale)
+    part = Branch.decide(x.shape[0], T, scale, mode, key)
     if part.is_dropped and not (has_peers() or active.key_source is not None):
         return x.clone()
+    rows, x = part.take(x)
+    version = None if compiling() or rows.is_inference() else version_of(rows)
     with part:
-        y = branch(part.take(x))
+        y = branch(rows)
+    if version is not None and version_of(rows) != version:
+        raise RuntimeError(
+            "a residual branch has overwritten its input, which is a copy for some numbers of kept rows and "
+            "for others not; use no in-place operation on the input, such as ReLU(inplace=True)"
+        )
     return part.plus(x, y)
 
 
@@ -119,56 +132,50 @@ class Branch(Seeing):
 
     Attributes:
         index: the places of the rows that the branch computes; None for all rows.
-        used: which of these are kept; None for all of them.
+        used: True for those of them that are kept; None if all are.
+        is_dropped: whether none is kept; compiled code does not know.
         size: the number of rows of the batch.
         scale: the factor of what is added.
     """
 
-    def __init__(self, index: Tensor | None, used: Tensor | None, size: int, scale: float) -> None:
-        rows = active.rows
-        if index is not None:
-            rows = Rows(index, size)
-            if active.rows is not None:
-                outer = active.rows.of(size)
-                rows = Rows(outer.index[index], outer.size)
-        super().__init__(rows)
+    def __init__(
+        self, index: Tensor | None, used: Tensor | None, size: int, scale: float, is_dropped: bool = False
+    ) -> None:
+        super().__init__(active.rows if index is None else Rows(index, size, active.rows))
         self.index, self.used, self.size, self.scale = index, used, size, scale
+        self.is_dropped = is_dropped
 
     @classmethod
-    def decide(cls, x: Tensor, T: int, scale: float, mode: str, key: Key | None) -> Branch:
-        """Draw the decisions for ``x``: those of :func:`~thinned.functional.stochastic_depth` for the key."""
-        size, by_row = x.shape[0], mode == "row"
-        key = key_for(x, key, sample_dim=0 if by_row else None)
-        keep = kept(key, x, range(by_row, x.dim()), T).flatten().expand(size)
-        index = keep.nonzero().squeeze(1)
-        if compiling():
-            return cls(index, None, size, scale)
-        count = index.shape[0]
-        if count == size:
-            return cls(None, None, size, scale)
-        # One row would look like one that all rows share to a key source.
-        least = 1 if active.key_source is None else 2
-        if count >= least:
-            return cls(index, None, size, scale)
-        computed = keep.clone()
-        computed[(~keep).nonzero()[: least - count]] = True
+    def decide(cls, size: int, T: int, scale: float, mode: str, key: Key) -> Branch:
+        """The decisions of :func:`~thinned.functional.stochastic_depth` about ``size`` rows.
+
+        The key is that of :func:`~thinned.layers._arguments.key_for`.
+        """
+        keep = kept(key, (size,), () if mode == "row" else (0,), T).expand(size)
+        # One row would look like one that all rows share to a key source. Compiled code would have a graph of
+        # its own for one row, and for none.
+        least = 2 if compiling() or active.key_source is not None else 1
+        if not compiling():
+            index = keep.nonzero().squeeze(1)
+            count = index.shape[0]
+            if count == size:
+                return cls(None, None, size, scale)
+            if count >= least:
+                return cls(index, None, size, scale)
+        computed = keep | ((~keep).cumsum(0) <= least - keep.sum())
         index = computed.nonzero().squeeze(1)
-        return cls(index, keep[index].nonzero().squeeze(1), size, scale)
+        if compiling():
+            assume(index.shape[0] >= min(least, size))
+            assume(index.shape[0] <= size)
+        return cls(index, keep.index_select(0, index), size, scale, not compiling() and not count)
 
-    @property
-    def is_dropped(self) -> bool:
-        """Whether no row is kept."""
-        return self.used is not None and not self.used.shape[0]
-
-    def take(self, x: Tensor) -> Tensor:
-        """The rows of ``x`` that the branch computes."""
-        index = self.index
-        if index is None:
-            return x
-        order = _memory_order(x)
-        if order is None:
-            return x.index_select(0, index)
-        return x.permute(order).index_select(0, index).permute(_inverse(order))
+    def take(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of ``x`` that the branch computes, and ``x`` for :meth:`plus`."""
+        if self.index is None:
+            return x, x
+        if _records(x):
+            return _Take.apply(x, self.index)  # type: ignore[attr-defined, no-any-return]
+        return _rows(x, self.index), x
 
     def plus(self, x: Tensor, y: Tensor) -> Tensor:
         """``x`` and what the branch computed, ``y``."""
@@ -177,13 +184,12 @@ class Branch(Seeing):
             return torch.add(x, y, alpha=self.scale)
         if x.shape[1:] != y.shape[1:] or x.shape[0] != self.size:
             return x + self._put(index, y)
-        dtype = torch.result_type(x, y)
-        x, y = x.to(dtype), y.to(dtype)
-        order = _memory_order(x)
-        if order is None:
-            return x.index_add(0, index, y, alpha=self.scale)
-        x, y = x.permute(order), y.permute(order)
-        return x.index_add(0, index, y, alpha=self.scale).permute(_inverse(order))
+        if x.dtype != y.dtype:
+            dtype = torch.promote_types(x.dtype, y.dtype)
+            x, y = x.to(dtype), y.to(dtype)
+        if _records(x) or _records(y):
+            return _Plus.apply(x, y, index, self.scale)  # type: ignore[attr-defined, no-any-return]
+        return _with_rows(x, index, y, self.scale)
 
     def put(self, y: Tensor) -> Tensor:
         """What the branch computed, in its rows of the batch, with zeros in the others."""
@@ -196,17 +202,37 @@ class Branch(Seeing):
             raise RuntimeError(
                 f"a residual branch has to return a tensor of {wanted} rows, as its input has, {got(y)}"
             )
-        if self.used is None or self.index is None:
-            return self.index, y
-        return self.index[self.used], y.index_select(0, self.used)
+        if self.used is not None:
+            y = torch.where(self.used.view(-1, *(1,) * (y.dim() - 1)), y, 0)
+        return self.index, y
 
     def _put(self, index: Tensor, y: Tensor) -> Tensor:
         full = y.new_zeros(()).expand(self.size, *y.shape[1:])
         return full.index_add(0, index, y, alpha=self.scale)
 
 
+def _records(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled() and not compiling()
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    order = _memory_order(x)
+    if order is None:
+        return x.index_select(0, index)
+    return x.permute(order).index_select(0, index).permute(_inverse(order))
+
+
+def _with_rows(x: Tensor, index: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+    """A copy of ``x``, in its memory format, with ``y * scale`` added to some of its rows."""
+    if x.is_contiguous():
+        return x.index_add(0, index, y, alpha=scale)
+    if (order := _memory_order(x)) is None:
+        return x.clone().index_add_(0, index, y, alpha=scale)
+    return x.permute(order).index_add(0, index, y.permute(order), alpha=scale).permute(_inverse(order))
+
+
 def _memory_order(x: Tensor) -> tuple[int, ...] | None:
-    """The dimensions in the order of memory, for a tensor in one piece that is not contiguous; else None.
+    """The dimensions of a channels_last tensor in the order of memory; None for another tensor.
 
     Along a channels_last tensor as it stands ``index_select`` and ``index_add`` take 10 times as long.
     """
@@ -220,15 +246,39 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(dim) for dim in range(len(order)))
 
 
-def _masked(y: Tensor, T: int, scale: float, mode: str, key: Key | None) -> Tensor:
-    by_row = mode == "row"
-    return apply(y, key, range(by_row, y.dim()), False, T, scale, sample_dim=0 if by_row else None)
+class _Take(SingleLevelFunction):
+    """Rows of ``x``, and ``x``: one pass of backward adds the gradients of both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(index)
+        ctx.set_materialize_grads(False)
+        return _rows(x, index), x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_x: Tensor) -> tuple[Tensor, None]:
+        return grad_x if grad is None else _with_rows(grad_x, ctx.saved_tensors[0], grad), None
+
+
+class _Plus(SingleLevelFunction):
+    """:func:`_with_rows`; that of ``index_add`` would save ``y`` for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, index: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.scale = scale
+        return _with_rows(x, index, y, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        rows = _rows(grad, ctx.saved_tensors[0]) * ctx.scale if ctx.needs_input_grad[1] else None
+        return grad, rows, None, None
 
 
 def refuse_batch_norm(branch: Any) -> None:
     """Raise ValueError, with its name, for a batch normalization in training that ``branch`` holds."""
-    for path, module in _modules_of(branch):
-        if isinstance(module, _BatchNorm) and module.training:
+    for path, module in _modules_of(branch, set()):
+        if _takes_statistics(module):
             raise ValueError(
                 f"the branch has a {type(module).__name__} in training"
                 f"{path and f' at {path!r}'}, whose statistics would be those of the kept rows alone; "
@@ -236,18 +286,48 @@ def refuse_batch_norm(branch: Any) -> None:
             )
 
 
-def _modules_of(branch: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a function holds: itself, its owner, and what its closure and its defaults name."""
-    if isinstance(branch, nn.Module):
-        yield from branch.named_modules()
-    elif isinstance(branch, partial):
-        for value in (branch.func, *branch.args, *branch.keywords.values()):
-            yield from _modules_of(value)
-    elif isinstance(branch, MethodType):
-        yield from _modules_of(branch.__self__)
-    elif isinstance(branch, FunctionType):
-        for cell in branch.__closure__ or ():
-            yield from _modules_of(cell.cell_contents)
+def _takes_statistics(module: nn.Module) -> bool:
+    """Whether a call computes, or updates, statistics of the batch."""
+    if module.training:
+        return isinstance(module, _BatchNorm) or getattr(module, "running_var", None) is not None
+    return isinstance(module, _BatchNorm) and module.running_mean is None
+
+
+def _modules_of(value: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a function holds: itself, its owner, and all in its closure, defaults and globals."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    held: Iterable[Any] = ()
+    if isinstance(value, nn.Module):
+        yield from value.named_modules()
+    elif isinstance(value, partial):
+        held = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        held = (value.__self__, value.__func__)
+    elif isinstance(value, FunctionType):
+        names = (value.__globals__.get(name) for name in value.__code__.co_names)
+        held = (
+            *(_contents(cell) for cell in value.__closure__ or ()),
+            *(value.__defaults__ or ()),
+            *(value.__kwdefaults__ or {}).values(),
+            *(each for each in names if isinstance(each, nn.Module)),
+        )
+    elif isinstance(value, list | tuple):
+        held = value
+    elif isinstance(value, dict):
+        held = value.values()
+    elif callable(value) and not isinstance(value, type):
+        held = getattr(value, "__dict__", {}).values()
+    for each in held:
+        yield from _modules_of(each, seen)
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that is not assigned yet
+        return None
 
 
 class Residual(Layer):
@@ -287,6 +367,15 @@ class Residual(Layer):
         self.mode = mode
         self.scale_by_keep = scale_by_keep
         self.allow_batch_norm = allow_batch_norm
+
+    def _scriptable_forward(self, input: Tensor) -> Tensor:
+        # The mask is drawn before the branch draws, and in a dtype that rounds no scale.
+        keep = torch.ones([input.size(0)] + [1] * (input.dim() - 1), dtype=torch.float64, device=input.device)
+        keep = torch.ops.thinned.stochastic_depth(keep, float(self.p), self.mode, self.training)
+        if not self.scale_by_keep:
+            keep = (keep != 0).to(keep.dtype)
+        y = self.branch(input)
+        return input + torch.where(keep != 0, (y * keep).to(y.dtype), torch.zeros_like(y))
 
     def forward(self, input: Tensor, *, key: Key | None = None) -> Tensor:
         if isinstance(input, Proxy) and (node := module_node(self, input, key=key)) is not None:

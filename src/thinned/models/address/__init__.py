@@ -21,6 +21,7 @@ from thinned.distributed.shards import is_dtensor
 from thinned.functional import keep_mask
 from thinned.key_source import KeySource, active
 from thinned.keys import Key, key_of_rows, key_of_seed
+from thinned.layers import Residual, StochasticDepth
 from thinned.models.address.hooks import ModuleHooks, hook_wrapper, hooks_of, module_at
 from thinned.models.checkpoint import Counting, close_failed
 from thinned.models.walk import check_model, is_ours
@@ -207,6 +208,11 @@ class Address:
         return parts
 
     def __enter__(self) -> Address:
+        if active.rows is not None:
+            raise RuntimeError(
+                "thinned.address is entered within a residual branch that is computed for the kept rows "
+                "alone; enter it around the whole model"
+            )
         _Running(self).begin()
         if not compiling():
             self.hooks.context = self
@@ -341,6 +347,8 @@ class Address:
             check_integer("a size of shape", size)
         layer = copy(module)
         layer.training = True
+        if isinstance(layer, Residual):
+            layer = StochasticDepth(layer.p, layer.mode)  # the same mask, without the branch
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.ones(tuple(shape), device="cpu", requires_grad=True)
             y = None
@@ -412,8 +420,8 @@ class _Running(Counting):
 
     def sample_dim(self, input: Tensor) -> int:
         """See :class:`thinned.key_source.KeySource`."""
-        address = self.address
-        if address.samples is None or input.is_nested:
+        address, rows = self.address, active.rows
+        if (address.samples is None and rows is None) or input.is_nested:
             return 0
         shape, path = input.shape, self.stack[-1] if self.stack else ""
         ndim = len(shape)
@@ -429,8 +437,10 @@ class _Running(Counting):
             return dim % ndim
         if ndim > 2 and path in address.hooks.sample_dims:
             return address.hooks.sample_dims[path]
+        if address.samples is None:
+            return 0
         count, size = address.samples.shape[0], shape[0]
-        if (rows := active.rows) is not None and size % max(1, rows.index.shape[0]) == 0:
+        if rows is not None and size % rows.index.shape[0] == 0:
             size = rows.of(size).size
         if size != count and size != 1 and shape[1] == count:
             raise RuntimeError(

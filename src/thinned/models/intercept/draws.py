@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thinned import op
 from thinned.geometry import shared
-from thinned.key_source import active
+from thinned.key_source import active, refuse_rows
 from thinned.keys import Key
 from thinned.layers._arguments import key_for
 from thinned.models.draws import SINGLE, purpose_of
@@ -47,6 +47,8 @@ def uniform(like: Tensor, key: Key | None, samples: bool = False) -> Tensor:
     dim = 0
     if samples and key is None and active.key_source is not None:
         dim = active.key_source.sample_dim(like)
+    elif key is None:
+        refuse_rows(f"random numbers of shape {tuple(like.shape)}")
     moved = like.movedim(dim, 0) if dim else like
     bits = key_for(moved, key, sample_dim=0 if samples else None).bits
     u = op.uniform(bits, moved.shape, shared(moved.shape, (), bits.dim()))

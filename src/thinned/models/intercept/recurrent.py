@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from thinned import functional as F
+from thinned.key_source import refuse_rows
 from thinned.keys import Key
 from thinned.layers._arguments import check_p, key_for
 
@@ -67,7 +68,10 @@ def run(
     def drop(x: Tensor) -> Tensor:
         transposed = batch_first == (False,)
         x = x.transpose(0, 1) if transposed else x
-        y = F.dropout(x, p, key=key_for(x, next_key(), sample_dim=None if batch_sizes else 0))
+        key = next_key()
+        if batch_sizes and key is None:
+            refuse_rows("dropout of a packed sequence")
+        y = F.dropout(x, p, key=key_for(x, key, sample_dim=None if batch_sizes else 0))
         return y.transpose(0, 1) if transposed else y
 
     directions, params_each = 1 + arguments.bidirectional, len(params) // arguments.num_layers
