@@ -126,15 +126,17 @@ def embedding_dropout(
             keep = mask.gather(1, words.flatten(1).long()).reshape(words.shape)
         else:
             keep = mask[words]
+        # By parts, as y * scale would be NaN beside an infinite part.
         if not by_place or (scale_grad_by_freq and key.shape):  # frequencies are those of all places
-            return torch.where(keep.unsqueeze(-1), _scaled(look_up(words) if by_place else y, scale), 0)
+            y = look_up(words) if by_place else y
+            y = torch.view_as_complex(torch.view_as_real(y) * scale) if y.is_complex() else y * scale
+            return torch.where(keep.unsqueeze(-1), y, 0)
         if max_norm is not None:
             torch.embedding_renorm_(weight.detach(), words.contiguous(), max_norm, norm_type)
         places = keep.flatten().nonzero().squeeze(1)
         kept = words.flatten().index_select(0, places)
-        y = _scaled(
-            F.embedding(kept, weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse), scale
-        )
+        y = F.embedding(kept, weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
+        (torch.view_as_real(y) if y.is_complex() else y).mul_(scale)
         zeros = y.new_zeros(words.numel(), weight.shape[1])
         return zeros.index_copy_(0, places, y).view(*words.shape, weight.shape[1])
 
@@ -144,11 +146,6 @@ def embedding_dropout(
     if input.is_nested:
         return elementwise("embedding_dropout", drop, input, key_for(input, key))
     return drop(input, key)
-
-
-def _scaled(y: Tensor, scale: float) -> Tensor:
-    # By parts, as y * scale would be NaN beside an infinite part.
-    return torch.view_as_complex(torch.view_as_real(y) * scale) if y.is_complex() else y * scale
 
 
 class EmbeddingDropout(Layer):

@@ -240,7 +240,7 @@ def token_dropout(
         NotImplementedError: ``layout=torch.jagged`` for DTensors, for nested tensors that are not jagged in
             dimension 1 or have holes, under :func:`torch.vmap` and other transforms, and in traces. Under
             :func:`torch.compile` it breaks the graph, and :func:`torch.utils.checkpoint.checkpoint` takes the
-            layers that follow, but not the call itself: PyTorch gives each nested tensor other symbolic sizes.
+            layers that follow, but not the call itself: each nested tensor has symbolic sizes of its own.
 
     Source: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
     networks", NIPS 2016, section 4.2, which zeroes word embeddings. There all places of a word share one
