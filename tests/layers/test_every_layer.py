@@ -137,7 +137,12 @@ def test_a_key_decides(entry: Entry, references: dict[str, Tensor]) -> None:
 @each_keyed_entry
 @pytest.mark.usefixtures("backend")
 def test_backends_agree(references: dict[str, Tensor], entry: Entry) -> None:
-    oracle.assert_same(result(entry, KEY), references[entry.name])
+    y, expected = result(entry, KEY), references[entry.name]
+    if entry.name in ("GELUDropout", "SiLUDropout"):  # the kernel rounds erf and exp in its own way
+        oracle.assert_same(y != 0, expected != 0)
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+        return
+    oracle.assert_same(y, expected)
 
 
 @each_keyed_entry
