@@ -29,6 +29,13 @@ inline V value(V x, V other, V bias, V scale, unsigned mask) {
     if constexpr (function == Function::silu_slope) return keep(mask, multiply(other, silu_slope(x)));
 }
 
+// For `generate`, which is compiled once for all functions and types.
+struct Meanwhile {
+    void* self;
+    void (*call)(void* self, int planes);
+    void operator()(int planes) const { call(self, planes); }
+};
+
 template <Function function, bool biased, bool streamed, class Element>
 class Fuse {
     using V = typename Vector<Element>::type;
@@ -74,17 +81,16 @@ class Fuse {
     Piece next_[batch], ready_[batch];  // whose bits are to be generated; whose bits are there
     uint64_t bits_[2 * batch];
     int next_count_ = 0, at_ = 0;
-    int64_t left_next_ = 0, left_ = 0, done_ = 0;  // elements; done_ of piece at_
+    int64_t left_next_ = 0, left_ = 0, all_ = 0, done_ = 0;  // elements; done_ of piece at_
 
     // Generate the bits of what was collected, and meanwhile apply those that are there.
     void turn() {
-        const int64_t groups = (blocks_.count + Pair::lanes - 1) / Pair::lanes, all = left_;
-        int64_t step = 0;
+        all_ = left_;
         if constexpr (function != Function::relu_slope)
-            generate(blocks_, task_.T, [&](int planes) {
-                if (!step) step = (all / (groups * planes) + chunk) / chunk * chunk;
-                advance(std::min(step, left_));
-            });
+            generate(blocks_, task_.T, Meanwhile{this, [](void* self, int planes) {
+                                                     Fuse& fuse = *static_cast<Fuse*>(self);
+                                                     fuse.advance(std::min(fuse.step(planes), fuse.left_));
+                                                 }});
         advance(left_);
         std::copy_n(blocks_.below, 2 * blocks_.count, bits_);
         std::copy_n(next_, next_count_, ready_);
@@ -93,17 +99,23 @@ class Fuse {
         left_next_ = done_ = 0;
     }
 
-    // n more elements, rounded up to whole chunks of a piece.
+    // How many elements to apply at a time, so that all are applied when the bits are there.
+    int64_t step(int planes) const {
+        const int64_t calls = (blocks_.count + Pair::lanes - 1) / Pair::lanes * planes;
+        return (all_ / calls + chunk) / chunk * chunk;
+    }
+
+    // n more elements.
     inline void advance(int64_t n) {
         left_ -= n;
         while (n > 0) {
             const Piece& piece = ready_[at_];
-            const int64_t some = std::min(n, piece.n - done_), end = done_ + some / chunk * chunk;
-            const auto* mask = reinterpret_cast<const uint8_t*>(bits_ + piece.word);
-            for (; done_ < end; done_ += chunk) whole(piece.at + done_, piece.column + done_, mask + done_ / 8);
-            const int rest = static_cast<int>(some % chunk);
-            if (rest) part(piece.at + done_, piece.column + done_, mask + done_ / 8, rest);
-            done_ += rest;
+            const int64_t from = done_, some = std::min(n, piece.n - from), rest = some % chunk;
+            const auto* mask = reinterpret_cast<const uint8_t*>(bits_ + piece.word) + from / 8;
+            whole(piece.at + from, piece.column + from, mask, some - rest);
+            const int64_t end = from + some - rest;
+            if (rest) part(piece.at + end, piece.column + end, mask + (some - rest) / 8, static_cast<int>(rest));
+            done_ = from + some;
             if (done_ == piece.n) ++at_, done_ = 0;
             n -= some;
         }
@@ -111,7 +123,6 @@ class Fuse {
 
     // 64 elements of the bias from a column on.
     const Element* bias(int64_t column, Element* buffer) const {
-        if constexpr (!biased) return nullptr;
         column %= task_.columns;
         if (column + chunk <= task_.columns) return bias_ + column;
         for (int i = 0; i < chunk; ++i) {
@@ -121,29 +132,38 @@ class Fuse {
         return buffer;
     }
 
-    void whole(int64_t at, int64_t column, const uint8_t* mask) const {
-        Element buffer[chunk];
-        const Element* other = function >= Function::add ? other_ + at : nullptr;
-        apply<streamed>(x_ + at, other, bias(column, buffer), y_ + at, mask, chunk);
+    // n elements, whole chunks. All that the loop reads is local: a vector's store may change any member.
+    inline void whole(int64_t at, int64_t column, const uint8_t* mask, int64_t n) const {
+        const Element *x = x_ + at, *other = function >= Function::add ? other_ + at : nullptr;
+        Element* y = y_ + at;
+        const V scale = scale_;
+        if constexpr (biased) {
+            Element buffer[chunk];
+            for (int64_t i = 0; i < n; i += chunk)
+                apply<streamed>(x + i, other + i, bias(column + i, buffer), y + i, mask + i / 8, chunk, scale);
+        } else {
+            apply<streamed>(x, other, nullptr, y, mask, n, scale);
+        }
     }
 
     void part(int64_t at, int64_t column, const uint8_t* mask, int n) const {
         Element x[chunk] = {}, other[chunk] = {}, buffer[chunk], y[chunk];
         std::memcpy(x, x_ + at, n * sizeof(Element));
         if constexpr (function >= Function::add) std::memcpy(other, other_ + at, n * sizeof(Element));
-        apply<false>(x, other, bias(column, buffer), y, mask, n);
+        apply<false>(x, other, biased ? bias(column, buffer) : nullptr, y, mask, n, scale_);
         std::memcpy(y_ + at, y, n * sizeof(Element));
     }
 
     template <bool stream>
-    void apply(const Element* x, const Element* other, const Element* bias, Element* y, const uint8_t* mask,
-               int n) const {
-        for (int i = 0; i < n; i += V::lanes) {
+    static inline void apply(const Element* x, const Element* other, const Element* bias, Element* y,
+                             const uint8_t* mask, int64_t n, V scale) {
+        for (int64_t i = 0; i < n; i += V::lanes) {
             const V its_x = V::load(x + i);
             V its_other = its_x, its_bias = its_x;
             if constexpr (function >= Function::add) its_other = V::load(other + i);
             if constexpr (biased) its_bias = V::load(bias + i);
-            const V result = value<function, biased>(its_x, its_other, its_bias, scale_, Bits<V::lanes>::at(mask, i));
+            const unsigned bits = Bits<V::lanes>::at(mask + i / 8, static_cast<int>(i % 8));
+            const V result = value<function, biased>(its_x, its_other, its_bias, scale, bits);
             if constexpr (stream)
                 result.stream(y + i);
             else
