@@ -100,7 +100,8 @@ class Trainee:
 
 def train(steps: int, batch: int, depth: int, dtype: torch.dtype) -> dict[str, Trainee]:
     """Train both by turns, so that whatever else the machine does slows both."""
-    trainees = {join.__name__: Trainee(join, depth, dtype) for join in (masked, gathered)}
+    joins = {"all rows, masked": masked, "kept rows alone": gathered}
+    trainees = {name: Trainee(join, depth, dtype) for name, join in joins.items()}
     images, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
     images = (images / 16).to(dtype).view(-1, 1, 8, 8)
     shuffle = torch.Generator().manual_seed(0)
