@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import thinned
 from models import zoo
+from thinned.layers.residual import Branch
 from thinned.models.convert.skip import skippable, skipped_calls
 from thinned.models.walk import modules_with_paths
 
@@ -630,17 +631,14 @@ def test_refuses_a_branch_that_writes_to_its_input() -> None:
 # All rows.
 
 
-def test_evaluation_and_p_0_call_the_drop_path() -> None:
-    _, skipping = pair(Mixer)
-    called: list[int] = []
-    for block in skipping:
-        block.drop_path.register_forward_hook(lambda *_: called.append(1))
-    skipping.eval()(data())
-    assert len(called) == 4
-    for block in skipping.train():
-        block.drop_path.drop_prob = 0.0
-    skipping(data())
-    assert len(called) == 8
+def test_evaluation_and_p_0_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    masked, skipping = pair(Mixer)
+    monkeypatch.setattr(Branch, "decide", lambda *_: pytest.fail("decides"))
+    assert skipping.eval()(data()).equal(masked.eval()(data()))
+    for model in (masked, skipping):
+        for block in model.train():
+            block.drop_path.drop_prob = 0.0
+    assert skipping(data()).equal(masked(data()))
 
 
 def test_a_hook_of_the_drop_path_sees_all_rows() -> None:
@@ -734,6 +732,10 @@ def test_autocast_keeps_the_dtypes() -> None:
         masked, skipping = pair(make)
         masked.float()
         skipping.float()
+        if make is Torchvision:  # whose sum in place keeps the dtype of the branch
+            for block in (*masked, *skipping):
+                del block.gamma
+                block.gamma = 1.0
         for dtype in (torch.float32, torch.bfloat16):
             outputs = []
             for model in (masked, skipping):
@@ -829,7 +831,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "Dinov2Model")) for name in MODELS],
+)
 def test_models_of_transformers(name: str) -> None:
     config, arguments, size = MODELS[name]
     model = zoo._make(name, config, drop_path_rate=0.5, **arguments).double()

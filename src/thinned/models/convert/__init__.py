@@ -124,10 +124,11 @@ def convert(
     >>> type(model[1])
     <class 'thinned.layers.dropout.Dropout'>
 
-    With ``skip=True`` and a block of timm's style:
+    With ``skip=True`` this layer attends in the rows alone that ``dropout1`` keeps:
 
-    >>> model = timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.4)  # doctest: +SKIP
-    >>> thinned.convert(model, skip=True)  # doctest: +SKIP
+    >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+    >>> layer.dropout1 = thinned.DropPath(0.4)
+    >>> layer = thinned.convert(layer, skip=True)
     """
     check_model("convert", model)
     if p is not None:

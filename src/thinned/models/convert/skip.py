@@ -251,10 +251,24 @@ def _check_module(name: str, child: Any, allow_batch_norm: bool) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _mixing(kind: type) -> str:
-    for _, function in _methods(kind):
+    """What in the methods of a class, and in the functions of its file that these call, mixes rows."""
+    todo: list[FunctionType] = [function for _, function in _methods(kind)]
+    seen = set[FunctionType]()
+    while todo:
+        function = todo.pop()
         source = _source(function)
-        if source is not None and (text := is_mixing(source.tree)):
+        if function in seen or source is None:
+            continue
+        seen.add(function)
+        if text := is_mixing(source.tree):
             return text
+        names = {node.id for node in ast.walk(source.tree) if isinstance(node, ast.Name)}
+        mentioned = (_inner(function).__globals__.get(name) for name in names)
+        todo += [
+            each
+            for each in mentioned
+            if isinstance(each, FunctionType) and each.__module__ == function.__module__
+        ]
     return ""
 
 
