@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from thinned.layers import DropPath, Masksembles, RDrop, StochasticDepth
 from thinned.models.convert.rows import run
@@ -34,6 +33,7 @@ __all__ = ["Call", "Skip", "Skips", "drops_rows", "plan", "skippable", "skipped_
 FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, each).compiler_flag for each in __future__.all_feature_names)
 )
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SEGMENTS = {"n_segment", "num_segments", "n_segments", "fold_div"}
 ROUTED = re.compile("moe|router|mixtureofexperts", re.IGNORECASE)
 
@@ -232,7 +232,7 @@ def _check_module(name: str, child: Any, allow_batch_norm: bool) -> None:
     for path, module in child.named_modules(prefix=name):
         kind, shown = type(module), f"{type(module).__name__} at {path!r}"
         has_statistics = any(each.startswith("running_") for each, _ in module.named_buffers(recurse=False))
-        if isinstance(module, _BatchNorm) or has_statistics:
+        if isinstance(module, BATCH_NORMS) or has_statistics:
             if not allow_batch_norm:
                 raise Refused(
                     f"{shown} takes its statistics over the batch; allow_batch_norm=True allows that"
@@ -243,7 +243,7 @@ def _check_module(name: str, child: Any, allow_batch_norm: bool) -> None:
             raise Refused(f"{shown} shifts features between rows")
         elif isinstance(module, RDrop | Masksembles) or getattr(module, "scale", "") == "counted":
             raise Refused(f"{shown} depends on the number of rows")
-        elif ROUTED.search(kind.__name__) or isinstance(module, nn.modules.loss._Loss):
+        elif ROUTED.search(kind.__name__):
             raise Refused(f"{shown} depends on all rows")
         if not kind.__module__.startswith(("torch.nn.", "thinned.")):
             _check_methods(kind, shown)
@@ -251,10 +251,24 @@ def _check_module(name: str, child: Any, allow_batch_norm: bool) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _mixing(kind: type) -> str:
-    for _, function in _methods(kind):
+    """What in the methods of a class, and in the functions of its file that these call, mixes rows."""
+    todo: list[FunctionType] = [function for _, function in _methods(kind)]
+    seen = set[FunctionType]()
+    while todo:
+        function = todo.pop()
         source = _source(function)
-        if source is not None and (text := is_mixing(source.tree)):
+        if function in seen or source is None:
+            continue
+        seen.add(function)
+        if text := is_mixing(source.tree):
             return text
+        names = {node.id for node in ast.walk(source.tree) if isinstance(node, ast.Name)}
+        mentioned = (_inner(function).__globals__.get(name) for name in names)
+        todo += [
+            each
+            for each in mentioned
+            if isinstance(each, FunctionType) and each.__module__ == function.__module__
+        ]
     return ""
 
 

@@ -208,6 +208,8 @@ def is_mixing(tree: ast.AST) -> str:
     'x.mean(dim=0)'
     """
     for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "T" and _root(node) != "self":
+            return ast.unparse(node)
         if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -218,9 +220,9 @@ def is_mixing(tree: ast.AST) -> str:
         match name, [_literal(each) for each in node.args[not is_method :]]:
             case "transpose" | "swapaxes" | "swapdims", [0, int(other)] | [int(other), 0] if other:
                 return ast.unparse(node)
-            case "permute", [int(to), *_] if to == 1:
+            case "permute", [1, _, _, *_] | [(1, _, _, *_)]:
                 return ast.unparse(node)
-            case "permute", [(1, *_)]:
+            case "t" | "cdist" | "pdist" | "cov" | "corrcoef", _ if _root(node.func) != "self":
                 return ast.unparse(node)
         if name not in ALONG:
             continue
