@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import io
+import itertools
 import logging
 import pickle
 from collections.abc import Callable
@@ -442,6 +443,15 @@ class Interrupted(Base):
         return z + self.drop_path(y)
 
 
+class Changes(Base):
+    """The input of the branch has another value at the DropPath."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        x = x * 2
+        return x + self.drop_path(y)
+
+
 class Conditional(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.f(x)
@@ -528,6 +538,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (Nested, "a nested function stands in it"),
     (ByName, "its branch passes self on"),
     (Interrupted, "`F.dropout(x, 0.5)` runs between its branch and its DropPath"),
+    (Changes, "'x' changes before the DropPath, in `x = x * 2`"),
     (Conditional, "is called under a condition"),
     (Before, "`y` is computed outside of the block of `y = self.drop_path(y)`"),
     (Unbound, "'scale' may have no value there"),
@@ -736,12 +747,12 @@ def test_autocast_keeps_the_dtypes() -> None:
             for block in (*masked, *skipping):
                 del block.gamma
                 block.gamma = 1.0
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype, training in itertools.product((torch.float32, torch.bfloat16), (True, False)):
             outputs = []
             for model in (masked, skipping):
                 torch.manual_seed(2)
                 with torch.autocast("cpu", torch.bfloat16):
-                    outputs.append(model(data().to(dtype)))
+                    outputs.append(model.train(training)(data().to(dtype)))
             torch.testing.assert_close(*outputs, rtol=0.05, atol=0.05)  # which compares dtypes too
 
 
