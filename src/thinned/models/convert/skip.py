@@ -24,7 +24,7 @@ from thinned.layers import DropPath, Masksembles, RDrop, StochasticDepth
 from thinned.models.convert.rows import run
 from thinned.models.convert.rules import is_known, make
 from thinned.models.convert.slices import RUN, Cut, Refused, attributes_of_self, cut, drop_calls, is_mixing
-from thinned.models.inspect.source import Source, parsed
+from thinned.models.source import Source, parsed
 from thinned.models.walk import join
 from thinned.torch_state import ScriptedForward, children_of
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from thinned.models.inspect.source import Source
+from thinned.models.source import Source
 
 __all__ = ["Cut", "Refused", "attributes_of_self", "cut", "drop_calls", "is_mixing"]
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from thinned.models.inspect.names import Given, Names, call_method
-from thinned.models.inspect.source import parsed
 from thinned.models.inspect.targets import READS, Call, Read, remember_all
+from thinned.models.source import parsed
 
 __all__ = ["calls_in_source", "read_source"]
 

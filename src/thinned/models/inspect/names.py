@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from thinned.models.draws import DRAWS, SINGLE, purpose_of
-from thinned.models.inspect.source import TRAINING, Source, outline, parsed
 from thinned.models.inspect.targets import (
     ELSEWHERE,
     HAND_WRITTEN,
@@ -35,6 +34,7 @@ from thinned.models.inspect.targets import (
     remember,
     remember_all,
 )
+from thinned.models.source import TRAINING, Source, outline, parsed
 
 __all__ = ["UNCONDITIONAL", "UNKNOWN", "Given", "Names", "call_method"]
 
