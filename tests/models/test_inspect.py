@@ -678,6 +678,59 @@ def test_the_table() -> None:
     assert str(inspect(nn.Linear(2, 2))) == "0 dropout sites"
 
 
+class Block(nn.Module):
+    """Two branches of 4 * FLOPS, the second with a batch normalization, and one linear layer behind them."""
+
+    FLOPS = 2 * 4 * 4  # of a row of a linear layer
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.wide, self.narrow = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.mlp = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+        self.drop_path1, self.drop_path2 = thinned.DropPath(0.25), thinned.DropPath(0.5)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.narrow(self.wide(self.norm(x))))
+        x = x + self.drop_path2(self.mlp(x))
+        head: Tensor = self.head(x)
+        return head
+
+
+def test_which_branches_skip_and_how_much_that_saves() -> None:
+    model, x = Block(), torch.ones(6, 4)
+    refused = "cannot skip: BatchNorm1d at 'mlp.1' takes its statistics over the batch"
+    for verb in ("can skip", "skips", "can skip"):
+        for site in (inspect(model)[0], first := inspect(model, x)[0]):
+            assert site.skip == f"{verb} norm, wide, narrow"
+        second = inspect(model, x)[1]
+        assert second.skip.startswith(refused)
+        assert second.saves is None
+        assert first.saves == 0.25 * 4 / 9
+        assert (first.calls, second.calls) == (1, 1)
+        table = inspect(model, x).table(200)
+        assert table.startswith("2 dropout sites: 2 are thinned's; skipping saves 11.1 % of the FLOPs")
+        assert f"thinned's: {verb} norm, wide, narrow (11.1 % of the FLOPs)" in table
+        thinned.revert(model) if verb == "skips" else thinned.convert(model, skip=True)
+    thinned.convert(model, skip=True, allow_batch_norm=True)
+    first, second = inspect(model, x)
+    assert (second.skip, second.saves) == ("skips mlp", 0.5 * 4 / 9)
+    assert inspect(Block().narrow, torch.ones(1, 8)).table() == "0 dropout sites"
+
+
+def test_attention_counts_and_so_does_a_residual() -> None:
+    """For three tokens attention takes 2 * 2 * 3 * 3 * WIDTH, and its four projections 8 * 3 * WIDTH**2."""
+    branch = nn.TransformerEncoderLayer(zoo.WIDTH, 1, 1, 0.0, batch_first=True)
+    (site, *_) = inspect(
+        nn.Sequential(thinned.Residual(branch, 0.5), nn.Linear(zoo.WIDTH, zoo.WIDTH)),
+        torch.ones(2, 3, zoo.WIDTH),
+    )
+    of_branch = 36 * zoo.WIDTH + 24 * zoo.WIDTH**2 + 2 * 6 * zoo.WIDTH
+    assert (site.type, site.skip) == ("thinned.Residual", "skips branch")
+    assert site.saves == 0.5 * of_branch / (of_branch + 6 * zoo.WIDTH**2)
+
+
 def test_only_modules() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got 3"):
         inspect(3)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from thinned.models.convert.rules import is_dropout, is_known, make, numbers_of, probability_of, refusal
+from thinned.models.inspect.branches import branches_of
 from thinned.models.inspect.by_reading import calls_in_source
 from thinned.models.inspect.by_running import TORCH, Event, run_once
 from thinned.models.inspect.names import UNCONDITIONAL
@@ -70,6 +71,10 @@ class Site:
         function, file, line: where a call stands.
         note: a warning, such as that it drops in evaluation too, or the reason why convert leaves it.
         calls: the number of times that it dropped in a run in training; None without a run.
+        skip: what :func:`thinned.convert` with ``skip=True`` does to a DropPath: ``"can skip norm1, attn"``,
+            after it ``"skips norm1, attn"``, or ``"cannot skip: "`` and the reason. Empty for other sites.
+        saves: the share of a forward pass's floating-point operations that skipping saves on average:
+            ``p`` times the share of the modules in ``skip``. None without a run, and where nothing can skip.
     """
 
     paths: tuple[str, ...]
@@ -84,6 +89,8 @@ class Site:
     line: int = 0
     note: str = ""
     calls: int | None = None
+    skip: str = ""
+    saves: float | None = None
 
     @property
     def path(self) -> str:
@@ -99,7 +106,8 @@ class Site:
         """The words of its row in the table."""
         status = f"was {self.was}" if self.was else f"becomes {self.becomes}" if self.becomes else ""
         status = status or WORDS[self.status][0].removeprefix("is ")
-        notes = "" if self.status == "off" else self.note
+        skip = self.skip if self.saves is None else f"{self.skip} ({_percent(self.saves)} of the FLOPs)"
+        notes = "" if self.status == "off" else "; ".join(filter(None, [self.note, skip]))
         return [
             format_paths(self.paths),
             ", ".join(filter(None, [self.type, self.where])),
@@ -132,6 +140,8 @@ class Inspection(Sequence[Site]):
         counts = Counter(site.status for site in self)
         parts = [f"{n} {WORDS[status][n > 1]}" for status in WORDS if (n := counts[status])]
         summary = count(len(self), "dropout site") + f": {', '.join(parts)}" * bool(parts)
+        if saves := sum(site.saves or 0.0 for site in self):
+            summary += f"; skipping saves {_percent(saves)} of the FLOPs"
         rows = merge_paths([site.cells() for site in self])
         return "\n".join([textwrap.fill(summary, width), *([to_text(HEADINGS, rows, width)] if rows else [])])
 
@@ -148,7 +158,8 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
     transformers chooses; ``p`` is read if it is plainly written. So is layerdrop, which skips layers at
     random. Given inputs, the model also runs once in training and once in evaluation: each function that
     drops and each other use of random numbers is reported with its module, its ``p`` and the number of its
-    calls.
+    calls. For a DropPath it says which modules ``convert(model, skip=True)`` skips, or why it cannot; given
+    inputs also which share of the floating-point operations of a forward pass that saves.
 
     Args:
         model: any module; it is not changed.
@@ -173,7 +184,9 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
     found = modules_with_paths(model)
     hidden = modules_in_containers(found)
     orphans = {id(module) for module, _ in hidden}
-    events = run_once(model, args, kwargs, orphans) if args or kwargs else None
+    branches, flops = branches_of(module for module, _ in found), Counter[int]()
+    counted = flops if branches else None
+    events = run_once(model, args, kwargs, orphans, counted) if args or kwargs else None
     wrapped = {id(inner) for each, _ in found if isinstance(each, Intercepted) for inner in each.modules()}
     sites: list[Site] = []
     for module, paths in [*found, *hidden]:
@@ -184,9 +197,21 @@ def inspect(model: nn.Module, /, *args: Any, **kwargs: Any) -> Inspection:
             if id(module) in orphans:
                 status = "intercept" if site.status == "convert" else site.status
                 site = _noted(replace(site, status=status, becomes=""), NO_CHILD)
+            if (branch := branches.get(id(module))) is not None:
+                site = replace(
+                    site, skip=str(branch), saves=_saved(site.p, branch.flops(flops), flops[id(model)])
+                )
             is_off = site.p == 0 and site.status not in ("thinned", "convert")
             sites.append(replace(site, status="off") if is_off else site)
     return Inspection(sites)
+
+
+def _saved(p: float | None, skipped: int, whole: int) -> float | None:
+    return p * skipped / whole if p is not None and skipped else None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _sites_of(module: nn.Module, paths: tuple[str, ...], events: list[Event] | None) -> Iterator[Site]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -50,11 +52,16 @@ class Event:
 
 
 def run_once(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], others: Set[int] = frozenset()
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    others: Set[int] = frozenset(),
+    flops: Counter[int] | None = None,
 ) -> list[Event]:
     """The events of a call in training and of one in evaluation; model and generators stay as they were.
 
-    ``others`` has the ids of modules that are no children of ``model``, and have events of their own.
+    ``others`` has the ids of modules that are no children of ``model``, and have events of their own. The
+    floating-point operations of the call in evaluation are added to ``flops``, by the module's id.
     """
     spy = _Spy({id(module) for module in model.modules()} | others)
     with _unchanged(model), torch.no_grad():
@@ -62,6 +69,7 @@ def run_once(
             model.train(training)
             spy.stack, spy.evaluating = [model], not training
             with (
+                _counted(flops) if flops is not None and not training else contextlib.nullcontext(),
                 register_module_forward_pre_hook(spy.enter),
                 register_module_forward_hook(spy.leave, always_call=True),
                 spy,
@@ -69,6 +77,26 @@ def run_once(
             ):
                 model(*args, **kwargs)
     return list(spy.events.values())
+
+
+@contextlib.contextmanager
+def _counted(flops: Counter[int]) -> Iterator[None]:
+    """Count the floating-point operations of each module, those of its children among them."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports triton
+
+    counter = FlopCounterMode(display=False)
+    begun: list[int] = []
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        flops[id(module)] += counter.get_total_flops() - begun.pop()
+
+    with (
+        sdpa_kernel(SDPBackend.MATH),  # FlopCounterMode has no formula for attention that is fused on the CPU
+        counter,
+        register_module_forward_pre_hook(lambda *_: begun.append(counter.get_total_flops())),
+        register_module_forward_hook(leave, always_call=True),
+    ):
+        yield
 
 
 class _Spy(TorchFunctionMode):
