@@ -14,7 +14,7 @@ INSTALL = SKBUILD_CMAKE_DEFINE=THINNED_NATIVE=$(NATIVE) $(BIN)/python -m pip ins
   --no-compile --progress-bar off -c $(CONSTRAINTS) $(1) >$(VENV)/pip.log 2>&1 || { tail -n 40 $(VENV)/pip.log >&2; \
   echo "Setting up $(VENV) failed: above are the last lines of $(VENV)/pip.log. The next make tries again." >&2; exit 1; }
 
-.PHONY: help setup compare test test-distributed test-torch test-slow sanitize lint bench bench-gpu check-gpu specialisations doctor clean
+.PHONY: help setup compare test test-distributed test-torch test-slow sanitize lint bench bench-models bench-gpu check-gpu specialisations doctor clean
 help:
 	@echo "make compare    how three dropouts hold against the law of dropout"
 	@echo "make test       the tests"
@@ -24,6 +24,7 @@ help:
 	@echo "make sanitize   the kernel's own tests and a fuzz of its binding under ASan and UBSan"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      time against peers; appends to benchmarks/results.csv"
+	@echo "make bench-models  time models of timm, torchvision and transformers whose DropPaths skip; in an environment of its own"
 	@echo "make bench-gpu  time on a GPU against peers, and check the targets; without a GPU a dry run that saves nothing"
 	@echo "make check-gpu  all that needs a GPU: doctor --verify, the tests marked gpu, bench-gpu"
 	@echo "make specialisations  registers, spills and instructions of the GPU kernels, compiled without a GPU; some 10 minutes"
@@ -94,6 +95,15 @@ lint: $(VENV)/.tests
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# A torchvision whose compiled part fits its PyTorch.
+bench-models: .venv-models/constraints.txt
+	@$(MAKE) .venv-models/.tests VENV=.venv-models CONSTRAINTS=$<
+	.venv-models/bin/python -m benchmarks.skip_models $(ARGS)
+
+.venv-models/constraints.txt:
+	mkdir -p $(@D)
+	printf 'torch==2.14.1\ntorchvision==0.29.1\n' > $@
 
 bench-gpu: $(VENV)/.tests
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
