@@ -73,8 +73,8 @@ class Site:
         calls: the number of times that it dropped in a run in training; None without a run.
         skip: what :func:`thinned.convert` with ``skip=True`` does to a DropPath: ``"can skip norm1, attn"``,
             after it ``"skips norm1, attn"``, or ``"cannot skip: "`` and the reason. Empty for other sites.
-        saves: the share of a forward pass's floating-point operations that skipping saves on average, which is
-            ``p`` times that of the modules in ``skip``. None without a run, and if nothing can be skipped.
+        saves: the share of a forward pass's floating-point operations that skipping saves on average:
+            ``p`` times the share of the modules in ``skip``. None without a run, and where nothing can skip.
     """
 
     paths: tuple[str, ...]
