@@ -458,8 +458,8 @@ void fusions(Random& random) {
     for (int number = 0; number < 300; ++number) {
         const Dtype dtype = dtypes[random.below(4)];
         const Function function = random.of(functions);
-        const int64_t rows = random.of({1, 1, 2, 5, 20}), columns = random.of({1, 3, 64, 77, 400});
-        const int64_t n = number % 50 ? columns * random.of({1, 2, 3}) : 16384 + columns * 10 - 16384 % columns;
+        const int64_t rows = random.of({1, 1, 2, 5, 150}), columns = random.of({1, 3, 64, 77, 400});
+        const int64_t n = number % 50 ? columns * random.of({1, 1, 2}) : 16384 + columns * 10 - 16384 % columns;
         const bool biased = function == Function::add && random.one_in(2);
         const uint64_t T = random.of({uint64_t{0}, uint64_t{1}, tenth, one / 2, one - 1, one});
         const Memory x = numbers(dtype, rows * n, random), other = numbers(dtype, rows * n, random), bias = numbers(dtype, columns, random);
