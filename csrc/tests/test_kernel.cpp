@@ -451,7 +451,8 @@ bool near(const Fusion& task, int64_t i, bool kept) {
     const double epsilons[] = {0x1p-10, 0x1p-7, 0x1p-23, 0x1p-52};
     // Far out an overflow in float is none in double.
     return value.size != 0 &&
-           (std::fabs(x) > 100 || std::fabs(y - rounded) <= 4 * epsilons[static_cast<int>(task.dtype)] * std::fabs(value.size) + 1e-37);
+           (std::fabs(x) > 100 || std::isinf(value.size) ||
+            std::fabs(y - rounded) <= 4 * epsilons[static_cast<int>(task.dtype)] * std::fabs(value.size) + 1e-37);
 }
 
 void fusions(Random& random) {
