@@ -398,7 +398,7 @@ INSIDE: dict[str, tuple[bool, Callable[[], nn.Module]]] = {
     "a batch's Residual": (True, lambda: In(thinned.Residual(thinned.Dropout(0.5), 0.5, mode="batch"))),
     "windows": (
         True,
-        lambda: In(thinned.Dropout(0.5), lambda layer, x: layer(x.reshape(-1, 2, 4)).reshape(x.shape)),
+        lambda: In(thinned.Dropout(0.5), lambda layer, x: layer(x.reshape(-1, 1, 4)).reshape(x.shape)),
     ),
     "a row of all samples": (
         True,
@@ -478,6 +478,7 @@ def packed(lstm: nn.Module, x: Tensor) -> Tensor:
         ),
         (In(nn.LSTM(4, 4, 2, dropout=0.5), packed), "dropout of a packed sequence"),
         (In(nn.Identity(), lambda _, x: torch_functional.dropout(x[:1].expand(7, 4, 4))), "no multiple"),
+        (In(thinned.Dropout(0.5), swapped), r"kept rows along dimension 0 or 1.*sample_dim="),
         (In(nn.Identity(), lambda _, x: within_an_address(x)), "enter it around the whole model"),
     ],
 )

@@ -519,6 +519,52 @@ class Listed(Base):
         return x + self.drops[0](self.f(x))
 
 
+def computes(branch: Callable[[Any, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    class Computes(nn.Module):
+        pass
+
+    Computes.forward = branch  # type: ignore[assignment]
+    return holds(Computes)
+
+
+def over_all(_: nn.Module, x: Tensor) -> Tensor:
+    return x / x.abs().max()
+
+
+def of_all(_: nn.Module, x: Tensor) -> Tensor:
+    return x * torch.std(x)
+
+
+def halves(_: nn.Module, x: Tensor) -> Tensor:
+    return x + sum(x.chunk(2)).mean(1, keepdim=True).repeat(2, 1, 1)
+
+
+def one_after_another(_: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([x[1:], x[:1]])
+
+
+def rolled(_: nn.Module, x: Tensor) -> Tensor:
+    return x.roll(1, 0)
+
+
+def divided(_: nn.Module, x: Tensor) -> Tensor:
+    B, L, C = x.shape
+    return x.view(B * L, C).view(B, L, C) / B
+
+
+def by_length(_: nn.Module, x: Tensor) -> Tensor:
+    return x / len(x)
+
+
+def normed(_: nn.Module, x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, training=True)
+
+
+class FirstRow(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.f(x - x[:1]))
+
+
 REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (BatchNorm, "BatchNorm1d at 'bn.0' takes its statistics over the batch"),
     (Statistics, "InstanceNorm1d at 'norm' takes its statistics"),
@@ -529,6 +575,16 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (holds(SwitchMoE), "SwitchMoE at 'child.1' depends on all rows"),
     (holds(lambda: nn.LSTM(WIDTH, WIDTH)), "LSTM at 'child.1' has batch_first=False"),
     (holds(lambda: thinned.Masksembles(LENGTH, 2)), "Masksembles at 'child.1' depends on the number of rows"),
+    (holds(lambda: nn.Softmax(0)), "Softmax at 'child.1' works along dimension 0"),
+    (computes(over_all), "`x.abs().max()` in Computes"),
+    (computes(of_all), "`torch.std(x)` in Computes"),
+    (computes(halves), "`x.chunk(2)` in Computes"),
+    (computes(one_after_another), "`torch.cat([x[1:], x[:1]])` in Computes"),
+    (computes(rolled), "`x.roll(1, 0)` in Computes"),
+    (computes(divided), "`x.view(B * L, C).view(B, L, C) / B` in Computes"),
+    (computes(by_length), "`x / len(x)` in Computes"),
+    (computes(normed), "`F.batch_norm(x, None, None, training=True)` in Computes"),
+    (FirstRow, "its branch takes rows: `x[:1]`"),
     (Weights, "'weights' is also used by what follows"),
     (Remembers, ""),  # only what comes after `self.last = y`
     (RemembersInside, "its keeps assigns to self.last"),

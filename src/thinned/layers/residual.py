@@ -47,8 +47,9 @@ def residual(
 
     Without ``key`` the call draws one before the branch draws its own. Within :func:`thinned.address` a
     dropout of the branch has the masks that its rows have in the whole batch, or raises. Its input has the
-    rows in dimension 0, or several consecutive rows for each, such as windows. Outside of an address, and
-    with a key that the branch gives it, a dropout has the mask of the tensor that it gets, as everywhere.
+    rows in dimension 0, or several consecutive rows for each, such as windows; ``sample_dim`` of the address
+    names another dimension. Outside of an address, and with a key that the branch gives it, a dropout has the
+    mask of the tensor that it gets, as everywhere.
 
     :func:`torch.compile` makes one graph for all numbers of rows if
     ``torch._dynamo.config.capture_dynamic_output_shape_ops`` is True. Otherwise it breaks the graph at the

@@ -127,10 +127,11 @@ def address(
             without ``samples``, or exceeds their number.
         IndexError: at a site whose input has no dimension ``sample_dim``.
         RuntimeError: at a site if the samples' dimension is no multiple of their number, or, in a DTensor
-            that is sharded along it, is not their number; or if only dimension 1 has that size and nothing
-            says that it is meant; at a site that a backward pass or another asyncio task calls; at the end,
-            if a later address is still active, or if ``model`` was called more or less often than
-            ``microbatches`` says; and where ``"auto"`` cannot tell the replica.
+            that is sharded along it, is not their number; or if only dimension 1 has that size, or
+            that of the kept rows of a residual branch, and nothing says that it is meant; at a site that a
+            backward pass or another asyncio task calls; at the end, if a later address is still active, or if
+            ``model`` was called more or less often than ``microbatches`` says; and where ``"auto"`` cannot
+            tell the replica.
 
     >>> import torch, thinned
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), thinned.Dropout(0.5))
@@ -439,15 +440,15 @@ class _Running(Counting):
             return dim % ndim
         if ndim > 2 and path in address.hooks.sample_dims:
             return address.hooks.sample_dims[path]
-        if address.samples is None:
-            return 0
-        count, size = address.samples.shape[0], shape[0]
-        if rows is not None and size % rows.index.shape[0] == 0:
-            size = rows.of(size).size
-        if size != count and size != 1 and shape[1] == count:
+        if rows is not None:
+            # A dropout with the rows elsewhere cannot be compiled: its size is no known multiple of them.
+            count, what = shape[0] if compiling() else rows.index.shape[0], "kept rows"
+        elif address.samples is not None:
+            count, what = address.samples.shape[0], "samples"
+        if shape[0] != count and shape[0] != 1 and shape[1] == count:
             raise RuntimeError(
                 f"the site {path!r} was given a tensor of shape {tuple(shape)}, which may have its {count} "
-                "samples along dimension 0 or 1; say which by thinned.address(sample_dim=)"
+                f"{what} along dimension 0 or 1; say which by thinned.address(sample_dim=)"
             )
         return 0
 

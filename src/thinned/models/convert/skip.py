@@ -34,6 +34,7 @@ FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, each).compiler_flag for each in __future__.all_feature_names)
 )
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+SOFTMAX = nn.Softmax | nn.LogSoftmax | nn.Softmin | nn.GLU
 SEGMENTS = {"n_segment", "num_segments", "n_segments", "fold_div"}
 ROUTED = re.compile("moe|router|mixtureofexperts", re.IGNORECASE)
 
@@ -177,8 +178,7 @@ def _judge(module: nn.Module, kind: type, call: Call, one: Cut | Refused, allow_
             _check_module(each, children[each], allow_batch_norm)
         if not names:
             raise Refused(one.outside or "its branch has no module")
-        for node in one.nodes:
-            _check_source(node, f"its {call.method}")
+        _check_source(ast.Module([*one.nodes], []), f"its {call.method}")  # type: ignore[list-item]
     except Refused as error:
         return Skip(call.path, (), str(error), call)
     return Skip(call.path, names, "", call)
@@ -241,11 +241,13 @@ def _check_module(name: str, child: Any, allow_batch_norm: bool) -> None:
             raise Refused(f"{shown} has batch_first=False, so that dimension 0 is not the batch")
         elif SEGMENTS & vars(module).keys():
             raise Refused(f"{shown} shifts features between rows")
+        elif isinstance(module, SOFTMAX) and not module.dim:
+            raise Refused(f"{shown} works along dimension 0")  # None is 0 for some shapes
         elif isinstance(module, RDrop | Masksembles) or getattr(module, "scale", "") == "counted":
             raise Refused(f"{shown} depends on the number of rows")
         elif ROUTED.search(kind.__name__):
             raise Refused(f"{shown} depends on all rows")
-        if not kind.__module__.startswith(("torch.nn.", "thinned.")):
+        if not has_statistics and not kind.__module__.startswith(("torch.nn.", "thinned.")):
             _check_methods(kind, shown)
 
 

@@ -29,11 +29,27 @@ UNKNOWN |= (
 )
 NESTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
 COMPREHENSION = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
+# Without a dimension these mix all rows.
+WHOLE = {"mean", "sum", "std", "var", "var_mean", "std_mean", "median", "nanmean", "nansum", "prod"}
+WHOLE |= {
+    "amax",
+    "amin",
+    "argmax",
+    "argmin",
+    "cat",
+    "concat",
+    "concatenate",
+    "chunk",
+    "split",
+    "tensor_split",
+}
+WHOLE |= {"any", "all", "count_nonzero", "aminmax", "unique", "roll", "norm", "vector_norm", "max", "min"}
 # Reductions, sorts and the like, which mix the rows if they work along dimension 0.
-ALONG = {"mean", "sum", "std", "var", "var_mean", "std_mean", "softmax", "log_softmax", "logsumexp", "median"}
-ALONG |= {"sort", "argsort", "cumsum", "cumprod", "amax", "amin", "argmax", "argmin", "cat", "concat"}
-DIM_SECOND = set(ALONG)  # their second argument is the dimension
-ALONG |= {"norm", "normalize", "topk", "unique", "flip", "roll", "max", "min"}
+ALONG = WHOLE | {"softmax", "log_softmax", "logsumexp", "sort", "argsort", "cumsum", "cumprod", "normalize"}
+ALONG |= {"topk", "flip", "glu"}
+DIM_THIRD = {"chunk", "split", "tensor_split", "norm", "roll"}  # after the tensor and a number
+NO_DIM_SECOND = DIM_THIRD | {"vector_norm", "normalize", "topk", "unique"}
+BUILTIN = {"sum", "max", "min", "any", "all"}
 RUN = "_thinned_run"  # the function that the compiled forward calls
 
 
@@ -207,33 +223,88 @@ def is_mixing(tree: ast.AST) -> str:
     >>> is_mixing(ast.parse("y = x.mean(dim=0) + x.mean(1)"))
     'x.mean(dim=0)'
     """
+    sizes = _batch_sizes(tree)
     for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            parts = list(ast.walk(node.right))
+            if any(_is_batch_size(each) or getattr(each, "id", "") in sizes for each in parts):
+                return ast.unparse(node)
         if isinstance(node, ast.Attribute) and node.attr == "T" and _root(node) != "self":
             return ast.unparse(node)
-        if not isinstance(node, ast.Call):
+        if not isinstance(node, ast.Call) or _takes_only_parameters(node):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         given = {each.arg: each.value for each in node.keywords}
         by_name = [given[each] for each in ("dim", "dims", "axis") if each in given]
-        is_method = isinstance(node.func, ast.Attribute) and _root(node.func) not in ("torch", "F", "nn")
-        first, *_ = [*node.args[not is_method :], None]
+        owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+        is_method = owner is not None and _root(owner) not in ("torch", "F", "nn")
+        first, *more = [*node.args[not is_method :], None]
         match name, [_literal(each) for each in node.args[not is_method :]]:
-            case "transpose" | "swapaxes" | "swapdims", [0, int(other)] | [int(other), 0] if other:
+            case "transpose" | "swapaxes" | "swapdims" | "movedim" | "moveaxis", [0, int(other)] | [
+                int(other),
+                0,
+            ] if other:
                 return ast.unparse(node)
             case "permute", [1, _, _, *_] | [(1, _, _, *_)]:
                 return ast.unparse(node)
             case "t" | "cdist" | "pdist" | "cov" | "corrcoef", _ if _root(node.func) != "self":
                 return ast.unparse(node)
-        if name not in ALONG:
+            case "batch_norm", _ if owner is not None and not is_method:
+                return ast.unparse(node)
+        if name not in ALONG or _is_attribute_of_self(node.func) or (owner is None and name in BUILTIN):
             continue
         dims = [_literal(each) for each in by_name]
-        if not by_name and name in DIM_SECOND and first is not None:
+        if not by_name and name not in NO_DIM_SECOND and first is not None:
             dims = [_literal(first)]
+        if name in DIM_THIRD and more[:-1]:
+            dims = [_literal(node.args[1 + (not is_method)])]
         if any(
             dim == 0 or (isinstance(dim, tuple) and 0 in dim) for dim in dims if not isinstance(dim, bool)
         ):
             return ast.unparse(node)
+        has_no_dim = not by_name and (first is None or (name in DIM_THIRD and not more[:-1]))
+        if name in WHOLE and has_no_dim and owner is not None:
+            return ast.unparse(node)
     return ""
+
+
+def _batch_sizes(tree: ast.AST) -> set[str]:
+    """The names that are assigned the size of dimension 0."""
+    found = set[str]()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign([ast.Name(name)], value) if _is_batch_size(value):
+                found.add(name)
+            case ast.Assign(
+                [ast.Tuple([ast.Name(name), *_])],
+                ast.Attribute(_, "shape") | ast.Call(ast.Attribute(_, "size"), []),
+            ):
+                found.add(name)
+    return found
+
+
+def _is_batch_size(node: ast.AST) -> bool:
+    match node:
+        case (
+            ast.Subscript(ast.Attribute(owner, "shape"), ast.Constant(0))
+            | ast.Call(ast.Attribute(owner, "size"), [ast.Constant(0)])
+            | ast.Call(ast.Name("len"), [owner])
+            | ast.Call(ast.Attribute(owner, "numel"), [])
+        ):
+            return _root(owner) not in ("", "self")
+    return False
+
+
+def _takes_only_parameters(call: ast.Call) -> bool:
+    """Whether a call takes nothing but attributes of ``self``, such as ``torch.cat((self.a, self.b))``."""
+    nodes = list(ast.walk(call))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    calls_children = any(isinstance(node, ast.Call) and _is_attribute_of_self(node.func) for node in nodes)
+    return "self" in names <= {"self", "torch", "F"} and not calls_children
+
+
+def _is_attribute_of_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
 def _literal(node: ast.AST) -> Any:
@@ -587,6 +658,8 @@ class _Cutting:
         found.append(first[0])
         for node in self._nodes(inside):
             match node:
+                case ast.Subscript(ast.Name(name), index) if name == first[0] and _picks_rows(index):
+                    raise Refused(f"its branch takes rows: {_text(node)}")
                 case ast.Call(
                     ast.Attribute(ast.Name("torch"), "cat" | "concat"),
                     [ast.Tuple(parts) | ast.List(parts), *more],
@@ -670,6 +743,14 @@ class _Cutting:
         drop = {id(self.block[i]) for i in inside} | ({id(into)} if into is not None else set())
         self.block[:] = [statement for statement in self.block if id(statement) not in drop]
         ast.fix_missing_locations(self.function)
+
+
+def _picks_rows(index: ast.expr) -> bool:
+    """Whether an index takes some of the rows of dimension 0, or orders them."""
+    first = index.elts[0] if isinstance(index, ast.Tuple) and index.elts else index
+    if isinstance(first, ast.Slice):
+        return any((first.lower, first.upper, first.step))
+    return not (isinstance(first, ast.Constant) and first.value in (None, ...))
 
 
 class _Put(ast.NodeTransformer):
