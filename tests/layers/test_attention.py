@@ -148,12 +148,13 @@ def test_attention_computes_kept_heads_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_attention_has_one_graph_for_any_number_of_heads() -> None:
+@pytest.mark.parametrize("mask", [None, ALLOWED], ids=["no mask", "masks"])
+def test_compiled_attention_has_one_graph_for_any_number_of_heads(mask: Tensor | None) -> None:
     fast = torch.compile(drop_head_attention, fullgraph=True, backend="aot_eager")
-    close(*both_attentions(fast, KEY, attn_mask=ALLOWED))
+    close(*both_attentions(fast, KEY, attn_mask=mask))
     with torch.compiler.set_stance("fail_on_recompile"):
         for i in range(3):
-            close(*both_attentions(fast, KEY.fold(i), attn_mask=ALLOWED))
+            close(*both_attentions(fast, KEY.fold(i), attn_mask=mask))
 
 
 def test_attention_in_address_and_in_a_residual_branch() -> None:

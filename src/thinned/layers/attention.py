@@ -36,6 +36,9 @@ from thinned.op.from_key import apply_linear
 from thinned.op.noise import opmath
 from thinned.torch_state import compiling, is_eager
 
+# PyTorch 2.11 compiles no attention whose mask has a number of rows that is not known before.
+COMPILES_MASKS_OF_ROWS = torch.__version__ >= "2.13"
+
 __all__ = ["DropHead", "DropKey", "drop_head", "drop_head_attention", "drop_key"]
 
 
@@ -144,7 +147,7 @@ def drop_head_attention(
 
     All heads are computed, and the result masked, where Python cannot know which are kept: under
     :func:`torch.vmap` and other transforms, in traces, and for DTensors. Compiled code has one graph for any
-    number of kept heads.
+    number of kept heads; that of PyTorch 2.11 computes all heads if samples or heads have masks of their own.
 
     Args:
         q: the queries, of shape ``(N, H, L, E)``.
@@ -189,7 +192,10 @@ def drop_head_attention(
     _check_attention(q, k, v, attn_mask, enable_gqa)
     if scale is not None:
         check_real("scale", scale)
-    if not all(computes_rows(x) for x in (q, k, v, attn_mask) if x is not None):
+    has_masks = attn_mask is not None and attn_mask.shape[:-2].numel() > 1
+    if not all(computes_rows(x) for x in (q, k, v, attn_mask) if x is not None) or (
+        has_masks and compiling() and not COMPILES_MASKS_OF_ROWS
+    ):
         y = attend(q, k, v, attn_mask, enable_gqa=enable_gqa)
         return drop_head(y, p, normalize=normalize, key=key)
     samples, heads = q.shape[:2]
@@ -202,7 +208,7 @@ def drop_head_attention(
         place = sample % rows * own + head * own // heads
         return x.flatten(0, 1).index_select(0, place).unsqueeze(1)
 
-    if attn_mask is not None and attn_mask.shape[:-2].numel() > 1:
+    if attn_mask is not None and has_masks:
         attn_mask = of_kept(attn_mask[(None,) * (4 - attn_mask.dim())])
     y = attend(of_kept(q), of_kept(k), of_kept(v), attn_mask).squeeze(1)
     if normalize == "expected":

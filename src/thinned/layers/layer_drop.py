@@ -236,18 +236,19 @@ def _run_kept(
     layers: LayerDrop, key: Key | None, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run the layers that are kept. Dynamo leaves this function to Python, and compiles what it calls."""
-    keep = _decide(layers, key)
-    for index, (layer, kept) in enumerate(zip(layers, keep, strict=True)):
-        if kept:
-            output = _caller(layer)(layer, input, args, kwargs)
+    for index, (layer, call) in enumerate(zip(layers, _decide(layers, key), strict=True)):
+        if call is not None:
+            output = call(layer, input, args, kwargs)
             _check_shape(index, input, output)
             input = output
     return input
 
 
 @outside_graphs
-def _decide(layers: LayerDrop, key: Key | None) -> list[bool]:
-    return surviving_layers(len(layers), layers.p, key=key).tolist()
+def _decide(layers: LayerDrop, key: Key | None) -> list[Callable[..., Any] | None]:
+    """What calls each layer; None for a layer that is skipped."""
+    keep = surviving_layers(len(layers), layers.p, key=key).tolist()
+    return [_caller(layer) if kept else None for layer, kept in zip(layers, keep, strict=True)]
 
 
 @constant_when_compiled
