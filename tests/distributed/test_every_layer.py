@@ -34,8 +34,17 @@ from thinned.compare.layers import Entry, entry_of
 KEY = thinned.Key(7)
 MOVED = "communicated|output: placed"
 KEYLESS = ("Masksembles", "RDrop")
-# Outputs with sums over elements, in an order that depends on the shards.
-SUMS = ("WeightDrop", "VariationalLSTM", "VariationalGRU", "MultiSampleDropout", "RDrop")
+# Outputs with sums over elements, in an order that depends on the shards; and activations, which the kernel
+# does not round as PyTorch does.
+SUMS = (
+    "GELUDropout",
+    "SiLUDropout",
+    "WeightDrop",
+    "VariationalLSTM",
+    "VariationalGRU",
+    "MultiSampleDropout",
+    "RDrop",
+)
 
 
 class Exempt(NamedTuple):
@@ -71,8 +80,18 @@ if torch.__version__ < "2.13":
     EXEMPT["WeightDrop"].append(Exempt(r"_S\(0", "PyTorch's linear takes no _StridedShard", "shard_order"))
     EXEMPT["Zoneout"] = [Exempt("S", "PyTorch gathers shards of two sizes")]
 
-# No mask for the elements of the input; Masksembles multiplies them by constants.
-TAKE_PARTIAL = {"EmbeddingDropout", "LayerDrop", "Masksembles", "RDrop", "WeightDrop"}
+# No mask for the elements of the input; Masksembles multiplies them by constants, and PyTorch's activations
+# sum first.
+TAKE_PARTIAL = {
+    "EmbeddingDropout",
+    "GELUDropout",
+    "ReLUDropout",
+    "SiLUDropout",
+    "LayerDrop",
+    "Masksembles",
+    "RDrop",
+    "WeightDrop",
+}
 worlds = pytest.mark.parametrize("world", [1, 2, 4], indirect=True, scope="module")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from thinned.checks import got
 from thinned.distributed.ranks import has_peers
@@ -23,7 +24,7 @@ from thinned.torch_state import SingleLevelFunction, assume, compiling, is_eager
 
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
-__all__ = ["Branch", "Residual", "computes_rows", "refuse_batch_norm", "residual"]
+__all__ = ["Branch", "Residual", "computes_rows", "refuse_batch_norm", "residual", "residual_drops"]
 
 
 def residual(
@@ -107,6 +108,8 @@ def residual(
     check_tensor("residual", "input", input)
     if not drops_rows("residual", input, p, training, key):
         return input + branch(input)
+    if has_torch_function_unary(input) and not compiling():
+        handle_torch_function(residual_drops, (input,), input, p)
     if not allow_batch_norm:
         refuse_batch_norm(branch)
     scale = scale if scale_by_keep else 1.0
@@ -127,6 +130,13 @@ def residual(
             "for others not; use no in-place operation on the input, such as ReLU(inplace=True)"
         )
     return part.plus(input, y)
+
+
+def residual_drops(input: Tensor, p: float) -> None:
+    """A call of :func:`residual` that drops, as a mode of torch functions sees it, such as inspect's.
+
+    To hand :func:`residual` itself to a mode would hide its branch from that mode.
+    """
 
 
 def computes_rows(x: Tensor) -> bool:

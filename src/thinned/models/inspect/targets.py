@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from thinned import functional
+from thinned.layers.residual import residual_drops
 from thinned.models.convert.rules import is_number
 
 __all__ = [
@@ -173,6 +174,7 @@ for _name in functional.__all__:
     _function = getattr(functional, _name)
     if (_ours := _target_of(_function, f"{OURS}{_name}")) is not None:
         TARGETS[_function] = _ours
+TARGETS[residual_drops] = replace(TARGETS[functional.residual], p=Argument("p", 1, 0.0), training=None)
 
 
 def recurrent(function: Any, args: Sequence[Any]) -> tuple[str, float] | None:
