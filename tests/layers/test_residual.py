@@ -602,7 +602,7 @@ def blocks(count: int) -> nn.Module:
     ],
 )
 def test_compiled_for_any_number_of_rows(backend: str, count: int, address: Any, full: bool) -> None:
-    """One graph where Dynamo captures dynamic shapes; else parts, which the first steps compile."""
+    """One graph where Dynamo captures dynamic shapes; else parts, which the first of 20 steps compile."""
     model, x, counter = blocks(count), torch.randn(6, 4), CompileCounterWithBackend(backend)
     samples = address if isinstance(address, Tensor) else None
     if address is None:
@@ -618,8 +618,8 @@ def test_compiled_for_any_number_of_rows(backend: str, count: int, address: Any,
             return call(x)  # type: ignore[no-any-return]
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=full):
-        for step in range(12):
+        for step in range(20):
             mine = results(partial(form, call=compiled, step=step), x, model)
             assert_close(mine, results(partial(form, call=model, step=step), x, model))
             frames.append(counter.frame_count)
-    assert frames[-1] == (1 if full else frames[4])
+    assert frames[-1] == (1 if full else frames[9])
