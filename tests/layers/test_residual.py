@@ -300,7 +300,8 @@ def test_derivatives_of_first_and_second_order() -> None:
 def test_backward_keeps_the_indices_alone() -> None:
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
-        residual(torch.ones(6, 3, requires_grad=True), lambda x: x + 1, 0.5, key=KEY)
+        for branch in (lambda x: x + 1, lambda x: x.sum(1, keepdim=True) + 1):
+            residual(torch.ones(6, 3, requires_grad=True), branch, 0.5, key=KEY)
     assert {x.dtype for x in saved} == {torch.int64}
 
 
