@@ -565,6 +565,16 @@ class FirstRow(Base):
         return x + self.drop_path(self.f(x - x[:1]))
 
 
+class Dense(Base):
+    """Of RDNet: the input is the list of all results so far."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joins([x])
+
+    def joins(self, x: list[Tensor]) -> Tensor:
+        return self.drop_path(self.f(torch.cat(x, 1)))  # type: ignore[no-any-return]
+
+
 REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (BatchNorm, "BatchNorm1d at 'bn.0' takes its statistics over the batch"),
     (Statistics, "InstanceNorm1d at 'norm' takes its statistics"),
@@ -584,6 +594,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (computes(divided), "`x.view(B * L, C).view(B, L, C) / B` in Computes"),
     (computes(by_length), "`x / len(x)` in Computes"),
     (computes(normed), "`F.batch_norm(x, None, None, training=True)` in Computes"),
+    (Dense, "its branch takes a list of tensors: `torch.cat(x, 1)`"),
     (FirstRow, "its branch takes rows: `x[:1]`"),
     (Weights, "'weights' is also used by what follows"),
     (Remembers, ""),  # only what comes after `self.last = y`
