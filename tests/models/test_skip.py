@@ -469,6 +469,14 @@ class Before(Base):
         return y
 
 
+class NormBefore(Before):
+    """Of EfficientNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm1d(LENGTH)
+
+
 class Unbound(Base):
     def forward(self, x: Tensor) -> Tensor:
         if self.flag:
@@ -608,6 +616,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (Changes, "'x' changes before the DropPath, in `x = x * 2`"),
     (Conditional, "is called under a condition"),
     (Before, "`y` is computed outside of the block of `y = self.drop_path(y)`"),
+    (NormBefore, "BatchNorm1d at 'norm1' takes its statistics over the batch; and `y` is computed outside"),
     (Unbound, "'scale' may have no value there"),
     (Tries, "stands in a try statement"),
     (Appends, "'y' is also used by `parts.append(y)`"),
