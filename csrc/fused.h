@@ -105,12 +105,11 @@ class Fuse {
         return (all_ / calls + chunk) / chunk * chunk;
     }
 
-    // n more elements.
+    // n more elements, and the rest of the last chunk or piece: its mask bits begin at a byte.
     inline void advance(int64_t n) {
-        left_ -= n;
         while (n > 0) {
             const Piece& piece = ready_[at_];
-            const int64_t from = done_, some = std::min(n, piece.n - from), rest = some % chunk;
+            const int64_t from = done_, some = std::min((n + chunk - 1) / chunk * chunk, piece.n - from), rest = some % chunk;
             const auto* mask = reinterpret_cast<const uint8_t*>(bits_ + piece.word) + from / 8;
             whole(piece.at + from, piece.column + from, mask, some - rest);
             const int64_t end = from + some - rest;
@@ -118,6 +117,7 @@ class Fuse {
             done_ = from + some;
             if (done_ == piece.n) ++at_, done_ = 0;
             n -= some;
+            left_ -= some;
         }
     }
 

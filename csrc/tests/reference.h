@@ -167,8 +167,8 @@ Value fused(const thinned::Fusion& task, bool kept, T x, T other, T bias) {
         case Function::gelu_tanh_slope:
             return masked(given * (tanh_sigmoid + z * tanh_sigmoid * (1 - tanh_sigmoid) * 1.59576912160573071176 *
                                                      (1 + 3 * 0.044715 * z * z)),
-                          given);
-        case Function::silu_slope: return masked(given * (sigmoid + z * sigmoid * (1 - sigmoid)), given);
+                          given * (1 + std::fabs(z) * (1 + z * z)));
+        case Function::silu_slope: return masked(given * (sigmoid + z * sigmoid * (1 - sigmoid)), given * (1 + std::fabs(z)));
     }
     return {NAN, 0};
 }
