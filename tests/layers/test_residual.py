@@ -300,7 +300,8 @@ def test_derivatives_of_first_and_second_order() -> None:
 def test_backward_keeps_the_indices_alone() -> None:
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
-        residual(torch.ones(6, 3, requires_grad=True), lambda x: x + 1, 0.5, key=KEY)
+        for branch in (lambda x: x + 1, lambda x: x.sum(1, keepdim=True) + 1):
+            residual(torch.ones(6, 3, requires_grad=True), branch, 0.5, key=KEY)
     assert {x.dtype for x in saved} == {torch.int64}
 
 
@@ -379,7 +380,10 @@ INSIDE: dict[str, tuple[bool, Callable[[], nn.Module]]] = {
         False,
         lambda: In(thinned.EmbeddingDropout(nn.Embedding(9, 4), 0.5), lambda f, x: f(x[..., 0].long().abs())),
     ),
-    "DropConnect": (True, lambda: In(thinned.DropConnect(0.5), lambda layer, x: x @ layer(torch.ones(4, 4)))),
+    "DropConnect": (
+        True,
+        lambda: In(thinned.DropConnect(0.5), lambda layer, x: x @ layer(nn.Parameter(torch.ones(4, 4)))),
+    ),
     "WeightDrop": (True, lambda: In(thinned.WeightDrop(nn.Linear(4, 4), "weight", p=0.5))),
     "GaussianDropout": (False, lambda: In(thinned.GaussianDropout(0.5))),
     "VariationalDropout": (False, lambda: In(thinned.VariationalDropout(0.5))),
@@ -479,6 +483,8 @@ def packed(lstm: nn.Module, x: Tensor) -> Tensor:
         (In(nn.LSTM(4, 4, 2, dropout=0.5), packed), "dropout of a packed sequence"),
         (In(nn.Identity(), lambda _, x: torch_functional.dropout(x[:1].expand(7, 4, 4))), "no multiple"),
         (In(thinned.Dropout(0.5), swapped), r"kept rows along dimension 0 or 1.*sample_dim="),
+        (In(thinned.DropConnect(0.5)), "drop_connect of a tensor of . rows, which is no parameter"),
+        (In(thinned.TargetedDropout(0.5)), "targeted_dropout of a tensor of . rows, which is no parameter"),
         (In(nn.Identity(), lambda _, x: within_an_address(x)), "enter it around the whole model"),
     ],
 )

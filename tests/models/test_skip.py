@@ -469,6 +469,14 @@ class Before(Base):
         return y
 
 
+class NormBefore(Before):
+    """Of EfficientNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm1d(LENGTH)
+
+
 class Unbound(Base):
     def forward(self, x: Tensor) -> Tensor:
         if self.flag:
@@ -565,6 +573,16 @@ class FirstRow(Base):
         return x + self.drop_path(self.f(x - x[:1]))
 
 
+class Dense(Base):
+    """Of RDNet: the input is the list of all results so far."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joins([x])
+
+    def joins(self, x: list[Tensor]) -> Tensor:
+        return self.drop_path(self.f(torch.cat(x, 1)))  # type: ignore[no-any-return]
+
+
 REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (BatchNorm, "BatchNorm1d at 'bn.0' takes its statistics over the batch"),
     (Statistics, "InstanceNorm1d at 'norm' takes its statistics"),
@@ -584,6 +602,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (computes(divided), "`x.view(B * L, C).view(B, L, C) / B` in Computes"),
     (computes(by_length), "`x / len(x)` in Computes"),
     (computes(normed), "`F.batch_norm(x, None, None, training=True)` in Computes"),
+    (Dense, "its branch takes a list of tensors: `torch.cat(x, 1)`"),
     (FirstRow, "its branch takes rows: `x[:1]`"),
     (Weights, "'weights' is also used by what follows"),
     (Remembers, ""),  # only what comes after `self.last = y`
@@ -597,6 +616,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (Changes, "'x' changes before the DropPath, in `x = x * 2`"),
     (Conditional, "is called under a condition"),
     (Before, "`y` is computed outside of the block of `y = self.drop_path(y)`"),
+    (NormBefore, "BatchNorm1d at 'norm1' takes its statistics over the batch; and `y` is computed outside"),
     (Unbound, "'scale' may have no value there"),
     (Tries, "stands in a try statement"),
     (Appends, "'y' is also used by `parts.append(y)`"),

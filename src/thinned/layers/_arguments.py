@@ -7,14 +7,14 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from thinned import nested, op
 from thinned.backends.arguments import DTYPES
 from thinned.checks import got, integers
 from thinned.distributed.shards import is_dtensor
 from thinned.geometry import Geometry, dims_of, shared, shared_cached
-from thinned.key_source import active
+from thinned.key_source import active, refuse_rows
 from thinned.keys import Key, RowsKey, StratifiedKey, as_key, savable
 from thinned.op.from_key import apply_linear
 from thinned.op.noise import numbers
@@ -35,6 +35,7 @@ __all__ = [
     "kept",
     "key_for",
     "number",
+    "refuse_activations",
     "refuse_nested",
     "threshold_and_scale",
 ]
@@ -256,6 +257,14 @@ def check_device(name: str, value: Tensor, input: Tensor, other: str = "input") 
             f"Expected all tensors to be on the same device, but {name} is on {value.device} and {other} is "
             f"on {input.device}"
         )
+
+
+def refuse_activations(name: str, weight: Tensor, key: Key | None) -> None:
+    """Raise for a weight that has as many rows as the residual branch around it, and so may be of samples."""
+    if active.rows is None or key is not None or compiling() or isinstance(weight, nn.Parameter):
+        return
+    if weight.dim() and weight.shape[0] == active.rows.index.shape[0]:
+        refuse_rows(f"{name} of a tensor of {weight.shape[0]} rows, which is no parameter,")
 
 
 def refuse_nested(name: str, input: Tensor) -> None:

@@ -228,8 +228,10 @@ class Branch(Seeing):
         return self.index, y
 
     def _put(self, index: Tensor, y: Tensor) -> Tensor:
-        full = y.new_zeros(()).expand(self.size, *y.shape[1:])
-        return full.index_add(0, index, y, alpha=self.scale)
+        zeros = y.new_zeros(()).expand(self.size, *y.shape[1:])
+        if _records(y):
+            return _Plus.apply(zeros, y, index, self.scale)  # type: ignore[attr-defined, no-any-return]
+        return _with_rows(zeros, index, y, self.scale)
 
 
 def _records(x: Tensor) -> bool:

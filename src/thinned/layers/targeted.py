@@ -14,7 +14,7 @@ from thinned import op
 from thinned.checks import check_integer, check_real
 from thinned.geometry import shared
 from thinned.keys import Key, as_key
-from thinned.layers._arguments import drops, key_for, threshold_and_scale
+from thinned.layers._arguments import drops, key_for, refuse_activations, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
 from thinned.torch_state import compiling
@@ -98,6 +98,7 @@ def targeted_dropout(
         size = torch.linalg.vector_norm(size, dim=1, dtype=torch.promote_types(size.dtype, torch.float32))
         shape = (-1, *(1,) * (ndim - 1))
     candidates = _smallest(size, target).view(shape).movedim(0, dim)
+    refuse_activations("targeted_dropout", weight, key)
     bits = key_for(weight, key, sample_dim=None).bits
     keep = op.keep_mask(bits, candidates.shape, shared(candidates.shape), T)
     return weight.masked_fill(op.shard_like(candidates & ~keep, weight), 0)

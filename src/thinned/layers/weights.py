@@ -16,7 +16,7 @@ from torch.overrides import has_torch_function_unary
 
 from thinned.checks import got
 from thinned.keys import Key, as_key
-from thinned.layers._arguments import apply, drops, key_for, threshold_and_scale
+from thinned.layers._arguments import apply, drops, key_for, refuse_activations, threshold_and_scale
 from thinned.layers._module import Layer
 from thinned.layers._overrides import module_node, overridden
 from thinned.torch_state import (
@@ -71,6 +71,7 @@ def drop_connect(input: Tensor, p: float = 0.5, *, training: bool = True, key: K
     T, scale = threshold_and_scale(p)
     if not drops("drop_connect", input, p, training, key):
         return input
+    refuse_activations("drop_connect", input, key)
     return apply(input, key, (), False, T, scale, sample_dim=None)
 
 

@@ -167,7 +167,11 @@ def _unreadable(function: FunctionType) -> str:
 
 def _judge(module: nn.Module, kind: type, call: Call, one: Cut | Refused, allow_batch_norm: bool) -> Skip:
     if isinstance(one, Refused):
-        return Skip(call.path, (), str(one), call)
+        norm = next((each for each in module.named_modules() if isinstance(each[1], BATCH_NORMS)), None)
+        reason = str(one)
+        if norm is not None and not allow_batch_norm:
+            reason = f"{type(norm[1]).__name__} at {norm[0]!r} takes its statistics over the batch; and {one}"
+        return Skip(call.path, (), reason, call)
     try:
         used = _used(kind, one.nodes)
         children = children_of(module)

@@ -661,6 +661,10 @@ class _Cutting:
                 case ast.Subscript(ast.Name(name), index) if name == first[0] and _picks_rows(index):
                     raise Refused(f"its branch takes rows: {_text(node)}")
                 case ast.Call(
+                    ast.Attribute(ast.Name("torch"), "cat" | "concat" | "stack"), [ast.Name(name), *_]
+                ) if name == first[0]:
+                    raise Refused(f"its branch takes a list of tensors: {_text(node)}")
+                case ast.Call(
                     ast.Attribute(ast.Name("torch"), "cat" | "concat"),
                     [ast.Tuple(parts) | ast.List(parts), *more],
                     keywords,
