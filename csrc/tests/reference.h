@@ -38,7 +38,7 @@ inline uint32_t number(uint64_t i, uint64_t key) {
 // The place of a draw among the strata, by the number v.
 inline uint64_t place(uint32_t v, uint64_t draw, uint64_t strata) {
     uint64_t prime = strata < 2 ? 2 : strata;
-    for (uint64_t divisor = 2; divisor < prime; ++divisor)
+    for (uint64_t divisor = 2; divisor * divisor <= prime; ++divisor)
         if (prime % divisor == 0) ++prime, divisor = 1;
     const uint64_t a = 1 + ((v >> 16) * (prime - 1) >> 16), b = (v & 0xFFFF) * prime >> 16;
     uint64_t x = (a * draw + b) % prime;
