@@ -38,7 +38,7 @@ inline uint32_t number(uint64_t i, uint64_t key) {
 // The place of a draw among the strata, by the number v.
 inline uint64_t place(uint32_t v, uint64_t draw, uint64_t strata) {
     uint64_t prime = strata < 2 ? 2 : strata;
-    for (uint64_t divisor = 2; divisor < prime; ++divisor)
+    for (uint64_t divisor = 2; divisor * divisor <= prime; ++divisor)
         if (prime % divisor == 0) ++prime, divisor = 1;
     const uint64_t a = 1 + ((v >> 16) * (prime - 1) >> 16), b = (v & 0xFFFF) * prime >> 16;
     uint64_t x = (a * draw + b) % prime;
@@ -155,6 +155,8 @@ Value fused(const thinned::Fusion& task, bool kept, T x, T other, T bias) {
     const double below = 0.5 * std::erfc(-z * 0.70710678118654752440), bell = 0.39894228040143267794 * std::exp(-z * z / 2);
     const double sigmoid = 1 / (1 + std::exp(-z)), tanh_sigmoid = 1 / (1 + std::exp(-2 * tanh_argument));
     const double given = static_cast<double>(other * scale), none = 0;
+    // Never 0: where f' underflows in float, 0 * f' may have the other sign.
+    const double size = std::fabs(given) + 1e-300;
     const auto masked = [&](double value, double size) { return kept ? Value{value, size} : Value{none, none}; };
     switch (task.function) {
         case Function::relu: return masked((x < 0 ? 0 : x) * scale, 0);
@@ -163,12 +165,12 @@ Value fused(const thinned::Fusion& task, bool kept, T x, T other, T bias) {
         case Function::silu: return masked(z * sigmoid * task.scale, z * task.scale);
         case Function::add: return {other + (kept ? (task.bias ? x + bias : x) * scale : T(0)), 0};
         case Function::relu_slope: return {x <= 0 ? 0 : given, 0};
-        case Function::gelu_slope: return masked(given * (below + z * bell), given);
+        case Function::gelu_slope: return masked(given * (below + z * bell), size);
         case Function::gelu_tanh_slope:
             return masked(given * (tanh_sigmoid + z * tanh_sigmoid * (1 - tanh_sigmoid) * 1.59576912160573071176 *
                                                      (1 + 3 * 0.044715 * z * z)),
-                          given * (1 + std::fabs(z) * (1 + z * z)));
-        case Function::silu_slope: return masked(given * (sigmoid + z * sigmoid * (1 - sigmoid)), given * (1 + std::fabs(z)));
+                          size * (1 + std::fabs(z) * (1 + z * z)));
+        case Function::silu_slope: return masked(given * (sigmoid + z * sigmoid * (1 - sigmoid)), size * (1 + std::fabs(z)));
     }
     return {NAN, 0};
 }
