@@ -1,6 +1,7 @@
 // Activations and their derivatives, of vectors.
 //
-// The arithmetic of float is the same in every instruction set: sums, products and quotients, none of them contracted.
+// The arithmetic of float is the same in every instruction set: each multiply_add is rounded once, and nothing else is
+// contracted.
 // That of double is the C library's.
 #pragma once
 
@@ -15,7 +16,7 @@ namespace {
 template <class V, int n>
 inline V polynomial(V x, const float (&c)[n]) {
     V sum = V::all(c[n - 1]);
-    for (int k = n - 2; k >= 0; --k) sum = add(multiply(sum, x), V::all(c[k]));
+    for (int k = n - 2; k >= 0; --k) sum = multiply_add(sum, x, V::all(c[k]));
     return sum;
 }
 
@@ -33,12 +34,12 @@ inline V magnitude(V x) {
 inline Floats exponential(Floats x) {
     const Floats bounded = smaller(Floats::all(89), larger(Floats::all(-87), x));  // NaN stays
     const Floats magic = Floats::all(12582912);                                    // 1.5 * 2^23: a sum with it has no fraction
-    const Floats n = subtract(add(multiply(bounded, Floats::all(1.44269504088896341f)), magic), magic);
-    Floats r = subtract(bounded, multiply(n, Floats::all(0.693359375f)));
-    r = subtract(r, multiply(n, Floats::all(-2.12194440e-4f)));
+    const Floats n = subtract(multiply_add(bounded, Floats::all(1.44269504088896341f), magic), magic);
+    Floats r = multiply_add(n, Floats::all(-0.693359375f), bounded);
+    r = multiply_add(n, Floats::all(2.12194440e-4f), r);
     const Floats p = polynomial(r, {5.0000001201e-1f, 1.6666665459e-1f, 4.1665795894e-2f, 8.3334519073e-3f,
                                     1.3981999507e-3f, 1.9875691500e-4f});
-    const Floats y = add(add(multiply(p, multiply(r, r)), r), Floats::all(1));
+    const Floats y = add(multiply_add(p, multiply(r, r), r), Floats::all(1));
     // 2^(n - 1), whose exponent is in range where that of 2^n is not.
     const Floats power = to_exponent(add(n, Floats::all(12582912 + 126)));
     const Floats scaled = multiply(y, power);
@@ -69,7 +70,7 @@ inline Floats normal_below(Floats x) {
     const Floats u = magnitude(x);
     const Floats k = polynomial(u, {-1.1511054f, -0.45920512f, -0.05250876f, 0.0070867231f, -0.00015905435f,
                                     -0.00017508974f, 3.6599606e-05f, -2.5625693e-06f});
-    const Floats exponent = larger(Floats::all(-127), subtract(multiply(u, k), Floats::all(1)));  // NaN stays
+    const Floats exponent = larger(Floats::all(-127), multiply_add(u, k, Floats::all(-1)));  // NaN stays
     const Floats magic = Floats::all(12582912), n = subtract(add(exponent, magic), magic);
     const Floats fraction = polynomial(subtract(exponent, n), {1, 6.931472028550421e-1f, 2.402264791363012e-1f,
                                                                5.550332471162809e-2f, 9.618437357674640e-3f,

@@ -33,7 +33,7 @@ const Isa isas[] = {
     {"baseline", walk_baseline, numbers_baseline, strata_baseline, choose_baseline, fuse_baseline, [] { return true; }},
 #ifdef THINNED_X86
     {"avx2", walk_avx2, numbers_avx2, strata_avx2, choose_avx2, fuse_avx2,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
     {"avx512", walk_avx512, numbers_avx512, strata_avx512, choose_avx512, fuse_avx512,
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&

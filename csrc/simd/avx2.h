@@ -1,4 +1,4 @@
-// AVX2 and F16C.
+// AVX2, FMA and F16C.
 #pragma once
 
 #include <immintrin.h>
@@ -81,6 +81,7 @@ struct Floats {
     }
     friend Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
     friend Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
+    friend Floats multiply_add(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     friend Floats subtract(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
     friend Floats divide(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
     friend Floats larger(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }

@@ -76,6 +76,7 @@ struct Floats {
     }
     friend Floats multiply(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
     friend Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+    friend Floats multiply_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     friend Floats subtract(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
     friend Floats divide(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
     friend Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }

@@ -1,6 +1,7 @@
 // Vectors in plain C++, for a compiler to make of them what the machine has.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "../elements.h"
@@ -58,6 +59,24 @@ struct Words {
     }
 };
 
+// std::fma, which without an instruction for it is a call that a compiler cannot make a vector of. The product is exact
+// in double, and an inexact sum is rounded to an odd number there, so that rounding it again gives the nearest float.
+inline float multiply_add_once(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+    return std::fma(a, b, c);
+#else
+    const double product = static_cast<double>(a) * b, sum = product + c, part = sum - product;
+    const double error = (product - (sum - part)) + (c - part);
+    uint64_t bits;
+    std::memcpy(&bits, &sum, sizeof bits);
+    const uint64_t inexact = (error < 0) | (error > 0), even = ~bits & 1, outwards = (error > 0) == (sum > 0);
+    bits += (inexact & even) * (2 * outwards - 1);
+    double odd;
+    std::memcpy(&odd, &bits, sizeof odd);
+    return static_cast<float>(odd);
+#endif
+}
+
 template <class T, int N>
 struct Lanes {
     static constexpr int lanes = N;
@@ -86,6 +105,11 @@ struct Lanes {
     }
     friend Lanes add(Lanes a, Lanes b) {
         for (int i = 0; i < N; ++i) a.lane[i] += b.lane[i];
+        return a;
+    }
+    // Rounded once.
+    friend Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+        for (int i = 0; i < N; ++i) a.lane[i] = multiply_add_once(a.lane[i], b.lane[i], c.lane[i]);
         return a;
     }
     friend Lanes subtract(Lanes a, Lanes b) {
