@@ -564,6 +564,18 @@ def by_length(_: nn.Module, x: Tensor) -> Tensor:
     return x / len(x)
 
 
+def times_length(_: nn.Module, x: Tensor) -> Tensor:
+    return x * x.shape[0]
+
+
+def in_large_batches(_: nn.Module, x: Tensor) -> Tensor:
+    return 2 * x if x.size(0) > 4 else x
+
+
+def first_of_table(_: nn.Module, x: Tensor) -> Tensor:
+    return x + torch.arange(100)[: len(x), None, None]
+
+
 def normed(_: nn.Module, x: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, training=True)
 
@@ -601,6 +613,9 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (computes(rolled), "`x.roll(1, 0)` in Computes"),
     (computes(divided), "`x.view(B * L, C).view(B, L, C) / B` in Computes"),
     (computes(by_length), "`x / len(x)` in Computes"),
+    (computes(times_length), "`x * x.shape[0]` in Computes"),
+    (computes(in_large_batches), "`x.size(0) > 4` in Computes"),
+    (computes(first_of_table), "`:len(x)` in Computes"),
     (computes(normed), "`F.batch_norm(x, None, None, training=True)` in Computes"),
     (Dense, "its branch takes a list of tensors: `torch.cat(x, 1)`"),
     (FirstRow, "its branch takes rows: `x[:1]`"),

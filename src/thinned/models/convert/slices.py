@@ -225,10 +225,9 @@ def is_mixing(tree: ast.AST) -> str:
     """
     sizes = _batch_sizes(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
-            parts = list(ast.walk(node.right))
-            if any(_is_batch_size(each) or getattr(each, "id", "") in sizes for each in parts):
-                return ast.unparse(node)
+        parts = ast.walk(_part_for_sizes(node))
+        if any(_is_batch_size(each) or getattr(each, "id", "") in sizes for each in parts):
+            return ast.unparse(node)
         if isinstance(node, ast.Attribute) and node.attr == "T" and _root(node) != "self":
             return ast.unparse(node)
         if not isinstance(node, ast.Call) or _takes_only_parameters(node):
@@ -266,6 +265,24 @@ def is_mixing(tree: ast.AST) -> str:
         if name in WHOLE and has_no_dim and owner is not None:
             return ast.unparse(node)
     return ""
+
+
+def _part_for_sizes(node: ast.AST) -> ast.AST:
+    """The part of a node in which the number of rows makes a result depend on it."""
+    match node:
+        case ast.BinOp(_, ast.Div(), divisor):
+            return divisor
+        case ast.BinOp(ast.Name(name), ast.Mult(), factor) if (
+            _is_batch_size(factor) and _root(factor) == name
+        ):
+            return factor
+        case ast.Slice():
+            return node
+        case ast.Compare(_, ops) if any(
+            isinstance(each, ast.Lt | ast.LtE | ast.Gt | ast.GtE) for each in ops
+        ):
+            return node
+    return ast.Pass()
 
 
 def _batch_sizes(tree: ast.AST) -> set[str]:
