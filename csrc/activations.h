@@ -1,8 +1,7 @@
 // Activations and their derivatives, of vectors.
 //
 // The arithmetic of float is the same in every instruction set: each multiply_add is rounded once, and nothing else is
-// contracted.
-// That of double is the C library's.
+// contracted. That of double is the C library's.
 #pragma once
 
 #include <cmath>

@@ -587,11 +587,6 @@ def forward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
-def backward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
-    """The hooks that run before and after the gradients of ``module``'s outputs become its inputs'."""
-    return [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
-
-
 def load_hooks_of(module: nn.Module) -> dict[int, Callable[..., Any]]:
     """The hooks that run before ``module.load_state_dict``."""
     return module._load_state_dict_pre_hooks

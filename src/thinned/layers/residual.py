@@ -24,7 +24,16 @@ from thinned.torch_state import SingleLevelFunction, assume, compiling, is_eager
 
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
-__all__ = ["Branch", "Residual", "computes_rows", "refuse_batch_norm", "residual", "residual_drops"]
+__all__ = [
+    "BATCH_NORMS",
+    "Branch",
+    "Residual",
+    "computes_rows",
+    "contents_of",
+    "refuse_batch_norm",
+    "residual",
+    "residual_drops",
+]
 
 
 def residual(
@@ -121,14 +130,12 @@ def residual(
     if part.is_dropped and not (has_peers() or active.key_source is not None):
         return input.clone()
     rows, input = part.take(input)
-    version = None if compiling() or rows.is_inference() else version_of(rows)
-    with part:
-        y = branch(rows)
-    if version is not None and version_of(rows) != version:
-        raise RuntimeError(
-            "a residual branch has overwritten its input, which is a copy for some numbers of kept rows and "
-            "for others not; use no in-place operation on the input, such as ReLU(inplace=True)"
-        )
+    y = part.compute(
+        branch,
+        rows,
+        what="a residual branch has overwritten",
+        instead="use no in-place operation on the input, such as ReLU(inplace=True)",
+    )
     return part.plus(input, y)
 
 
@@ -197,6 +204,20 @@ class Branch(Seeing):
     def rows_of(self, x: Tensor) -> Tensor:
         """The rows of another tensor of the batch."""
         return x if self.index is None else _rows(x, self.index)
+
+    def compute(
+        self, branch: Callable[..., Tensor], rows: Tensor, *others: Any, what: str, instead: str
+    ) -> Tensor:
+        """``branch(rows, *others)`` in this context; RuntimeError in these words if it writes to ``rows``."""
+        version = None if compiling() or rows.is_inference() else version_of(rows)
+        with self:
+            y = branch(rows, *others)
+        if version is not None and version_of(rows) != version:
+            raise RuntimeError(
+                f"{what} its input, which is a copy for some numbers of kept rows and for others not; "
+                f"{instead}"
+            )
+        return y
 
     def plus(self, x: Tensor, y: Tensor) -> Tensor:
         """``x`` and what the branch computed, ``y``."""
@@ -330,7 +351,7 @@ def _modules_of(value: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
     elif isinstance(value, FunctionType):
         names = (value.__globals__.get(name) for name in value.__code__.co_names)
         held = (
-            *(_contents(cell) for cell in value.__closure__ or ()),
+            *(contents_of(cell) for cell in value.__closure__ or ()),
             *(value.__defaults__ or ()),
             *(value.__kwdefaults__ or {}).values(),
             *(each for each in names if isinstance(each, nn.Module)),
@@ -345,10 +366,11 @@ def _modules_of(value: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
         yield from _modules_of(each, seen)
 
 
-def _contents(cell: CellType) -> Any:
+def contents_of(cell: CellType) -> Any:
+    """What a cell of a closure holds; None for a variable that is not assigned yet."""
     try:
         return cell.cell_contents
-    except ValueError:  # a variable that is not assigned yet
+    except ValueError:
         return None
 
 

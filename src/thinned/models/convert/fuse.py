@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from thinned.layers import Dropout, GELUDropout, ReLUDropout, SiLUDropout
-from thinned.models.address.hooks import has_other_hooks
+from thinned.models.address.hooks import has_only_hooks_of_address
 from thinned.models.convert.rules import own_names
 from thinned.models.walk import is_sequential
-from thinned.torch_state import backward_hooks_of, children_of
+from thinned.torch_state import children_of
 
 __all__ = ["fused"]
 
@@ -94,7 +94,7 @@ def _is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     base = next((kind for kind in kinds if isinstance(module, kind)), None)
     if base is None or own_names(module, base):
         return False
-    return not (has_other_hooks(module) or backward_hooks_of(module))
+    return has_only_hooks_of_address(module)
 
 
 def _layer(pair: _Pair) -> nn.Module:

@@ -16,7 +16,6 @@ from thinned.layers import DropPath, StochasticDepth
 from thinned.layers._arguments import key_for, threshold_and_scale
 from thinned.layers.residual import Branch, computes_rows
 from thinned.models.address.hooks import call_as, has_only_hooks_of_address
-from thinned.torch_state import compiling, version_of
 
 __all__ = ["run"]
 
@@ -51,14 +50,13 @@ def run(
         part.rows_of(value) if i < rows and isinstance(value, Tensor) else value
         for i, value in enumerate(values[1:], 1)
     )
-    version = None if compiling() or taken.is_inference() else version_of(taken)
-    with part:
-        y = branch(block, taken, *others)
-    if version is not None and version_of(taken) != version:
-        raise RuntimeError(
-            f"the branch before a {type(drop).__name__} in a {type(block).__name__} overwrites its input, "
-            "which is a copy for some numbers of kept rows and for others not; exclude it from the conversion"
-        )
+    y = part.compute(
+        partial(branch, block),
+        taken,
+        *others,
+        what=f"the branch before a {type(drop).__name__} in a {type(block).__name__} overwrites",
+        instead="exclude it from the conversion",
+    )
     if not kind:
         return part.put(y)
     x = other() if isinstance(other, FunctionType) else other

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from thinned.layers import DropPath, Masksembles, RDrop, StochasticDepth
+from thinned.layers.residual import BATCH_NORMS, contents_of
 from thinned.models.convert.rows import run
 from thinned.models.convert.rules import is_known, make
 from thinned.models.convert.slices import RUN, Cut, Refused, attributes_of_self, cut, drop_calls, is_mixing
@@ -33,7 +34,6 @@ __all__ = ["Call", "Skip", "Skips", "drops_rows", "plan", "skippable", "skipped_
 FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, each).compiler_flag for each in __future__.all_feature_names)
 )
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SOFTMAX = nn.Softmax | nn.LogSoftmax | nn.Softmin | nn.GLU
 SEGMENTS = {"n_segment", "num_segments", "n_segments", "fold_div"}
 ROUTED = re.compile("moe|router|mixtureofexperts", re.IGNORECASE)
@@ -134,15 +134,8 @@ def _inner(function: FunctionType) -> FunctionType:
 
 def _cell(function: FunctionType, value: Any) -> int | None:
     """The number of the only cell of a closure that holds ``value``."""
-    found = [i for i, cell in enumerate(function.__closure__ or ()) if _content(cell) is value]
+    found = [i for i, cell in enumerate(function.__closure__ or ()) if contents_of(cell) is value]
     return found[0] if len(found) == 1 else None
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty
-        return None
 
 
 def _source(function: FunctionType) -> Source | None:

@@ -31,19 +31,9 @@ NESTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
 COMPREHENSION = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
 # Without a dimension these mix all rows.
 WHOLE = {"mean", "sum", "std", "var", "var_mean", "std_mean", "median", "nanmean", "nansum", "prod"}
-WHOLE |= {
-    "amax",
-    "amin",
-    "argmax",
-    "argmin",
-    "cat",
-    "concat",
-    "concatenate",
-    "chunk",
-    "split",
-    "tensor_split",
-}
-WHOLE |= {"any", "all", "count_nonzero", "aminmax", "unique", "roll", "norm", "vector_norm", "max", "min"}
+WHOLE |= {"amax", "amin", "aminmax", "argmax", "argmin", "max", "min", "any", "all", "count_nonzero"}
+WHOLE |= {"cat", "concat", "concatenate", "chunk", "split", "tensor_split", "unique", "roll", "norm"}
+WHOLE |= {"vector_norm"}
 # Reductions, sorts and the like, which mix the rows if they work along dimension 0.
 ALONG = WHOLE | {"softmax", "log_softmax", "logsumexp", "sort", "argsort", "cumsum", "cumprod", "normalize"}
 ALONG |= {"topk", "flip", "glu"}
