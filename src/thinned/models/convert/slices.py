@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -494,6 +494,17 @@ class _Cutting:
         flow = self.flows[i]
         return flow.reads | (flow.perhaps - (flow.surely or set())) & {name for name, _ in self.users[i]}
 
+    def _behind(self, allowed: Container[int]) -> set[int]:
+        """The statements whose results reach the branch by way of allowed statements alone."""
+        found = set[int]()
+        todo = [self._reach(name, self.index) for name in self.of_branch]
+        while todo:
+            i = todo.pop()
+            if i in allowed and i not in found:  # -1 stands for none
+                found.add(i)
+                todo += [self._reach(name, i) for name in self._reads(i)]
+        return found
+
     def _slice(self) -> tuple[set[int], set[int], dict[int, str]]:
         """The statements of the branch, those that it repeats, and what those left out of it are used for."""
         k = self.index
@@ -515,13 +526,7 @@ class _Cutting:
             for name in self._reads(j):
                 if (i := self._reach(name, j)) >= 0:
                     users[i].append((name, j))
-        inside, todo = set[int](), list[int]()
-        todo = [i for name in self.of_branch if (i := self._reach(name, k)) >= 0]
-        while todo:
-            i = todo.pop()
-            if i not in inside:
-                inside.add(i)
-                todo += [before for name in self._reads(i) if (before := self._reach(name, i)) >= 0]
+        inside = self._behind(range(k))
         repeated, outside = set[int](), dict[int, str]()
         changed = True
         while changed:
@@ -537,12 +542,7 @@ class _Cutting:
                     (repeated.add(i) if _is_shape(self.block[i]) else outside.setdefault(i, reason))
                     changed = True
         # A statement that only left ones need goes with them; one of shapes is repeated only if it is needed.
-        needed, todo = set[int](), [i for name in self.of_branch if (i := self._reach(name, k)) >= 0]
-        while todo:
-            i = todo.pop()
-            if i not in needed and i in inside | repeated:
-                needed.add(i)
-                todo += [before for name in self._reads(i) if (before := self._reach(name, i)) >= 0]
+        needed = self._behind(inside | repeated)
         return inside & needed, repeated & needed, outside
 
     def _unfit(self, i: int) -> str:
